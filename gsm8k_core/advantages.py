@@ -1,0 +1,146 @@
+"""From rewards to advantages: how much better a completion is than what it is compared with.
+
+Shapes: `N` completions, `G` group size; completion i answers prompt i // G.
+
+A group whose rewards are all equal says nothing about which completion is better. Its advantages
+are exactly 0: its mean, computed in floating point, can differ from its members in the last bit,
+and dividing that noise by a small epsilon would make a gradient out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from gsm8k_core.errors import TrainingError
+
+AdvantageEstimator = Literal[
+    "group_zscore", "group_centered", "leave_one_out", "batch_zscore", "raw"
+]
+RewardFunction = Callable[[str, str], dict[str, float]]
+
+
+def compute_advantages(
+    rewards: torch.Tensor,
+    group_size: int,
+    estimator: AdvantageEstimator = "group_zscore",
+    epsilon: float = 1e-6,
+) -> torch.Tensor:
+    """Advantages (N,) of rewards (N,).
+
+    - `group_zscore`: (r - mean) / (std + epsilon) over the group (GRPO, Shao et al. 2024, §4.1.2);
+    - `group_centered`: r - mean over the group (Dr. GRPO, Liu et al. 2025, §3.2);
+    - `leave_one_out`: r - mean of the others in the group (RLOO, Ahmadian et al. 2024);
+    - `batch_zscore`: (r - mean) / (std + epsilon) over all N (REINFORCE++, Hu et al. 2025);
+    - `raw`: r itself.
+
+    The std is the unbiased one (divided by the count less one). A group of one has nothing to be
+    compared with: its advantage is 0 for `group_zscore` and `group_centered`, and `leave_one_out`
+    is not defined. Raises TrainingError that names completion and prompt if a reward is NaN or
+    infinite, ValueError if N is no multiple of the group size.
+    """
+    _check_rewards(rewards, group_size)
+    if estimator == "raw":
+        return rewards.clone()
+    if estimator == "batch_zscore":
+        return _zscore(rewards[None, :], epsilon).reshape(-1)
+    groups = rewards.reshape(-1, group_size)
+    if estimator == "group_zscore":
+        return _zscore(groups, epsilon).reshape(-1)
+    if estimator == "group_centered":
+        return _centered(groups).reshape(-1)
+    if estimator == "leave_one_out":
+        if group_size < 2:
+            raise ValueError("leave_one_out needs a group size of 2 or more")
+        # r_i - (S - r_i)/(G - 1) = (r_i - S/G)·G/(G - 1), with S the sum of the group
+        return (_centered(groups) * (group_size / (group_size - 1))).reshape(-1)
+    raise ValueError(f"unknown advantage estimator '{estimator}'")
+
+
+def compute_group_normalized_rewards(
+    reward_fn: RewardFunction,
+    rollout_responses: Sequence[str],
+    repeated_ground_truths: Sequence[str],
+    group_size: int,
+    advantage_eps: float,
+    normalize_by_std: bool,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Reward every response and compare it with its group.
+
+    `rollout_responses` and `repeated_ground_truths` hold N = prompts × `group_size` texts, the
+    completions of a prompt next to each other. Returns advantages (N,), raw rewards (N,), both
+    float32, and metadata: mean, std, min and max of the reward, the mean of every other entry that
+    `reward_fn` returns, and the share of groups whose rewards are all equal. With
+    `normalize_by_std` this is `group_zscore`, without it `group_centered`.
+    Raises what `compute_advantages` raises, and ValueError if the lists differ in length.
+    """
+    if len(rollout_responses) != len(repeated_ground_truths):
+        raise ValueError(
+            f"{len(rollout_responses)} responses but {len(repeated_ground_truths)} ground truths"
+        )
+    graded = [
+        reward_fn(response, ground_truth)
+        for response, ground_truth in zip(rollout_responses, repeated_ground_truths, strict=True)
+    ]
+    raw_rewards = torch.tensor([grade["reward"] for grade in graded], dtype=torch.float32)
+    estimator: AdvantageEstimator = "group_zscore" if normalize_by_std else "group_centered"
+    advantages = compute_advantages(raw_rewards, group_size, estimator, advantage_eps)
+    parts = {
+        f"{key}_mean": sum(float(grade[key]) for grade in graded) / len(graded)
+        for key in graded[0]
+        if key != "reward"
+    }
+    equal = equal_reward_groups(raw_rewards, group_size).float().mean()
+    metadata = {
+        "reward_mean": raw_rewards.mean().item(),
+        "reward_std": raw_rewards.std(unbiased=len(graded) > 1).item(),
+        "reward_min": raw_rewards.min().item(),
+        "reward_max": raw_rewards.max().item(),
+        **parts,
+        "equal_reward_groups": equal.item(),
+    }
+    return advantages, raw_rewards, metadata
+
+
+def equal_reward_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Bool (N / G,): true for a group that has nothing to learn from, all its rewards being equal.
+
+    Dynamic sampling (DAPO, Yu et al. 2025, §3.2) replaces these.
+    """
+    groups = rewards.reshape(-1, group_size)
+    return groups.amax(dim=-1) == groups.amin(dim=-1)
+
+
+def _centered(groups: torch.Tensor) -> torch.Tensor:
+    """r - mean over the last dimension; exactly 0 where all are equal."""
+    equal = groups.amax(dim=-1, keepdim=True) == groups.amin(dim=-1, keepdim=True)
+    centered = groups - groups.mean(dim=-1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(centered), centered)
+
+
+def _zscore(groups: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Centered rewards over their unbiased std plus epsilon; exactly 0 where all are equal."""
+    centered = _centered(groups)
+    if groups.shape[-1] < 2:
+        return centered  # already 0; the std of one value does not exist
+    scale = groups.std(dim=-1, keepdim=True) + epsilon
+    # With epsilon 0 and equal rewards, 0/0 would be NaN.
+    return torch.where(centered == 0, torch.zeros_like(centered), centered / scale)
+
+
+def _check_rewards(rewards: torch.Tensor, group_size: int) -> None:
+    if rewards.dim() != 1 or rewards.numel() == 0 or rewards.numel() % group_size:
+        raise ValueError(
+            f"rewards have shape {tuple(rewards.shape)}: expected (N,) with N a multiple of the "
+            f"group size {group_size}"
+        )
+    wrong = (~torch.isfinite(rewards)).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise TrainingError(
+            f"reward of completion {index} (prompt {index // group_size}, sample "
+            f"{index % group_size}) is {rewards[index].item()}: the reward function must return a "
+            "finite number"
+        )

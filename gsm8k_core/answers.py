@@ -1,0 +1,268 @@
+"""Find, read and compare a numeric answer.
+
+A number is an exact `fractions.Fraction`: no float, no rounding, nothing is evaluated. Every step
+is one pass over the text, so a completion of any shape costs time linear in its length.
+
+Two ways to find the answer:
+
+- `strict` reads it after the marker that the prompt asked for. For `####` it is the first marker
+  that a number follows, as in lm-evaluation-harness: a base model that runs on into the next
+  question answers that one after a second marker. Markers that words follow are markdown headings
+  and are passed over. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
+  used for intermediate results. A box that is never closed was cut short and is no answer.
+- `flexible` is the last number of the text.
+
+What follows the number must leave it what it is. `18 dollars`, `18%`, `18.00` and `36/2` are 18;
+`18 million`, `18x`, `18²`, `18:00`, `18-20`, `1, 18` and `10,00` are read as no answer at all
+rather than as one of their parts. A line with several numbers counts only as an equation, whose
+last side is the answer (`5 + 13 = 18`).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import Literal
+
+from gsm8k_core.errors import DataError
+
+Mode = Literal["strict", "flexible"]
+Marker = Literal["####", "boxed"]
+
+MAX_DIGITS = 1000
+"""A number of more significant digits is refused: Python's own limit for int(str) is 4300."""
+
+FOREIGN = "\x1a"
+"""Stands for a character that is a number but no digit: ½, ², Ⅷ, ①."""
+THIN_SPACE = "\u2009"
+"""Stands for every space that may group digits: thin, no-break, LaTeX's `\\,`."""
+
+
+class _Normalize(dict[int, str]):
+    """A table for str.translate that works out each character once."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = text = _normalize_character(chr(code))
+        return text
+
+
+def _normalize_character(char: str) -> str:
+    if char in "\n\t":
+        return char
+    if char in "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d":
+        return "-"
+    if char in "\u00a0\u2007\u2009\u202f":
+        return THIN_SPACE
+    if char == "\u2044":
+        return "/"
+    category = unicodedata.category(char)
+    if category == "Nd":
+        return str(unicodedata.decimal(char))
+    if category in ("No", "Nl"):
+        return FOREIGN
+    if category == "Cf":  # direction marks, zero-width joiners: invisible
+        return ""
+    if category in ("Cc", "Zs", "Zl", "Zp"):
+        return " "
+    if "\uff01" <= char <= "\uff5e":  # full-width ASCII
+        return chr(ord(char) - 0xFEE0)
+    return char
+
+
+_NORMALIZE = _Normalize()
+
+_CURRENCY = r"(?:US)?[$€£¥₹¢]"
+_DIGIT = rf"[0-9{FOREIGN}]"
+_INTEGER = rf"(?:[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})+|(?:{THIN_SPACE}[0-9]{{3}})+)(?![0-9])|[0-9]+)"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
+_NUMBER = re.compile(rf"({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
+_SIGN = re.compile(rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?(?=\.?{_DIGIT})")
+_PREFIX = re.compile(rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?\Z")
+# Digits joined by anything that makes them one thing: a date, a time, a range, a product.
+_RUN = re.compile(rf"\.?{_DIGIT}(?:[0-9{FOREIGN}{THIN_SPACE}.,:/'_^*+×÷-]*{_DIGIT})?")
+
+_DECORATION = re.compile(
+    r"[\s_`\"'~≈:;#(\[“”‘’]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is)?[\s:_~≈\"'(\[]*)?",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|<\||</|<[a-z]")
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
+
+_SUFFIX = re.compile(r"[^\W\d_]+")
+_UNIT_LETTERS = frozenset("mglLhs")
+_NOT_UNITS = frozenset("st nd rd th bn mn mil pi".split())
+_CHANGES_THE_NUMBER = re.compile(
+    r"[\s-]*(?:hundred|thousand|million|billion|trillion)\b"
+    r"|[\s-]*and[\s-]+(?:an?|one)[\s-]+(?:half|third|quarter|fourth|fifth|sixth|eighth|tenth)\b"
+    r"|\s+(?-i:[xyznkKMπ])\b|\s*[+^×÷·\\]|\s*\*\s*[\w(]|\s*/\s*[(\\]",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"\b(?:minus|negative)\s*$", re.IGNORECASE)
+_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.])$")
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_MIXED_FRACTION = re.compile(r"(?<=[0-9])\s*\\[dt]?frac(?:\s*\{[^{}]*\}\s*\{[^{}]*\})?")
+_FRACTION = re.compile(
+    rf"\\[dt]?frac\s*(?:\{{\s*(-?[0-9.,{THIN_SPACE}]+)\s*\}}\s*\{{\s*([0-9.,{THIN_SPACE}]+)\s*\}}"
+    r"|\s([0-9])\s*([0-9])(?![0-9])|([0-9])\s*([0-9])(?![0-9]))"
+)
+_INVISIBLE_COMMAND = re.compile(
+    r"\^\s*\{?\s*\\circ\b|\\(?:boxed|text[a-z]*|math[a-z]+|mbox|left|right|displaystyle|q?quad"
+    r"|degree)(?![a-zA-Z])|\\[ ;:()\[\]]"
+)
+
+
+def parse_number(text: str | None) -> Fraction | None:
+    """The number that `text` states, or None where it states none, or more than one.
+
+    `text` is an answer by itself, such as `$1,000.00`, `18 dollars`, `\\frac{1}{2}` or `x = 18`.
+    Percent signs and units are dropped (`18%` is 18).
+    """
+    return None if text is None else _read_line(_clean(text))
+
+
+def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fraction | None:
+    """The answer that a completion gives, or None where it gives none.
+
+    Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
+    """
+    if text is None:
+        return None
+    if mode == "flexible":
+        return _last_number(_clean(text))
+    return _after_hashes(text) if marker == "####" else _in_last_box(text)
+
+
+def is_correct(text: str | None, gold: str | Fraction, mode: Mode, marker: Marker = "####") -> bool:
+    """Whether the completion's answer equals `gold` exactly.
+
+    Raises DataError when `gold` is text that states no number.
+    """
+    return extract_answer(text, mode, marker) == parse_gold(gold)
+
+
+def parse_gold(gold: str | Fraction) -> Fraction:
+    """The reference answer as a number. Raises DataError when it is text that states none."""
+    value = gold if isinstance(gold, Fraction) else parse_number(gold)
+    if value is None:
+        raise DataError(
+            f"gold answer {str(gold)[:80]!r} is not a number: mend the dataset, nothing can be "
+            "graded against it"
+        )
+    return value
+
+
+# -------------------------------------------------------------------------------- finding the place
+
+
+def _after_hashes(text: str) -> Fraction | None:
+    """The number after the first `####` that a number follows."""
+    for segment in text.split("####")[1:]:
+        line = _clean(segment.lstrip().partition("\n")[0])
+        if _SIGN.match(line, _DECORATION.match(line).end()):  # type: ignore[union-attr]
+            return _read_line(line)
+    return None
+
+
+def _in_last_box(text: str) -> Fraction | None:
+    """The number inside the last `\\boxed{}`."""
+    start = None
+    for match in _BOX.finditer(text):
+        start = match.end()
+    if start is None:
+        return None
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return parse_number(text[start : match.start()])
+    return None
+
+
+def _last_number(text: str) -> Fraction | None:
+    """The last number of a cleaned text."""
+    run = None
+    for match in _RUN.finditer(text):
+        run = match
+    if run is None:
+        return None
+    number = _NUMBER.fullmatch(text, run.start(), run.end())
+    before = text[max(0, run.start() - 32) : run.start()]
+    prefix = _PREFIX.search(before)
+    if number is None or prefix is None:
+        return None
+    outside = before[: prefix.start()]
+    starts_anew = re.match(_CURRENCY, prefix.group())
+    if _NEGATED.search(outside) or (_JOINED_BEFORE.search(outside) and not starts_anew):
+        return None
+    return _value(prefix, number, text)
+
+
+# ------------------------------------------------------------------------------- reading the number
+
+
+def _read_line(line: str) -> Fraction | None:
+    """The one number of a cleaned line: its first sentence, the last side of an equation."""
+    # A full stop ends the answer only after it: "Rs. 5" and "No. 5" have not begun.
+    first_digit = re.search(_DIGIT, line)
+    if first_digit is None:
+        return None
+    end = _SENTENCE_END.search(line, first_digit.end())
+    sentence = line[: end.start()] if end else line
+    if re.search(r"[<>!]=|[≠≤≥±]", sentence):
+        return None
+    side = re.split(r"[=≈]", sentence)[-1]
+    sign = _SIGN.match(side, _DECORATION.match(side).end())  # type: ignore[union-attr]
+    number = _NUMBER.match(side, sign.end()) if sign else None
+    if sign is None or number is None or re.search(_DIGIT, side[number.end() :]):
+        return None
+    return _value(sign, number, side)
+
+
+def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | None:
+    """The value of a matched number, unless its signs or what follows it make it another thing."""
+    rest = text[number.end() : number.end() + 64]
+    suffix = _SUFFIX.match(rest)
+    if suffix is not None:
+        letters = suffix.group()
+        if len(letters) == 1 and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
+            return None
+    if _CHANGES_THE_NUMBER.match(rest) or (sign.group(1) and sign.group(2)):
+        return None
+    numerator = _decimal(number.group(1))
+    denominator = Fraction(1) if number.group(2) is None else _decimal(number.group(2))
+    if numerator is None or not denominator:
+        return None
+    value = numerator / denominator
+    return -value if "-" in (sign.group(1), sign.group(2)) else value
+
+
+def _decimal(text: str) -> Fraction | None:
+    """Digits with at most one point and well-formed grouping; None beyond MAX_DIGITS digits."""
+    whole, _, decimals = text.replace(",", "").replace(THIN_SPACE, "").partition(".")
+    whole, decimals = whole.lstrip("0"), decimals.rstrip("0")
+    if len(whole) + len(decimals) > MAX_DIGITS:
+        return None
+    return Fraction(int(whole + decimals or "0"), 10 ** len(decimals))
+
+
+def _clean(text: str) -> str:
+    """Unicode look-alikes, LaTeX and markdown reduced to plain ASCII around the digits."""
+    text = text.translate(_NORMALIZE)
+    if "\\" in text or "{" in text:
+        text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", THIN_SPACE)
+        text = text.replace("\\$", "$").replace("\\%", "%")
+        text = _MIXED_FRACTION.sub(FOREIGN, text)
+        text = _FRACTION.sub(_plain_fraction, text)
+        text = _INVISIBLE_COMMAND.sub(" ", text)
+        text = text.replace("{", " ").replace("}", " ")
+    text = _CALCULATOR.sub(" ", text)
+    return _EMPHASIS.sub(" ", text.replace("**", " "))
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    numerator, denominator = (part for part in match.groups() if part is not None)
+    return f"{numerator}/{denominator}"

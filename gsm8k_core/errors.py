@@ -1,0 +1,27 @@
+"""Exceptions whose message is meant for the person at the terminal.
+
+Library code raises these; only a script's command line turns them into one line on stderr
+(see `gsm8k_core.cli`). Anything else that propagates is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class Gsm8kError(Exception):
+    """Something the user can mend: the message says what, where and how."""
+
+
+class ConfigError(Gsm8kError):
+    """The settings are wrong. The message lists every mistake, by key."""
+
+
+class DataError(Gsm8kError):
+    """A dataset is missing, malformed or not the one that was pinned."""
+
+
+class ModelError(Gsm8kError):
+    """A model or tokenizer cannot be found or loaded."""
+
+
+class TrainingError(Gsm8kError):
+    """A run cannot go on: a non-finite loss, a reward that is no number, a broken checkpoint."""

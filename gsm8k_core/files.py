@@ -1,0 +1,130 @@
+"""Files that are either whole or absent: atomic writes, JSON and JSONL, digests.
+
+JSONL is split at "\n" alone. `str.splitlines` also splits at U+2028, which one GSM8K train
+question holds, and would tear that row in two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gsm8k_core.errors import DataError
+
+Json = dict[str, Any]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds.
+
+    Works for a file or a directory (the block creates either). On any exception the temporary is
+    removed and `path` is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = holder / path.name
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.is_dir() and not path.is_symlink():
+            os.rename(path, holder / "replaced")  # rename cannot replace a directory that has files
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file below a directory, to the disk before it gets its name."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Json]) -> int:
+    """Write one JSON object a line, atomically; returns the number of rows."""
+    num_rows = 0
+    with atomic_path(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="\n") as handle:
+            for row in rows:
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+                num_rows += 1
+    return num_rows
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises DataError that names the file if it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+
+
+def iter_jsonl(path: Path) -> Iterator[Json]:
+    """Yield the objects of a JSONL file, one at a time.
+
+    Raises DataError that names file and row (from 1) when the file is missing, a row is not a JSON
+    object, a row is not UTF-8, or the last line has no newline (a file cut short).
+    """
+    try:
+        handle = path.open("rb")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    with handle:
+        for row_number, line in enumerate(handle, start=1):
+            where = f"{path}, row {row_number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                cut = "" if line.endswith(b"\n") else " and ends without a newline: cut short?"
+                raise DataError(f"{where}: not valid JSON ({error}){cut}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def read_jsonl(path: Path) -> list[Json]:
+    """`iter_jsonl` as a list."""
+    return list(iter_jsonl(path))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def seed_from(*parts: int | str) -> int:
+    """A 63-bit seed that depends on `parts` alone: not on call order, nor on Python's hash seed.
+
+    Used for (run seed, step, prompt, sample), so a resumed run samples what it would have sampled.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

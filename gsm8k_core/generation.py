@@ -1,0 +1,145 @@
+"""Look at what a model writes: completions with their rewards, lengths and entropies.
+
+Shapes: `B` prompts, `P` the longest prompt, `T` generated positions, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gsm8k_core.advantages import RewardFunction
+from gsm8k_core.scoring import compute_entropy
+from gsm8k_core.tokenization import TokenIds, pad_token_id
+
+Row = dict[str, Any]
+
+
+def log_generations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    ground_truths: Sequence[str] | None = None,
+    reward_fn: RewardFunction | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+) -> tuple[list[Row], dict[str, float | None]]:
+    """Generate one completion per prompt; return a row for each and a summary.
+
+    A row holds `prompt`, `ground_truth`, `response` (text without special tokens), `response_ids`
+    (up to and including the first EOS), `length` (their number), `truncated` (no EOS was written),
+    `mean_entropy` (nats per token of the distribution sampled from) and, with `reward_fn`, what it
+    returns for (response, ground_truth). The summary holds `num_completions`, `length_mean`,
+    `truncated_mean`, `entropy_mean` (over completions) and, with `reward_fn`, the mean of each of
+    its entries and `length_mean_correct` and `length_mean_incorrect` (correct: an `answer_reward`
+    above 0); a mean over nothing is None.
+
+    Prompts are rendered already: no special token is added. A `temperature` of 0 is greedy.
+    The scores of all steps are kept, B × T × V numbers, so this is for a handful of prompts. The
+    model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or a reward
+    function comes without one ground truth per prompt.
+    """
+    if not prompts:
+        raise ValueError("no prompts to generate from")
+    if ground_truths is not None and len(ground_truths) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(ground_truths)} ground truths")
+    if reward_fn is not None and ground_truths is None:
+        raise ValueError("reward_fn needs ground_truths")
+    responses, entropies = _generate(model, tokenizer, prompts, max_new_tokens, temperature)
+    eos_ids = _eos_token_ids(model, tokenizer)
+    rows: list[Row] = []
+    for index, prompt in enumerate(prompts):
+        response_ids, truncated = _until_eos(responses[index].tolist(), eos_ids)
+        row: Row = {
+            "prompt": prompt,
+            "ground_truth": None if ground_truths is None else ground_truths[index],
+            "response": tokenizer.decode(response_ids, skip_special_tokens=True),
+            "response_ids": response_ids,
+            "length": len(response_ids),
+            "truncated": truncated,
+            "mean_entropy": entropies[index, : len(response_ids)].mean().item(),
+        }
+        if reward_fn is not None and ground_truths is not None:
+            row |= reward_fn(row["response"], ground_truths[index])
+        rows.append(row)
+    return rows, _summarize(rows)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
+    prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    pad_id = pad_token_id(tokenizer)
+    input_ids, attention_mask = _pad_left(prompt_ids, pad_id)
+    sampling: Row = {"do_sample": False}
+    if temperature > 0:
+        # top_p and top_k are set because a model's own generation_config may hold others
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **sampling,
+        )
+    finally:
+        model.train(was_training)
+    entropies = torch.stack([compute_entropy(scores) for scores in output.scores], dim=1)
+    return output.sequences[:, input_ids.shape[1] :], entropies
+
+
+def _pad_left(prompt_ids: Sequence[TokenIds], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask (B, P), the prompts at the right edge, where generation goes on."""
+    width = max(len(ids) for ids in prompt_ids)
+    padded = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    return torch.tensor(padded), torch.tensor(mask)
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    of_config = model.generation_config.eos_token_id
+    of_config = of_config if isinstance(of_config, list) else [of_config]
+    return {token_id for token_id in (*of_config, tokenizer.eos_token_id) if token_id is not None}
+
+
+def _until_eos(token_ids: list[int], eos_ids: set[int]) -> tuple[list[int], bool]:
+    """The ids up to and including the first EOS, and whether there is none (truncated).
+
+    What follows an EOS is padding. The pad id is not asked: it may be the EOS id.
+    """
+    for position, token_id in enumerate(token_ids):
+        if token_id in eos_ids:
+            return token_ids[: position + 1], False
+    return token_ids, True
+
+
+def _summarize(rows: list[Row]) -> dict[str, float | None]:
+    summary: dict[str, float | None] = {
+        "num_completions": len(rows),
+        "length_mean": _mean([row["length"] for row in rows]),
+        "truncated_mean": _mean([row["truncated"] for row in rows]),
+        "entropy_mean": _mean([row["mean_entropy"] for row in rows]),
+    }
+    for key in ("reward", "format_reward", "answer_reward"):
+        if key in rows[0]:
+            summary[f"{key}_mean"] = _mean([row[key] for row in rows])
+    if "answer_reward" in rows[0]:
+        correct = [row["length"] for row in rows if row["answer_reward"] > 0]
+        incorrect = [row["length"] for row in rows if not row["answer_reward"] > 0]
+        summary["length_mean_correct"] = _mean(correct)
+        summary["length_mean_incorrect"] = _mean(incorrect)
+    return summary
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

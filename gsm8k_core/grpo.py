@@ -1,0 +1,252 @@
+"""One optimizer step of the policy-gradient family (GRPO, Shao et al. 2024, and its relatives).
+
+Shapes: `B` completions in a microbatch, `N` in an optimizer step, `T` positions.
+
+The loop scores a microbatch, calls `policy_loss`, calls `backward()` on the result and, at the end
+of the step, adds up the metrics. Losses are shares of the whole step's loss, and metrics are sums
+and counts, so neither depends on how a step is cut into microbatches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from gsm8k_core.config import GrpoMethod
+from gsm8k_core.losses import (
+    LossType,
+    aggregate,
+    cispo_objective,
+    clipped_tokens,
+    compute_policy_gradient_loss,
+    importance_weights,
+    kl_estimate,
+    policy_ratio,
+    ppo_clip_objective,
+    reinforce_objective,
+)
+from gsm8k_core.masking import masked_mean, masked_sum
+
+Metrics = dict[str, float]
+"""`num_tokens`, `num_completions`; `token_sum/x`, to be divided by num_tokens; `step_sum/x`, a sum
+by itself; `max/x`."""
+
+
+def grpo_microbatch_train_step(
+    policy_log_probs: torch.Tensor,
+    response_mask: torch.Tensor,
+    gradient_accumulation_steps: int,
+    loss_type: LossType,
+    raw_rewards: torch.Tensor | None = None,
+    advantages: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    cliprange: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Policy-gradient loss of a microbatch, with `backward()` done.
+
+    Per-token loss of `compute_policy_gradient_loss` (B, T), masked mean over time, mean over the B
+    completions, divided by the accumulation steps. Returns the loss (a detached scalar) and, as
+    metadata, the masked mean of each entry of that function's metadata. A row without response
+    tokens has no mean: the loss is NaN. `policy_loss` is what the training loop uses.
+    """
+    per_token_loss, per_token = compute_policy_gradient_loss(
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+    )
+    loss = masked_mean(per_token_loss, response_mask, dim=-1).mean() / gradient_accumulation_steps
+    loss.backward()
+    metadata = {
+        name: masked_mean(values.float(), response_mask) for name, values in per_token.items()
+    }
+    return loss.detach(), metadata
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What a microbatch's loss needs beside the policy's own log-probs; nothing has a gradient.
+
+    `response_mask` (B, T) is without completions that are left out (`losses.mask_truncated`).
+    """
+
+    advantages: torch.Tensor
+    """(B,)"""
+    response_mask: torch.Tensor
+    """(B, T), bool"""
+    old_log_probs: torch.Tensor | None = None
+    """(B, T), the trainer's before the first update on these rollouts; None on policy, where they
+    are the policy's own."""
+    sampler_log_probs: torch.Tensor | None = None
+    """(B, T), as the engine that sampled the tokens gave them."""
+    ref_log_probs: torch.Tensor | None = None
+    """(B, T), the reference model's."""
+
+
+def policy_loss(
+    policy_log_probs: torch.Tensor,
+    token_entropy: torch.Tensor | None,
+    batch: PolicyBatch,
+    settings: GrpoMethod,
+    normalizer: float,
+) -> tuple[torch.Tensor, Metrics]:
+    """A microbatch's share of the optimizer step's loss: a scalar to call `backward()` on.
+
+    Per token: -objective·(importance weight) + β·KL - (entropy coefficient)·entropy, put together
+    by `losses.aggregate` with `normalizer`, the `losses.step_normalizer` of the whole step. The
+    importance weight, of the old policy over the sampler, does not apply to KL and entropy.
+    `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the settings ask for
+    something that is not given, or for an entropy bonus of an entropy without gradient.
+    """
+    mask = batch.response_mask
+    advantages = batch.advantages[:, None]
+    # On policy the old log-probs are the new ones: the ratio is exactly 1 (its gradient is not 0).
+    old = policy_log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    ratio = policy_ratio(policy_log_probs, old, mask, settings.ratio_level)
+    per_token_loss = -_objective(policy_log_probs, ratio, advantages, settings)
+    metrics = _count(mask) | _ratio_metrics(ratio, advantages, mask, settings)
+
+    if settings.importance_correction != "none":
+        weight = importance_weights(
+            old,
+            _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs"),
+            mask,
+            settings.importance_correction,
+            settings.importance_mode,
+            settings.importance_bound,
+        )
+        per_token_loss = per_token_loss * weight
+        metrics |= _token_sum("importance_weight", weight, mask)
+    if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
+        _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
+    if batch.ref_log_probs is not None:
+        kl = kl_estimate(policy_log_probs, batch.ref_log_probs, settings.kl_estimator)
+        if settings.kl_placement == "loss":
+            per_token_loss = per_token_loss + settings.kl_coefficient * kl
+        metrics |= _token_sum("kl", kl, mask)
+    if settings.entropy_coefficient > 0:
+        entropy = _given(token_entropy, "entropy_coefficient", "token_entropy")
+        if policy_log_probs.requires_grad and not entropy.requires_grad:
+            raise ValueError("entropy_coefficient needs a token_entropy with a gradient")
+        per_token_loss = per_token_loss - settings.entropy_coefficient * entropy
+    if token_entropy is not None:
+        metrics |= _token_sum("entropy", token_entropy, mask)
+
+    loss = aggregate(per_token_loss, mask, settings.aggregation, normalizer=normalizer)
+    return loss, metrics | {"step_sum/loss": loss.item()}
+
+
+def _objective(
+    policy_log_probs: torch.Tensor,
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    settings: GrpoMethod,
+) -> torch.Tensor:
+    if settings.objective == "ppo_clip":
+        return ppo_clip_objective(
+            ratio, advantages, settings.clip_low, settings.clip_high, settings.dual_clip
+        )
+    if settings.objective == "cispo":
+        return cispo_objective(
+            ratio, advantages, policy_log_probs, settings.clip_low, settings.clip_high
+        )
+    return reinforce_objective(policy_log_probs, advantages)
+
+
+def _given(tensor: torch.Tensor | None, setting: str, name: str) -> torch.Tensor:
+    if tensor is None:
+        raise ValueError(f"{setting} needs {name}, which are not given")
+    return tensor
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def _count(mask: torch.Tensor) -> Metrics:
+    return {
+        "num_tokens": float(mask.sum()),
+        "num_completions": float(mask.bool().any(dim=-1).sum()),
+    }
+
+
+def _token_sum(name: str, values: torch.Tensor, mask: torch.Tensor) -> Metrics:
+    return {f"token_sum/{name}": masked_sum(values.detach().float(), mask).item()}
+
+
+def _ratio_metrics(
+    ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, settings: GrpoMethod
+) -> Metrics:
+    """Ratio, and share of tokens clipped below and above; `reinforce` uses no ratio, so has none.
+
+    CISPO clips the weight whatever the advantage's sign.
+    """
+    if settings.objective == "reinforce":
+        return {}
+    ratio = ratio.detach()
+    if settings.objective == "cispo":
+        below, above = ratio < 1.0 - settings.clip_low, ratio > 1.0 + settings.clip_high
+    else:
+        below, above = clipped_tokens(ratio, advantages, settings.clip_low, settings.clip_high)
+    in_mask = ratio[mask.bool()]
+    return (
+        _token_sum("ratio", ratio, mask)
+        | _token_sum("clip_fraction_low", below, mask)
+        | _token_sum("clip_fraction_high", above, mask)
+        | {"max/ratio": in_mask.max().item() if in_mask.numel() else 0.0}
+    )
+
+
+def add_metrics(parts: Iterable[Metrics]) -> Metrics:
+    """Metrics of several microbatches as those of one: sums added, the largest of maxima."""
+    total: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in total:
+                total[name] = value
+            elif name.startswith("max/"):
+                total[name] = max(total[name], value)
+            else:
+                total[name] += value
+    return total
+
+
+def summarize_metrics(total: Metrics) -> dict[str, float]:
+    """Means per token, sums and maxima under their plain names, from the total of a step.
+
+    A mean over no token is NaN. Maxima are called `x_max`.
+    """
+    num_tokens = total["num_tokens"]
+    summary: dict[str, float] = {}
+    for name, value in total.items():
+        kind, _, plain = name.rpartition("/")
+        if kind == "token_sum":
+            summary[plain] = value / num_tokens if num_tokens else math.nan
+        elif kind == "max":
+            summary[f"{plain}_max"] = value
+        else:
+            summary[plain] = value
+    return summary
+
+
+def sampler_gap(
+    trainer_log_probs: torch.Tensor, sampler_log_probs: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """How far the trainer's log-probs (N, T) are from the sampler's, on the same tokens.
+
+    - `sampler_gap_mean`, `sampler_gap_max`: of |log π_trainer - log π_sampler| per token, in nats;
+    - `effective_sample_size`: (Σw)² / (N·Σw²) for the completions' weights w = π_trainer/π_sampler;
+      1 where both agree, 1/N where one completion carries all the weight (Kong 1992).
+    Completions without true entries in the mask do not count. Raises ValueError if none has any.
+    """
+    counted = mask.bool().any(dim=-1)
+    if not bool(counted.any()):
+        raise ValueError("the mask selects no token: there is no gap to measure")
+    gap = (trainer_log_probs - sampler_log_probs).detach().double()
+    absolute = gap.abs()[mask.bool()]
+    log_weight = masked_sum(gap, mask, dim=-1)[counted]
+    log_size = 2 * log_weight.logsumexp(dim=0) - (2 * log_weight).logsumexp(dim=0)
+    return {
+        "sampler_gap_mean": absolute.mean().item(),
+        "sampler_gap_max": absolute.max().item(),
+        "effective_sample_size": log_size.exp().item() / len(log_weight),
+    }

@@ -1,0 +1,281 @@
+"""The parts of policy-gradient losses, each a function of tensors.
+
+Shapes: `B` completions in a microbatch, `T` positions, `N` completions of an optimizer step.
+Per-token tensors are (B, T); advantages (B, 1). An *objective* is to be made larger, a *loss*
+smaller. A named method is a choice of these parts: ratio, objective, KL, aggregation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from gsm8k_core.errors import TrainingError
+from gsm8k_core.masking import masked_sum
+
+Level = Literal["token", "sequence"]
+Aggregation = Literal["sequence_mean", "token_mean", "constant"]
+KlEstimator = Literal["k1", "k2", "k3"]
+BoundMode = Literal["truncate", "mask"]
+LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
+LossMetadata = dict[str, torch.Tensor]
+
+# ---------------------------------------------------------------------------------- whole losses
+
+
+def compute_naive_policy_gradient_loss(
+    raw_rewards_or_advantages: torch.Tensor, policy_log_probs: torch.Tensor
+) -> torch.Tensor:
+    """-A·log π per token (B, T), for rewards or advantages (B, 1) (Williams 1992)."""
+    return -reinforce_objective(policy_log_probs, raw_rewards_or_advantages)
+
+
+def compute_grpo_clip_loss(
+    advantages: torch.Tensor,
+    policy_log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    cliprange: float,
+) -> tuple[torch.Tensor, LossMetadata]:
+    """-min(ρ·A, clip(ρ, 1 ± cliprange)·A) per token (B, T) (Schulman et al. 2017, eq. 7).
+
+    `advantages` (B, 1), log-probs (B, T). Metadata, per token (B, T): `ratio`, and `is_clipped`,
+    true where the clipped term is the smaller one and no gradient flows.
+    """
+    everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
+    ratio = policy_ratio(policy_log_probs, old_log_probs, everywhere, "token")
+    loss = -ppo_clip_objective(ratio, advantages, cliprange, cliprange)
+    below, above = clipped_tokens(ratio, advantages, cliprange, cliprange)
+    return loss, {"ratio": ratio.detach(), "is_clipped": below | above}
+
+
+def compute_policy_gradient_loss(
+    policy_log_probs: torch.Tensor,
+    loss_type: LossType,
+    raw_rewards: torch.Tensor | None = None,
+    advantages: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    cliprange: float | None = None,
+) -> tuple[torch.Tensor, LossMetadata]:
+    """One of three per-token losses (B, T), with its metadata.
+
+    `no_baseline` needs raw_rewards (B, 1); `reinforce_with_baseline` advantages (B, 1); `grpo_clip`
+    advantages, old_log_probs (B, T) and cliprange. Raises ValueError that names what is missing.
+    """
+    if loss_type == "no_baseline":
+        if raw_rewards is None:
+            raise ValueError("loss_type no_baseline needs raw_rewards")
+        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
+    if loss_type == "reinforce_with_baseline":
+        if advantages is None:
+            raise ValueError("loss_type reinforce_with_baseline needs advantages")
+        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    if loss_type == "grpo_clip":
+        if advantages is None or old_log_probs is None or cliprange is None:
+            raise ValueError("loss_type grpo_clip needs advantages, old_log_probs and cliprange")
+        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+    raise ValueError(
+        f"unknown loss_type '{loss_type}': expected no_baseline, reinforce_with_baseline, grpo_clip"
+    )
+
+
+# --------------------------------------------------------------------------------- ratio, objective
+
+
+def policy_ratio(
+    policy_log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor, level: Level
+) -> torch.Tensor:
+    """π/π_old per token (B, T); 1 outside the mask.
+
+    - `token`: the token's own ratio (PPO, GRPO);
+    - `sequence`: (π(y)/π_old(y))^(1/|y|), the same value at every token of a completion, with the
+      gradient of the token's own log-prob (GSPO, Zheng et al. 2025, eq. 7 and 14: summed over the
+      tokens, the gradient is that of eq. 7 times |y|).
+    """
+    log_ratio = _masked_difference(policy_log_probs, old_log_probs, mask)
+    if level == "token":
+        return log_ratio.exp()
+    if level == "sequence":
+        lengths = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        of_sequence = (log_ratio.sum(dim=-1, keepdim=True) / lengths).detach()
+        in_mask = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_ratio))
+        # What is in brackets is exactly 0 and carries the gradient of the token's log-prob.
+        return (in_mask + (log_ratio - log_ratio.detach())).exp()
+    raise ValueError(f"unknown ratio level '{level}': expected token, sequence")
+
+
+def ppo_clip_objective(
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> torch.Tensor:
+    """min(ρ·A, clip(ρ, 1 - clip_low, 1 + clip_high)·A) (B, T), for advantages (B, 1).
+
+    Schulman et al. 2017, eq. 7, with the two bounds apart (DAPO, Yu et al. 2025, §3.1). With
+    `dual_clip` c > 1 the objective of a negative advantage is at least c·A (Ye et al. 2020).
+    """
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is None:
+        return objective
+    bounded = torch.maximum(objective, dual_clip * advantages)
+    return torch.where(advantages < 0, bounded, objective)
+
+
+def cispo_objective(
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    policy_log_probs: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> torch.Tensor:
+    """sg[clip(ρ, 1 - clip_low, 1 + clip_high)]·A·log π (B, T): no token loses its gradient.
+
+    MiniMax-M1 (2025), eq. 4 and 5. A clip_low of 1 or more leaves the ratio unbounded below.
+    """
+    weight = ratio.detach().clamp(1.0 - clip_low, 1.0 + clip_high)
+    return weight * advantages * policy_log_probs
+
+
+def reinforce_objective(policy_log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """A·log π (B, T), for advantages (B, 1) (Williams 1992)."""
+    return advantages * policy_log_probs
+
+
+def clipped_tokens(
+    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where PPO's clipped term is the smaller one: below the range, above it; bool (B, T) each.
+
+    A ratio below the range is clipped only for a negative advantage, one above only for a positive.
+    """
+    ratio = ratio.detach()
+    return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
+
+
+# ----------------------------------------------------------------------------------- KL divergence
+
+
+def kl_estimate(
+    policy_log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kind: KlEstimator
+) -> torch.Tensor:
+    """Estimate per token (B, T) of KL(π ‖ π_ref) from tokens of π (Schulman 2020, "Approximating").
+
+    With d = log π - log π_ref: k1 = d, k2 = d²/2, k3 = exp(-d) + d - 1. As values k1 and k3 are
+    unbiased, k2 is not. As losses on samples of π it is otherwise: the gradient of k1 has mean 0
+    (it regularizes nothing), that of k2 has the gradient of KL(π ‖ π_ref) as its mean, and that of
+    k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π).
+    """
+    difference = policy_log_probs - ref_log_probs
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    if kind == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"unknown KL estimator '{kind}': expected k1, k2, k3")
+
+
+# ------------------------------------------------------------------------------------- aggregation
+
+
+def aggregate(
+    per_token_loss: torch.Tensor, mask: torch.Tensor, how: Aggregation, *, normalizer: float
+) -> torch.Tensor:
+    """One number from the losses (B, T) of a microbatch: its share of the optimizer step's loss.
+
+    `normalizer` is `step_normalizer` of the whole step, so that the shares, and their gradients,
+    add up to the same whatever the microbatch size and the number of ranks.
+    - `sequence_mean`: mean over each completion, then over completions (GRPO, DeepSeekMath eq. 3);
+    - `token_mean`: mean over all tokens of the step (DAPO, eq. 8);
+    - `constant`: sum over tokens over a fixed length, mean over completions (Dr. GRPO, §3.2).
+    A row without true entries in the mask adds nothing. Raises TrainingError if the normalizer is
+    not above 0, which is a step with nothing to learn from.
+    """
+    if normalizer <= 0:
+        raise TrainingError(
+            "no completion counts in this optimizer step (all are masked as truncated?): skip it, "
+            "raise max_new_tokens or set mask_truncated: false"
+        )
+    if how == "sequence_mean":
+        lengths = mask.sum(dim=-1).clamp(min=1)
+        return (masked_sum(per_token_loss, mask, dim=-1) / lengths).sum() / normalizer
+    if how in ("token_mean", "constant"):
+        return masked_sum(per_token_loss, mask) / normalizer
+    raise ValueError(f"unknown aggregation '{how}': expected sequence_mean, token_mean, constant")
+
+
+def step_normalizer(how: Aggregation, mask: torch.Tensor, constant: float) -> float:
+    """What `aggregate` divides by, from the mask (N, T) of every completion of an optimizer step.
+
+    `sequence_mean`: completions with a true entry; `token_mean`: true entries; `constant`: such
+    completions times `constant` (`max_new_tokens`). Normalizers of parts add up, so ranks sum
+    theirs. Completions masked as truncated count nowhere.
+    """
+    if how == "token_mean":
+        return float(mask.sum())
+    num_completions = float(mask.bool().any(dim=-1).sum())
+    if how == "sequence_mean":
+        return num_completions
+    if how == "constant":
+        return num_completions * constant
+    raise ValueError(f"unknown aggregation '{how}': expected sequence_mean, token_mean, constant")
+
+
+def mask_truncated(response_mask: torch.Tensor, truncated: torch.Tensor) -> torch.Tensor:
+    """`response_mask` (B, T) without the rows where `truncated` (B,) is true (DAPO, §3.4).
+
+    Used for both `step_normalizer` and `aggregate`, it takes them out of both parts of the mean.
+    """
+    return response_mask.bool() & ~truncated.bool()[:, None]
+
+
+# ------------------------------------------------------------------- corrections of weight, reward
+
+
+def importance_weights(
+    trainer_log_probs: torch.Tensor,
+    sampler_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    level: Level,
+    mode: BoundMode,
+    bound: float,
+) -> torch.Tensor:
+    """Trainer's over sampler's probability, bounded and detached: (B, T), 1 outside the mask.
+
+    The engine that samples and the one that trains give the same token slightly different
+    probabilities; this weight corrects for it (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"). `level`: of each token, or of the whole completion
+    (the product over its tokens) at every token of it. `mode`: `truncate` takes a weight above
+    `bound` to `bound`, `mask` to 0.
+    """
+    log_weight = _masked_difference(trainer_log_probs, sampler_log_probs, mask).detach()
+    if level == "sequence":
+        of_sequence = log_weight.sum(dim=-1, keepdim=True)
+        log_weight = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_weight))
+    elif level != "token":
+        raise ValueError(f"unknown level '{level}': expected token, sequence")
+    weight = log_weight.exp()
+    if mode == "truncate":
+        return weight.clamp(max=bound)
+    if mode == "mask":
+        return torch.where(weight > bound, torch.zeros_like(weight), weight)
+    raise ValueError(f"unknown mode '{mode}': expected truncate, mask")
+
+
+def soft_overlong_penalty(lengths: torch.Tensor, max_new_tokens: int, buffer: int) -> torch.Tensor:
+    """Addition to the reward (N,) that falls from 0 to -1 over the last `buffer` tokens.
+
+    `lengths` (N,) in tokens. 0 up to max_new_tokens - buffer, -1 from max_new_tokens on, linear
+    between (DAPO, Yu et al. 2025, eq. 13). A buffer of 0 penalizes only lengths above the limit.
+    """
+    start = max_new_tokens - buffer
+    linear = (start - lengths.float()) / max(buffer, 1)
+    return linear.clamp(min=-1.0, max=0.0)
+
+
+def _masked_difference(left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    difference = left - right
+    return torch.where(mask.bool(), difference, torch.zeros_like(difference))

@@ -1,0 +1,121 @@
+"""Who made a result, with what and where. Never the whole environment, so never a secret."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACKED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft")
+ALLOWED_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES",
+    "GSM8K_LOG_LEVEL",
+    "HF_HUB_OFFLINE",
+    "LANG",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "PYTHONHASHSEED",
+    "SLURM_JOB_ID",
+)
+
+
+def utc_now() -> str:
+    """Now, in UTC, as ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def run_command(*command: str, cwd: Path = ROOT) -> str | None:
+    """Standard output of a command, stripped; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def git_state() -> dict[str, Any]:
+    """Commit, and a digest of what differs from it (null commit outside a checkout)."""
+    commit = run_command("git", "rev-parse", "HEAD")
+    difference = run_command("git", "diff", "HEAD") if commit else None
+    return {
+        "commit": commit,
+        "dirty": bool(difference),
+        "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the library and the scripts, by name and content."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "gsm8k_core", ROOT / "scripts"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that numbers depend on."""
+    versions = {}
+    for name in TRACKED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def host_facts() -> dict[str, Any]:
+    """Machine, memory and GPUs, as the operating system and the driver tell them."""
+    gpus = run_command(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+    )
+    return {
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "logical_cpus": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus.split("\n") if gpus else [],
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").split("\n"):
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, Any]:
+    """What stands in every stage's own manifest: code, packages, machine, time."""
+    return {
+        "written": utc_now(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "git": git_state(),
+        "code_digest": code_digest(),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "environment": {k: os.environ[k] for k in ALLOWED_ENVIRONMENT if k in os.environ},
+    }
+
+
+def installed_packages() -> list[str]:
+    """`name==version` of everything installed, sorted."""
+    pairs = {
+        f"{distribution.metadata['Name']}=={distribution.version}"
+        for distribution in importlib.metadata.distributions()
+        if distribution.metadata["Name"]
+    }
+    return sorted(pairs, key=str.lower)

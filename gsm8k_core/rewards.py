@@ -1,0 +1,104 @@
+"""Reward functions: exact answer, format, length, and the user's own.
+
+A component is a number by itself, logged by its own name; `reward` is their weighted sum.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from numbers import Real
+
+from gsm8k_core.answers import Marker, Mode, extract_answer, parse_gold
+from gsm8k_core.config import LengthRewardSettings, RewardSettings
+from gsm8k_core.errors import TrainingError
+
+RewardFn = Callable[[str, str, int], dict[str, float]]
+"""(completion, gold, number of completion tokens) -> components and their weighted sum."""
+CustomRewardFn = Callable[[str, str], float]
+"""(completion, gold) -> a number."""
+
+
+def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
+    """1 for the exact answer after `####`, else 0.
+
+    Returns `reward` (equal to `answer_reward`), `format_reward` (1 where a number follows the
+    marker, right or wrong) and `answer_reward`. Raises DataError when `ground_truth` is no number.
+    """
+    components = answer_components(response, ground_truth, "strict", "####")
+    return {"reward": components["answer_reward"], **components}
+
+
+def answer_components(completion: str, gold: str, mode: Mode, marker: Marker) -> dict[str, float]:
+    """`format_reward` (a number follows the marker) and `answer_reward` (right under `mode`)."""
+    strict = extract_answer(completion, "strict", marker)
+    answer = strict if mode == "strict" else extract_answer(completion, mode, marker)
+    return {
+        "format_reward": float(strict is not None),
+        "answer_reward": float(answer == parse_gold(gold)),
+    }
+
+
+def length_reward(num_tokens: int, shaping: LengthRewardSettings) -> float:
+    """0 up to `start` tokens, −1 from `end` on, linear between."""
+    share = (num_tokens - shaping.start) / (shaping.end - shaping.start)
+    return -min(max(share, 0.0), 1.0)
+
+
+def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
+    """The reward function that a method asks for.
+
+    It returns `reward`, `answer_reward`, `format_reward`, and `length_reward` and `custom_reward`
+    where the settings name them. Raises TrainingError now when the custom function cannot be
+    imported, and when called if it raises or returns what is not a finite number.
+    """
+    shaping = settings.length_shaping
+    custom = None if settings.custom is None else import_reward(settings.custom)
+
+    def reward_fn(completion: str, gold: str, num_tokens: int) -> dict[str, float]:
+        components = answer_components(completion, gold, settings.grading, marker)
+        reward = (
+            settings.answer * components["answer_reward"]
+            + settings.format * components["format_reward"]
+        )
+        if shaping is not None:
+            components["length_reward"] = length_reward(num_tokens, shaping)
+            reward += settings.length * components["length_reward"]
+        if custom is not None:
+            value = call_custom(custom, str(settings.custom), completion, gold)
+            components["custom_reward"] = value
+            reward += settings.custom_weight * value
+        return {"reward": reward, **components}
+
+    return reward_fn
+
+
+def import_reward(path: str) -> CustomRewardFn:
+    """The function at `module:function`. Raises TrainingError that says what could not be found."""
+    module_name, _, function_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise TrainingError(
+            f"reward.custom {path!r}: cannot import {module_name!r} "
+            f"({type(error).__name__}: {error}); put its folder on PYTHONPATH"
+        ) from error
+    function: CustomRewardFn | None = getattr(module, function_name, None)
+    if function is None or not callable(function):
+        raise TrainingError(
+            f"reward.custom {path!r}: {module_name!r} has no function {function_name!r}"
+        )
+    return function
+
+
+def call_custom(function: CustomRewardFn, path: str, completion: str, gold: str) -> float:
+    """Call a custom reward and check what it returns. Raises TrainingError."""
+    where = f"reward.custom {path!r} on the completion {completion[:80]!r} (gold {gold!r})"
+    try:
+        value = function(completion, gold)
+    except Exception as error:  # the user's code may raise anything
+        raise TrainingError(f"{where}: raised {type(error).__name__}: {error}") from error
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise TrainingError(f"{where}: returned {value!r:.80}, expected a finite number")
+    return float(value)

@@ -1,0 +1,354 @@
+"""What every trainer does besides its loss: set up, step, log, validate, checkpoint, resume, save.
+
+The loops themselves stand in `scripts/train_*.py`. A run's folder:
+
+    settings.json        all that decides the run
+    model/               the trained weights and tokenizer
+    train/metrics.jsonl  one row a step
+    train/summary.json   seconds, tokens, peak memory, provenance
+    state/               checkpoints of an unfinished run; gone when it has finished
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from gsm8k_core import checkpoints
+from gsm8k_core.answers import is_correct
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings, dump
+from gsm8k_core.engines.base import Engine, Request
+from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.errors import TrainingError
+from gsm8k_core.files import Json, atomic_path, read_json, seed_from, write_json
+from gsm8k_core.manifest import provenance
+from gsm8k_core.models import autocast, load_model, load_tokenizer, resolve_device, save_model
+from gsm8k_core.problems import Problem
+from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.tracking import MetricsLog
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
+    """The learning rate of optimizer step `update` (from 0) of `num_updates`.
+
+    A pure function of the step, so a resumed run needs no scheduler state: linear warm-up, then
+    constant, linear or cosine decay (Loshchilov & Hutter 2017, eq. 5) to the minimum.
+    """
+    num_warmup = round(settings.warmup_fraction * num_updates)
+    if update < num_warmup:
+        return settings.learning_rate * (update + 1) / num_warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (update - num_warmup) / max(1, num_updates - num_warmup)
+    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    floor = settings.min_learning_rate_fraction
+    return settings.learning_rate * (floor + (1.0 - floor) * left)
+
+
+def endless_order(num_items: int, seed: int) -> Iterator[int]:
+    """Indices of a shuffled list, shuffled anew each time round; the same for the same seed."""
+    epoch = 0
+    while True:
+        order = list(range(num_items))
+        random.Random(seed_from(seed, "order", epoch)).shuffle(order)
+        yield from order
+        epoch += 1
+
+
+def take(items: Sequence[Item], order: Iterator[int], count: int) -> list[Item]:
+    """The next `count` items in `order`."""
+    return [items[next(order)] for _ in range(count)]
+
+
+def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over what is trained; weight decay on matrices only."""
+    parameters = checkpoints.trained_parameters(model).values()
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+
+
+def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
+    """The model with low-rank adapters, which alone are trained; itself where none are asked for."""
+    if settings.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            lora_dropout=settings.lora.dropout,
+            target_modules=settings.lora.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+class TrainingRun:
+    """Everything around one run's loop. The loop calls `resume`, `update`, `end_step`, `finish`."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        starting_model: Path,
+        output_dir: Path,
+        num_updates: int,
+        num_steps: int,
+        val_problems: list[Problem] | None = None,
+    ) -> None:
+        self.run_settings = settings
+        self.settings: TrainSettings = settings.method_settings
+        self.output_dir = output_dir
+        self.num_updates = num_updates
+        self.num_steps = num_steps
+        self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
+        # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name.
+        torch.manual_seed(seed_from(settings.seed, settings.method, settings.round))
+        self.device = resolve_device(settings.model_settings.gpus)
+        self.tokenizer = load_tokenizer(starting_model)
+        model = load_model(starting_model, self.device)
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_from(settings.seed, "lora"))
+            self.model = add_lora(model, self.settings)
+        self.optimizer = build_optimizer(self.model, self.settings)
+        self.progress: Json = {
+            "settings": dump(settings),
+            "num_updates_done": 0,
+            "num_tokens": 0,
+            "seconds": 0.0,
+            "best_validation": None,
+        }
+        self.started = time.perf_counter()
+        self.metrics: MetricsLog | None = None
+
+    # ------------------------------------------------------------------------------------ resume
+
+    @property
+    def state_dir(self) -> Path:
+        return self.output_dir / "state"
+
+    def resume(self) -> tuple[int, checkpoints.Tensors]:
+        """Go on from the newest checkpoint of the same settings, if there is one.
+
+        Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
+        """
+        found = checkpoints.list_checkpoints(self.state_dir)
+        extra: checkpoints.Tensors = {}
+        step = 0
+        if found:
+            progress = read_json(found[-1] / "progress.json")
+            if progress["settings"] == self.progress["settings"]:
+                self.progress, extra = checkpoints.load_checkpoint(
+                    found[-1], self.model, self.optimizer
+                )
+                step = self.progress["step"]
+                log.info("resuming after step %d of %d", step, self.num_steps)
+            else:
+                log.info("%s is of other settings: starting afresh", self.state_dir)
+                shutil.rmtree(self.state_dir)
+        self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
+        self.started = time.perf_counter() - self.progress["seconds"]
+        return step, extra
+
+    # -------------------------------------------------------------------------------------- steps
+
+    def autocast(self) -> Any:
+        """The context that forwards run in."""
+        return autocast(self.device, self.run_settings.model_settings.dtype)
+
+    def update(self) -> dict[str, float]:
+        """One optimizer step on the accumulated gradient; returns learning rate and gradient norm.
+
+        Raises TrainingError on a gradient that is not finite, before it reaches the weights.
+        """
+        rate = learning_rate_at(self.progress["num_updates_done"], self.num_updates, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parameters = list(checkpoints.trained_parameters(self.model).values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient of update {self.progress['num_updates_done'] + 1} is not finite "
+                f"({norm}): lower learning_rate, or look at the last rows of "
+                f"{self.state_dir / 'metrics.jsonl'}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress["num_updates_done"] += 1
+        return {"learning_rate": rate, "grad_norm": norm}
+
+    def end_step(
+        self, step: int, row: Json, extra: Callable[[], checkpoints.Tensors] | None = None
+    ) -> None:
+        """Validate if due, log `row` as that of `step` (from 1), checkpoint if due."""
+        assert self.metrics is not None, "call resume() before the first step"
+        every = self.settings.validate_every_steps
+        if every and self.val_problems and (step % every == 0 or step == self.num_steps):
+            row = {**row, "validation_accuracy": self._validate(step)}
+        self.progress["seconds"] = time.perf_counter() - self.started
+        self.metrics.append(
+            {
+                "step": step,
+                **row,
+                "num_tokens_total": self.progress["num_tokens"],
+                "seconds_total": round(self.progress["seconds"], 3),
+            }
+        )
+        if step % self.settings.checkpoint_every_steps == 0 and step < self.num_steps:
+            checkpoints.save_checkpoint(
+                self.state_dir,
+                step,
+                self.model,
+                self.optimizer,
+                self.progress,
+                extra=extra() if extra else None,
+                keep=self.settings.keep_checkpoints,
+            )
+
+    def _validate(self, step: int) -> float:
+        method = self.run_settings.method_settings
+        accuracy = greedy_accuracy(
+            self.engine(),
+            self.val_problems,
+            self.run_settings.prompt,
+            self.tokenizer,
+            max_new_tokens=getattr(method, "max_new_tokens", 256),
+        )
+        best = self.progress["best_validation"]
+        if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
+            self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
+            self._save_weights(self.state_dir / "best")
+        return accuracy
+
+    def engine(self) -> Engine:
+        """An engine that samples from the weights in training."""
+        return HfEngine(
+            self.model,
+            self.tokenizer,
+            self.run_settings.model_settings.completions_per_batch,
+            forward_context=self.autocast,
+        )
+
+    # -------------------------------------------------------------------------------------- finish
+
+    def _save_weights(self, folder: Path) -> None:
+        model = self.model
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            if self.settings.lora is not None:
+                import copy
+
+                model = copy.deepcopy(model).merge_and_unload()
+            save_model(model, self.tokenizer, temporary)
+
+    def finish(self, summary: Json) -> None:
+        """Write model, metrics, summary and settings, then drop the checkpoints."""
+        assert self.metrics is not None
+        self.metrics.close()
+        best = self.progress["best_validation"]
+        if best is None:
+            self._save_weights(self.output_dir / "model")
+        else:
+            log.info("keeping step %d: validation accuracy %.3f", best["step"], best["accuracy"])
+            with atomic_path(self.output_dir / "model") as temporary:
+                shutil.copytree(self.state_dir / "best", temporary)
+        with atomic_path(self.output_dir / "train" / "metrics.jsonl") as temporary:
+            shutil.copyfile(self.state_dir / "metrics.jsonl", temporary)
+        settings = self.run_settings
+        write_json(self.output_dir / "settings.json", settings.model_dump(by_alias=True))
+        write_json(
+            self.output_dir / "train" / "summary.json",
+            {
+                "model": settings.model,
+                "method": settings.method,
+                "parent": settings.parent,
+                "seed": settings.seed,
+                "round": settings.round,
+                "num_steps": self.num_steps,
+                "num_updates": self.progress["num_updates_done"],
+                "num_tokens": self.progress["num_tokens"],
+                "seconds_training": round(time.perf_counter() - self.started, 3),
+                "peak_memory_mb": peak_memory_mb(self.device),
+                "device": device_name(self.device),
+                "best_validation": best,
+                **summary,
+                "provenance": provenance(),
+            },
+        )
+        shutil.rmtree(self.state_dir)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Make every forward deterministic, also in train mode (which gradient checkpointing needs)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+
+
+def greedy_accuracy(
+    engine: Engine,
+    problems: list[Problem],
+    prompt: PromptSettings,
+    tokenizer: Any,
+    max_new_tokens: int,
+) -> float:
+    """Share of `problems` whose greedy completion is right by the strict grade."""
+    requests = [
+        Request(
+            prompt_token_ids(render_prompt(problem.question, prompt, tokenizer), prompt, tokenizer),
+            seeds=[0],
+            temperature=0.0,
+            max_new_tokens=max_new_tokens,
+        )
+        for problem in problems
+    ]
+    completions = engine.generate(requests)
+    right = [
+        is_correct(completion.text, problem.gold, "strict", prompt.answer_marker)
+        for problem, (completion,) in zip(problems, completions, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Most memory so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

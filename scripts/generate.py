@@ -1,0 +1,199 @@
+"""Store a model's completions on a suite: tokens, text, finish reason. Grading comes after.
+
+Every completion's random stream depends on (seed, suite, problem, sample) alone. Finished problems
+are kept in `<output>.partial`, so a killed job goes on where it was.
+
+    python scripts/generate.py --model-name tiny-qwen2 --method grpo --suite arithmetic --seed 0 \\
+        --model /tmp/grpo/model --data artifacts/arithmetic/test.jsonl \\
+        --output /tmp/grpo/completions/arithmetic.jsonl --stats /tmp/grpo/arithmetic.stats.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gsm8k_core.cli import parser, progress, run_script, settings_from
+from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_config
+from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import Json, iter_jsonl, seed_from, write_json, write_jsonl
+from gsm8k_core.manifest import provenance
+from gsm8k_core.models import autocast, load_model, load_tokenizer, resolve_device
+from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.training import device_name, peak_memory_mb
+
+log = logging.getLogger("generate")
+
+# Problems between two writes of the partial file, in engine batches: what a kill can lose.
+BATCHES_PER_CHUNK = 2
+
+
+def select_problems(path: Path, suite: SuiteSettings) -> list[Problem]:
+    """The suite's problems: shuffled if it says so, then the first `limit`."""
+    problems = read_problems(path)
+    if suite.shuffle_seed is not None:
+        random.Random(suite.shuffle_seed).shuffle(problems)
+    return problems[: suite.limit]
+
+
+def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any) -> list[Request]:
+    """The greedy completion and the samples that the suite asks of one problem."""
+    suite = settings.suite_settings
+    text = render_prompt(problem.question, settings.prompt, tokenizer)
+    prompt_ids = prompt_token_ids(text, settings.prompt, tokenizer)
+    seeds = [
+        seed_from(settings.seed, settings.suite, problem.id, k) for k in range(suite.num_samples)
+    ]
+    requests = []
+    if suite.greedy:
+        requests.append(Request(prompt_ids, [0], 0.0, suite.max_new_tokens, suite.stop))
+    if seeds:
+        requests.append(
+            Request(prompt_ids, seeds, suite.temperature, suite.max_new_tokens, suite.stop)
+        )
+    return requests
+
+
+def completion_rows(
+    problem: Problem, requests: list[Request], completions: list[list[Completion]]
+) -> list[Json]:
+    return [
+        {
+            "problem_id": problem.id,
+            "decoding": "greedy" if request.temperature == 0.0 else "sample",
+            "sample_index": sample_index,
+            "gold": problem.gold,
+            "completion": completion.text,
+            "token_ids": completion.token_ids,
+            "num_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+        for request, group in zip(requests, completions, strict=True)
+        for sample_index, completion in enumerate(group)
+    ]
+
+
+def read_partial(path: Path, settings: EvaluationSettings) -> dict[str, Json]:
+    """Problems that a killed job had finished under the same settings, by id.
+
+    Cuts off a torn last line, and drops the file when it is of other settings.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rfind(b"\n") + 1])
+    rows = list(iter_jsonl(path))
+    if not rows or rows[0].get("settings") != dump(settings):
+        path.unlink()
+        return {}
+    return {row["problem_id"]: row for row in rows[1:]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow gives them")
+    arguments.add_argument("--config", nargs="+", type=Path, default=[Path("config.yaml")])
+    arguments.add_argument("--model-name", help="a model of the config")
+    arguments.add_argument("--method", help="the method that trained it")
+    arguments.add_argument("--suite", help="a suite of the config")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
+    arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
+    arguments.add_argument("--output", type=Path, required=True, help="completions, JSONL")
+    arguments.add_argument("--stats", type=Path, required=True, help="seconds, tokens, JSON")
+    args = arguments.parse_args(argv)
+
+    if args.settings is not None:
+        settings = settings_from(args.settings, EvaluationSettings)
+    elif args.model_name and args.method and args.suite:
+        config = load_config(args.config[0], args.config[1:])
+        settings = config.evaluation_settings(args.model_name, args.method, args.seed, args.suite)
+    else:
+        raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")
+
+    problems = select_problems(args.data, settings.suite_settings)
+    started = time.perf_counter()
+    device = resolve_device(settings.model_settings.gpus)
+    tokenizer = load_tokenizer(args.model)
+    engine = HfEngine(
+        load_model(args.model, device),
+        tokenizer,
+        settings.model_settings.completions_per_batch,
+        forward_context=lambda: autocast(device, settings.model_settings.dtype),
+    )
+    seconds_loading = time.perf_counter() - started
+
+    partial = args.output.with_name(args.output.name + ".partial")
+    done = read_partial(partial, settings)
+    if done:
+        log.info("going on after %d of %d problems", len(done), len(problems))
+    left = [problem for problem in problems if problem.id not in done]
+    suite = settings.suite_settings
+    completions_per_problem = int(suite.greedy) + suite.num_samples
+    chunk = max(1, BATCHES_PER_CHUNK * engine.batch_size // completions_per_problem)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a", encoding="utf-8", newline="\n") as handle:
+        if not done:
+            handle.write(json.dumps({"settings": dump(settings)}) + "\n")
+        for start in progress(range(0, len(left), chunk), "generating"):
+            chunk_started = time.perf_counter()
+            chosen = left[start : start + chunk]
+            requests = [requests_for(problem, settings, tokenizer) for problem in chosen]
+            completions = iter(engine.generate([r for group in requests for r in group]))
+            seconds = (time.perf_counter() - chunk_started) / len(chosen)
+            for problem, group in zip(chosen, requests, strict=True):
+                done[problem.id] = {
+                    "problem_id": problem.id,
+                    "seconds": seconds,
+                    "num_prompt_tokens": len(group[0].prompt_ids),
+                    "rows": completion_rows(problem, group, [next(completions) for _ in group]),
+                }
+                handle.write(json.dumps(done[problem.id], ensure_ascii=False) + "\n")
+            handle.flush()
+            log.info("%d of %d problems", min(start + chunk, len(left)), len(left))
+
+    rows = [row for problem in problems for row in done[problem.id]["rows"]]
+    write_jsonl(args.output, rows)
+    seconds_generating = sum(done[problem.id]["seconds"] for problem in problems)
+    num_tokens = sum(row["num_tokens"] for row in rows)
+    write_json(
+        args.stats,
+        {
+            "model": settings.model,
+            "method": settings.method,
+            "parent": settings.parent,
+            "seed": settings.seed,
+            "suite": settings.suite,
+            "engine": "transformers",
+            "device": device_name(device),
+            "dtype": settings.model_settings.dtype,
+            "num_problems": len(problems),
+            "num_completions": len(rows),
+            "num_prompt_tokens": sum(done[p.id]["num_prompt_tokens"] for p in problems),
+            "num_completion_tokens": num_tokens,
+            "seconds_loading": round(seconds_loading, 3),
+            "seconds_generating": round(seconds_generating, 3),
+            "tokens_per_second": round(num_tokens / seconds_generating, 1),
+            "peak_memory_mb": peak_memory_mb(device),
+            "settings": settings.model_dump(mode="json", by_alias=True),
+            "provenance": provenance(),
+        },
+    )
+    partial.unlink()
+    log.info(
+        "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
+        len(rows), num_tokens, seconds_generating, num_tokens / seconds_generating,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,256 @@
+"""Grade stored completions: no model, no GPU, rerun for free when grading changes.
+
+Reads the completions that generate.py stored, grades each both ways (`strict`: after the answer
+marker; `flexible`: the last number) and writes one row per completion (Parquet) and one summary
+(JSON). The way named by `grading` is the one that counts; both are kept.
+
+    python scripts/grade.py --settings '{"grading": "strict", "marker": "####"}' \\
+        --completions completions/test.jsonl --stats completions/test.stats.json \\
+        --output metrics/test.json --grades grades/test.parquet
+
+In the summary, `accuracy` is that of the greedy completions (null without them); `pass_at_1` is the
+mean share of correct samples (the greedy accuracy without samples); `pass_at_k` is the unbiased
+estimator of Chen et al. 2021. Lengths, truncation, format and the two accuracies
+`accuracy_strict`, `accuracy_flexible` are those of the greedy completions where there are any.
+
+Departures: lm-evaluation-harness compares texts after removing `,` and `$`; here numbers are
+compared exactly, so `18.00` is 18 and `1, 18` is nothing (see gsm8k_core/answers.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from typing_extensions import TypedDict
+
+from gsm8k_core.answers import extract_answer, parse_gold
+from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
+from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
+
+log = logging.getLogger("grade")
+
+IDENTITY = ("model", "method", "seed", "suite", "parent")
+COPIED = (
+    "engine",
+    "device",
+    "dtype",
+    "seconds_loading",
+    "seconds_generating",
+    "num_prompt_tokens",
+    "num_completion_tokens",
+    "provenance",
+)
+ROW_TYPES: dict[str, type] = {
+    "problem_id": str,
+    "decoding": str,
+    "sample_index": int,
+    "gold": str,
+    "completion": str,
+    "token_ids": list,
+    "num_tokens": int,
+    "finish_reason": str,
+}
+CHOICES = {"decoding": ("greedy", "sample"), "finish_reason": ("stop", "length")}
+GRADES_SCHEMA = {
+    "problem_id": pl.String,
+    "decoding": pl.String,
+    "sample_index": pl.Int64,
+    "correct": pl.Boolean,
+    "correct_strict": pl.Boolean,
+    "correct_flexible": pl.Boolean,
+    "has_format": pl.Boolean,
+    "extracted": pl.String,
+    "num_tokens": pl.Int64,
+    "truncated": pl.Boolean,
+}
+
+
+class Grading(TypedDict):
+    grading: Literal["strict", "flexible"]
+    marker: Literal["####", "boxed"]
+
+
+def check_row(row: Json, where: str) -> None:
+    """Raise DataError that begins with `where` unless `row` is a completion."""
+    for key, kind in ROW_TYPES.items():
+        if key not in row:
+            raise DataError(f"{where}: '{key}' is missing; was this written by generate.py?")
+        if type(row[key]) is not kind:
+            found = type(row[key]).__name__
+            raise DataError(f"{where}: '{key}' should be {kind.__name__}, found {found}")
+    for key, choices in CHOICES.items():
+        if row[key] not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise DataError(f"{where}: '{key}' should be {expected}, found {row[key]!r}")
+    if row["sample_index"] < 0 or row["num_tokens"] < 0:
+        raise DataError(f"{where}: 'sample_index' and 'num_tokens' cannot be negative")
+    if any(type(token) is not int for token in row["token_ids"]):
+        raise DataError(f"{where}: 'token_ids' should hold whole numbers only")
+    if len(row["token_ids"]) != row["num_tokens"]:
+        raise DataError(
+            f"{where}: 'num_tokens' is {row['num_tokens']} but 'token_ids' holds "
+            f"{len(row['token_ids'])}"
+        )
+
+
+def grade_rows(rows: Iterable[Json], source: str, settings: Grading) -> pl.DataFrame:
+    """One graded row per completion, sorted by problem, decoding and sample.
+
+    Raises DataError that names `source` and the row (from 1) for a malformed row, a completion
+    that is there twice, a problem with two gold answers or a gold answer that is no number, and
+    when problems differ in how often they were answered.
+    """
+    grades: list[Json] = []
+    golds: dict[str, tuple[str, Fraction]] = {}
+    seen: dict[tuple[str, str, int], int] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        check_row(row, where)
+        key = (row["problem_id"], row["decoding"], row["sample_index"])
+        if key in seen:
+            raise DataError(f"{where}: the same problem, decoding and sample as row {seen[key]}")
+        seen[key] = number
+        gold_text, gold = golds.setdefault(key[0], (row["gold"], _gold(row["gold"], where)))
+        if gold_text != row["gold"]:
+            raise DataError(
+                f"{where}: gold is {row['gold']!r}, but {gold_text!r} in an earlier row of "
+                f"problem {key[0]!r}"
+            )
+        grades.append(_grade(row, gold, settings))
+    if not grades:
+        raise DataError(f"{source}: no completions; generate them again")
+    frame = pl.DataFrame(grades, schema=GRADES_SCHEMA)
+    _check_balance(frame, source)
+    return frame.sort("problem_id", "decoding", "sample_index")
+
+
+def _gold(text: str, where: str) -> Fraction:
+    try:
+        return parse_gold(text)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _grade(row: Json, gold: Fraction, settings: Grading) -> Json:
+    strict = extract_answer(row["completion"], "strict", settings["marker"])
+    flexible = extract_answer(row["completion"], "flexible", settings["marker"])
+    primary = strict if settings["grading"] == "strict" else flexible
+    return {
+        "problem_id": row["problem_id"],
+        "decoding": row["decoding"],
+        "sample_index": row["sample_index"],
+        "correct": primary == gold,
+        "correct_strict": strict == gold,
+        "correct_flexible": flexible == gold,
+        "has_format": strict is not None,
+        "extracted": None if primary is None else str(primary),
+        "num_tokens": row["num_tokens"],
+        "truncated": row["finish_reason"] == "length",
+    }
+
+
+def _check_balance(frame: pl.DataFrame, source: str) -> None:
+    """Every problem must have been answered equally often, or means would weigh them unequally."""
+    counts = frame.group_by("problem_id").agg(
+        greedy=(pl.col("decoding") == "greedy").sum(),
+        sample=(pl.col("decoding") == "sample").sum(),
+    )
+    counts = counts.sort("problem_id")
+    first = counts.row(0, named=True)
+    for row in counts.iter_rows(named=True):
+        for decoding in ("greedy", "sample"):
+            if row[decoding] != first[decoding]:
+                raise DataError(
+                    f"{source}: problem {row['problem_id']!r} has {row[decoding]} {decoding} "
+                    f"completions, problem {first['problem_id']!r} has {first[decoding]}; "
+                    "generate them again"
+                )
+    if first["greedy"] > 1:
+        raise DataError(f"{source}: {first['greedy']} greedy completions per problem, expected 1")
+
+
+def summarize(grades: pl.DataFrame) -> dict[str, Any]:
+    """Accuracies, pass@k, maj@k, lengths and truncation of graded completions."""
+    greedy = grades.filter(pl.col("decoding") == "greedy")
+    samples = grades.filter(pl.col("decoding") == "sample")
+    main = greedy if greedy.height else samples
+    accuracy = _mean(greedy["correct"]) if greedy.height else None
+    by_problem = samples.group_by("problem_id", maintain_order=True).agg("extracted", "correct")
+    answers, correct = by_problem["extracted"].to_list(), by_problem["correct"].to_list()
+    num_samples = len(correct[0]) if correct else 0
+    num_correct = np.array([sum(row) for row in correct])
+    ks = powers_up_to(num_samples)
+    return {
+        "num_problems": grades["problem_id"].n_unique(),
+        "num_samples": num_samples,
+        "accuracy": accuracy,
+        "accuracy_strict": _mean(main["correct_strict"]),
+        "accuracy_flexible": _mean(main["correct_flexible"]),
+        "pass_at_1": _mean(samples["correct"]) if num_samples else accuracy,
+        "pass_at_k": {str(k): float(pass_at_k(num_samples, num_correct, k).mean()) for k in ks},
+        "maj_at_k": {
+            str(k): float(
+                np.mean([maj_at_k(a, c, k) for a, c in zip(answers, correct, strict=True)])
+            )
+            for k in ks
+        },
+        "mean_completion_tokens": _mean(main["num_tokens"]),
+        "truncated_fraction": _mean(main["truncated"]),
+        "format_fraction": _mean(main["has_format"]),
+    }
+
+
+def _mean(column: pl.Series) -> float:
+    return float(column.cast(pl.Float64).to_numpy().mean())
+
+
+def read_stats(path: Path) -> Json:
+    """What generate.py wrote about a run. Raises DataError when it does not say which run."""
+    stats = read_json(path)
+    missing = [key for key in IDENTITY if not isinstance(stats, dict) or key not in stats]
+    if missing:
+        raise DataError(f"{path}: {', '.join(missing)} missing; was this written by generate.py?")
+    kept: Json = {key: stats[key] for key in IDENTITY}
+    return {**kept, **{key: stats.get(key) for key in COPIED}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--completions", type=Path, required=True, help="completions JSONL")
+    arguments.add_argument("--stats", type=Path, required=True, help="its .stats.json")
+    arguments.add_argument(
+        "--settings",
+        required=True,
+        help='JSON, or a file with it: {"grading": "strict" or "flexible", '
+        '"marker": "####" or "boxed"}',
+    )
+    arguments.add_argument("--output", type=Path, required=True, help="summary to write (JSON)")
+    arguments.add_argument("--grades", type=Path, required=True, help="grades to write (Parquet)")
+    args = arguments.parse_args(argv)
+
+    settings: Grading = settings_from(args.settings, Grading)
+    stats = read_stats(args.stats)
+    grades = grade_rows(iter_jsonl(args.completions), str(args.completions), settings)
+    summary = {**stats, **settings, **summarize(grades)}
+    with atomic_path(args.grades) as temporary:
+        grades.write_parquet(temporary)
+    write_text(
+        args.output, json.dumps(summary, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    )
+    shown = summary["pass_at_1"] if summary["accuracy"] is None else summary["accuracy"]
+    log.info("%s: %.1f %% of %d problems", args.output, 100 * shown, summary["num_problems"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

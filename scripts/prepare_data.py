@@ -1,0 +1,72 @@
+"""Write a dataset as train.jsonl, val.jsonl and test.jsonl with a manifest.
+
+GSM8K comes from a local folder ($GSM8K_DIR or datasets.<name>.path), else the hub at a pinned
+revision, else GitHub at a pinned commit; its content digest must be the pinned one. `arithmetic` is
+generated from its seed.
+
+    python scripts/prepare_data.py --dataset arithmetic --output-dir artifacts/arithmetic
+    GSM8K_DIR=~/gsm8k python scripts/prepare_data.py --dataset gsm8k --output-dir artifacts/gsm8k
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gsm8k_core.arithmetic import make_arithmetic
+from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.config import ArithmeticDataset, DatasetSettings, load_config
+from gsm8k_core.data import content_digest, fetch_gsm8k, split_gsm8k
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import sha256_file, write_json
+from gsm8k_core.manifest import provenance
+from gsm8k_core.problems import write_problems
+
+log = logging.getLogger("prepare_data")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--dataset", required=True, help="its name in the config")
+    arguments.add_argument("--config", type=Path, default=Path("config.yaml"))
+    arguments.add_argument(
+        "--settings", metavar="JSON|FILE", help="the dataset's settings, instead of the config's"
+    )
+    arguments.add_argument("--output-dir", type=Path, required=True)
+    args = arguments.parse_args(argv)
+
+    if args.settings is not None:
+        settings = settings_from(args.settings, DatasetSettings)
+    else:
+        datasets = load_config(args.config).datasets
+        if args.dataset not in datasets:
+            raise ConfigError(f"--dataset: no '{args.dataset}'; there are: {', '.join(datasets)}")
+        settings = datasets[args.dataset]
+
+    if isinstance(settings, ArithmeticDataset):
+        problems, source = make_arithmetic(settings), "generated"
+    else:
+        raw, source = fetch_gsm8k(settings)
+        problems = split_gsm8k(raw, settings.num_val)
+
+    manifest: dict[str, object] = {
+        "dataset": args.dataset,
+        "source": source,
+        "settings": settings.model_dump(mode="json"),
+    }
+    for split, rows in problems.items():
+        path = args.output_dir / f"{split}.jsonl"
+        write_problems(path, rows)
+        manifest[split] = {
+            "num_problems": len(rows),
+            "content_digest": content_digest([problem.to_row() for problem in rows]),
+            "sha256": sha256_file(path),
+        }
+        log.info("%s: %d problems", path, len(rows))
+    write_json(args.output_dir / "manifest.json", {**manifest, "provenance": provenance()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,395 @@
+"""Group-relative policy optimization and its family, on GSM8K-like problems.
+
+Each step: sample a group of completions for some prompts, reward them, turn rewards into
+advantages, and take one or several clipped policy-gradient steps. Which advantage, objective,
+aggregation and corrections is a matter of settings (docs/methods.md maps papers to them).
+
+Departures from DeepSeekMath (Shao et al. 2024): no KL term by default, rewards from the exact answer
+alone, groups with equal rewards have advantage exactly 0.
+
+    python scripts/train_grpo.py --model-name tiny-qwen2 --method grpo --seed 0 \\
+        --starting-model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\
+        --output-dir /tmp/grpo
+
+Started again after a kill, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsm8k_core.advantages import compute_advantages, equal_reward_groups
+from gsm8k_core.cli import add_run_arguments, parser, progress, run_script, run_settings_from
+from gsm8k_core.config import GrpoMethod, RunSettings
+from gsm8k_core.engines.base import Completion, Engine, Request
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import seed_from
+from gsm8k_core.grpo import (
+    Metrics,
+    PolicyBatch,
+    add_metrics,
+    policy_loss,
+    sampler_gap,
+    summarize_metrics,
+)
+from gsm8k_core.losses import kl_estimate, mask_truncated, soft_overlong_penalty, step_normalizer
+from gsm8k_core.masking import masked_sum
+from gsm8k_core.models import load_model
+from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.rewards import RewardFn, build_reward_fn
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
+from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
+
+log = logging.getLogger("train_grpo")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, and what the reward function said of each."""
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    rewards: list[dict[str, float]]
+
+    def has_spread(self) -> bool:
+        return len({reward["reward"] for reward in self.rewards}) > 1
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A step's completions as tensors; N = prompts × group size, completion i of prompt i // G."""
+
+    input_ids: torch.Tensor
+    """(N, T)"""
+    labels: torch.Tensor
+    """(N, T)"""
+    response_mask: torch.Tensor
+    """(N, T), without truncated completions where the method masks them"""
+    lengths: list[int]
+    """(N,) positions that are not padding"""
+    sampler_log_probs: torch.Tensor
+    """(N, T)"""
+    rewards: torch.Tensor
+    """(N,)"""
+    old_log_probs: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
+
+
+def sample_groups(
+    problems: list[Problem],
+    first_draw: int,
+    engine: Engine,
+    reward_fn: RewardFn,
+    run: RunSettings,
+    tokenizer: Any,
+    step: int,
+) -> list[Group]:
+    """One group a problem. Seeds come from (run seed, step, place in the step, sample)."""
+    settings = run.method_settings
+    assert isinstance(settings, GrpoMethod)
+    requests = []
+    for draw, problem in enumerate(problems, start=first_draw):
+        text = render_prompt(problem.question, run.prompt, tokenizer)
+        requests.append(
+            Request(
+                prompt_token_ids(text, run.prompt, tokenizer),
+                [seed_from(run.seed, "rollout", step, draw, k) for k in range(settings.group_size)],
+                settings.temperature,
+                settings.max_new_tokens,
+            )
+        )
+    groups = []
+    for problem, request, completions in zip(
+        problems, requests, engine.generate(requests), strict=True
+    ):
+        rewards = [reward_fn(c.text, problem.gold, len(c.token_ids)) for c in completions]
+        if settings.overlong_buffer:
+            penalties = soft_overlong_penalty(
+                torch.tensor([len(c.token_ids) for c in completions]),
+                settings.max_new_tokens,
+                settings.overlong_buffer,
+            ).tolist()
+            rewards = [
+                {**reward, "overlong_reward": penalty, "reward": reward["reward"] + penalty}
+                for reward, penalty in zip(rewards, penalties, strict=True)
+            ]
+        groups.append(Group(request.prompt_ids, completions, rewards))
+    return groups
+
+
+def collect_groups(
+    problems: list[Problem],
+    order: Iterator[int],
+    engine: Engine,
+    reward_fn: RewardFn,
+    run: RunSettings,
+    tokenizer: Any,
+    step: int,
+) -> tuple[list[Group], int]:
+    """A step's groups, and how many prompts they took.
+
+    With dynamic sampling (DAPO §3.2), groups of equal rewards are set aside and others sampled, for
+    at most `max_refills` rounds; places still empty then are filled from those set aside.
+    """
+    settings = run.method_settings
+    assert isinstance(settings, GrpoMethod)
+    wanted = settings.prompts_per_step
+    kept: list[Group] = []
+    aside: list[Group] = []
+    num_prompts = 0
+    for _ in range(1 + (settings.max_refills if settings.dynamic_sampling else 0)):
+        chosen = take(problems, order, wanted - len(kept))
+        groups = sample_groups(chosen, num_prompts, engine, reward_fn, run, tokenizer, step)
+        num_prompts += len(chosen)
+        for group in groups:
+            if group.has_spread() or not settings.dynamic_sampling:
+                kept.append(group)
+            else:
+                aside.append(group)
+        if len(kept) == wanted:
+            break
+    return kept + aside[: wanted - len(kept)], num_prompts
+
+
+def to_tensors(
+    groups: list[Group], pad_id: int, settings: GrpoMethod, device: torch.device
+) -> Rollouts:
+    """Pad a step's groups into tensors. The sampled ids are used as they are."""
+    prompts = [group.prompt_ids for group in groups for _ in group.completions]
+    completions = [completion for group in groups for completion in group.completions]
+    batch = collate(prompts, [c.token_ids for c in completions], pad_id)
+    sampled = torch.zeros(batch["labels"].shape)
+    sampled[batch["response_mask"]] = torch.tensor([x for c in completions for x in c.log_probs])
+    mask = batch["response_mask"]
+    if settings.mask_truncated:
+        truncated = torch.tensor([c.finish_reason == "length" for c in completions])
+        mask = mask_truncated(mask, truncated)
+    rewards = [reward["reward"] for group in groups for reward in group.rewards]
+    return Rollouts(
+        input_ids=batch["input_ids"].to(device),
+        labels=batch["labels"].to(device),
+        response_mask=mask.to(device),
+        lengths=[len(p) + len(c.token_ids) - 1 for p, c in zip(prompts, completions, strict=True)],
+        sampler_log_probs=sampled.to(device),
+        rewards=torch.tensor(rewards, device=device),
+    )
+
+
+def score_rows(
+    run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts, rows: list[int], **options: Any
+) -> dict[str, torch.Tensor]:
+    """Scores of some rows, cut to their own width: each (len(rows), width)."""
+    width = max(rollouts.lengths[row] for row in rows)
+    settings = run.run_settings.method_settings
+    assert isinstance(settings, GrpoMethod)
+    with run.autocast():
+        return score_responses(
+            model,
+            rollouts.input_ids[rows, :width],
+            rollouts.labels[rows, :width],
+            rollouts.response_mask[rows, :width],
+            temperature=settings.temperature,
+            **options,
+        )
+
+
+@torch.no_grad()
+def score_all(run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor:
+    """Log-probs (N, T) of every completion under `model`, without gradients."""
+    log_probs = torch.zeros_like(rollouts.sampler_log_probs)
+    for rows in split_by_token_budget(rollouts.lengths, run.settings.tokens_per_microbatch):
+        scores = score_rows(run, model, rollouts, rows)["log_probs"]
+        log_probs[rows, : scores.shape[1]] = scores
+    return log_probs
+
+
+def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor) -> Metrics:
+    """All optimizer steps on one batch of rollouts; returns their metrics.
+
+    The trainer's log-probs before the first update are compared with the sampler's.
+    """
+    settings = run.run_settings.method_settings
+    assert isinstance(settings, GrpoMethod)
+    num_rows = len(advantages)
+    minibatch_size = num_rows // settings.minibatches
+    parts: list[Metrics] = []
+    updates: list[dict[str, float]] = []
+    before = rollouts.old_log_probs
+    if before is None:
+        before = torch.zeros_like(rollouts.sampler_log_probs)
+    for _ in range(settings.epochs_per_batch):
+        for start in range(0, num_rows, minibatch_size):
+            minibatch = list(range(start, start + minibatch_size))
+            normalizer = step_normalizer(
+                settings.aggregation, rollouts.response_mask[minibatch], settings.max_new_tokens
+            )
+            if normalizer == 0:
+                log.warning("every completion of a minibatch is truncated and masked: no update")
+                continue
+            lengths = [rollouts.lengths[row] for row in minibatch]
+            for group in split_by_token_budget(lengths, settings.tokens_per_microbatch):
+                rows = [minibatch[i] for i in group]
+                scores = score_rows(
+                    run, run.model, rollouts, rows,
+                    with_entropy=True, entropy_gradient=settings.entropy_coefficient > 0,
+                )  # fmt: skip
+                log_probs = scores["log_probs"]
+                width = log_probs.shape[1]
+                if rollouts.old_log_probs is None:
+                    before[rows, :width] = log_probs.detach()
+                loss, metrics = policy_loss(
+                    log_probs,
+                    scores["token_entropy"],
+                    _cut(rollouts, rows, width, advantages),
+                    settings,
+                    normalizer,
+                )
+                loss.backward()
+                parts.append(metrics)
+            updates.append(run.update())
+    summary = summarize_metrics(add_metrics(parts)) if parts else {}
+    if updates:
+        summary["loss"] /= len(updates)
+        summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
+        summary["learning_rate"] = updates[-1]["learning_rate"]
+        summary |= sampler_gap(before, rollouts.sampler_log_probs, rollouts.response_mask)
+    return summary
+
+
+def _cut(rollouts: Rollouts, rows: list[int], width: int, advantages: torch.Tensor) -> PolicyBatch:
+    def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[rows, :width]
+
+    return PolicyBatch(
+        advantages=advantages[rows],
+        response_mask=rollouts.response_mask[rows, :width],
+        old_log_probs=part(rollouts.old_log_probs),
+        sampler_log_probs=part(rollouts.sampler_log_probs),
+        ref_log_probs=part(rollouts.ref_log_probs),
+    )
+
+
+def rollout_metrics(groups: list[Group], num_prompts: int) -> Metrics:
+    """What a step's completions look like: rewards by component, lengths, truncation."""
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = torch.tensor([float(len(c.token_ids)) for c in completions])
+    ended = torch.tensor([c.finish_reason == "stop" for c in completions])
+    values = torch.tensor([reward["reward"] for reward in rewards])
+    equal = equal_reward_groups(values, len(groups[0].completions))
+    metrics = {
+        "reward_std": float(values.std(correction=0)),
+        "fraction_equal_reward_groups": float(equal.float().mean()),
+        "num_prompts_sampled": num_prompts,
+        "completion_length_mean": float(lengths.mean()),
+        "completion_length_min": float(lengths.min()),
+        "completion_length_max": float(lengths.max()),
+        "completion_length_mean_terminated": float(lengths[ended].mean()),
+        "truncated_fraction": float((~ended).float().mean()),
+    }
+    for name in rewards[0]:
+        metrics[f"{name}_mean"] = sum(reward[name] for reward in rewards) / len(rewards)
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    add_run_arguments(arguments)
+    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
+    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
+    arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
+    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
+    args = arguments.parse_args(argv)
+
+    run_settings = run_settings_from(args)
+    settings = run_settings.method_settings
+    if not isinstance(settings, GrpoMethod):
+        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not grpo")
+    problems = read_problems(args.data)
+    reward_fn = build_reward_fn(settings.reward, run_settings.prompt.answer_marker)
+    updates_per_step = settings.epochs_per_batch * settings.minibatches
+    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
+    run = TrainingRun(
+        run_settings, args.starting_model, args.output_dir,
+        num_updates=settings.num_steps * updates_per_step, num_steps=num_steps,
+        val_problems=read_problems(args.val_data) if args.val_data else None,
+    )  # fmt: skip
+    disable_dropout(run.model)
+    reference = None
+    if settings.kl_coefficient > 0:
+        reference = load_model(args.starting_model, run.device).requires_grad_(False)
+    steps_done, extra = run.resume()
+    if reference is not None and extra:
+        reference.load_state_dict(extra, strict=False)  # tied weights are stored once
+    engine = run.engine()
+    pad_id = pad_token_id(run.tokenizer)
+    order = endless_order(len(problems), seed_from(run_settings.seed, "prompts"))
+    order = itertools.islice(order, run.progress.setdefault("num_prompts_taken", 0), None)
+
+    run.model.train()
+    for step in progress(range(steps_done + 1, num_steps + 1), "GRPO", num_steps, steps_done):
+        started = time.perf_counter()
+        groups, num_prompts = collect_groups(
+            problems, order, engine, reward_fn, run_settings, run.tokenizer, step
+        )
+        run.progress["num_prompts_taken"] += num_prompts
+        rolled_out = time.perf_counter()
+
+        rollouts = to_tensors(groups, pad_id, settings, run.device)
+        if updates_per_step > 1:
+            rollouts = replace(rollouts, old_log_probs=score_all(run, run.model, rollouts))
+        if reference is not None:
+            rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
+        rewards = rollouts.rewards
+        if rollouts.ref_log_probs is not None and settings.kl_placement == "reward":
+            policy = rollouts.old_log_probs
+            policy = score_all(run, run.model, rollouts) if policy is None else policy
+            kl = kl_estimate(policy, rollouts.ref_log_probs, settings.kl_estimator)
+            rewards = rewards - settings.kl_coefficient * masked_sum(
+                kl, rollouts.response_mask, dim=-1
+            )
+        scored = time.perf_counter()
+
+        advantages = compute_advantages(
+            rewards, settings.group_size, settings.advantage, settings.advantage_epsilon
+        )
+        updated = update_policy(run, rollouts, advantages)
+        if reference is not None and settings.reference_refresh_steps:
+            if step % settings.reference_refresh_steps == 0:
+                reference.load_state_dict(run.model.state_dict())
+        ended = time.perf_counter()
+
+        num_tokens = sum(rollouts.lengths) + len(rollouts.lengths)
+        run.progress["num_tokens"] += num_tokens
+        row = rollout_metrics(groups, num_prompts) | updated
+        run.end_step(
+            step,
+            {
+                **row,
+                "seconds_rolling_out": round(rolled_out - started, 4),
+                "seconds_scoring": round(scored - rolled_out, 4),
+                "seconds_updating": round(ended - scored, 4),
+                "tokens_per_second": round(num_tokens / (ended - started), 1),
+            },
+            extra=None if reference is None else lambda: dict(reference.named_parameters()),
+        )
+        if step % 10 == 0 or step == num_steps:
+            log.info("step %d/%d: reward %.3f", step, num_steps, row["reward_mean"])
+    run.finish({"num_prompts": run.progress["num_prompts_taken"]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

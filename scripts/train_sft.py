@@ -1,0 +1,161 @@
+"""Supervised fine-tuning on demonstrations: cross-entropy on the response tokens alone.
+
+Also one round of expert iteration, whose demonstrations are the model's own correct completions
+(`--data` is then what scripts/select_completions.py wrote). The loss is a mean over the response
+tokens of the whole optimizer step, so it does not depend on the microbatch size.
+
+    python scripts/train_sft.py --model-name tiny-qwen2 --method sft --seed 0 \\
+        --starting-model artifacts/models/tiny-qwen2 --data artifacts/arithmetic/train.jsonl \\
+        --output-dir /tmp/sft
+
+Started again after a kill, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsm8k_core.cli import add_run_arguments, parser, progress, run_script, run_settings_from
+from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
+from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.files import iter_jsonl, seed_from
+from gsm8k_core.problems import read_problems
+from gsm8k_core.prompts import demonstration, prompt_token_ids, render_prompt
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.sft import sft_loss
+from gsm8k_core.tokenization import (
+    Batch,
+    collate,
+    collate_packed,
+    pack_examples,
+    pad_token_id,
+    split_by_token_budget,
+)
+from gsm8k_core.training import TrainingRun, endless_order, take
+
+log = logging.getLogger("train_sft")
+Example = tuple[list[int], list[int]]
+
+
+def load_examples(path: Path, run: RunSettings, tokenizer: Any) -> list[Example]:
+    """(prompt ids, response ids) of every demonstration that fits in `max_length`.
+
+    Demonstrations in words get an EOS. What a model sampled is kept as its token ids: decoding and
+    tokenizing again need not give them back.
+    """
+    settings = run.method_settings
+    assert isinstance(settings, SftSettings)
+    pairs: list[tuple[str, list[int]]] = []
+    if isinstance(settings, ExpertIterationMethod):
+        pairs = [(row["question"], row["response_ids"]) for row in iter_jsonl(path)]
+    else:
+        for problem in read_problems(path):
+            text = demonstration(problem, run.prompt)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            pairs.append((problem.question, [*ids, tokenizer.eos_token_id]))
+    examples = []
+    for question, response_ids in progress(pairs, "tokenizing"):
+        text = render_prompt(question, run.prompt, tokenizer)
+        prompt_ids = prompt_token_ids(text, run.prompt, tokenizer)
+        if len(prompt_ids) + len(response_ids) <= settings.max_length:
+            examples.append((prompt_ids, response_ids))
+    if len(examples) < len(pairs):
+        log.warning(
+            "%d of %d demonstrations are longer than max_length %d and left out",
+            len(pairs) - len(examples), len(pairs), settings.max_length,
+        )  # fmt: skip
+    if not examples:
+        raise DataError(
+            f"{path}: none of its {len(pairs)} demonstrations is within max_length "
+            f"{settings.max_length}; raise it (or the parent solved no problem)"
+        )
+    return examples
+
+
+def microbatches(examples: list[Example], settings: SftSettings, pad_id: int) -> list[Batch]:
+    """One optimizer step's examples, cut (or packed) to the token budget."""
+    prompts, responses = [e[0] for e in examples], [e[1] for e in examples]
+    lengths = [len(p) + len(r) - 1 for p, r in examples]
+    if not settings.packing:
+        groups = split_by_token_budget(lengths, settings.tokens_per_microbatch)
+        return [collate([prompts[i] for i in g], [responses[i] for i in g], pad_id) for g in groups]
+    rows = pack_examples(lengths, settings.max_length)
+    widths = [sum(lengths[i] for i in row) for row in rows]
+    groups = split_by_token_budget(widths, settings.tokens_per_microbatch)
+    return [collate_packed(prompts, responses, [rows[i] for i in g], pad_id) for g in groups]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    add_run_arguments(arguments)
+    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
+    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
+    arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
+    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
+    args = arguments.parse_args(argv)
+
+    run_settings = run_settings_from(args)
+    settings = run_settings.method_settings
+    if not isinstance(settings, SftSettings):
+        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not SFT")
+    val_problems = read_problems(args.val_data) if args.val_data else None
+    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
+    run = TrainingRun(
+        run_settings, args.starting_model, args.output_dir,
+        num_updates=settings.num_steps, num_steps=num_steps, val_problems=val_problems,
+    )  # fmt: skip
+    pad_id = pad_token_id(run.tokenizer)
+    examples = load_examples(args.data, run_settings, run.tokenizer)
+    steps_done, _ = run.resume()
+    order = endless_order(
+        len(examples), seed_from(run_settings.seed, run_settings.method, run_settings.round)
+    )
+    order = itertools.islice(order, steps_done * settings.batch_size, None)
+
+    run.model.train()
+    for step in progress(range(steps_done + 1, num_steps + 1), "SFT", num_steps, steps_done):
+        started = time.perf_counter()
+        chosen = take(examples, order, settings.batch_size)
+        batches = microbatches(chosen, settings, pad_id)
+        num_response_tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            on_device = {name: tensor.to(run.device) for name, tensor in batch.items()}
+            with run.autocast():
+                log_probs = score_responses(run.model, **on_device)["log_probs"]
+            share = sft_loss(log_probs, on_device["response_mask"], num_response_tokens)
+            share.backward()
+            loss += float(share.detach())
+        updated = run.update()
+        num_tokens = sum(len(prompt) + len(response) for prompt, response in chosen)
+        run.progress["num_tokens"] += num_tokens
+        seconds = time.perf_counter() - started
+        run.end_step(
+            step,
+            {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 50.0)),
+                "num_response_tokens": num_response_tokens,
+                **updated,
+                "seconds_updating": round(seconds, 4),
+                "tokens_per_second": round(num_tokens / seconds, 1),
+            },
+        )
+        if step % 50 == 0 or step == num_steps:
+            log.info("step %d/%d: loss %.4f", step, num_steps, loss)
+    run.finish({"num_examples": len(examples), "loss": loss if num_steps > steps_done else None})
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    sys.exit(run_script(main))

@@ -1,0 +1,274 @@
+"""What counts as an answer, and what does not. Every case stands in three places: by itself, after
+the marker, and at the end of a sentence."""
+
+from __future__ import annotations
+
+import sys
+import time
+from fractions import Fraction
+from typing import Literal
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from gsm8k_core.answers import extract_answer, is_correct, parse_gold, parse_number
+from gsm8k_core.errors import DataError
+
+MODES: list[tuple[Literal["strict", "flexible"], Literal["####", "boxed"], str]] = [
+    ("strict", "####", "So she pays 7.\n#### {}"),
+    ("strict", "boxed", "So 7, \\boxed{{{}}}."),
+    ("flexible", "####", "So of 7, it is {}"),
+]
+
+EIGHTEEN = """18|18.00|018|18.|$18|$18.00|+18|18 dollars|18%|18 %|18\\%|**18**|*18*|`18`|"18"|_18_|(18)
+    \\boxed{18}|\\text{18}|$18$|$$18$$|\\(18\\)|\\$18|18\\text{ dollars}|18^\\circ|18 °C|18€|€18|€ 18|US$18
+    36/2|\\frac{36}{2}|\\dfrac{36}{2}|5 + 13 = 18|36/2 = 18|18!|18,|18;|18...|18, of course|18-inch
+    18km|18 m|18m|$18/hour|~18|１８|18\u200e|\u200f18|18\u200b|\u206618\u2069|18\0|\ufeff18|18\ud800
+    18<|im_end|>|18</s>|**18** dollars|*18* dollars|Answer: 18|the answer is 18"""
+OTHERS = [
+    ("-$5", -5),
+    ("−5", -5),
+    ("–5", -5),
+    ("$-5", -5),
+    ("-5.0", -5),
+    ("1,000", 1000),
+    ("$1,234,567.50", Fraction(2469135, 2)),
+    ("\\$1{,}000", 1000),
+    ("1\\,000", 1000),
+    ("1\u202f000", 1000),
+    ("1\u00a0000", 1000),
+    ("\\frac{1}{2}", Fraction(1, 2)),
+    ("-\\frac{1}{2}", Fraction(-1, 2)),
+    ("\\frac12", Fraction(1, 2)),
+    (".5", Fraction(1, 2)),
+    ("-.5", Fraction(-1, 2)),
+    ("0.1", Fraction(1, 10)),
+    ("0", 0),
+    ("-0", 0),
+    ("1,000/2", 500),
+]
+REFUSED = """18½|18 ½|½|18²|18^2|18^{2}|①|1, 18|1,18,|10,00|1,0000|0,500|1,000,00|1.000,50|18:00|18-20
+    18 million|18 thousand|18k|18M|18x|18 x|18*x|18 * x|18th|2nd|18 and a half|18.5.2|9/11/2001|1/0
+    36/0.0|1e5|18e3|1.8e1|--5|-$-5|x18|2\\frac{1}{2}|18\\pi|18 + x|negative 18|minus 18|18\\sqrt{2}"""
+
+
+def cases(text: str) -> list[str]:
+    # 18<|im_end|> and 18</s> hold the separator or none: split on it only between cases.
+    return [case.strip(" ") for line in text.split("\n    ") for case in split_cases(line)]
+
+
+def split_cases(line: str) -> list[str]:
+    return [case.replace("\1", "<|im_end|>") for case in line.replace("<|im_end|>", "\1").split("|")]
+
+
+@pytest.mark.parametrize("text", cases(EIGHTEEN))
+def test_what_a_person_would_read_as_eighteen_is_eighteen(text: str) -> None:
+    assert parse_number(text) == 18
+    for mode, marker, sentence in MODES:
+        assert extract_answer(sentence.format(text), mode, marker) == 18, (mode, marker)
+
+
+@pytest.mark.parametrize(("text", "value"), OTHERS)
+def test_signs_separators_and_fractions_are_read_exactly(text: str, value: Fraction) -> None:
+    assert parse_number(text) == value
+    for mode, marker, sentence in MODES:
+        assert extract_answer(sentence.format(text), mode, marker) == value, (mode, marker)
+
+
+@pytest.mark.parametrize("text", cases(REFUSED))
+def test_what_is_no_single_number_is_no_answer(text: str) -> None:
+    assert parse_number(text) is None
+    for mode, marker, sentence in MODES:
+        assert extract_answer(sentence.format(text), mode, marker) is None, (mode, marker)
+
+
+@pytest.mark.parametrize("text", ["", "####", "no number", "\\boxed{}", "#### \n", "-", "$", None])
+def test_a_text_without_a_number_has_no_answer(text: str | None) -> None:
+    assert parse_number(text) is None
+    for mode, marker, _ in MODES:
+        assert extract_answer(text, mode, marker) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("####18", 18),
+        ("#### 18", 18),
+        ("####\n18", 18),
+        ("**#### 18**", 18),
+        ("#### 18\n\nQuestion: 5 + 5?\nAnswer: #### 10", 18),  # runs on into another question
+        ("#### Step 1: 9 eggs\n#### Step 2: 2 dollars\n#### 18", 18),  # markdown headings
+        ("#### Final answer: 18", 18),
+        ("#### 18. She keeps 3.", 18),
+        ("18", None),
+        ("\\boxed{18}", None),
+        ("### 18", None),
+        ("#### 18 or 20", None),
+        ("#### 1, 18\n#### 18", None),  # the first number given is not the one to pass over
+        ("#### \\boxed{18}", 18),
+    ],
+)
+def test_strict_reads_after_the_first_marker_that_a_number_follows(
+    text: str, value: int | None
+) -> None:
+    assert extract_answer(text, "strict") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("\\boxed{7} then \\boxed{18}", 18),
+        ("\\boxed {18}", 18),
+        ("\\boxed{\\frac{36}{2}}", 18),
+        ("\\boxed{x = 18}", 18),
+        ("\\boxed{18 \\text{ eggs}} in 2 days", 18),
+        ("\\boxed{\\boxed{18}}", 18),
+        ("\\boxed{7} then \\boxed{18", None),  # cut short
+        ("#### 18", None),
+        ("18", None),
+    ],
+)
+def test_strict_with_boxes_reads_the_last_closed_box(text: str, value: int | None) -> None:
+    assert extract_answer(text, "strict", "boxed") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("She has 3 eggs and sells 18.", 18),
+        ("It costs $18, she said", 18),
+        ("10-5=5", 5),
+        ("10 - 5", 5),
+        ("48/2 = <<48/2=24>>24 clips", 24),
+        ("from 9 to 18:00", None),
+        ("the options are 1, 18", None),
+        ("18\n\n", 18),
+        ("3, 5, and 18", 18),
+    ],
+)
+def test_flexible_reads_the_last_number(text: str, value: int | None) -> None:
+    assert extract_answer(text, "flexible") == value
+
+
+def test_numbers_are_exact() -> None:
+    # As floats 0.1 + 0.2 != 0.3 and 2**53 + 1 == 2**53.
+    assert is_correct("#### 0.3", "0.30", "strict")
+    assert not is_correct("#### 9007199254740993", "9007199254740992", "strict")
+    assert not is_correct("#### 0.333333333333333333333", Fraction(1, 3), "strict")
+    assert is_correct("#### 1/3", Fraction(1, 3), "strict")
+
+
+@pytest.mark.parametrize("gold", ["", "eighteen", "1, 18", "10,00", "18:00", "nan", "inf"])
+def test_a_gold_answer_that_is_no_number_is_an_error_and_not_a_wrong_answer(gold: str) -> None:
+    with pytest.raises(DataError, match="is not a number"):
+        is_correct("#### 18", gold, "strict")
+
+
+def test_nothing_is_never_right() -> None:
+    assert not is_correct(None, "0", "strict")
+    assert not is_correct("", "0", "flexible")
+
+
+# ------------------------------------------------------------------------------------- round trips
+
+INTEGERS = st.integers(-(10**12), 10**12)
+RENDERINGS = [
+    "{n}", "{n}.", "{n}.0", "{n}.00", "{sign}${abs}", "{sign}${grouped}", "{grouped}",
+    "{grouped}.00", "{sign}0{abs}", "**{n}**", "{n} dollars", "{n}%", "\\boxed{{{n}}}",
+    "{sign}\\${latex}", "{minus}{abs}", "{n}\u200e", "${n}$", "\\frac{{{double}}}{{2}}",
+    "{double}/2", "x = {n}", "`{n}`", "{fullwidth}",
+]  # fmt: skip
+
+
+def render(n: int, form: str) -> str:
+    grouped = f"{abs(n):,}"
+    sign = "-" if n < 0 else ""
+    return form.format(
+        n=n, abs=abs(n), sign=sign, grouped=sign + grouped if "$" not in form else grouped,
+        latex=grouped.replace(",", "{,}"), minus="\u2212" if n < 0 else "", double=2 * n,
+        fullwidth=sign + "".join(chr(ord(digit) + 0xFEE0) for digit in str(abs(n))),
+    )  # fmt: skip
+
+
+@given(INTEGERS, INTEGERS, st.sampled_from(RENDERINGS), st.sampled_from(MODES))
+@settings(max_examples=300, deadline=None)
+def test_any_integer_in_any_accepted_form_is_right_and_any_other_wrong(
+    n: int,
+    other: int,
+    form: str,
+    mode: tuple[Literal["strict", "flexible"], Literal["####", "boxed"], str],
+) -> None:
+    assume(n != other)
+    name, marker, sentence = mode
+    if name == "strict" and marker == "####" and form.startswith("x ="):
+        form = "{n}"  # words before the number make the marker a heading
+    text = sentence.format(render(n, form))
+    assert is_correct(text, str(n), name, marker)
+    assert not is_correct(text, str(other), name, marker)
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(0, 6), st.integers(0, 4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_decimal_with_any_number_of_zeros_is_read_exactly(
+    digits: int, places: int, zeros: int, grouped: bool
+) -> None:
+    whole, rest = divmod(abs(digits), 10**places)
+    decimals = f"{rest:0{places}d}" if places else ""
+    text = f"{'-' if digits < 0 else ''}{whole:{',' if grouped else ''}}.{decimals}{'0' * zeros}"
+    value = Fraction(digits, 10**places)
+    for mode, marker, sentence in MODES:
+        assert extract_answer(sentence.format(text), mode, marker) == value
+        assert not is_correct(sentence.format(text), value + Fraction(1, 10**6), mode, marker)
+
+
+@given(st.text(alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800"), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_no_text_makes_the_grader_raise(text: str) -> None:
+    for mode, marker, _ in MODES:
+        answer = extract_answer(text, mode, marker)
+        # What was extracted is written to the grades as text; it must read back as itself.
+        assert answer is None or parse_gold(str(answer)) == answer
+
+
+# ------------------------------------------------------------------------------------ hostile sizes
+
+HOSTILE = {
+    "nines": "#### {}" + "9" * 100_000,
+    "markers": "#### " * 10_000,
+    "markers_with_words": "#### x 5\n" * 10_000,
+    "open_braces": "\\boxed" + "{" * 5_000,
+    "open_boxes": "\\boxed{" * 20_000 + "18",
+    "nul": "\0" * 100_000,
+    "dots": "1" + "." * 100_000,
+    "run": "1-" * 50_000,
+    "list": "1," * 50_000,
+    "groups": "#### 1" + ",000" * 30_000,
+    "fractions": "\\frac{1" * 20_000,
+    "spaces": "#### the" + " " * 100_000 + "1" + " " * 100_000 + "/",
+    "angles": "<" * 100_000,
+    "stars": "*" * 100_001,
+    "signs": "-" * 100_000 + "x",
+    "equations": "#### 1" + "=x" * 50_000,
+    "currency": "#### " + "$" * 100_000,
+    "words": "#### " + "a" * 100_000 + "5",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_shape_of_text_costs_more_than_its_length(name: str) -> None:
+    # Quadratic work on 100,000 characters is at least tens of seconds; linear work is hundredths.
+    started = time.process_time()
+    for mode, marker, _ in MODES:
+        extract_answer(HOSTILE[name], mode, marker)
+    assert time.process_time() - started < 5.0
+
+
+def test_a_number_beyond_pythons_limit_is_refused_and_not_raised() -> None:
+    text = "9" * (sys.get_int_max_str_digits() + 1)
+    assert parse_number(text) is None
+    assert parse_number(f"1/{text}") is None
+    with pytest.raises(DataError):
+        is_correct("#### 1", text, "strict")
+    # Zeros that say nothing do not count as digits.
+    assert parse_number("0" * 10_000 + "18." + "0" * 10_000) == 18

@@ -1,0 +1,163 @@
+"""Logged generations: what a row and the summary hold, and how an end is known."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from gsm8k_core.generation import log_generations
+
+WORDS = ["<eos>", "<pad>", "what", "is", "two", "plus", "four", "five", "six"]
+EOS, PAD, FOUR, FIVE = 0, 1, 6, 7
+
+
+def word_tokenizer(pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad_token
+    )
+
+
+class ScriptedModel(torch.nn.Module):
+    """Writes what it is told, with a uniform distribution over the first `spread[t]` tokens."""
+
+    def __init__(self, script: list[list[int]], spread: list[int]) -> None:
+        super().__init__()
+        self.script, self.spread = torch.tensor(script), spread
+        self.device = torch.device("cpu")
+        self.generation_config = SimpleNamespace(eos_token_id=[EOS])
+        self.asked: dict[str, Any] = {}
+
+    def generate(self, **asked: Any) -> SimpleNamespace:
+        self.asked = {**asked, "training": self.training}
+        scores = []
+        for width in self.spread:
+            step = torch.full((len(self.script), len(WORDS)), -math.inf)
+            step[:, :width] = 0.0
+            scores.append(step)
+        sequences = torch.cat([asked["input_ids"], self.script], dim=1)
+        return SimpleNamespace(sequences=sequences, scores=tuple(scores))
+
+
+def grade(response: str, ground_truth: str) -> dict[str, float]:
+    right = float(response == ground_truth)
+    return {"reward": right, "format_reward": 1.0, "answer_reward": right}
+
+
+PROMPTS = ["what is two plus two", "two", "is two"]
+SCRIPT = [[FOUR, EOS, PAD, PAD], [FIVE, FIVE, FIVE, EOS], [FOUR, FOUR, FOUR, FOUR]]
+SPREAD = [1, 2, 4, 8]
+
+
+def test_rows_hold_response_length_end_entropy_and_rewards() -> None:
+    model = ScriptedModel(SCRIPT, SPREAD)
+    rows, _ = log_generations(
+        model, word_tokenizer(), PROMPTS, ["four", "four", "six"], grade, max_new_tokens=4
+    )
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["ground_truth"] for row in rows] == ["four", "four", "six"]
+    assert [row["response"] for row in rows] == ["four", "five five five", "four four four four"]
+    assert [row["response_ids"] for row in rows] == [SCRIPT[0][:2], SCRIPT[1], SCRIPT[2]]
+    assert [row["length"] for row in rows] == [2, 4, 4]  # EOS counts, padding does not
+    assert [row["truncated"] for row in rows] == [False, False, True]
+    assert [row["answer_reward"] for row in rows] == [1.0, 0.0, 0.0]
+    # entropies of the steps: log 1, log 2, log 4, log 8 = 0, 1, 2, 3 times log 2
+    expected = [0.5 * math.log(2), 1.5 * math.log(2), 1.5 * math.log(2)]
+    assert [row["mean_entropy"] for row in rows] == pytest.approx(expected)
+
+
+def test_the_summary_holds_means_over_completions_by_correctness() -> None:
+    _, summary = log_generations(
+        ScriptedModel(SCRIPT, SPREAD), word_tokenizer(), PROMPTS, ["four", "four", "six"], grade
+    )
+    assert summary == {
+        "num_completions": 3,
+        "length_mean": pytest.approx(10 / 3),
+        "truncated_mean": pytest.approx(1 / 3),
+        "entropy_mean": pytest.approx(3.5 / 3 * math.log(2)),
+        "reward_mean": pytest.approx(1 / 3),
+        "format_reward_mean": 1.0,
+        "answer_reward_mean": pytest.approx(1 / 3),
+        "length_mean_correct": 2.0,
+        "length_mean_incorrect": 4.0,
+    }
+
+
+def test_a_mean_over_no_completion_is_none() -> None:
+    _, summary = log_generations(
+        ScriptedModel(SCRIPT, SPREAD), word_tokenizer(), PROMPTS, ["six"] * 3, grade
+    )
+    assert summary["length_mean_correct"] is None
+
+
+def test_the_end_is_known_from_the_first_eos_even_where_padding_is_eos() -> None:
+    script = [[FOUR, EOS, EOS, EOS], [FIVE, FIVE, FIVE, EOS], [FOUR, FOUR, FOUR, FOUR]]
+    rows, _ = log_generations(ScriptedModel(script, SPREAD), word_tokenizer("<eos>"), PROMPTS)
+    assert [row["length"] for row in rows] == [2, 4, 4]
+    assert [row["truncated"] for row in rows] == [False, False, True]
+
+
+def test_prompts_are_padded_on_the_left_and_sampled_from_the_whole_distribution() -> None:
+    model = ScriptedModel(SCRIPT, SPREAD).train()
+    log_generations(model, word_tokenizer(), PROMPTS, max_new_tokens=4, temperature=0.7)
+    assert model.asked["input_ids"].tolist() == [[2, 3, 4, 5, 4], [1, 1, 1, 1, 4], [1, 1, 1, 3, 4]]
+    assert model.asked["attention_mask"].tolist() == [[1] * 5, [0] * 4 + [1], [0] * 3 + [1] * 2]
+    assert model.asked["return_dict_in_generate"] and model.asked["output_scores"]
+    assert (model.asked["do_sample"], model.asked["temperature"]) == (True, 0.7)
+    assert (model.asked["top_p"], model.asked["top_k"]) == (1.0, 0)
+    assert not model.asked["training"]  # dropout is off
+    assert model.training  # and on again afterwards
+
+
+def test_a_temperature_of_zero_is_greedy() -> None:
+    model = ScriptedModel(SCRIPT, SPREAD)
+    log_generations(model, word_tokenizer(), PROMPTS, temperature=0.0)
+    assert model.asked["do_sample"] is False
+    assert "temperature" not in model.asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": ["two"], "reward_fn": grade}, "reward_fn needs ground_truths"),
+        ({"prompts": ["two"], "ground_truths": ["a", "b"]}, "1 prompts but 2 ground truths"),
+    ],
+)
+def test_inputs_that_do_not_match_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_generations(ScriptedModel(SCRIPT, SPREAD), word_tokenizer(), **arguments)
+
+
+def test_a_real_model_writes_the_same_greedy_completion_alone_and_in_a_batch() -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        bos_token_id=None,
+    )
+    model, tokenizer = Qwen2ForCausalLM(config), word_tokenizer()
+    together, summary = log_generations(
+        model, tokenizer, PROMPTS, max_new_tokens=6, temperature=0.0
+    )
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        alone, _ = log_generations(model, tokenizer, [prompt], max_new_tokens=6, temperature=0.0)
+        assert row["response_ids"] == alone[0]["response_ids"]
+        assert row["mean_entropy"] == pytest.approx(alone[0]["mean_entropy"], rel=1e-4)
+        assert 0.0 < row["mean_entropy"] < math.log(len(WORDS))
+        assert row["truncated"] == (EOS not in row["response_ids"])
+    assert summary["num_completions"] == 3

@@ -1,0 +1,297 @@
+"""Log-probs and entropies: the chunked path against plain logits, values and gradients."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from gsm8k_core import scoring
+from gsm8k_core.scoring import compute_entropy, get_response_log_probs, score_responses
+from gsm8k_core.tokenization import attention_mask, collate, collate_packed
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,  # the default is so small that every token looks alike
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+PROMPTS = [[1, 2, 3], [4, 5], [6]]
+RESPONSES = [[7, 8, 9, 10], [11], [12, 13, 14]]
+
+
+def tiny_qwen2(**changes: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **changes})).eval()
+
+
+def naive_scores(
+    model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies from all the logits, one token at a time."""
+    log_probs = torch.zeros(batch["labels"].shape)
+    entropies = torch.zeros(batch["labels"].shape)
+    logits = model(input_ids=batch["input_ids"]).logits / temperature
+    for row, position in batch["response_mask"].nonzero().tolist():
+        log_softmax = logits[row, position] - logits[row, position].logsumexp(0)
+        log_probs[row, position] = log_softmax[batch["labels"][row, position]]
+        entropies[row, position] = -(log_softmax.exp() * log_softmax).sum()
+    return log_probs, entropies
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def assert_same_scores(model: Any, temperature: float, chunk_size: int) -> None:
+    """Values and gradients of score_responses and of its naive twin, in float32."""
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = score_responses(
+        model,
+        **batch,
+        temperature=temperature,
+        with_entropy=True,
+        entropy_gradient=True,
+        chunk_size=chunk_size,
+    )
+    log_probs, entropies = naive_scores(model, batch, temperature)
+    torch.testing.assert_close(found["log_probs"], log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["token_entropy"], entropies, atol=1e-5, rtol=1e-5)
+    weights = torch.linspace(-1.0, 2.0, log_probs.numel()).reshape(log_probs.shape)
+    ours = gradients(
+        model, (found["log_probs"] * weights + found["token_entropy"] * weights**2).sum()
+    )
+    twins = gradients(model, (log_probs * weights + entropies * weights**2).sum())
+    assert ours.keys() == twins.keys() != set()
+    for name in twins:
+        torch.testing.assert_close(ours[name], twins[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 1), (0.7, 3), (1.5, 1024)])
+def test_chunked_scores_and_gradients_equal_those_of_plain_logits(
+    tied: bool, temperature: float, chunk_size: int
+) -> None:
+    assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature, chunk_size)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "lm_head"]])
+def test_a_model_with_lora_adapters_is_scored_with_them(modules: str | list[str]) -> None:
+    base = tiny_qwen2(tie_word_embeddings=False)
+    plain = score_responses(base, **collate(PROMPTS, RESPONSES, 0))["log_probs"]
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+    ).eval()
+    assert_same_scores(adapted, 0.7, 3)
+    with_adapters = score_responses(adapted, **collate(PROMPTS, RESPONSES, 0))["log_probs"]
+    assert (with_adapters - plain).abs().max() > 0.01
+
+
+def test_logits_changed_after_the_output_layer_are_not_scored_as_if_they_were_not() -> None:
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(**{**SIZES, "head_dim": 4, "final_logit_softcapping": 2.0})
+    ).eval()
+    scaled = CohereForCausalLM(CohereConfig(**{**SIZES, "logit_scale": 0.25})).eval()
+    for model in (capped, scaled):
+        assert_same_scores(model, 1.0, 3)
+
+
+class BigramModel(torch.nn.Module):
+    """Not a transformers model: the logits depend on the last token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(
+            torch.randn(37, 37, generator=torch.Generator().manual_seed(0))
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_any_module_that_returns_logits_can_be_scored() -> None:
+    assert_same_scores(BigramModel(), 0.7, 3)
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
+    model = tiny_qwen2()
+    made: list[int] = []
+    head_forward = model.lm_head.forward
+
+    def counted(hidden_states: torch.Tensor) -> torch.Tensor:
+        made.append(hidden_states[..., 0].numel())
+        return head_forward(hidden_states)
+
+    model.lm_head.forward = counted
+    scores = score_responses(model, **collate(PROMPTS, RESPONSES, 0), chunk_size=3)["log_probs"]
+    scores.sum().backward()
+    # 4 + 1 + 3 response tokens in chunks of 3, forward and again for the backward
+    assert made[:3] == [3, 3, 2]
+    assert sorted(made[3:]) == [2, 3, 3]
+    assert model.lm_head.forward is counted  # the wrapper that was there is there again
+
+
+def test_the_model_returns_logits_again_after_being_scored_even_after_an_error() -> None:
+    model = tiny_qwen2()
+    batch = collate(PROMPTS, RESPONSES, 0)
+    before = model(batch["input_ids"]).logits
+    score_responses(model, **batch)
+    with pytest.raises(RuntimeError):
+        score_responses(model, **{**batch, "labels": batch["labels"] + 1000})
+    assert torch.equal(model(batch["input_ids"]).logits, before)
+
+
+def test_tokens_outside_the_mask_have_exactly_zero() -> None:
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = score_responses(tiny_qwen2(), **batch, with_entropy=True)
+    for values in found.values():
+        assert (values[~batch["response_mask"]] == 0).all()
+        assert (values[batch["response_mask"]] != 0).all()
+
+
+def test_a_batch_without_response_tokens_scores_zero_and_can_go_backward() -> None:
+    model = tiny_qwen2()
+    batch = collate([[1, 2, 3]], [[]], 0)
+    found = score_responses(model, **batch)["log_probs"]
+    assert found.tolist() == [[0.0, 0.0]]
+    found.sum().backward()
+    assert all(
+        parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()
+    )
+
+
+def test_the_entropy_has_a_gradient_only_when_asked_for() -> None:
+    batch = collate(PROMPTS, RESPONSES, 0)
+    assert not score_responses(tiny_qwen2(), **batch, with_entropy=True)[
+        "token_entropy"
+    ].requires_grad
+    assert score_responses(tiny_qwen2(), **batch, with_entropy=True, entropy_gradient=True)[
+        "token_entropy"
+    ].requires_grad
+
+
+def test_padding_changes_no_score_with_or_without_an_attention_mask() -> None:
+    model = tiny_qwen2()
+    together = collate(PROMPTS, RESPONSES, 0)
+    lengths = [
+        len(prompt) + len(response) - 1
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    unmasked = score_responses(model, **together)["log_probs"]
+    masked = score_responses(model, **together, attention_mask=attention_mask(lengths))["log_probs"]
+    for row in range(3):
+        alone = score_responses(model, **collate([PROMPTS[row]], [RESPONSES[row]], 0))["log_probs"]
+        for padded in (unmasked, masked):
+            torch.testing.assert_close(
+                padded[row, : lengths[row]], alone[0], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_packed_scores_equal_unpacked_ones() -> None:
+    model = tiny_qwen2()
+    plain = collate(PROMPTS, RESPONSES, 0)
+    packed = collate_packed(PROMPTS, RESPONSES, [[0, 1], [2]], 0)
+    expected = score_responses(model, **plain)["log_probs"][plain["response_mask"]]
+    found = score_responses(model, **packed)["log_probs"][packed["response_mask"]]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    del packed["position_ids"]
+    leaking = score_responses(model, **packed)["log_probs"][packed["response_mask"]]
+    assert (leaking - expected).abs().max() > 0.01
+
+
+def test_a_bfloat16_model_is_scored_in_float32() -> None:
+    model: PreTrainedModel = tiny_qwen2().to(torch.bfloat16)
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = score_responses(model, **batch)["log_probs"]
+    assert found.dtype == torch.float32
+    logits = model(batch["input_ids"]).logits.float()
+    expected = torch.log_softmax(logits, -1).gather(-1, batch["labels"][..., None])[..., 0]
+    mask = batch["response_mask"]
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-2, rtol=1e-2)
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        score_responses(tiny_qwen2(), **collate(PROMPTS, RESPONSES, 0), temperature=0.0)
+
+
+def test_get_response_log_probs_scores_every_position() -> None:
+    model = tiny_qwen2()
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = get_response_log_probs(
+        model, batch["input_ids"], batch["labels"], return_token_entropy=True
+    )
+    everywhere = {**batch, "response_mask": torch.ones_like(batch["response_mask"])}
+    log_probs, entropies = naive_scores(model, everywhere)
+    torch.testing.assert_close(found["log_probs"], log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["token_entropy"], entropies, atol=1e-5, rtol=1e-5)
+    assert set(get_response_log_probs(model, batch["input_ids"], batch["labels"])) == {"log_probs"}
+
+
+# ----------------------------------------------------------------------------------------- entropy
+
+
+def test_the_entropy_of_a_uniform_distribution_is_the_log_of_its_size() -> None:
+    assert compute_entropy(torch.zeros(2, 3, 8)).tolist() == [[pytest.approx(math.log(8))] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [[0.0, 1000.0, -1000.0], [3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [0.0, -math.inf, 0.0]],
+)
+def test_the_entropy_and_its_gradient_are_finite_for_extreme_logits(logits: list[float]) -> None:
+    tensor = torch.tensor(logits, requires_grad=True)
+    entropy = compute_entropy(tensor)
+    entropy.backward()
+    # the share of the largest logit, equal ones sharing it: log of how many there are
+    num_largest = sum(value == max(logits) for value in logits)
+    assert entropy.item() == pytest.approx(math.log(num_largest), abs=1e-6)
+    assert tensor.grad is not None
+    assert tensor.grad.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=6),
+    shift=st.floats(-1000, 1000, width=32),
+)
+def test_the_entropy_equals_its_definition_and_does_not_change_with_a_shift(
+    logits: list[float], shift: float
+) -> None:
+    total = math.fsum(math.exp(value) for value in logits)
+    probs = [math.exp(value) / total for value in logits]
+    expected = -math.fsum(p * math.log(p) for p in probs if p > 0)
+    tensor = torch.tensor(logits, dtype=torch.float64)
+    assert compute_entropy(tensor).item() == pytest.approx(expected, abs=1e-9)
+    assert compute_entropy(tensor + shift).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_half_precision_logits_are_taken_to_float32() -> None:
+    assert scoring.compute_entropy(torch.zeros(4, dtype=torch.bfloat16)).dtype == torch.float32
