@@ -100,7 +100,7 @@ _CHANGES_THE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:minus|negative)\s*$", re.IGNORECASE)
-_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.])$")
+_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.]|\\sqrt\s*)$")
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)

@@ -499,6 +499,64 @@ class Config(Settings):
             prompt=self.suite_prompt(model, suite),
         )
 
+    def starting_weights_settings(self, model: str) -> str:
+        """Canonical JSON of where a model's weights come from, and of nothing else.
+
+        A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
+        """
+        settings = self.models[model]
+        keys = {"source", "hub_id", "revision", "path", "wheel", "gguf_file", "prompt"}
+        return json.dumps(settings.model_dump(mode="json", include=keys), sort_keys=True)
+
+    def round_generation_settings(
+        self, model: str, method: str, seed: int, round_number: int
+    ) -> EvaluationSettings:
+        """What decides the completions on train problems of one round of expert iteration."""
+        settings = self.trained(method)
+        assert isinstance(settings, ExpertIterationMethod)
+        return EvaluationSettings(
+            study=self.study.name,
+            model=model,
+            method=method,
+            parent=settings.parent,
+            seed=seed,
+            suite=f"round{round_number}",
+            model_settings=self.models[model],
+            suite_settings=SuiteSettings(
+                dataset=self.study.dataset,
+                split="train",
+                limit=settings.prompts_per_round,
+                # Each round of each seed sees other problems; seeds stay far from one another.
+                shuffle_seed=1000 * seed + round_number,
+                greedy=False,
+                num_samples=settings.completions_per_prompt,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+            ),
+            prompt=self.train_prompt(model),
+        )
+
+    def grading_settings(self, model: str, suite: str) -> GradingSettings:
+        """How one model's completions on one suite are graded."""
+        return GradingSettings(
+            grading=self.suites[suite].grading,
+            marker=self.suite_prompt(model, suite).answer_marker,
+        )
+
+    def comparison(self) -> Comparison:
+        """What the tables and plots need to know of the study."""
+        methods = self.study.methods
+        return Comparison(
+            name=self.study.name,
+            models=self.study.models,
+            methods=methods,
+            suites=self.study.suites,
+            seeds_of={method: self.seeds_of(method) for method in methods},
+            parent_of={method: self.parent_of(method) for method in methods},
+            chains={method: self.method_chain(method) for method in methods},
+            confidence=self.study.confidence,
+        )
+
 
 def dump(settings: BaseModel) -> str:
     """Canonical JSON of a section: the same text whatever the order of keys in the YAML."""
@@ -538,6 +596,27 @@ class EvaluationSettings(Settings):
     model_settings: ModelSettings
     suite_settings: SuiteSettings
     prompt: PromptSettings
+
+
+class GradingSettings(Settings):
+    """How completions are graded: which grade counts, and the marker that the prompt asked for."""
+
+    grading: Literal["strict", "flexible"] = "strict"
+    marker: Literal["####", "boxed"] = "####"
+
+
+class Comparison(Settings):
+    """What a comparison needs to know of a study."""
+
+    name: str
+    models: list[str]
+    methods: list[str]
+    suites: list[str]
+    seeds_of: dict[str, list[int]]
+    parent_of: dict[str, str | None]
+    chains: dict[str, list[str]]
+    """Each method's stages, from the first that is trained (or the base model) to itself."""
+    confidence: float
 
 
 # ---------------------------------------------------------------------------- loading and checking

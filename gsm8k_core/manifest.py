@@ -6,14 +6,20 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from gsm8k_core.config import Config
+from gsm8k_core.files import sha256_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft")
@@ -119,3 +125,68 @@ def installed_packages() -> list[str]:
         if distribution.metadata["Name"]
     }
     return sorted(pairs, key=str.lower)
+
+
+class Invocation:
+    """The manifest of one call of snakemake: `<runs>/<UTCSTAMP>_<gitsha>/`.
+
+    `sys/host.json`, `locks/requirements.lock.txt` (what is installed), `locks/uv.lock` and
+    `run_manifest.json` (command, commit, settings, start, end, state). The state stays `running`
+    where snakemake itself was killed.
+    """
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self.folder: Path | None = None
+        self.manifest: dict[str, Any] = {}
+        self.started = time.monotonic()
+
+    def start(self, config: Config) -> None:
+        """Create the folder and say what begins."""
+        git = git_state()
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        name = f"{stamp}_{(git['commit'] or 'nogit')[:8]}"
+        self.folder = _unused(self.runs_dir / name)
+        self.started = time.monotonic()
+        self.manifest = {
+            "state": "running",
+            "study": config.study.name,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": utc_now(),
+            "git": git,
+            "code_digest": code_digest(),
+            "config_sha256": sha256_json(config.model_dump(mode="json", by_alias=True)),
+            "config": config.model_dump(mode="json", by_alias=True),
+        }
+        write_json(self.folder / "sys" / "host.json", host_facts())
+        write_text(
+            self.folder / "locks" / "requirements.lock.txt", "\n".join(installed_packages()) + "\n"
+        )
+        if (ROOT / "uv.lock").exists():
+            write_text(
+                self.folder / "locks" / "uv.lock", (ROOT / "uv.lock").read_text(encoding="utf-8")
+            )
+        write_json(self.folder / "run_manifest.json", self.manifest)
+
+    def finish(self, state: str) -> None:
+        """Say how it ended: `succeeded` or `failed`."""
+        if self.folder is None:
+            return
+        self.manifest |= {
+            "state": state,
+            "ended": utc_now(),
+            "seconds_wall": round(time.monotonic() - self.started, 1),
+        }
+        write_json(self.folder / "run_manifest.json", self.manifest)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it: two invocations may begin in the same second."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("itertools.count does not end")

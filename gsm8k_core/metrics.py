@@ -17,11 +17,11 @@ A mean in [0, 1] gets a Wilson interval at the number of independent values that
 variance, with t for z, as survey proportions do (Korn and Graubard 1998): a symmetric interval
 around 2 % would reach below 0.
 
-Coverage at 95 %, by simulation (tests/test_metrics.py: logistic effects of problems, sd 1 to 2, and
-seeds, sd 0.1 to 0.3 on the logit scale; 200 problems): 94 to 98 % with three seeds, 94 to 97.5 %
-with five. Where seeds differ so much that they are most of the variance (sd 0.6, or 0.3 with 1000
-problems), three seeds reach only about 92 to 94 %: the degrees of freedom are themselves estimated
-from three numbers. Use five seeds before trusting a small difference between such methods.
+Coverage at 95 %, simulated with 200 problems (logistic effects: problems sd 1 to 2, seeds 0 to 0.3
+on the logit scale; see tests/test_metrics.py): 94 to 98 % with three seeds, 94 to 97.5 % with five.
+Where seeds differ so much that they are most of the variance (sd 0.6, or 0.3 with 1000 problems),
+three seeds reach only about 92 to 93 %, for the degrees of freedom are themselves estimated from
+three numbers, and five about 93 to 95 %. Use five before trusting a small difference.
 """
 
 from __future__ import annotations

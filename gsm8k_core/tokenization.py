@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Tensors by name; typed Any so that `**batch` passes as keyword arguments."""
 TokenIds = Sequence[int]
 
 

@@ -21,11 +21,15 @@ MODES: list[tuple[Literal["strict", "flexible"], Literal["####", "boxed"], str]]
     ("flexible", "####", "So of 7, it is {}"),
 ]
 
-EIGHTEEN = """18|18.00|018|18.|$18|$18.00|+18|18 dollars|18%|18 %|18\\%|**18**|*18*|`18`|"18"|_18_|(18)
-    \\boxed{18}|\\text{18}|$18$|$$18$$|\\(18\\)|\\$18|18\\text{ dollars}|18^\\circ|18 °C|18€|€18|€ 18|US$18
-    36/2|\\frac{36}{2}|\\dfrac{36}{2}|5 + 13 = 18|36/2 = 18|18!|18,|18;|18...|18, of course|18-inch
-    18km|18 m|18m|$18/hour|~18|１８|18\u200e|\u200f18|18\u200b|\u206618\u2069|18\0|\ufeff18|18\ud800
-    18<|im_end|>|18</s>|**18** dollars|*18* dollars|Answer: 18|the answer is 18"""
+EIGHTEEN = [
+    "18", "18.00", "018", "18.", "$18", "$18.00", "+18", "18 dollars", "18%", "18 %", "18\\%",
+    "**18**", "*18*", "`18`", "\"18\"", "_18_", "(18)", "\\boxed{18}", "\\text{18}", "$18$",
+    "$$18$$", "\\(18\\)", "\\$18", "18\\text{ dollars}", "18^\\circ", "18 °C", "18€", "€18",
+    "€ 18", "US$18", "36/2", "\\frac{36}{2}", "\\dfrac{36}{2}", "5 + 13 = 18", "36/2 = 18", "18!",
+    "18,", "18;", "18...", "18, of course", "18-inch", "18km", "18 m", "18m", "$18/hour", "~18",
+    "１８", "18\u200e", "\u200f18", "18\u200b", "\u206618\u2069", "18\0", "\ufeff18", "18\ud800",
+    "18<|im_end|>", "18</s>", "**18** dollars", "*18* dollars", "Answer: 18", "the answer is 18",
+]  # fmt: skip
 OTHERS = [
     ("-$5", -5),
     ("−5", -5),
@@ -48,21 +52,16 @@ OTHERS = [
     ("-0", 0),
     ("1,000/2", 500),
 ]
-REFUSED = """18½|18 ½|½|18²|18^2|18^{2}|①|1, 18|1,18,|10,00|1,0000|0,500|1,000,00|1.000,50|18:00|18-20
-    18 million|18 thousand|18k|18M|18x|18 x|18*x|18 * x|18th|2nd|18 and a half|18.5.2|9/11/2001|1/0
-    36/0.0|1e5|18e3|1.8e1|--5|-$-5|x18|2\\frac{1}{2}|18\\pi|18 + x|negative 18|minus 18|18\\sqrt{2}"""
+REFUSED = [
+    "18½", "18 ½", "½", "18²", "18^2", "18^{2}", "①", "1, 18", "1,18,", "10,00", "1,0000",
+    "0,500", "1,000,00", "1.000,50", "18:00", "18-20", "18 million", "18 thousand", "18k", "18M",
+    "18x", "18 x", "18*x", "18 * x", "18th", "2nd", "18 and a half", "18.5.2", "9/11/2001", "1/0",
+    "36/0.0", "1e5", "18e3", "1.8e1", "--5", "-$-5", "x18", "2\\frac{1}{2}", "18\\pi", "18 + x",
+    "negative 18", "minus 18", "18\\sqrt{2}",
+]  # fmt: skip
 
 
-def cases(text: str) -> list[str]:
-    # 18<|im_end|> and 18</s> hold the separator or none: split on it only between cases.
-    return [case.strip(" ") for line in text.split("\n    ") for case in split_cases(line)]
-
-
-def split_cases(line: str) -> list[str]:
-    return [case.replace("\1", "<|im_end|>") for case in line.replace("<|im_end|>", "\1").split("|")]
-
-
-@pytest.mark.parametrize("text", cases(EIGHTEEN))
+@pytest.mark.parametrize("text", EIGHTEEN)
 def test_what_a_person_would_read_as_eighteen_is_eighteen(text: str) -> None:
     assert parse_number(text) == 18
     for mode, marker, sentence in MODES:
@@ -76,7 +75,7 @@ def test_signs_separators_and_fractions_are_read_exactly(text: str, value: Fract
         assert extract_answer(sentence.format(text), mode, marker) == value, (mode, marker)
 
 
-@pytest.mark.parametrize("text", cases(REFUSED))
+@pytest.mark.parametrize("text", REFUSED)
 def test_what_is_no_single_number_is_no_answer(text: str) -> None:
     assert parse_number(text) is None
     for mode, marker, sentence in MODES:
@@ -222,7 +221,9 @@ def test_any_decimal_with_any_number_of_zeros_is_read_exactly(
         assert not is_correct(sentence.format(text), value + Fraction(1, 10**6), mode, marker)
 
 
-@given(st.text(alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800"), max_size=60))
+@given(
+    st.text(alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800"), max_size=60)
+)
 @settings(max_examples=300, deadline=None)
 def test_no_text_makes_the_grader_raise(text: str) -> None:
     for mode, marker, _ in MODES:

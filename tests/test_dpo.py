@@ -16,16 +16,14 @@ LOG_PROB = st.floats(-50, 0)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    pairs=st.lists(
-        st.tuples(LOG_PROB, LOG_PROB, LOG_PROB, LOG_PROB), min_size=1, max_size=4
-    ),
+    pairs=st.lists(st.tuples(LOG_PROB, LOG_PROB, LOG_PROB, LOG_PROB), min_size=1, max_size=4),
     beta=st.floats(0.01, 1.0),
 )
 def test_the_loss_equals_equation_7_pair_by_pair(
     pairs: list[tuple[float, float, float, float]], beta: float
 ) -> None:
     columns = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
-    losses, metrics = dpo_loss(*columns, beta=beta)
+    losses, metrics = dpo_loss(columns[0], columns[1], columns[2], columns[3], beta)
     for index, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(pairs):
         margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
         # -log σ(m) = log(1 + exp(-m))
@@ -57,5 +55,6 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_response() -> No
 
 
 def test_a_hopeless_pair_has_a_finite_loss() -> None:
-    losses, _ = dpo_loss(*torch.tensor([[-9999.0], [0.0], [0.0], [-9999.0]]), beta=1.0)
+    low, high = torch.tensor([-9999.0]), torch.tensor([0.0])
+    losses, _ = dpo_loss(low, high, high, low, beta=1.0)
     assert losses.item() == pytest.approx(19998.0)

@@ -323,7 +323,7 @@ def test_an_entropy_bonus_without_a_gradient_is_an_error_and_not_a_constant() ->
         policy_loss(policy, policy.detach() ** 2, batch, method(entropy_coefficient=0.1), 4.0)
 
 
-# --------------------------------------------------------------------------- with a real language model
+# ---------------------------------------------------------------------- with a real language model
 
 
 def tiny_qwen2() -> Qwen2ForCausalLM:
@@ -396,7 +396,9 @@ def test_the_gradient_does_not_depend_on_the_microbatch_size(
     for size in (1, 2, 4):
         in_order = [list(range(start, start + size)) for start in range(0, 8, size)]
         torch.testing.assert_close(gradient(in_order), everything, atol=1e-5, rtol=1e-5)
-    by_length = split_by_token_budget([a + b for a, b in zip(prompt_lengths, lengths, strict=True)], 24)
+    by_length = split_by_token_budget(
+        [a + b for a, b in zip(prompt_lengths, lengths, strict=True)], 24
+    )
     assert len(by_length) > 1
     torch.testing.assert_close(gradient(by_length), everything, atol=1e-5, rtol=1e-5)
 

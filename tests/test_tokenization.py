@@ -185,9 +185,10 @@ def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.5,
-        attn_implementation=attention,
     )
     model = Qwen2ForCausalLM(config).eval()
+    model.set_attn_implementation(attention)
+    assert model.config._attn_implementation == attention
     prompts, responses = [[1, 2, 3], [4], [6, 7], [8]], [[9, 10, 11, 12], [13], [14, 15, 16], [17]]
     rows = [[0, 2, 1], [3]]
     packed = collate_packed(prompts, responses, rows, pad_id=0)

@@ -1,0 +1,41 @@
+# model × method × seed on GSM8K: data → weights → training → completions → grades → comparison.
+#
+#   snakemake --cores 2 --resources gpu=1                                    the default study
+#   snakemake --cores 2 --resources gpu=1 --configfile studies/NAME.yaml     another study
+#   snakemake --cores 1 --resources gpu=1 PATH/OF/A/FILE                     one file, and what it needs
+
+
+configfile: "config.yaml"
+
+
+# For `--sdm apptainer`; without it the environment that runs snakemake is used (uv.lock).
+container: "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest"
+
+
+include: "rules/common.smk"
+include: "rules/data.smk"
+include: "rules/models.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"
+include: "rules/compare.smk"
+
+
+onstart:
+    INVOCATION.start(CONFIG)
+
+
+onsuccess:
+    INVOCATION.finish("succeeded")
+
+
+onerror:
+    INVOCATION.finish("failed")
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/comparison.csv",
+        f"{RESULTS}/comparison.md",
+        f"{RESULTS}/figures/accuracy.svg",
+        f"{RESULTS}/figures/reward.svg",

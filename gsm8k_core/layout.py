@@ -1,0 +1,95 @@
+"""Where everything lies below artifacts/. The workflow and `compare` both ask here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod
+
+ARTIFACTS = "artifacts"
+
+
+def one_of(names: Iterable[str]) -> str:
+    """A regular expression that matches exactly these names (nothing, if there are none)."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths, relative to the repository's root, as texts (Snakemake wants texts)."""
+
+    config: Config
+
+    @property
+    def experiments(self) -> str:
+        return f"{ARTIFACTS}/experiments/{self.config.study.name}"
+
+    @property
+    def results(self) -> str:
+        return f"{ARTIFACTS}/results/{self.config.study.name}"
+
+    def run(self, model: str, method: str, seed: int | str) -> str:
+        """Folder of one cell; accepts wildcards too."""
+        return f"{self.experiments}/{model}/{method}/seed{seed}"
+
+    def starting_weights(self, model: str) -> str:
+        return f"{ARTIFACTS}/models/{model}"
+
+    def trained_model(self, model: str, method: str, seed: int | str) -> str:
+        """Folder of a cell's weights: the starting weights for the base model."""
+        if isinstance(self.config.methods[method], BaseMethod):
+            return self.starting_weights(model)
+        return f"{self.run(model, method, seed)}/model"
+
+    def parent_model(self, model: str, method: str, seed: int | str) -> str:
+        """Folder of the weights that a cell's training starts from: those of the same seed."""
+        parent = self.config.parent_of(method)
+        assert parent is not None
+        return self.trained_model(model, parent, seed)
+
+    def round_start(self, model: str, method: str, seed: int | str, round_number: int) -> str:
+        """The weights that sample in a round of expert iteration: the last round's."""
+        if round_number == 1:
+            return self.parent_model(model, method, seed)
+        return f"{self.run(model, method, seed)}/round{round_number - 1}/model"
+
+    def round_parent(self, model: str, method: str, seed: int | str, round_number: int) -> str:
+        """The weights that a round of expert iteration trains from."""
+        settings = self.config.methods[method]
+        assert isinstance(settings, ExpertIterationMethod)
+        if settings.restart_from_parent:
+            return self.parent_model(model, method, seed)
+        return self.round_start(model, method, seed, round_number)
+
+    def problems(self, dataset: str, split: str) -> str:
+        return f"{ARTIFACTS}/{dataset}/{split}.jsonl"
+
+    def train_problems(self, split: str = "train") -> str:
+        return self.problems(self.config.study.dataset, split)
+
+    def trained(self, pattern: str) -> list[str]:
+        """`pattern` (`train/metrics.jsonl`) of every cell that was trained."""
+        return [
+            f"{self.run(model, method, seed)}/{pattern}"
+            for model, method, seed in self.cells()
+            if not isinstance(self.config.methods[method], BaseMethod)
+        ]
+
+    def cells(self) -> list[tuple[str, str, int]]:
+        """(model, method, seed) of every run that the study compares."""
+        return [
+            (model, method, seed)
+            for model in self.config.study.models
+            for method in self.config.study.methods
+            for seed in self.config.seeds_of(method)
+        ]
+
+    def evaluated(self, pattern: str) -> list[str]:
+        """`pattern` (`metrics/{suite}.json`, `grades/{suite}.parquet`) of every cell and suite."""
+        return [
+            f"{self.run(*cell)}/{pattern.format(suite=suite)}"
+            for cell in self.cells()
+            for suite in self.config.study.suites
+        ]

@@ -1,0 +1,44 @@
+# Completions (GPU) and their grades (no GPU, free to redo when grading changes).
+
+
+rule generate:
+    input:
+        model=trained_model,
+        data=suite_problems,
+    output:
+        completions=f"{RUN}/completions/{{suite}}.jsonl",
+        stats=f"{RUN}/completions/{{suite}}.stats.json",
+    params:
+        settings=evaluation_settings,
+        code=CODE,
+    log:
+        f"{RUN}/logs/generate_{{suite}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/generate_{{suite}}.tsv"
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    shell:
+        "{PYTHON} scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
+
+
+rule grade:
+    input:
+        completions=f"{RUN}/completions/{{suite}}.jsonl",
+        stats=f"{RUN}/completions/{{suite}}.stats.json",
+    output:
+        metrics=f"{RUN}/metrics/{{suite}}.json",
+        grades=f"{RUN}/grades/{{suite}}.parquet",
+    params:
+        settings=grading_settings,
+        code=CODE,
+    log:
+        f"{RUN}/logs/grade_{{suite}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/grade_{{suite}}.tsv"
+    shell:
+        "{PYTHON} scripts/grade.py --settings {params.settings:q} "
+        "--completions {input.completions:q} --stats {input.stats:q} "
+        "--output {output.metrics:q} --grades {output.grades:q} 2> {log:q}"

@@ -1,0 +1,156 @@
+# One rule per way of training. State for resuming lies in {RUN}/state, undeclared: Snakemake removes
+# what a failed job declared, and a rerun goes on from that state.
+
+
+rule train_sft:
+    wildcard_constraints:
+        method=methods_of_kind("sft"),
+    input:
+        starting_model=parent_model,
+        data=LAYOUT.train_problems(),
+        val=LAYOUT.train_problems("val"),
+    output:
+        model=directory(f"{RUN}/model"),
+        metrics=f"{RUN}/train/metrics.jsonl",
+        summary=f"{RUN}/train/summary.json",
+        settings=f"{RUN}/settings.json",
+    params:
+        settings=run_settings,
+        code=CODE,
+    log:
+        f"{RUN}/logs/train_sft.log",
+    benchmark:
+        f"{RUN}/benchmarks/train_sft.tsv"
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    shell:
+        "{PYTHON} scripts/train_sft.py --settings {params.settings:q} "
+        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
+
+
+rule train_grpo:
+    wildcard_constraints:
+        method=methods_of_kind("grpo"),
+    input:
+        starting_model=parent_model,
+        data=LAYOUT.train_problems(),
+        val=LAYOUT.train_problems("val"),
+    output:
+        model=directory(f"{RUN}/model"),
+        metrics=f"{RUN}/train/metrics.jsonl",
+        summary=f"{RUN}/train/summary.json",
+        settings=f"{RUN}/settings.json",
+    params:
+        settings=run_settings,
+        code=CODE,
+    log:
+        f"{RUN}/logs/train_grpo.log",
+    benchmark:
+        f"{RUN}/benchmarks/train_grpo.tsv"
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    shell:
+        "{PYTHON} scripts/train_grpo.py --settings {params.settings:q} "
+        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
+
+
+# Expert iteration: rounds of generate on train → keep the correct → SFT. One round is RFT.
+
+
+rule generate_round:
+    input:
+        model=round_start,
+        data=LAYOUT.train_problems(),
+    output:
+        completions=f"{ROUND}/completions.jsonl",
+        stats=f"{ROUND}/completions.stats.json",
+    params:
+        settings=round_generation_settings,
+        code=CODE,
+    log:
+        f"{ROUND}/logs/generate.log",
+    benchmark:
+        f"{ROUND}/benchmarks/generate.tsv"
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    shell:
+        "{PYTHON} scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
+
+
+rule select_completions:
+    input:
+        completions=f"{ROUND}/completions.jsonl",
+        data=LAYOUT.train_problems(),
+    output:
+        demonstrations=f"{ROUND}/demonstrations.jsonl",
+    params:
+        settings=run_settings,
+        code=CODE,
+    log:
+        f"{ROUND}/logs/select_completions.log",
+    benchmark:
+        f"{ROUND}/benchmarks/select_completions.tsv"
+    shell:
+        "{PYTHON} scripts/select_completions.py --settings {params.settings:q} "
+        "--completions {input.completions:q} --data {input.data:q} "
+        "--output {output.demonstrations:q} 2> {log:q}"
+
+
+rule train_round:
+    input:
+        starting_model=round_parent,
+        data=f"{ROUND}/demonstrations.jsonl",
+        val=LAYOUT.train_problems("val"),
+    output:
+        model=directory(f"{ROUND}/model"),
+        metrics=f"{ROUND}/train/metrics.jsonl",
+        summary=f"{ROUND}/train/summary.json",
+        settings=f"{ROUND}/settings.json",
+    params:
+        settings=run_settings,
+        code=CODE,
+    log:
+        f"{ROUND}/logs/train_sft.log",
+    benchmark:
+        f"{ROUND}/benchmarks/train_sft.tsv"
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    shell:
+        "{PYTHON} scripts/train_sft.py --settings {params.settings:q} "
+        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
+
+
+rule finish_rounds:
+    wildcard_constraints:
+        method=methods_of_kind("expert_iteration"),
+    input:
+        model=last_round("model"),
+        summaries=every_round("train/summary.json"),
+        metrics=every_round("train/metrics.jsonl"),
+        stats=every_round("completions.stats.json"),
+        settings=last_round("settings.json"),
+    output:
+        model=directory(f"{RUN}/model"),
+        metrics=f"{RUN}/train/metrics.jsonl",
+        summary=f"{RUN}/train/summary.json",
+        settings=f"{RUN}/settings.json",
+    params:
+        code=CODE,
+    log:
+        f"{RUN}/logs/finish_rounds.log",
+    benchmark:
+        f"{RUN}/benchmarks/finish_rounds.tsv"
+    shell:
+        "{PYTHON} scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) 2> {log:q}"

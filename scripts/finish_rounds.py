@@ -1,0 +1,74 @@
+"""Make a run of expert iteration look like any other: its last model, and all rounds' records.
+
+    python scripts/finish_rounds.py --run-dir artifacts/experiments/default/tiny-qwen2/rft/seed0
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import parser, run_script
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_json, write_jsonl
+
+log = logging.getLogger("finish_rounds")
+SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """A hard link costs no disk; not every file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--run-dir", type=Path, required=True, help="folder with round1, …")
+    args = arguments.parse_args(argv)
+    rounds = sorted(args.run_dir.glob("round*"), key=lambda path: int(path.name[len("round") :]))
+    if not rounds:
+        raise DataError(f"{args.run_dir}: holds no round1")
+
+    summaries = [read_json(folder / "train" / "summary.json") for folder in rounds]
+    sampled = [read_json(folder / "completions.stats.json") for folder in rounds]
+    metrics: list[Json] = []
+    for number, folder in enumerate(rounds, start=1):
+        steps_before = len(metrics)
+        for row in read_jsonl(folder / "train" / "metrics.jsonl"):
+            metrics.append({**row, "step": steps_before + row["step"], "round": number})
+    summary = {
+        **summaries[-1],
+        **{key: sum(one[key] for one in summaries) for key in SUMMED},
+        "round": 0,
+        "num_rounds": len(rounds),
+        "num_examples": sum(one["num_examples"] for one in summaries),
+        "peak_memory_mb": max(one["peak_memory_mb"] for one in [*summaries, *sampled]),
+        "seconds_sampling": round(sum(one["seconds_generating"] for one in sampled), 3),
+        "num_sampled_tokens": sum(one["num_completion_tokens"] for one in sampled),
+    }
+    # What a round samples is part of what training costs, as GRPO's rollouts are.
+    summary["seconds_training"] = round(
+        summary["seconds_training"] + summary["seconds_sampling"], 3
+    )
+    write_jsonl(args.run_dir / "train" / "metrics.jsonl", metrics)
+    write_json(args.run_dir / "train" / "summary.json", summary)
+    write_json(args.run_dir / "settings.json", read_json(rounds[-1] / "settings.json"))
+    with atomic_path(args.run_dir / "model") as temporary:
+        shutil.copytree(
+            rounds[-1] / "model",
+            temporary,
+            copy_function=_link_or_copy,
+            ignore=shutil.ignore_patterns(".snakemake_timestamp"),
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib.lines import Line2D
+
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import write_json, write_jsonl
+from gsm8k_core.plots import (
+    _running_mean,
+    plot_accuracy,
+    plot_reward,
+    save_figure,
+)
+from gsm8k_core.tables import SCHEMA, Study, write_comparison
+
+STUDY: Study = {
+    "name": "demo",
+    "models": ["m1", "m2"],
+    "methods": ["base", "grpo"],
+    "suites": ["test", "samples"],
+    "seeds_of": {"base": [0], "grpo": [0, 1]},
+    "parent_of": {"base": None, "grpo": "base"},
+    "chains": {"base": ["base"], "grpo": ["base", "grpo"]},
+    "confidence": 0.9,
+}
+
+
+def points(line: Line2D, axis: str) -> list[float]:
+    data = line.get_xdata() if axis == "x" else line.get_ydata()
+    return list(np.asarray(data, dtype=np.float64))
+
+
+def row_of(model: str, method: str, suite: str) -> dict[str, Any]:
+    numbers: dict[str, Any] = dict.fromkeys(SCHEMA)
+    numbers |= {"accuracy": 0.4, "accuracy_ci_low": 0.3, "accuracy_ci_high": 0.5}
+    numbers |= {"pass_at_1": 0.2, "pass_at_1_ci_low": 0.1, "pass_at_1_ci_high": 0.3}
+    numbers |= {"num_problems": 50, "num_seeds": 2, "num_samples": 4 * (suite == "samples")}
+    return {**numbers, "model": model, "method": method, "suite": suite}
+
+
+def write_runs(folder: Path, log: list[dict[str, Any]]) -> pl.DataFrame:
+    """Summaries and training logs of every run; returns the comparison."""
+    keys = ("pass_at_k", "maj_at_k", "format_fraction", "mean_completion_tokens")
+    rest: dict[str, Any] = dict.fromkeys(
+        (*keys, "truncated_fraction", "seconds_generating", "num_samples")
+    )
+    for model in STUDY["models"]:
+        for method, seeds in STUDY["seeds_of"].items():
+            for seed in seeds:
+                run = folder / model / method / f"seed{seed}"
+                scores = {"accuracy": 0.35 + 0.1 * seed, "pass_at_1": 0.2}
+                for suite in STUDY["suites"]:
+                    write_json(run / "metrics" / f"{suite}.json", {**rest, **scores})
+                if method != "base":
+                    write_jsonl(run / "train" / "metrics.jsonl", log)
+    rows = [
+        row_of(model, method, suite)
+        for model in STUDY["models"]
+        for method in STUDY["methods"]
+        for suite in STUDY["suites"]
+    ]
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+REWARDS = [
+    {"step": step, "reward_mean": step / 10, "loss": 0.0}
+    | ({"validation_accuracy": 0.5} if step % 5 == 0 else {})
+    for step in range(1, 11)
+]
+
+
+def test_there_is_one_accuracy_panel_per_model_and_suite_in_percent(tmp_path: Path) -> None:
+    comparison = write_runs(tmp_path, REWARDS)
+    figure = plot_accuracy(STUDY, tmp_path, comparison)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "m1 on test (50 problems)",
+        "m2 on test (50 problems)",
+        "m1 on samples (50 problems)",
+        "m2 on samples (50 problems)",
+    ]
+    # base: interval, mean; grpo: interval, mean, two seeds. With samples, each of them twice.
+    assert [len(axes.lines) for axes in figure.axes] == [5, 5, 10, 10]
+    interval, mean, *_, seeds = figure.axes[0].lines
+    assert points(interval, "x") == [30.0, 50.0]
+    assert points(mean, "x") == [40.0]
+    assert points(seeds, "x") == pytest.approx([35.0, 45.0])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["base", "grpo"]
+    assert "90 % interval" in " ".join(text.get_text() for text in figure.texts)
+
+
+def test_a_comparison_of_another_study_is_refused(tmp_path: Path) -> None:
+    comparison = write_runs(tmp_path, REWARDS).filter(pl.col("method") != "grpo")
+    with pytest.raises(DataError, match="m1 / grpo / test"):
+        plot_accuracy(STUDY, tmp_path, comparison)
+
+
+def test_reward_and_validation_are_drawn_over_steps(tmp_path: Path) -> None:
+    write_runs(tmp_path, REWARDS)
+    figure = plot_reward(STUDY, tmp_path)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "Mean reward", "", "Validation accuracy", "",
+    ]  # fmt: skip
+    reward, validation = figure.axes[0].lines[0], figure.axes[2].lines[0]
+    assert points(reward, "y") == pytest.approx([step / 10 for step in range(1, 11)])
+    assert (points(validation, "x"), points(validation, "y")) == ([5, 10], [50.0, 50.0])
+
+
+def test_the_line_is_the_mean_over_seeds_and_the_band_reaches_their_extremes(
+    tmp_path: Path,
+) -> None:
+    write_runs(tmp_path, REWARDS)
+    other = [{**row, "reward_mean": row["reward_mean"] + 0.2} for row in REWARDS]
+    write_jsonl(tmp_path / "m1" / "grpo" / "seed1" / "train" / "metrics.jsonl", other)
+    axes = plot_reward(STUDY, tmp_path).axes[0]
+    assert points(axes.lines[0], "y")[0] == pytest.approx(0.2)  # (0.1 + 0.3) / 2
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.1, 1.2))
+
+
+def test_a_study_without_rewards_shows_the_loss(tmp_path: Path) -> None:
+    write_runs(tmp_path, [{"step": step, "loss": 1 / step} for step in range(1, 6)])
+    assert plot_reward(STUDY, tmp_path).axes[0].get_ylabel() == "Training loss"
+
+
+def test_a_study_that_trains_nothing_says_so(tmp_path: Path) -> None:
+    study: Study = {**STUDY, "methods": ["base"]}
+    (text,) = plot_reward(study, tmp_path).axes[0].texts
+    assert "no method of this study trains anything" in text.get_text()
+
+
+def test_the_running_mean_looks_back_only() -> None:
+    # Window 2 over 1 3 5 7: 1, (1+3)/2, (3+5)/2, (5+7)/2
+    assert _running_mean(np.array([[1.0, 3.0, 5.0, 7.0]]), 2).tolist() == [[1.0, 2.0, 4.0, 6.0]]
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+    comparison = write_runs(tmp_path, REWARDS)
+    for folder in ("one", "two"):
+        save_figure(plot_accuracy(STUDY, tmp_path, comparison), tmp_path / folder, "accuracy")
+    for suffix in ("svg", "png"):
+        files = [tmp_path / folder / f"accuracy.{suffix}" for folder in ("one", "two")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert "<dc:date>" not in (tmp_path / "one" / "accuracy.svg").read_text(encoding="utf-8")
+
+
+def test_the_plot_script_writes_both_figures_twice(tmp_path: Path) -> None:
+    write_comparison(write_runs(tmp_path, REWARDS), tmp_path / "results")
+    path = Path(__file__).parent.parent / "scripts" / "plot.py"
+    spec = importlib.util.spec_from_file_location("script_plot", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    comparison = str(tmp_path / "results" / "comparison.csv")
+    arguments = ["--study", json.dumps(STUDY), "--study-dir", str(tmp_path)]
+    output = ["--comparison", comparison, "--output-dir", str(tmp_path / "figures")]
+    assert script.main([*arguments, *output]) == 0
+    assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
+        "accuracy.png", "accuracy.svg", "reward.png", "reward.svg",
+    ]  # fmt: skip

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from gsm8k_core.config import LengthRewardSettings, RewardSettings
+from gsm8k_core.errors import DataError, TrainingError
+from gsm8k_core.rewards import build_reward_fn, gsm8k_reward, length_reward
+
+
+@pytest.mark.parametrize(
+    ("response", "format_reward", "answer_reward"),
+    [
+        ("9 * 2 = 18\n#### 18", 1.0, 1.0),
+        ("9 * 2 = 18\n#### 19", 1.0, 0.0),
+        ("The answer is 18", 0.0, 0.0),
+        ("####", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_the_default_reward_is_the_exact_answer_after_the_marker(
+    response: str, format_reward: float, answer_reward: float
+) -> None:
+    assert gsm8k_reward(response, "18") == {
+        "reward": answer_reward,
+        "format_reward": format_reward,
+        "answer_reward": answer_reward,
+    }
+
+
+def test_a_gold_that_is_no_number_is_an_error_even_where_the_response_says_the_same() -> None:
+    with pytest.raises(DataError):
+        gsm8k_reward("#### eighteen", "eighteen")
+
+
+def test_the_reward_is_the_weighted_sum_of_its_components() -> None:
+    settings = RewardSettings(
+        answer=2.0, format=0.5, length=0.25, length_shaping=LengthRewardSettings(start=10, end=20)
+    )
+    reward_fn = build_reward_fn(settings, "####")
+    # Right, marked, 14 tokens: 2·1 + 0.5·1 + 0.25·(−0.4) = 2.4
+    assert reward_fn("#### 18", "18", 14) == pytest.approx(
+        {"reward": 2.4, "answer_reward": 1.0, "format_reward": 1.0, "length_reward": -0.4}
+    )
+    # Wrong, marked, 5 tokens: 0.5
+    assert reward_fn("#### 19", "18", 5)["reward"] == 0.5
+    # No marker, 30 tokens: −0.25
+    assert reward_fn("18", "18", 30)["reward"] == -0.25
+
+
+def test_components_that_were_not_asked_for_are_absent() -> None:
+    assert set(build_reward_fn(RewardSettings(), "####")("#### 1", "1", 1)) == {
+        "reward",
+        "answer_reward",
+        "format_reward",
+    }
+
+
+def test_flexible_grading_pays_for_the_answer_without_the_marker_but_not_for_the_format() -> None:
+    reward_fn = build_reward_fn(RewardSettings(grading="flexible", format=0.1), "####")
+    assert reward_fn("It is 18.", "18", 3) == {
+        "reward": 1.0,
+        "answer_reward": 1.0,
+        "format_reward": 0.0,
+    }
+
+
+def test_the_marker_of_the_prompt_is_the_one_that_counts() -> None:
+    boxed = build_reward_fn(RewardSettings(), "boxed")
+    assert boxed("\\boxed{18}", "18", 3)["reward"] == 1.0
+    assert boxed("#### 18", "18", 3)["reward"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "reward"), [(0, 0.0), (100, 0.0), (150, -0.5), (200, -1.0), (999, -1.0)]
+)
+def test_the_length_reward_falls_linearly_from_start_to_end(num_tokens: int, reward: float) -> None:
+    assert length_reward(num_tokens, LengthRewardSettings(start=100, end=200)) == reward
+
+
+# ------------------------------------------------------------------------------------------ custom
+
+
+@pytest.fixture
+def custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(completion, gold): return -len(completion) / 10\n"
+        "def whole(completion, gold): return completion == gold\n"
+        "def fails(completion, gold): raise KeyError('shoe')\n"
+        "def text(completion, gold): return 'high'\n"
+        "def nothing(completion, gold): pass\n"
+        "def nan(completion, gold): return float('nan')\n"
+        "def infinite(completion, gold): return float('inf')\n"
+        "NUMBER = 3\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "my_broken_rewards.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("my_rewards", "my_broken_rewards"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("custom_module")
+def test_a_custom_reward_adds_its_weighted_value() -> None:
+    settings = RewardSettings(custom="my_rewards:brevity", custom_weight=0.5)
+    # 1·1 + 0.5·(−7/10) = 0.65
+    result = build_reward_fn(settings, "####")("#### 18", "18", 2)
+    assert result["custom_reward"] == -0.7
+    assert result["reward"] == pytest.approx(0.65)
+
+
+@pytest.mark.usefixtures("custom_module")
+def test_a_custom_reward_may_answer_yes_or_no() -> None:
+    settings = RewardSettings(answer=0.0, custom="my_rewards:whole")
+    assert build_reward_fn(settings, "####")("18", "18", 1)["reward"] == 1.0
+
+
+@pytest.mark.usefixtures("custom_module")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module_here:f", "PYTHONPATH"),
+        ("my_rewards:missing", "no function 'missing'"),
+        ("my_rewards:NUMBER", "no function 'NUMBER'"),
+        ("my_broken_rewards:f", "no_such_package_at_all"),
+    ],
+)
+def test_a_custom_reward_that_cannot_be_imported_stops_before_training(
+    path: str, message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message) as caught:
+        build_reward_fn(RewardSettings(custom=path), "####")
+    assert path in str(caught.value)
+
+
+@pytest.mark.usefixtures("custom_module")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", "raised KeyError: 'shoe'"),
+        ("text", "returned 'high'"),
+        ("nothing", "returned None"),
+        ("nan", "returned nan"),
+        ("infinite", "returned inf"),
+    ],
+)
+def test_a_custom_reward_that_goes_wrong_names_itself_and_the_completion(
+    name: str, message: str
+) -> None:
+    reward_fn = build_reward_fn(RewardSettings(custom=f"my_rewards:{name}"), "####")
+    with pytest.raises(TrainingError, match=message) as caught:
+        reward_fn("She sells 18" + "x" * 1000, "18", 4)
+    assert f"my_rewards:{name}" in str(caught.value)
+    assert "She sells 18" in str(caught.value)
+    assert len(str(caught.value)) < 300
