@@ -20,7 +20,18 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.problems import Problem, gold_answer
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo")
-THINGS = ("apples", "books", "coins", "cards", "eggs", "marbles", "pens", "shells", "stamps", "toys")
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "cards",
+    "eggs",
+    "marbles",
+    "pens",
+    "shells",
+    "stamps",
+    "toys",
+)
 OPERANDS = range(2, 11)
 MULTIPLIERS = range(2, 5)
 SPLIT_SHARES = {"test": 0.10, "val": 0.05}
@@ -51,7 +62,8 @@ FAMILIES = (
     Family(
         "gain",
         (
-            "{name} has {a} {things}. {name} finds {b} more. How many {things} does {name} have now?",
+            "{name} has {a} {things}. {name} finds {b} more. "
+            "How many {things} does {name} have now?",
             "There are {a} {things} on a table. {name} adds {b} more. How many {things} are there?",
         ),
         _pairs(lambda a, b: a != b),

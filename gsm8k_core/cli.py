@@ -49,7 +49,9 @@ def run_script(main: Callable[[], int | None]) -> int:
         return 130
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None, start: int = 0) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], what: str, total: int | None = None, start: int = 0
+) -> Iterator[Item]:
     """A tqdm bar in a terminal; nothing in a log file, where a bar would be a thousand lines."""
     from tqdm import tqdm
 

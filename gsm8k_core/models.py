@@ -46,7 +46,7 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the embedded problems, single digits as tokens, `<|endoftext|>` as EOS."""
+    """Byte-level BPE over the embedded problems; digits are single tokens, EOS `<|endoftext|>`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -152,13 +152,11 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
     assert settings.hub_id is not None
     try:
         snapshot = Path(
-            snapshot_download(
-                settings.hub_id, revision=settings.revision, allow_patterns=HUB_FILES
-            )
+            snapshot_download(settings.hub_id, revision=settings.revision, allow_patterns=HUB_FILES)
         )
     except GatedRepoError as error:
         raise ModelError(
-            f"{name}: access is gated; accept its terms on the hub, then log in with `hf auth login`"
+            f"{name}: access is gated; accept its terms on the hub, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
@@ -168,8 +166,8 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
         raise ModelError(f"{name}: the hub has the model but not this revision") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{name}: the hub cannot be reached and the local cache does not hold it; connect once, "
-            "or download it elsewhere and set source: path"
+            f"{name}: the hub cannot be reached and the local cache does not hold it; "
+            "connect once, or download it elsewhere and set source: path"
         ) from error
     _copy_files(snapshot, output_dir)
     return {"from": f"hub: {settings.hub_id}", "revision": settings.revision}
@@ -178,7 +176,9 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
 def _prepare_from_path(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
     folder = Path(settings.path or "").expanduser()
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json there; models.<name>.path must be a model folder")
+        raise ModelError(
+            f"{folder}: no config.json there; models.<name>.path must be a model folder"
+        )
     _copy_files(folder, output_dir)
     return {"from": f"local folder {folder.name}"}
 
@@ -227,7 +227,7 @@ def find_in_wheel(wheel: str, name: str) -> Path:
 
 
 def resolve_device(gpus: int) -> torch.device:
-    """CUDA where the model asks for GPUs and there is one; otherwise the CPU, said so in the log."""
+    """CUDA where the model asks for GPUs and there is one; otherwise the CPU, with a warning."""
     if gpus > 0 and torch.cuda.is_available():
         return torch.device("cuda")
     if gpus > 0:
@@ -260,7 +260,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast over float32 weights where the GPU has bf16; elsewhere float32, and a warning."""
+    """bf16 autocast over float32 weights on a GPU that has bf16; else float32, with a warning."""
     if dtype == "float32":
         return contextlib.nullcontext()
     if device.type != "cuda" or not torch.cuda.is_bf16_supported():

@@ -46,8 +46,8 @@ def render_prompt(question: str, prompt: PromptSettings, tokenizer: Any) -> str:
         return user
     if getattr(tokenizer, "chat_template", None) is None:
         raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template, which this prompt needs; "
-            "take a prompt with chat: false (models.<name>.prompt, suites.<name>.prompt)"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, which this prompt "
+            "needs; take a prompt with chat: false (models.<name>.prompt, suites.<name>.prompt)"
         )
     messages = [{"role": "user", "content": user}]
     if prompt.system is not None:

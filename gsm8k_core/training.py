@@ -90,7 +90,7 @@ def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.op
 
 
 def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
-    """The model with low-rank adapters, which alone are trained; itself where none are asked for."""
+    """The model with low-rank adapters, which alone are trained; itself without `lora`."""
     if settings.lora is None:
         return model
     from peft import LoraConfig, get_peft_model

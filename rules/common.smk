@@ -15,9 +15,11 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
+# Jobs run this very Python, whether or not its environment is activated.
+shell.prefix(f"set -euo pipefail; PATH={Path(sys.executable).parent}:$PATH; ")
+
 LAYOUT = Layout(CONFIG)
 INVOCATION = Invocation(Path("artifacts/runs"))
-PYTHON = sys.executable
 RUN = LAYOUT.run("{model}", "{method}", "{seed}")
 ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
@@ -35,7 +37,9 @@ wildcard_constraints:
 
 
 def methods_of_kind(kind):
-    return one_of(name for name, method in CONFIG.methods.items() if method.kind == kind)
+    return one_of(
+        name for name, method in CONFIG.methods.items() if method.kind == kind
+    )
 
 
 def model_threads(wildcards):
@@ -81,6 +85,10 @@ def every_round(name):
 def last_round(name):
     """An input function: `name` of the last round."""
     return lambda wildcards: every_round(name)(wildcards)[-1]
+
+
+def study_dir(wildcards):
+    return LAYOUT.experiments
 
 
 def suite_problems(wildcards):

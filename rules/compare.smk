@@ -10,16 +10,16 @@ rule compare:
         csv=f"{RESULTS}/comparison.csv",
         markdown=f"{RESULTS}/comparison.md",
         parquet=f"{RESULTS}/comparison.parquet",
-    params:
-        study=dump(CONFIG.comparison()),
-        study_dir=LAYOUT.experiments,
-        code=CODE,
     log:
         f"{RESULTS}/logs/compare.log",
     benchmark:
         f"{RESULTS}/benchmarks/compare.tsv"
+    params:
+        study=dump(CONFIG.comparison()),
+        study_dir=study_dir,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/compare.py --study {params.study:q} --study-dir {params.study_dir:q} "
+        "python scripts/compare.py --study {params.study:q} --study-dir {params.study_dir:q} "
         "--output-dir $(dirname {output.csv:q}) 2> {log:q}"
 
 
@@ -33,14 +33,14 @@ rule plot:
         accuracy_png=f"{RESULTS}/figures/accuracy.png",
         reward_svg=f"{RESULTS}/figures/reward.svg",
         reward_png=f"{RESULTS}/figures/reward.png",
-    params:
-        study=dump(CONFIG.comparison()),
-        study_dir=LAYOUT.experiments,
-        code=CODE,
     log:
         f"{RESULTS}/logs/plot.log",
     benchmark:
         f"{RESULTS}/benchmarks/plot.tsv"
+    params:
+        study=dump(CONFIG.comparison()),
+        study_dir=study_dir,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/plot.py --study {params.study:q} --study-dir {params.study_dir:q} "
+        "python scripts/plot.py --study {params.study:q} --study-dir {params.study_dir:q} "
         "--comparison {input.comparison:q} --output-dir $(dirname {output.accuracy_svg:q}) 2> {log:q}"

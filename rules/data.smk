@@ -7,13 +7,13 @@ rule prepare_data:
         val="artifacts/{dataset}/val.jsonl",
         test="artifacts/{dataset}/test.jsonl",
         manifest="artifacts/{dataset}/manifest.json",
-    params:
-        settings=lambda wildcards: dump(CONFIG.datasets[wildcards.dataset]),
-        code=CODE,
     log:
         "artifacts/logs/prepare_data/{dataset}.log",
     benchmark:
         "artifacts/benchmarks/prepare_data/{dataset}.tsv"
+    params:
+        settings=lambda wildcards: dump(CONFIG.datasets[wildcards.dataset]),
+        code=CODE,
     shell:
-        "{PYTHON} scripts/prepare_data.py --dataset {wildcards.dataset} "
+        "python scripts/prepare_data.py --dataset {wildcards.dataset} "
         "--settings {params.settings:q} --output-dir $(dirname {output.train:q}) 2> {log:q}"

@@ -8,9 +8,6 @@ rule generate:
     output:
         completions=f"{RUN}/completions/{{suite}}.jsonl",
         stats=f"{RUN}/completions/{{suite}}.stats.json",
-    params:
-        settings=evaluation_settings,
-        code=CODE,
     log:
         f"{RUN}/logs/generate_{{suite}}.log",
     benchmark:
@@ -19,8 +16,11 @@ rule generate:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+    params:
+        settings=evaluation_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "python scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
@@ -31,14 +31,14 @@ rule grade:
     output:
         metrics=f"{RUN}/metrics/{{suite}}.json",
         grades=f"{RUN}/grades/{{suite}}.parquet",
-    params:
-        settings=grading_settings,
-        code=CODE,
     log:
         f"{RUN}/logs/grade_{{suite}}.log",
     benchmark:
         f"{RUN}/benchmarks/grade_{{suite}}.tsv"
+    params:
+        settings=grading_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/grade.py --settings {params.settings:q} "
+        "python scripts/grade.py --settings {params.settings:q} "
         "--completions {input.completions:q} --stats {input.stats:q} "
         "--output {output.metrics:q} --grades {output.grades:q} 2> {log:q}"

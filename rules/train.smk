@@ -3,8 +3,6 @@
 
 
 rule train_sft:
-    wildcard_constraints:
-        method=methods_of_kind("sft"),
     input:
         starting_model=parent_model,
         data=LAYOUT.train_problems(),
@@ -14,26 +12,26 @@ rule train_sft:
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
-    params:
-        settings=run_settings,
-        code=CODE,
     log:
         f"{RUN}/logs/train_sft.log",
     benchmark:
         f"{RUN}/benchmarks/train_sft.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("sft"),
     threads: model_threads
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+    params:
+        settings=run_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/train_sft.py --settings {params.settings:q} "
+        "python scripts/train_sft.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 rule train_grpo:
-    wildcard_constraints:
-        method=methods_of_kind("grpo"),
     input:
         starting_model=parent_model,
         data=LAYOUT.train_problems(),
@@ -43,19 +41,21 @@ rule train_grpo:
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
-    params:
-        settings=run_settings,
-        code=CODE,
     log:
         f"{RUN}/logs/train_grpo.log",
     benchmark:
         f"{RUN}/benchmarks/train_grpo.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("grpo"),
     threads: model_threads
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+    params:
+        settings=run_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/train_grpo.py --settings {params.settings:q} "
+        "python scripts/train_grpo.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -70,9 +70,6 @@ rule generate_round:
     output:
         completions=f"{ROUND}/completions.jsonl",
         stats=f"{ROUND}/completions.stats.json",
-    params:
-        settings=round_generation_settings,
-        code=CODE,
     log:
         f"{ROUND}/logs/generate.log",
     benchmark:
@@ -81,8 +78,11 @@ rule generate_round:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+    params:
+        settings=round_generation_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "python scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
@@ -92,15 +92,15 @@ rule select_completions:
         data=LAYOUT.train_problems(),
     output:
         demonstrations=f"{ROUND}/demonstrations.jsonl",
-    params:
-        settings=run_settings,
-        code=CODE,
     log:
         f"{ROUND}/logs/select_completions.log",
     benchmark:
         f"{ROUND}/benchmarks/select_completions.tsv"
+    params:
+        settings=run_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/select_completions.py --settings {params.settings:q} "
+        "python scripts/select_completions.py --settings {params.settings:q} "
         "--completions {input.completions:q} --data {input.data:q} "
         "--output {output.demonstrations:q} 2> {log:q}"
 
@@ -115,9 +115,6 @@ rule train_round:
         metrics=f"{ROUND}/train/metrics.jsonl",
         summary=f"{ROUND}/train/summary.json",
         settings=f"{ROUND}/settings.json",
-    params:
-        settings=run_settings,
-        code=CODE,
     log:
         f"{ROUND}/logs/train_sft.log",
     benchmark:
@@ -126,15 +123,16 @@ rule train_round:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+    params:
+        settings=run_settings,
+        code=CODE,
     shell:
-        "{PYTHON} scripts/train_sft.py --settings {params.settings:q} "
+        "python scripts/train_sft.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 rule finish_rounds:
-    wildcard_constraints:
-        method=methods_of_kind("expert_iteration"),
     input:
         model=last_round("model"),
         summaries=every_round("train/summary.json"),
@@ -146,11 +144,13 @@ rule finish_rounds:
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
-    params:
-        code=CODE,
     log:
         f"{RUN}/logs/finish_rounds.log",
     benchmark:
         f"{RUN}/benchmarks/finish_rounds.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("expert_iteration"),
+    params:
+        code=CODE,
     shell:
-        "{PYTHON} scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) 2> {log:q}"
+        "python scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) 2> {log:q}"

@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         known = load_config(args.config).models
         if args.model_name not in known:
-            raise ConfigError(f"--model-name: no '{args.model_name}'; there are: {', '.join(known)}")
+            raise ConfigError(
+                f"--model-name: no '{args.model_name}'; there are: {', '.join(known)}"
+            )
         settings = known[args.model_name]
     with atomic_path(args.output_dir) as temporary:
         facts = prepare_model(settings, temporary)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         num_completions += 1
         if row["problem_id"] not in questions:
             raise DataError(
-                f"{args.completions}, row {number}: problem {row['problem_id']} is not in {args.data}"
+                f"{args.completions}, row {number}: no problem {row['problem_id']} in {args.data}"
             )
         right = is_correct(row["completion"], row["gold"], "strict", run.prompt.answer_marker)
         if not right or row["finish_reason"] != "stop":

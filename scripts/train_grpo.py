@@ -4,8 +4,8 @@ Each step: sample a group of completions for some prompts, reward them, turn rew
 advantages, and take one or several clipped policy-gradient steps. Which advantage, objective,
 aggregation and corrections is a matter of settings (docs/methods.md maps papers to them).
 
-Departures from DeepSeekMath (Shao et al. 2024): no KL term by default, rewards from the exact answer
-alone, groups with equal rewards have advantage exactly 0.
+Departures from DeepSeekMath (Shao et al. 2024): no KL term by default, rewards from the exact
+answer alone, groups with equal rewards have advantage exactly 0.
 
     python scripts/train_grpo.py --model-name tiny-qwen2 --method grpo --seed 0 \\
         --starting-model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\

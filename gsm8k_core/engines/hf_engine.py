@@ -81,8 +81,8 @@ class HfEngine:
                 raise ModelError("a prompt of no tokens cannot be continued")
             if limit is not None and needed > limit:
                 raise ModelError(
-                    f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} new "
-                    f"ones need {needed} positions, but the model has {limit}: lower max_new_tokens"
+                    f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} "
+                    f"new ones need {needed} positions, but the model has {limit}: lower max_new_tokens"
                 )
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
@@ -216,5 +216,7 @@ def _sample(
         target = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
         # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
         sampled = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
-        tokens = torch.where(greedy, log_probs.argmax(-1), sampled[:, 0].clamp(max=log_probs.shape[-1] - 1))
+        tokens = torch.where(
+            greedy, log_probs.argmax(-1), sampled[:, 0].clamp(max=log_probs.shape[-1] - 1)
+        )
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
