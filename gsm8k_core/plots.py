@@ -137,9 +137,15 @@ def _accuracy_mark(axes: Axes, row: Json, runs: list[Json], decoding: str, y: fl
     mean, low, high = (100 * row[f"{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
     axes.plot([low, high], [y, y], color=colour, linewidth=2.0, solid_capstyle="butt", zorder=2)
     axes.plot(
-        [mean], [y], marker, markersize=7, color=colour, markerfacecolor=face, markeredgewidth=1.6,
+        [mean],
+        [y],
+        marker,
+        markersize=7,
+        color=colour,
+        markerfacecolor=face,
+        markeredgewidth=1.6,
         zorder=4,
-    )  # fmt: skip
+    )
     if len(runs) > 1:
         seeds = [100 * run[name] for run in runs]
         axes.plot(
@@ -168,10 +174,15 @@ def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
     marks = {
         "greedy": Line2D([], [], color=GREEDY, marker="o", linewidth=2, label="greedy"),
         "sampled": Line2D(
-            [], [], color=SAMPLED, marker="D", markerfacecolor="white", linewidth=2,
+            [],
+            [],
+            color=SAMPLED,
+            marker="D",
+            markerfacecolor="white",
+            linewidth=2,
             label="sampled, pass@1",
         ),
-    }  # fmt: skip
+    }
     return [mark for name, mark in marks.items() if name in drawn]
 
 
@@ -279,9 +290,13 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
     axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
     if len(series) > 1:
         axes.fill_between(
-            steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15,
+            steps,
+            values.min(axis=0),
+            values.max(axis=0),
+            color=look["color"],
+            alpha=0.15,
             linewidth=0,
-        )  # fmt: skip
+        )
     return window
 
 
@@ -318,9 +333,14 @@ def _title(figure: Figure, title: str, caption: str) -> None:
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
     # The second line of the title, in another weight: suptitle reserves the room for both.
     figure.text(
-        0.01, 1 - 0.36 / figure.get_figheight(), caption, ha="left", va="top", fontsize=9.5,
+        0.01,
+        1 - 0.36 / figure.get_figheight(),
+        caption,
+        ha="left",
+        va="top",
+        fontsize=9.5,
         color=GREY,
-    )  # fmt: skip
+    )
 
 
 def _legend(figure: Figure, handles: list[Line2D]) -> None:

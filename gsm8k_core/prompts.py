@@ -55,6 +55,6 @@ def render_prompt(question: str, prompt: PromptSettings, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def prompt_token_ids(text: str, prompt: PromptSettings, tokenizer: Any) -> list[int]:
-    """Token ids of a rendered prompt: exactly one BOS where the model has one."""
-    return tokenizer(text, add_special_tokens=not prompt.chat)["input_ids"]
+def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -> list[list[int]]:
+    """Token ids of rendered prompts: exactly one BOS each, where the model has one."""
+    return tokenizer(texts, add_special_tokens=not prompt.chat)["input_ids"]

@@ -99,7 +99,7 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
         model,
         LoraConfig(
             r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,
+            lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]  # it may be a float
             lora_dropout=settings.lora.dropout,
             target_modules=settings.lora.target_modules,
             task_type="CAUSAL_LM",
@@ -323,14 +323,10 @@ def greedy_accuracy(
     max_new_tokens: int,
 ) -> float:
     """Share of `problems` whose greedy completion is right by the strict grade."""
+    texts = [render_prompt(problem.question, prompt, tokenizer) for problem in problems]
     requests = [
-        Request(
-            prompt_token_ids(render_prompt(problem.question, prompt, tokenizer), prompt, tokenizer),
-            seeds=[0],
-            temperature=0.0,
-            max_new_tokens=max_new_tokens,
-        )
-        for problem in problems
+        Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)
+        for prompt_ids in prompt_token_ids(texts, prompt, tokenizer)
     ]
     completions = engine.generate(requests)
     right = [

@@ -48,7 +48,7 @@ def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any)
     """The greedy completion and the samples that the suite asks of one problem."""
     suite = settings.suite_settings
     text = render_prompt(problem.question, settings.prompt, tokenizer)
-    prompt_ids = prompt_token_ids(text, settings.prompt, tokenizer)
+    (prompt_ids,) = prompt_token_ids([text], settings.prompt, tokenizer)
     seeds = [
         seed_from(settings.seed, settings.suite, problem.id, k) for k in range(suite.num_samples)
     ]
@@ -190,8 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     partial.unlink()
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
-        len(rows), num_tokens, seconds_generating, num_tokens / seconds_generating,
-    )  # fmt: skip
+        len(rows),
+        num_tokens,
+        seconds_generating,
+        num_tokens / seconds_generating,
+    )
     return 0
 
 

@@ -70,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     write_jsonl(args.output, rows)
     log.info(
         "kept %d distinct of %d correct of %d completions, for %d problems",
-        len(rows), num_correct, num_completions, len(kept),
-    )  # fmt: skip
+        len(rows),
+        num_correct,
+        num_completions,
+        len(kept),
+    )
     return 0
 
 

@@ -98,17 +98,18 @@ def sample_groups(
     """One group a problem. Seeds come from (run seed, step, place in the step, sample)."""
     settings = run.method_settings
     assert isinstance(settings, GrpoMethod)
-    requests = []
-    for draw, problem in enumerate(problems, start=first_draw):
-        text = render_prompt(problem.question, run.prompt, tokenizer)
-        requests.append(
-            Request(
-                prompt_token_ids(text, run.prompt, tokenizer),
-                [seed_from(run.seed, "rollout", step, draw, k) for k in range(settings.group_size)],
-                settings.temperature,
-                settings.max_new_tokens,
-            )
+    texts = [render_prompt(problem.question, run.prompt, tokenizer) for problem in problems]
+    requests = [
+        Request(
+            prompt_ids,
+            [seed_from(run.seed, "rollout", step, draw, k) for k in range(settings.group_size)],
+            settings.temperature,
+            settings.max_new_tokens,
         )
+        for draw, prompt_ids in enumerate(
+            prompt_token_ids(texts, run.prompt, tokenizer), start=first_draw
+        )
+    ]
     groups = []
     for problem, request, completions in zip(
         problems, requests, engine.generate(requests), strict=True
@@ -241,9 +242,13 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             for group in split_by_token_budget(lengths, settings.tokens_per_microbatch):
                 rows = [minibatch[i] for i in group]
                 scores = score_rows(
-                    run, run.model, rollouts, rows,
-                    with_entropy=True, entropy_gradient=settings.entropy_coefficient > 0,
-                )  # fmt: skip
+                    run,
+                    run.model,
+                    rollouts,
+                    rows,
+                    with_entropy=True,
+                    entropy_gradient=settings.entropy_coefficient > 0,
+                )
                 log_probs = scores["log_probs"]
                 width = log_probs.shape[1]
                 if rollouts.old_log_probs is None:
@@ -322,10 +327,13 @@ def main(argv: list[str] | None = None) -> int:
     updates_per_step = settings.epochs_per_batch * settings.minibatches
     num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
     run = TrainingRun(
-        run_settings, args.starting_model, args.output_dir,
-        num_updates=settings.num_steps * updates_per_step, num_steps=num_steps,
+        run_settings,
+        args.starting_model,
+        args.output_dir,
+        num_updates=settings.num_steps * updates_per_step,
+        num_steps=num_steps,
         val_problems=read_problems(args.val_data) if args.val_data else None,
-    )  # fmt: skip
+    )
     disable_dropout(run.model)
     reference = None
     if settings.kl_coefficient > 0:

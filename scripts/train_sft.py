@@ -53,28 +53,33 @@ def load_examples(path: Path, run: RunSettings, tokenizer: Any) -> list[Example]
     """
     settings = run.method_settings
     assert isinstance(settings, SftSettings)
-    pairs: list[tuple[str, list[int]]] = []
     if isinstance(settings, ExpertIterationMethod):
-        pairs = [(row["question"], row["response_ids"]) for row in iter_jsonl(path)]
+        rows = list(iter_jsonl(path))
+        questions = [row["question"] for row in rows]
+        responses = [row["response_ids"] for row in rows]
     else:
-        for problem in read_problems(path):
-            text = demonstration(problem, run.prompt)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            pairs.append((problem.question, [*ids, tokenizer.eos_token_id]))
-    examples = []
-    for question, response_ids in progress(pairs, "tokenizing"):
-        text = render_prompt(question, run.prompt, tokenizer)
-        prompt_ids = prompt_token_ids(text, run.prompt, tokenizer)
-        if len(prompt_ids) + len(response_ids) <= settings.max_length:
-            examples.append((prompt_ids, response_ids))
-    if len(examples) < len(pairs):
+        problems = read_problems(path)
+        questions = [problem.question for problem in problems]
+        texts = [demonstration(problem, run.prompt) for problem in problems]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    prompts = [render_prompt(question, run.prompt, tokenizer) for question in questions]
+    prompt_ids = prompt_token_ids(prompts, run.prompt, tokenizer)
+    examples = [
+        (prompt, response)
+        for prompt, response in zip(prompt_ids, responses, strict=True)
+        if len(prompt) + len(response) <= settings.max_length
+    ]
+    if len(examples) < len(questions):
         log.warning(
             "%d of %d demonstrations are longer than max_length %d and left out",
-            len(pairs) - len(examples), len(pairs), settings.max_length,
-        )  # fmt: skip
+            len(questions) - len(examples),
+            len(questions),
+            settings.max_length,
+        )
     if not examples:
         raise DataError(
-            f"{path}: none of its {len(pairs)} demonstrations is within max_length "
+            f"{path}: none of its {len(questions)} demonstrations is within max_length "
             f"{settings.max_length}; raise it (or the parent solved no problem)"
         )
     return examples
@@ -110,9 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     val_problems = read_problems(args.val_data) if args.val_data else None
     num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
     run = TrainingRun(
-        run_settings, args.starting_model, args.output_dir,
-        num_updates=settings.num_steps, num_steps=num_steps, val_problems=val_problems,
-    )  # fmt: skip
+        run_settings,
+        args.starting_model,
+        args.output_dir,
+        num_updates=settings.num_steps,
+        num_steps=num_steps,
+        val_problems=val_problems,
+    )
     pad_id = pad_token_id(run.tokenizer)
     examples = load_examples(args.data, run_settings, run.tokenizer)
     steps_done, _ = run.resume()

@@ -82,7 +82,8 @@ class HfEngine:
             if limit is not None and needed > limit:
                 raise ModelError(
                     f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} "
-                    f"new ones need {needed} positions, but the model has {limit}: lower max_new_tokens"
+                    f"new ones need {needed} positions, but the model has {limit}: "
+                    "lower max_new_tokens"
                 )
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
@@ -99,8 +100,10 @@ class HfEngine:
         return batches
 
     def _decode_batch(self, requests: dict[int, Request]) -> dict[int, list[_Row]]:
-        rows = {index: [_new_row(request, seed) for seed in request.seeds]
-                for index, request in requests.items()}  # fmt: skip
+        rows = {
+            index: [_new_row(request, seed) for seed in request.seeds]
+            for index, request in requests.items()
+        }
         with torch.no_grad(), self.forward_context():
             self._decode(list(requests.values()), [row for group in rows.values() for row in group])
         return rows
@@ -176,7 +179,7 @@ class HfEngine:
         return Completion(row.token_ids, row.log_probs, reason, text)
 
     def _text(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def _new_row(request: Request, seed: int) -> _Row:
@@ -210,8 +213,9 @@ def _sample(
     if bool(greedy.all()):
         tokens = log_probs.argmax(-1)
     else:
-        draws = [0.0 if r.uniforms is None else r.uniforms[min(step, len(r.uniforms) - 1)]
-                 for r in rows]  # fmt: skip
+        draws = [
+            0.0 if r.uniforms is None else r.uniforms[min(step, len(r.uniforms) - 1)] for r in rows
+        ]
         cumulative = log_probs.double().exp().cumsum(-1)
         target = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
         # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
