@@ -106,6 +106,18 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
+def training_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The arguments that every trainer takes."""
+    arguments = parser(documentation)
+    add_run_arguments(arguments)
+    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
+    arguments.add_argument("--data", type=Path, required=True, help="what it learns from, JSONL")
+    arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
+    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
+    return arguments
+
+
 def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     """The RunSettings that `add_run_arguments`' arguments name."""
     if arguments.settings is not None:

@@ -513,9 +513,9 @@ class Config(Settings):
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int
     ) -> EvaluationSettings:
-        """What decides the completions on train problems of one round of expert iteration."""
+        """What decides a round's completions on train problems (DPO has one round)."""
         settings = self.trained(method)
-        assert isinstance(settings, ExpertIterationMethod)
+        assert isinstance(settings, ExpertIterationMethod | DpoMethod)
         return EvaluationSettings(
             study=self.study.name,
             model=model,

@@ -61,6 +61,7 @@ rule train_grpo:
 
 
 # Expert iteration: rounds of generate on train → keep the correct → SFT. One round is RFT.
+# DPO has one round as well: generate on train → pair correct with incorrect → DPO.
 
 
 rule generate_round:
@@ -154,3 +155,51 @@ rule finish_rounds:
         code=CODE,
     shell:
         "python scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) 2> {log:q}"
+
+
+rule select_pairs:
+    input:
+        completions=f"{ROUND}/completions.jsonl",
+        data=LAYOUT.train_problems(),
+    output:
+        pairs=f"{ROUND}/pairs.jsonl",
+    log:
+        f"{ROUND}/logs/select_pairs.log",
+    benchmark:
+        f"{ROUND}/benchmarks/select_pairs.tsv"
+    params:
+        settings=run_settings,
+        code=CODE,
+    shell:
+        "python scripts/select_pairs.py --settings {params.settings:q} "
+        "--completions {input.completions:q} --data {input.data:q} "
+        "--output {output.pairs:q} 2> {log:q}"
+
+
+rule train_dpo:
+    input:
+        starting_model=parent_model,
+        data=f"{RUN}/round1/pairs.jsonl",
+        val=LAYOUT.train_problems("val"),
+    output:
+        model=directory(f"{RUN}/model"),
+        metrics=f"{RUN}/train/metrics.jsonl",
+        summary=f"{RUN}/train/summary.json",
+        settings=f"{RUN}/settings.json",
+    log:
+        f"{RUN}/logs/train_dpo.log",
+    benchmark:
+        f"{RUN}/benchmarks/train_dpo.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("dpo"),
+    threads: model_threads
+    resources:
+        gpu=model_gpus,
+        mem_mb=model_memory,
+    params:
+        settings=run_settings,
+        code=CODE,
+    shell:
+        "python scripts/train_dpo.py --settings {params.settings:q} "
+        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"

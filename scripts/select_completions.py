@@ -15,12 +15,12 @@ import logging
 import sys
 from pathlib import Path
 
-from gsm8k_core.answers import is_correct
 from gsm8k_core.cli import add_run_arguments, parser, run_script, run_settings_from
 from gsm8k_core.config import ExpertIterationMethod
 from gsm8k_core.errors import ConfigError, DataError
-from gsm8k_core.files import Json, iter_jsonl, write_jsonl
+from gsm8k_core.files import write_jsonl
 from gsm8k_core.problems import read_problems
+from gsm8k_core.selection import graded_completions
 
 log = logging.getLogger("select_completions")
 
@@ -38,43 +38,25 @@ def main(argv: list[str] | None = None) -> int:
     if not isinstance(settings, ExpertIterationMethod):
         raise ConfigError(f"method {run.method} is of kind {settings.kind}, not expert_iteration")
     questions = {problem.id: problem.question for problem in read_problems(args.data)}
-    kept: dict[str, list[Json]] = {}
-    num_completions = num_correct = 0
-    for number, row in enumerate(iter_jsonl(args.completions), start=1):
-        num_completions += 1
-        if row["problem_id"] not in questions:
-            raise DataError(
-                f"{args.completions}, row {number}: no problem {row['problem_id']} in {args.data}"
-            )
-        right = is_correct(row["completion"], row["gold"], "strict", run.prompt.answer_marker)
-        if not right or row["finish_reason"] != "stop":
-            continue
-        num_correct += 1
-        of_problem = kept.setdefault(row["problem_id"], [])
-        known = {other["completion"] for other in of_problem}
-        if len(of_problem) < settings.max_kept_per_prompt and row["completion"] not in known:
-            of_problem.append(
-                {
-                    "problem_id": row["problem_id"],
-                    "question": questions[row["problem_id"]],
-                    "completion": row["completion"],
-                    "response_ids": row["token_ids"],
-                }
-            )
-    rows = [row for group in kept.values() for row in group]
+    graded = graded_completions(args.completions, questions, run.prompt.answer_marker)
+    rows = [
+        {
+            "problem_id": problem_id,
+            "question": questions[problem_id],
+            "completion": row["completion"],
+            "response_ids": row["token_ids"],
+        }
+        for problem_id, (right, _) in graded.items()
+        for row in right[: settings.max_kept_per_prompt]
+    ]
     if not rows:
         raise DataError(
-            f"{args.completions}: none of {num_completions} completions is correct, so there is "
+            f"{args.completions}: no completion of {len(graded)} problems is correct, so there is "
             "nothing to train on; start from a stronger parent or sample more"
         )
     write_jsonl(args.output, rows)
-    log.info(
-        "kept %d distinct of %d correct of %d completions, for %d problems",
-        len(rows),
-        num_correct,
-        num_completions,
-        len(kept),
-    )
+    num_solved = sum(bool(right) for right, _ in graded.values())
+    log.info("kept %d completions; %d of %d problems solved", len(rows), num_solved, len(graded))
     return 0
 
 

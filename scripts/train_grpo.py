@@ -22,13 +22,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gsm8k_core.advantages import compute_advantages, equal_reward_groups
-from gsm8k_core.cli import add_run_arguments, parser, progress, run_script, run_settings_from
+from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.errors import ConfigError
@@ -309,14 +308,7 @@ def rollout_metrics(groups: list[Group], num_prompts: int) -> Metrics:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    add_run_arguments(arguments)
-    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
-    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
-    arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
-    arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
-    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
-    args = arguments.parse_args(argv)
+    args = training_parser(__doc__).parse_args(argv)
 
     run_settings = run_settings_from(args)
     settings = run_settings.method_settings

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import add_run_arguments, parser, progress, run_script, run_settings_from
+from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import iter_jsonl, seed_from
@@ -99,14 +99,7 @@ def microbatches(examples: list[Example], settings: SftSettings, pad_id: int) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    add_run_arguments(arguments)
-    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
-    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
-    arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
-    arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
-    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
-    args = arguments.parse_args(argv)
+    args = training_parser(__doc__).parse_args(argv)
 
     run_settings = run_settings_from(args)
     settings = run_settings.method_settings

@@ -1,0 +1,34 @@
+"""From sampled completions of train problems to what is learned from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gsm8k_core.answers import Marker, is_correct
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, iter_jsonl
+
+
+def graded_completions(
+    path: Path, questions: dict[str, str], marker: Marker
+) -> dict[str, tuple[list[Json], list[Json]]]:
+    """Distinct completions of each problem: the right ones that ended, and the wrong ones.
+
+    In the order of the file; a text that was sampled twice counts once. `questions` by problem id.
+    Raises DataError that names the row of a problem that is not among them.
+    """
+    graded: dict[str, tuple[list[Json], list[Json]]] = {}
+    seen: set[tuple[str, str]] = set()
+    for number, row in enumerate(iter_jsonl(path), start=1):
+        problem_id, text = row["problem_id"], row["completion"]
+        if problem_id not in questions:
+            raise DataError(f"{path}, row {number}: no problem {problem_id} in the data")
+        right, wrong = graded.setdefault(problem_id, ([], []))
+        if (problem_id, text) in seen:
+            continue
+        seen.add((problem_id, text))
+        if not is_correct(text, row["gold"], "strict", marker):
+            wrong.append(row)
+        elif row["finish_reason"] == "stop":
+            right.append(row)
+    return graded

@@ -1,0 +1,64 @@
+"""Pair correct with incorrect completions of the same problem: the preferences of offline DPO.
+
+Of each problem at most `max_pairs_per_prompt` pairs of distinct completions, in the order they were
+sampled. The chosen one is right by the strict grade and ended by itself; the rejected one is wrong.
+
+    python scripts/select_pairs.py --model-name tiny-qwen2 --method dpo --seed 0 \\
+        --completions /tmp/dpo/round1/completions.jsonl --data artifacts/arithmetic/train.jsonl \\
+        --output /tmp/dpo/round1/pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import add_run_arguments, parser, run_script, run_settings_from
+from gsm8k_core.config import DpoMethod
+from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.files import write_jsonl
+from gsm8k_core.problems import read_problems
+from gsm8k_core.selection import graded_completions
+
+log = logging.getLogger("select_pairs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    add_run_arguments(arguments)
+    arguments.add_argument("--completions", type=Path, required=True, help="of train problems")
+    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
+    arguments.add_argument("--output", type=Path, required=True, help="pairs, JSONL")
+    args = arguments.parse_args(argv)
+
+    run = run_settings_from(args)
+    settings = run.method_settings
+    if not isinstance(settings, DpoMethod):
+        raise ConfigError(f"method {run.method} is of kind {settings.kind}, not dpo")
+    questions = {problem.id: problem.question for problem in read_problems(args.data)}
+    graded = graded_completions(args.completions, questions, run.prompt.answer_marker)
+    rows = [
+        {
+            "problem_id": problem_id,
+            "question": questions[problem_id],
+            "chosen_ids": chosen["token_ids"],
+            "rejected_ids": rejected["token_ids"],
+        }
+        for problem_id, (right, wrong) in graded.items()
+        for chosen, rejected in list(zip(right, wrong, strict=False))[
+            : settings.max_pairs_per_prompt
+        ]
+    ]
+    if not rows:
+        raise DataError(
+            f"{args.completions}: no problem has both a correct and an incorrect completion, so "
+            "there is nothing to prefer; sample more completions per prompt"
+        )
+    write_jsonl(args.output, rows)
+    log.info("%d pairs of %d problems", len(rows), len({row["problem_id"] for row in rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

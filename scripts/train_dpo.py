@@ -1,0 +1,142 @@
+"""Offline DPO (Rafailov et al. 2023) on pairs of correct and incorrect completions.
+
+The reference is the starting model. Departures from the paper: pairs come from grading the parent's
+own completions, not from people; no SFT on the chosen completions comes before.
+
+    python scripts/train_dpo.py --model-name tiny-qwen2 --method dpo --seed 0 \\
+        --starting-model /tmp/sft/model --data /tmp/dpo/round1/pairs.jsonl --output-dir /tmp/dpo
+
+Started again after a kill, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
+from gsm8k_core.config import DpoMethod, PromptSettings
+from gsm8k_core.dpo import dpo_loss
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import iter_jsonl, seed_from
+from gsm8k_core.masking import masked_sum
+from gsm8k_core.models import load_model
+from gsm8k_core.problems import read_problems
+from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
+from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
+
+log = logging.getLogger("train_dpo")
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Positions of both rows, padding included."""
+        return 2 * (len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids)) - 1)
+
+
+def load_pairs(path: Path, prompt: PromptSettings, tokenizer: Any) -> list[Pair]:
+    """Pairs that select_pairs.py wrote, with their prompts tokenized."""
+    rows = list(iter_jsonl(path))
+    texts = [render_prompt(row["question"], prompt, tokenizer) for row in rows]
+    prompts = prompt_token_ids(texts, prompt, tokenizer)
+    return [
+        Pair(prompt_ids, row["chosen_ids"], row["rejected_ids"])
+        for prompt_ids, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def sequence_log_probs(
+    run: TrainingRun, model: torch.nn.Module, pairs: list[Pair], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probs of the chosen and of the rejected completions, (B,) each."""
+    batch = collate(
+        [pair.prompt_ids for pair in pairs] * 2,
+        [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
+        pad_id,
+    )
+    on_device = {name: tensor.to(run.device) for name, tensor in batch.items()}
+    with run.autocast():
+        log_probs = score_responses(model, **on_device)["log_probs"]
+    chosen, rejected = masked_sum(log_probs, on_device["response_mask"], dim=-1).chunk(2)
+    return chosen, rejected
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = training_parser(__doc__).parse_args(argv)
+    run_settings = run_settings_from(args)
+    settings = run_settings.method_settings
+    if not isinstance(settings, DpoMethod):
+        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not dpo")
+    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
+    run = TrainingRun(
+        run_settings,
+        args.starting_model,
+        args.output_dir,
+        num_updates=settings.num_steps,
+        num_steps=num_steps,
+        val_problems=read_problems(args.val_data) if args.val_data else None,
+    )
+    disable_dropout(run.model)
+    reference = load_model(args.starting_model, run.device).requires_grad_(False)
+    pad_id = pad_token_id(run.tokenizer)
+    pairs = load_pairs(args.data, run_settings.prompt, run.tokenizer)
+    steps_done, _ = run.resume()
+    order = endless_order(len(pairs), seed_from(run_settings.seed, "pairs"))
+    order = itertools.islice(order, steps_done * settings.batch_size, None)
+
+    run.model.train()
+    for step in progress(range(steps_done + 1, num_steps + 1), "DPO", num_steps, steps_done):
+        started = time.perf_counter()
+        chosen_pairs = take(pairs, order, settings.batch_size)
+        sums: dict[str, float] = {}
+        groups = split_by_token_budget(
+            [pair.length for pair in chosen_pairs], settings.tokens_per_microbatch
+        )
+        for group in groups:
+            part = [chosen_pairs[index] for index in group]
+            with torch.no_grad():
+                ref_chosen, ref_rejected = sequence_log_probs(run, reference, part, pad_id)
+            chosen, rejected = sequence_log_probs(run, run.model, part, pad_id)
+            losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)
+            (losses.sum() / len(chosen_pairs)).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(values.detach().sum())
+        updated = run.update()
+        num_tokens = sum(
+            2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+            for pair in chosen_pairs
+        )
+        run.progress["num_tokens"] += num_tokens
+        seconds = time.perf_counter() - started
+        run.end_step(
+            step,
+            {
+                **{name: total / len(chosen_pairs) for name, total in sums.items()},
+                **updated,
+                "seconds_updating": round(seconds, 4),
+                "tokens_per_second": round(num_tokens / seconds, 1),
+            },
+        )
+        if step % 50 == 0 or step == num_steps:
+            log.info("step %d/%d: loss %.4f", step, num_steps, sums["loss"] / len(chosen_pairs))
+    run.finish({"num_examples": len(pairs)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
