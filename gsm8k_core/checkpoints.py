@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gsm8k_core.errors import TrainingError
@@ -40,13 +41,14 @@ def save_checkpoint(
     """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`.
 
     `progress` is whatever the loop wants back as JSON; `extra` whatever it wants back as tensors.
+    Raises TrainingError when it cannot be written.
     """
     with atomic_path(folder / f"step-{step:08d}") as temporary:
         temporary.mkdir()
-        save_file(_contiguous(trained_parameters(model)), temporary / "weights.safetensors")
-        save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        save_file(_generator_states(), temporary / "generators.safetensors")
-        save_file(_contiguous(extra or {}), temporary / "extra.safetensors")
+        _save(_contiguous(trained_parameters(model)), temporary / "weights.safetensors")
+        _save(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        _save(_generator_states(), temporary / "generators.safetensors")
+        _save(_contiguous(extra or {}), temporary / "extra.safetensors")
         python_state = random.getstate()
         write_json(
             temporary / "progress.json",
@@ -70,12 +72,14 @@ def load_checkpoint(
 ) -> tuple[Json, Tensors]:
     """Restore weights, optimizer and every generator in place; returns `progress` and `extra`.
 
-    Raises TrainingError when the checkpoint is of another model.
+    Raises TrainingError when the checkpoint is damaged or of another model.
     """
     device = str(next(model.parameters()).device)
-    weights = load_file(path / "weights.safetensors", device=device)
+    weights = _load(path / "weights.safetensors", device)
     parameters = trained_parameters(model)
-    if weights.keys() != parameters.keys():
+    if {name: tensor.shape for name, tensor in weights.items()} != {
+        name: parameter.shape for name, parameter in parameters.items()
+    }:
         raise TrainingError(
             f"{path}: holds other parameters than this model trains; "
             "delete the folder to start this run afresh"
@@ -83,12 +87,29 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors", device=device))
-    _restore_generators(load_file(path / "generators.safetensors"))
+    # AdamW keeps its step counts on the CPU; load_state_dict moves the moments to the parameters.
+    _restore_optimizer(optimizer, _load(path / "optimizer.safetensors"))
+    _restore_generators(_load(path / "generators.safetensors"))
     progress = read_json(path / "progress.json")
     version, state, gauss = progress.pop("python_generator")
     random.setstate((version, tuple(state), gauss))
-    return progress, load_file(path / "extra.safetensors", device=device)
+    return progress, _load(path / "extra.safetensors", device)
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise TrainingError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def _load(path: Path, device: str = "cpu") -> Tensors:
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path}: damaged ({error}); delete {path.parent} to go on from the one before"
+        ) from error
 
 
 def _contiguous(tensors: dict[str, Any]) -> Tensors:

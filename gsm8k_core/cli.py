@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from gsm8k_core.config import RunSettings, load_config
+from gsm8k_core.config import RunSettings, load_config, read_yaml
 from gsm8k_core.errors import ConfigError, Gsm8kError
 
 log = logging.getLogger(__name__)
@@ -66,11 +65,13 @@ def settings_from(text: str, schema: Any) -> Any:
     try:
         raw = json.loads(text)
         where = "--settings"
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{"):
+            raise ConfigError(f"--settings: not valid JSON ({error}): {text[:200]}") from None
         path = Path(text)
         if not path.is_file():
             raise ConfigError(f"--settings: neither JSON nor a file: {text[:200]}") from None
-        raw, where = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)
+        raw, where = read_yaml(path), str(path)
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:

@@ -41,7 +41,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 class Settings(BaseModel):
     """Base of every section: unknown keys are mistakes, values are not changed after checking."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 # --------------------------------------------------------------------------------------- datasets
@@ -54,10 +56,15 @@ class Gsm8kDataset(Settings):
     path: str | None = None
     """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR."""
     hub_id: str = "openai/gsm8k"
+    """Dataset on the hub."""
     hub_config: str = "main"
+    """Its configuration (subset)."""
     revision: str = "740312add88f781978c0658806c59bc2815b9866"
+    """Pinned commit on the hub."""
     github_repository: str = "openai/grade-school-math"
+    """Repository that publishes the JSONL files."""
     commit: str = "3101c7d5072418e28b9008a6636bde82a006892c"
+    """Pinned commit there."""
     num_val: NonNegativeInt = 500
     """Rows of train that become `val`: those whose question has the smallest digest."""
     digests: dict[str, str] = {
@@ -72,9 +79,13 @@ class ArithmeticDataset(Settings):
 
     kind: Literal["arithmetic"]
     seed: int = 0
+    """Decides every problem."""
     num_train: PositiveInt = 8000
+    """Problems to learn from; the first ones of families in turn."""
     num_val: PositiveInt = 200
+    """Problems for validation during training."""
     num_test: PositiveInt = 500
+    """Problems for the comparison; their operands are in no other split."""
     wrong_plan_fraction: Fraction01 = 0.45
     """Share of train demonstrations that follow a wrong plan with correct arithmetic."""
 
@@ -112,6 +123,7 @@ class ModelSettings(Settings):
     """Where starting weights come from, and what a run of them needs."""
 
     source: Literal["embedded", "hub", "path", "gguf_wheel"]
+    """Where the starting weights come from."""
     hub_id: str | None = None
     """Repository on the hub, for `source: hub`."""
     revision: str | None = None
@@ -156,9 +168,13 @@ class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021); merged into the saved model at the end."""
 
     rank: PositiveInt = 16
+    """Rank r of the adapters."""
     alpha: PositiveFloat = 32.0
+    """Adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapters' input; SFT only, reinforcement switches it off."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Layers that get adapters."""
 
 
 class BaseMethod(Settings):
@@ -175,25 +191,37 @@ class TrainSettings(Settings):
     num_steps: PositiveInt = 500
     """Optimizer steps (SFT, DPO), or rollout steps (GRPO)."""
     learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the rate does after the warm-up."""
     warmup_fraction: Fraction01 = 0.0
     """Share of the optimizer steps during which the rate climbs linearly from 0."""
     min_learning_rate_fraction: Fraction01 = 0.0
     """The rate at the end of a cosine or linear schedule, as a share of `learning_rate`."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled decay, on matrices only."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of AdamW's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's ε."""
     max_grad_norm: PositiveFloat = 1.0
+    """The gradient is scaled down to this norm."""
     tokens_per_microbatch: PositiveInt = 16_384
     """Most tokens (padding included) in one forward; does not change the gradient."""
     gradient_checkpointing: bool = False
+    """Save memory by computing activations twice."""
     lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights; unset: all."""
     checkpoint_every_steps: PositiveInt = 50
+    """Steps between checkpoints: the most that a killed run loses."""
     keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept of an unfinished run."""
     validate_every_steps: NonNegativeInt = 0
     """Greedy accuracy on `val` every so many steps; 0 never."""
     num_validation_problems: PositiveInt = 100
+    """The first so many problems of `val`."""
     keep_best: bool = False
     """Save the model of the best validation instead of the last one."""
 
@@ -224,11 +252,15 @@ class ExpertIterationMethod(SftSettings):
 
     kind: Literal["expert_iteration"]
     rounds: PositiveInt = 1
+    """Rounds of generate, select, train."""
     prompts_per_round: PositiveInt = 2000
     """Train problems sampled in a round (without replacement within it)."""
     completions_per_prompt: PositiveInt = 4
+    """Samples of each problem."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
     max_new_tokens: PositiveInt = 256
+    """Longest completion."""
     max_kept_per_prompt: PositiveInt = 4
     """At most so many distinct correct completions of one problem are kept."""
     restart_from_parent: bool = False
@@ -240,10 +272,15 @@ class DpoMethod(TrainSettings):
 
     kind: Literal["dpo"]
     prompts_per_round: PositiveInt = 2000
+    """Train problems sampled for pairs."""
     completions_per_prompt: PositiveInt = 4
+    """Samples of each problem."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
     max_new_tokens: PositiveInt = 256
+    """Longest completion."""
     max_pairs_per_prompt: PositiveInt = 2
+    """At most so many pairs of one problem."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step."""
     beta: PositiveFloat = 0.1
@@ -275,10 +312,13 @@ class RewardSettings(Settings):
     length: float = 0.0
     """Weight of `length_shaping`, which lies in [−1, 0]."""
     length_shaping: LengthRewardSettings | None = None
+    """Where the penalty on length begins and ends."""
     grading: Literal["strict", "flexible"] = "strict"
+    """How the answer is read for the reward."""
     custom: str | None = None
     """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it."""
     custom_weight: float = 1.0
+    """Weight of the custom reward."""
 
     @model_validator(mode="after")
     def _check(self) -> RewardSettings:
@@ -294,22 +334,30 @@ class GrpoMethod(TrainSettings):
 
     kind: Literal["grpo"]
     prompts_per_step: PositiveInt = 32
+    """Prompts per rollout step."""
     group_size: PositiveInt = 8
     """Completions per prompt (G)."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs are scored with it too."""
     max_new_tokens: PositiveInt = 256
+    """Longest completion."""
     epochs_per_batch: PositiveInt = 1
     """Passes over each batch of rollouts (μ of DeepSeekMath, Algorithm 1)."""
     minibatches: PositiveInt = 1
     """Optimizer steps per pass; prompts are split evenly."""
     reward: RewardSettings = RewardSettings()
+    """What a completion is worth."""
 
     advantage: Literal["group_zscore", "group_centered", "leave_one_out", "batch_zscore", "raw"] = (
         "group_zscore"
     )
+    """What a reward is compared with: see `gsm8k_core.advantages`."""
     advantage_epsilon: NonNegativeFloat = 1e-6
+    """Added to the standard deviation that z-scores divide by."""
     objective: Literal["ppo_clip", "cispo", "reinforce"] = "ppo_clip"
+    """What is maximized per token: see `gsm8k_core.losses`."""
     ratio_level: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token, or of the whole completion (GSPO)."""
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped below at 1 − clip_low."""
     clip_high: PositiveFloat = 0.2
@@ -322,10 +370,13 @@ class GrpoMethod(TrainSettings):
     kl_coefficient: NonNegativeFloat = 0.0
     """β of the KL to the reference; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators; k3 is non-negative, k1 as a loss has no gradient in expectation."""
     kl_placement: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or taken from the reward of the completion."""
     reference_refresh_steps: NonNegativeInt = 0
     """Copy the policy into the reference every so many steps; 0 never."""
     entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus; 0 none."""
 
     mask_truncated: bool = False
     """Leave truncated completions out of the loss, numerator and denominator (DAPO §3.4)."""
@@ -339,7 +390,9 @@ class GrpoMethod(TrainSettings):
     importance_correction: Literal["none", "token", "sequence"] = "none"
     """Weight by trainer/sampler probability, per token or per completion."""
     importance_bound: PositiveFloat = 2.0
+    """Largest weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
+    """Weights above the bound are cut to it, or the tokens left out."""
 
     @model_validator(mode="after")
     def _check(self) -> GrpoMethod:
@@ -376,7 +429,9 @@ class SuiteSettings(Settings):
     """What a model is asked, how it is sampled and which grade counts."""
 
     dataset: str
+    """Dataset that the problems come from."""
     split: Literal["train", "val", "test"] = "test"
+    """Its split."""
     limit: PositiveInt | None = None
     """The first so many problems only."""
     shuffle_seed: NonNegativeInt | None = None
@@ -388,8 +443,10 @@ class SuiteSettings(Settings):
     num_samples: NonNegativeInt = 0
     """Sampled completions per problem, for pass@k."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature of the samples."""
     max_new_tokens: PositiveInt = 256
-    stop: list[str] = []
+    """Longest completion; longer ones are cut and counted."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """Texts at which a completion ends (and is cut)."""
     grading: Literal["strict", "flexible"] = "strict"
     """The grade that the tables show; every completion carries both."""
@@ -405,12 +462,17 @@ class StudySettings(Settings):
     """Which cells of the table are filled: models × methods × seeds, on suites."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Folder of its runs and results."""
     dataset: str
     """The dataset whose `train` and `val` splits the methods learn from."""
     models: Annotated[list[str], Field(min_length=1)]
+    """Models of the registry."""
     methods: Annotated[list[str], Field(min_length=1)]
+    """Methods of the registry."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    """A run each, for every method that trains."""
     suites: Annotated[list[str], Field(min_length=1)]
+    """Suites that every run is evaluated on."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals in tables and plots."""
     rerun_on_code_change: bool = False
@@ -639,16 +701,21 @@ def load_config(path: Path, overlays: list[Path] | None = None) -> Config:
     """Read `path`, lay `overlays` over it in order, check the result."""
     raw: dict[str, Any] = {}
     for file in [path, *(overlays or [])]:
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{file}: no such file") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(file)
         if not isinstance(content, dict):
             raise ConfigError(f"{file}: expected a mapping of settings at the top level")
         raw = merge(raw, content)
     return parse_config(raw)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML (or JSON) file. Raises ConfigError that names a missing or malformed one."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
@@ -657,7 +724,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(_apply_defaults(raw))
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = list(dict.fromkeys(_explain(item, raw) for item in error.errors()))
         problems += _check_references(raw)
         raise _config_error(problems) from None
     problems = _check_references(raw)
@@ -676,10 +743,12 @@ def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     defaults, methods = raw.get("defaults"), raw.get("methods")
     if not isinstance(defaults, dict) or not isinstance(methods, dict):
         return raw
-    merged = {
-        name: merge(defaults.get(body.get("kind")) or {}, body) if isinstance(body, dict) else body
-        for name, body in methods.items()
-    }
+    merged = dict(methods)
+    for name, body in methods.items():
+        kind = body.get("kind") if isinstance(body, dict) else None
+        of_kind = defaults.get(kind) if isinstance(kind, str) else None
+        if isinstance(of_kind, dict):
+            merged[name] = merge(of_kind, body)
     return {**raw, "methods": merged}
 
 
@@ -747,6 +816,8 @@ def _find_loops(methods: dict[str, Any]) -> list[str]:
             if not isinstance(body, dict) or body.get("kind") == "base":
                 break
             parent = body.get("from", "base")
+            if not isinstance(parent, str):
+                break
             if parent in chain:
                 loop = chain[chain.index(parent) :]
                 if frozenset(loop) not in seen_loops:
@@ -771,13 +842,13 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"; there are: {', '.join(sorted(known))}"
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, raw: dict[str, Any]) -> str:
     """One pydantic error as `key: what is wrong; what would be right`."""
     # The union's tag stands in the location (methods.grpo.grpo.clip_low); it is no key of the file.
     location = list(item["loc"])
     if len(location) > 2 and location[0] in ("methods", "datasets") and location[2] in KINDS:
         del location[2]
-    key = ".".join(str(part) for part in location) or "config"
+    key = ".".join(str(part) for part in _where_it_stands(location, raw)) or "config"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         known = _keys_at(location[:-1], item)
@@ -788,6 +859,24 @@ def _explain(item: Any) -> str:
         return f"{key}: {message}"
     found = json.dumps(item.get("input"), default=str)
     return f"{key}: {message[0].lower()}{message[1:]}, found {found[:80]}"
+
+
+def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:
+    """`location`, or its place in `defaults` where a method has only inherited the value."""
+
+    def holds(value: Any, path: list[Any]) -> bool:
+        for part in path:
+            if not isinstance(value, dict) or part not in value:
+                return False
+            value = value[part]
+        return True
+
+    if location[:1] == ["methods"] and len(location) > 2 and not holds(raw, location):
+        kind = raw["methods"][location[1]].get("kind")
+        inherited = ["defaults", kind, *location[2:]]
+        if holds(raw, inherited):
+            return inherited
+    return location
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

@@ -7,6 +7,7 @@ pinned content digest, so that a study means the same data everywhere.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -73,7 +74,7 @@ def _download(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     for name, fetch in (("hub", _from_hub), ("GitHub", _from_github)):
         try:
             return fetch(settings)
-        except (OSError, ValueError) as error:  # network faults of every library end up as these
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             log.info("GSM8K: %s cannot serve it: %s", name, reason)
             faults.append(f"{name}: {reason}")
@@ -85,12 +86,16 @@ def _download(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
 
 def _from_hub(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     import datasets
+    from huggingface_hub.errors import HTTPError
 
     splits = {}
     for split in SPLITS:
-        table = datasets.load_dataset(
-            settings.hub_id, settings.hub_config, split=split, revision=settings.revision
-        )
+        try:
+            table = datasets.load_dataset(
+                settings.hub_id, settings.hub_config, split=split, revision=settings.revision
+            )
+        except (HTTPError, datasets.exceptions.DatasetsError) as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error  # not all of them are one
         splits[split] = [{"question": row["question"], "answer": row["answer"]} for row in table]
     return splits, f"hub: {settings.hub_id} ({settings.hub_config}) at {settings.revision}"
 
@@ -107,6 +112,8 @@ def _from_github(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
                 text = response.read().decode("utf-8")
         except urllib.error.HTTPError as error:
             raise OSError(f"{url}: HTTP {error.code}") from error
+        except http.client.HTTPException as error:  # among them a body that was cut short
+            raise OSError(f"{url}: {type(error).__name__}: {error}") from error
         splits[split] = [json.loads(line) for line in text.split("\n") if line]
     return splits, f"GitHub: {settings.github_repository} at {settings.commit}"
 

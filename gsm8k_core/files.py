@@ -30,13 +30,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = holder / path.name
+    temporary, replaced = holder / path.name, holder / "replaced"
     try:
         yield temporary
         _sync(temporary)
         if path.is_dir() and not path.is_symlink():
-            os.rename(path, holder / "replaced")  # rename cannot replace a directory that has files
-        os.replace(temporary, path)
+            os.rename(path, replaced)  # rename cannot replace a directory that has files
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
@@ -84,8 +89,8 @@ def read_json(path: Path) -> Any:
 def iter_jsonl(path: Path) -> Iterator[Json]:
     """Yield the objects of a JSONL file, one at a time.
 
-    Raises DataError that names file and row (from 1) when the file is missing, a row is not a JSON
-    object, a row is not UTF-8, or the last line has no newline (a file cut short).
+    Raises DataError that names file and row (from 1) when the file is missing, or a row is not
+    UTF-8 or not a JSON object (as the last one of a file that was cut short is not).
     """
     try:
         handle = path.open("rb")

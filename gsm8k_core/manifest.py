@@ -44,7 +44,9 @@ def run_command(*command: str, cwd: Path = ROOT) -> str | None:
     """Standard output of a command, stripped; None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=cwd, capture_output=True, check=False, encoding="utf-8", errors="replace"
+    )
     return result.stdout.strip() if result.returncode == 0 else None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
 from gsm8k_core.errors import ModelError
-from gsm8k_core.files import sha256_file
+from gsm8k_core.files import sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        LocalEntryNotFoundError,
+        HFValidationError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -164,10 +166,12 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{name}: the hub has the model but not this revision") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise ModelError(f"{name}: no name of a model (models.<name>.hub_id): {error}") from error
+    except (OSError, HTTPError, ValueError) as error:
         raise ModelError(
             f"{name}: the hub cannot be reached and the local cache does not hold it; "
-            "connect once, or download it elsewhere and set source: path"
+            f"connect once, or download it elsewhere and set source: path ({_first_line(error)})"
         ) from error
     _copy_files(snapshot, output_dir)
     return {"from": f"hub: {settings.hub_id}", "revision": settings.revision}
@@ -236,6 +240,7 @@ def resolve_device(gpus: int) -> torch.device:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a prepared or trained model folder."""
+    _check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -243,20 +248,44 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Load weights in float32, in eval mode. Compute may still run in bf16 (see `autocast`)."""
+    """Load weights in float32, in eval mode. Compute may still run in bf16 (see `autocast`).
+
+    Raises ModelError also where the files lack weights: transformers would draw them at random.
+    """
+    _check_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
-    model.to(device)  # type: ignore[arg-type]  # its signature is hidden by a decorator
-    return model.eval()
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(
+            f"{folder}: {len(report['missing_keys'])} weights are missing ({missing}, …)"
+        )
+    return model.to(device).eval()
+
+
+def _check_folder(folder: Path) -> None:
+    """transformers takes the path of a folder that is not there for a name on the hub."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().split("\n")
     return lines[0][:300]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weights in a model folder: what an unfinished job was begun with."""
+    return sha256_json({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -16,21 +16,17 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         write_jsonl(path, _rows_until(path, last_step))
-        self._handle = path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, row: Json) -> None:
         """Write one row. NaN and infinities become null: JSON has no others."""
-        self._handle.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-        self._handle.flush()
-
-    def close(self) -> None:
-        self._handle.close()
+        with self.path.open("a", encoding="utf-8", newline="\n") as handle:
+            handle.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
 
 
 def _rows_until(path: Path, last_step: int) -> list[Json]:
     """Rows of steps up to `last_step`; a line torn by a kill can only come after them."""
     rows: list[Json] = []
-    if not path.exists():
+    if last_step == 0 or not path.exists():
         return rows
     for row in iter_jsonl(path):
         if row["step"] > last_step:

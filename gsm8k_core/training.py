@@ -33,13 +33,23 @@ from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import Json, atomic_path, read_json, seed_from, write_json
 from gsm8k_core.manifest import provenance
-from gsm8k_core.models import autocast, load_model, load_tokenizer, resolve_device, save_model
+from gsm8k_core.models import (
+    autocast,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    save_model,
+    weights_digest,
+)
 from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.tracking import MetricsLog
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+
+# Entries of a checkpoint's progress that must agree for a run to go on from it.
+SAME_RUN = ("settings", "starting_weights")
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -139,6 +149,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
             "settings": dump(settings),
+            "starting_weights": weights_digest(starting_model),
             "num_updates_done": 0,
             "num_tokens": 0,
             "seconds": 0.0,
@@ -154,7 +165,7 @@ class TrainingRun:
         return self.output_dir / "state"
 
     def resume(self) -> tuple[int, checkpoints.Tensors]:
-        """Go on from the newest checkpoint of the same settings, if there is one.
+        """Go on from the newest checkpoint of the same settings and parent, if there is one.
 
         Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
         """
@@ -163,14 +174,14 @@ class TrainingRun:
         step = 0
         if found:
             progress = read_json(found[-1] / "progress.json")
-            if progress["settings"] == self.progress["settings"]:
+            if all(progress.get(key) == self.progress[key] for key in SAME_RUN):
                 self.progress, extra = checkpoints.load_checkpoint(
                     found[-1], self.model, self.optimizer
                 )
                 step = self.progress["step"]
                 log.info("resuming after step %d of %d", step, self.num_steps)
             else:
-                log.info("%s is of other settings: starting afresh", self.state_dir)
+                log.info("%s is of other settings or weights: starting afresh", self.state_dir)
                 shutil.rmtree(self.state_dir)
         self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
         self.started = time.perf_counter() - self.progress["seconds"]
@@ -218,6 +229,7 @@ class TrainingRun:
                 **row,
                 "num_tokens_total": self.progress["num_tokens"],
                 "seconds_total": round(self.progress["seconds"], 3),
+                "peak_memory_mb": peak_memory_mb(self.device),
             }
         )
         if step % self.settings.checkpoint_every_steps == 0 and step < self.num_steps:
@@ -269,8 +281,6 @@ class TrainingRun:
 
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
-        assert self.metrics is not None
-        self.metrics.close()
         best = self.progress["best_validation"]
         if best is None:
             self._save_weights(self.output_dir / "model")

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script
-from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_json, write_jsonl
 
 log = logging.getLogger("finish_rounds")
@@ -32,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--run-dir", type=Path, required=True, help="folder with round1, …")
     args = arguments.parse_args(argv)
-    rounds = sorted(args.run_dir.glob("round*"), key=lambda path: int(path.name[len("round") :]))
-    if not rounds:
-        raise DataError(f"{args.run_dir}: holds no round1")
+    # The settings say how many: folders of a study that once had more rounds may still be there.
+    settings = read_json(args.run_dir / "round1" / "settings.json")
+    num_rounds = settings["method_settings"]["rounds"]
+    rounds = [args.run_dir / f"round{number}" for number in range(1, num_rounds + 1)]
 
     summaries = [read_json(folder / "train" / "summary.json") for folder in rounds]
     sampled = [read_json(folder / "completions.stats.json") for folder in rounds]

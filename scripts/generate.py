@@ -23,9 +23,15 @@ from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_conf
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import Json, iter_jsonl, seed_from, write_json, write_jsonl
+from gsm8k_core.files import Json, iter_jsonl, seed_from, sha256_file, write_json, write_jsonl
 from gsm8k_core.manifest import provenance
-from gsm8k_core.models import autocast, load_model, load_tokenizer, resolve_device
+from gsm8k_core.models import (
+    autocast,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    weights_digest,
+)
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.training import device_name, peak_memory_mb
@@ -81,17 +87,18 @@ def completion_rows(
     ]
 
 
-def read_partial(path: Path, settings: EvaluationSettings) -> dict[str, Json]:
-    """Problems that a killed job had finished under the same settings, by id.
+def read_partial(path: Path, header: Json) -> dict[str, Json]:
+    """Problems that a killed job had finished, by id.
 
-    Cuts off a torn last line, and drops the file when it is of other settings.
+    Cuts off a torn last line. Drops the file when it has another header (other settings, weights or
+    problems), or nothing beyond it.
     """
     if not path.exists():
         return {}
     content = path.read_bytes()
     path.write_bytes(content[: content.rfind(b"\n") + 1])
     rows = list(iter_jsonl(path))
-    if not rows or rows[0].get("settings") != dump(settings):
+    if len(rows) < 2 or rows[0] != header:
         path.unlink()
         return {}
     return {row["problem_id"]: row for row in rows[1:]}
@@ -132,7 +139,12 @@ def main(argv: list[str] | None = None) -> int:
     seconds_loading = time.perf_counter() - started
 
     partial = args.output.with_name(args.output.name + ".partial")
-    done = read_partial(partial, settings)
+    header = {
+        "settings": dump(settings),
+        "weights": weights_digest(args.model),
+        "problems": sha256_file(args.data),
+    }
+    done = read_partial(partial, header)
     if done:
         log.info("going on after %d of %d problems", len(done), len(problems))
     left = [problem for problem in problems if problem.id not in done]
@@ -142,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
         if not done:
-            handle.write(json.dumps({"settings": dump(settings)}) + "\n")
+            handle.write(json.dumps(header) + "\n")
         for start in progress(range(0, len(left), chunk), "generating"):
             chunk_started = time.perf_counter()
             chosen = left[start : start + chunk]

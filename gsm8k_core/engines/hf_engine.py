@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.base import Completion, FinishReason, Request
 from gsm8k_core.errors import ModelError
 from gsm8k_core.models import stop_token_ids
 
@@ -63,14 +63,15 @@ class HfEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            rows_by_request: dict[int, list[_Row]] = {}
+            rows_by_request: list[list[_Row]] = [[] for _ in requests]
             for batch in self._batches(requests):
-                rows_by_request.update(self._decode_batch({i: requests[i] for i in batch}))
+                rows = self._decode_batch([request for _, request in batch])
+                for (index, _), group in zip(batch, rows, strict=True):
+                    rows_by_request[index] += group
         finally:
             self.model.train(was_training)
         return [
-            [row.finished for row in rows_by_request[index] if row.finished is not None]
-            for index in range(len(requests))
+            [row.finished for row in rows if row.finished is not None] for rows in rows_by_request
         ]
 
     def _check_lengths(self, requests: list[Request]) -> None:
@@ -86,26 +87,30 @@ class HfEngine:
                     "lower max_new_tokens"
                 )
 
-    def _batches(self, requests: list[Request]) -> list[list[int]]:
-        """Indices of requests, alike in prompt length, up to `batch_size` completions a batch."""
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        batches: list[list[int]] = []
+    def _batches(self, requests: list[Request]) -> list[list[tuple[int, Request]]]:
+        """Requests with their indices, alike in prompt length, up to `batch_size` rows a batch.
+
+        A request for more completions than that is split.
+        """
+        pieces = [
+            (index, replace(request, seeds=request.seeds[start : start + self.batch_size]))
+            for index, request in enumerate(requests)
+            for start in range(0, len(request.seeds), self.batch_size)
+        ]
+        batches: list[list[tuple[int, Request]]] = []
         num_rows = self.batch_size
-        for index in order:
-            if num_rows + len(requests[index].seeds) > self.batch_size:
+        for index, request in sorted(pieces, key=lambda piece: len(piece[1].prompt_ids)):
+            if num_rows + len(request.seeds) > self.batch_size:
                 batches.append([])
                 num_rows = 0
-            batches[-1].append(index)
-            num_rows += len(requests[index].seeds)
+            batches[-1].append((index, request))
+            num_rows += len(request.seeds)
         return batches
 
-    def _decode_batch(self, requests: dict[int, Request]) -> dict[int, list[_Row]]:
-        rows = {
-            index: [_new_row(request, seed) for seed in request.seeds]
-            for index, request in requests.items()
-        }
+    def _decode_batch(self, requests: list[Request]) -> list[list[_Row]]:
+        rows = [[_new_row(request, seed) for seed in request.seeds] for request in requests]
         with torch.no_grad(), self.forward_context():
-            self._decode(list(requests.values()), [row for group in rows.values() for row in group])
+            self._decode(requests, [row for group in rows for row in group])
         return rows
 
     def _decode(self, requests: list[Request], rows: list[_Row]) -> None:
@@ -162,20 +167,20 @@ class HfEngine:
     def _finish(self, row: _Row) -> Completion | None:
         """The completion, if its last token ended it."""
         if row.token_ids[-1] in self.stop_ids:
-            return self._completion(row, "stop", None)
+            return self._completion(row, "stop")
         for stop in row.request.stop:
             # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
             tail = self._text(row.token_ids[-len(stop.encode("utf-8")) - 1 :])
             if stop in tail:
-                return self._completion(row, "stop", stop)
+                return self._completion(row, "stop")
         if len(row.token_ids) == row.request.max_new_tokens:
-            return self._completion(row, "length", None)
+            return self._completion(row, "length")
         return None
 
-    def _completion(self, row: _Row, reason: Any, stop: str | None) -> Completion:
+    def _completion(self, row: _Row, reason: FinishReason) -> Completion:
         text = self._text(row.token_ids)
-        if stop is not None:
-            text = text[: text.index(stop)]
+        for stop in row.request.stop:  # one token can hold several: what is left has none
+            text = text.partition(stop)[0]
         return Completion(row.token_ids, row.log_probs, reason, text)
 
     def _text(self, token_ids: list[int]) -> str:

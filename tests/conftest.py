@@ -1,0 +1,99 @@
+"""Fixtures of several test files: settings, the tiny model, and one that has learned a bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gsm8k_core.config import Config, RunSettings, dump, load_config, merge
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two spinning OpenMP threads a test collapse on a machine with few cores; tiny models gain nothing.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    """The repository's own config.yaml."""
+    return load_config(ROOT / "config.yaml")
+
+
+def load_script(name: str) -> ModuleType:
+    """Import scripts/<name>.py as a module, so that its `main` runs in this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def run_json(config: Config) -> Callable[..., str]:
+    """`run_json(method, seed=0, **overrides)`: settings of a tiny-qwen2 run, as the workflow's."""
+
+    def build(method: str, seed: int = 0, **overrides: Any) -> str:
+        settings = config.run_settings("tiny-qwen2", method, seed)
+        raw = json.loads(dump(settings))
+        raw["method_settings"] = merge(raw["method_settings"], overrides)
+        return dump(RunSettings.model_validate(raw))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, prepared."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen2"
+    arguments = ["--model-name", "tiny-qwen2", "--config", str(ROOT / "config.yaml")]
+    load_script("prepare_model").main([*arguments, "--output-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arithmetic_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small arithmetic dataset."""
+    folder = tmp_path_factory.mktemp("data") / "arithmetic"
+    settings = {"kind": "arithmetic", "num_train": 1000, "num_val": 20, "num_test": 40}
+    load_script("prepare_data").main(
+        ["--dataset", "arithmetic", "--settings", json.dumps(settings), "--output-dir", str(folder)]
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sft_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    arithmetic_folder: Path,
+    run_json: Callable[..., str],
+) -> Path:
+    """The embedded model after a short SFT: some of its samples are right, most are wrong."""
+    output = tmp_path_factory.mktemp("runs") / "sft"
+    load_script("train_sft").main(
+        [
+            "--settings",
+            run_json("sft", num_steps=200, batch_size=16, checkpoint_every_steps=1000),
+            "--starting-model",
+            str(tiny_folder),
+            "--data",
+            str(arithmetic_folder / "train.jsonl"),
+            "--output-dir",
+            str(output),
+        ]
+    )
+    return output / "model"

@@ -1,0 +1,353 @@
+"""Settings: every mistake at once and by key, overlays, defaults, and canonical dumps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gsm8k_core.config import Config, dump, load_config, merge, parse_config, read_yaml
+from gsm8k_core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+def mistakes(overlay: dict[str, Any]) -> list[str]:
+    """The lines of the error that the repository's config gives under `overlay`, less the first."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(merge(RAW, overlay))
+    first, *lines = str(caught.value).split("\n")
+    assert first == f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in the config:"
+    return [line.strip() for line in lines]
+
+
+def small() -> dict[str, Any]:
+    """The smallest config that is valid."""
+    return {
+        "study": {
+            "name": "s", "dataset": "d", "models": ["m"], "methods": ["base", "sft"],
+            "seeds": [0, 1], "suites": ["t"],
+        },
+        "datasets": {"d": {"kind": "arithmetic"}},
+        "prompts": {"p": {}},
+        "models": {"m": {"source": "embedded", "prompt": "p"}},
+        "methods": {"base": {"kind": "base"}, "sft": {"kind": "sft"}},
+        "suites": {"t": {"dataset": "d"}},
+    }  # fmt: skip
+
+
+def test_the_smallest_config_is_valid() -> None:
+    assert parse_config(small()).study.seeds == [0, 1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_of_the_repository_is_valid(path: Path) -> None:
+    config = load_config(ROOT / "config.yaml", [path])
+    assert config.study.name == path.stem
+    for model in config.study.models:
+        for method in config.study.methods:
+            if config.parent_of(method) is not None:
+                config.run_settings(model, method, 0)
+
+
+def test_the_default_study_of_the_repository_is_valid() -> None:
+    assert load_config(ROOT / "config.yaml").study.name == "default"
+
+
+# mistakes
+
+
+def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
+    lines = mistakes(
+        {
+            "study": {"seeds": [0, 1, 0], "suites": ["arithmetc"]},
+            "methods": {
+                "grpo": {"learning_rate": -1.0, "clip_hihg": 0.3},
+                "rft": {"from": "stf"},
+                "lost": {"kind": "sft", "from": "found"},
+                "found": {"kind": "sft", "from": "lost"},
+            },
+            "suites": {"gsm8k": {"dataset": "gsm9k"}},
+            "models": {"tiny-qwen2": {"source": "hub"}},
+        }
+    )
+    assert sorted(line.split(": ")[0] for line in lines) == [
+        "methods.grpo.clip_hihg",
+        "methods.grpo.learning_rate",
+        "methods.lost.from",
+        "methods.rft.from",
+        "models.tiny-qwen2",
+        "study.seeds",
+        "study.suites",
+        "suites.gsm8k.dataset",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "line"),
+    [
+        (
+            {"methods": {"grpo": {"clip_hihg": 0.3}}},
+            "methods.grpo.clip_hihg: unknown key; did you mean 'clip_high'?",
+        ),
+        (
+            {"methods": {"grpo": {"reward": {"anser": 1}}}},
+            "methods.grpo.reward.anser: unknown key; did you mean 'answer'?",
+        ),
+        (
+            {"methods": {"sft": {"lora": {"ranks": 4}}}},
+            "methods.sft.lora.ranks: unknown key; did you mean 'rank'?",
+        ),
+        ({"studdy": {}}, "studdy: unknown key; did you mean 'study'?"),
+        ({"study": {"sedes": [1]}}, "study.sedes: unknown key; did you mean 'seeds'?"),
+        (
+            {"datasets": {"arithmetic": {"num_tset": 3}}},
+            "datasets.arithmetic.num_tset: unknown key; did you mean 'num_test'?",
+        ),
+        (
+            {"methods": {"grpo": {"learning_rate": -0.1}}},
+            "methods.grpo.learning_rate: input should be greater than 0, found -0.1",
+        ),
+        (
+            {"suites": {"gsm8k": {"dataset": "gsm9k"}}},
+            "suites.gsm8k.dataset: no dataset 'gsm9k'; did you mean 'gsm8k'?",
+        ),
+        (
+            {"methods": {"grpo": {"from": "stf"}}},
+            "methods.grpo.from: no method 'stf'; did you mean 'sft'?",
+        ),
+        ({"study": {"seeds": [3, 1, 3]}}, "study.seeds: listed twice: 3"),
+        ({"study": {"models": ["tiny-qwen2"] * 2}}, "study.models: listed twice: tiny-qwen2"),
+        (
+            {"study": {"dataset": "xyzzy"}},
+            "study.dataset: no dataset 'xyzzy'; there are: arithmetic, gsm8k",
+        ),
+        (
+            {"defaults": {"grop": {}}},
+            "defaults.grop: no such kind; expected sft, expert_iteration, dpo or grpo",
+        ),
+        (
+            {"models": {"x": {"source": "hub", "hub_id": "a/b", "prompt": "plain"}}},
+            "models.x: source: hub needs revision",
+        ),
+        (
+            {"prompts": {"plain": {"template": "{question} {question}"}}},
+            "prompts.plain: template must hold {question} exactly once",
+        ),
+        (
+            {"datasets": {"models": {"kind": "arithmetic"}}},
+            "datasets.models: the name is taken by a folder of artifacts/",
+        ),
+        (
+            {"suites": {"gsm8k": {"greedy": False}}},
+            "suites.gsm8k: asks for no completion: set greedy: true or num_samples above 0",
+        ),
+        (
+            {"methods": {"grpo": {"prompts_per_step": 32, "minibatches": 3}}},
+            "methods.grpo: minibatches must divide prompts_per_step",
+        ),
+        (
+            {"methods": {"Big Name": {"kind": "sft"}}},
+            "methods.Big Name: names are lower-case letters, digits, '.', '_' and '-'",
+        ),
+    ],
+)
+def test_a_mistake_says_what_would_be_right(overlay: dict[str, Any], line: str) -> None:
+    assert mistakes(overlay) == [line]
+
+
+def test_a_method_that_starts_from_itself_through_others_is_one_circle() -> None:
+    three = {
+        name: {"kind": "sft", "from": parent}
+        for name, parent in [("a", "b"), ("b", "c"), ("c", "a")]
+    }
+    assert mistakes({"methods": three}) == ["methods.a.from: goes in a circle: a → b → c → a"]
+    assert mistakes({"methods": {"self": {"kind": "sft", "from": "self"}}}) == [
+        "methods.self.from: goes in a circle: self → self"
+    ]
+
+
+def test_a_missing_base_method_is_said() -> None:
+    raw = small()
+    del raw["methods"]["base"]
+    raw["study"]["methods"] = ["sft"]
+    with pytest.raises(ConfigError, match=r"methods.sft.from: defaults to 'base', which is missin"):
+        parse_config(raw)
+
+
+def test_a_missing_section_is_named() -> None:
+    raw = small()
+    del raw["suites"]
+    with pytest.raises(ConfigError, match="suites: missing, and it has no default"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"methods": {"grpo": {"kind": ["grpo"]}}},
+        {"methods": {"grpo": {"from": ["sft"]}}},
+        {"methods": {"grpo": {"from": None}}},
+        {"methods": {"grpo": {"kind": "ppo"}}},
+        {"methods": {"grpo": 3}},
+        {"methods": []},
+        {"defaults": {"grpo": 5}},
+        {"defaults": 5},
+        {"study": None},
+        {"study": {"models": "tiny-qwen2"}},
+        {"suites": {"gsm8k": {"stop": [""]}}},
+        {"suites": {1: {"dataset": "gsm8k"}}},
+        {"methods": {"grpo": {"learning_rate": float("nan")}}},
+        {"methods": {"grpo": {"weight_decay": float("inf")}}},
+    ],
+)
+def test_values_of_the_wrong_shape_are_mistakes_and_not_crashes(overlay: dict[str, Any]) -> None:
+    assert mistakes(overlay)
+
+
+# overlays and defaults
+
+
+def test_overlays_merge_dicts_and_replace_lists_and_scalars() -> None:
+    base = {"a": {"x": 1, "y": {"z": 2}}, "list": [1, 2, 3], "scalar": 1}
+    overlay = {"a": {"y": {"w": 3}}, "list": [9], "scalar": {"now": "a dict"}}
+    assert merge(base, overlay) == {
+        "a": {"x": 1, "y": {"z": 2, "w": 3}},
+        "list": [9],
+        "scalar": {"now": "a dict"},
+    }
+    assert base == {"a": {"x": 1, "y": {"z": 2}}, "list": [1, 2, 3], "scalar": 1}
+
+
+def test_overlay_files_apply_in_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("study: {name: one, seeds: [5, 6]}\n", encoding="utf-8")
+    second.write_text("study: {name: two}\n", encoding="utf-8")
+    study = load_config(ROOT / "config.yaml", [first, second]).study
+    assert (study.name, study.seeds, study.dataset) == ("two", [5, 6], "arithmetic")
+
+
+def test_defaults_apply_by_kind_and_a_methods_own_settings_win() -> None:
+    raw = small() | {"defaults": {"sft": {"num_steps": 7, "batch_size": 3}, "grpo": {}}}
+    raw["methods"] |= {
+        "own": {"kind": "sft", "num_steps": 9},
+        "grpo": {"kind": "grpo"},
+    }
+    config = parse_config(raw)
+    assert [config.trained(m).num_steps for m in ("sft", "own", "grpo")] == [7, 9, 500]
+    assert config.trained("own").model_dump()["batch_size"] == 3
+
+
+def test_a_mistake_in_defaults_is_named_where_it_stands() -> None:
+    # Two methods of the kind inherit it: one mistake, at the key that the user has to mend.
+    lines = mistakes({"defaults": {"expert_iteration": {"num_stpes": 3, "temperature": -1}}})
+    assert sorted(lines) == [
+        "defaults.expert_iteration.num_stpes: unknown key; did you mean 'num_steps'?",
+        "defaults.expert_iteration.temperature: input should be greater than 0, found -1",
+    ]
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "not valid YAML"),
+        (b"\xff\xfe", "not valid YAML"),
+        (b"- 1\n", "expected a mapping"),
+        (b"", "expected a mapping"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(ROOT / "config.yaml", [path])
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+# what runs depend on
+
+
+def reverse_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reverse_keys(value[key]) for key in reversed(value)}
+    return value
+
+
+def all_run_settings(config: Config) -> dict[tuple[str, str, int], str]:
+    return {
+        (model, method, seed): dump(config.run_settings(model, method, seed))
+        for model in config.models
+        for method in config.methods
+        if config.parent_of(method) is not None
+        for seed in (0, 1)
+    }
+
+
+def test_dump_does_not_depend_on_the_order_of_keys() -> None:
+    assert all_run_settings(parse_config(RAW)) == all_run_settings(parse_config(reverse_keys(RAW)))
+
+
+def test_a_dump_gives_back_the_same_settings() -> None:
+    settings = parse_config(RAW).run_settings("tiny-qwen2", "grpo", 1)
+    again = type(settings).model_validate(json.loads(dump(settings)))
+    assert again == settings and dump(again) == dump(settings)
+
+
+def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:
+    before = all_run_settings(parse_config(RAW))
+    after = all_run_settings(
+        parse_config(merge(RAW, {"methods": {"grpo": {"learning_rate": 0.123}}}))
+    )
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {key for key in before if key[1] == "grpo"} != set()
+
+
+def test_threads_and_memory_do_not_fetch_the_weights_again() -> None:
+    changed = merge(RAW, {"models": {"tiny-qwen2": {"threads": 7, "mem_mb": 9}}})
+    one, two = parse_config(RAW), parse_config(changed)
+    assert one.starting_weights_settings("tiny-qwen2") == two.starting_weights_settings(
+        "tiny-qwen2"
+    )
+
+
+def test_stages_parents_and_seeds() -> None:
+    config = parse_config(RAW)
+    assert config.method_chain("rft") == ["base", "sft", "rft"]
+    assert config.parent_of("base") is None
+    assert config.seeds_of("base") == [0]
+    assert config.seeds_of("rft") == config.study.seeds
+    with pytest.raises(ConfigError, match=r"methods\.base: kind base trains nothing"):
+        config.trained("base")
+
+
+def test_rounds_of_expert_iteration_see_other_problems_each_round_and_seed() -> None:
+    config = parse_config(RAW)
+    seeds = [
+        config.round_generation_settings(
+            "tiny-qwen2", "rft", seed, number
+        ).suite_settings.shuffle_seed
+        for seed in range(3)
+        for number in range(1, 4)
+    ]
+    assert len(set(seeds)) == 9
+    suite = config.round_generation_settings("tiny-qwen2", "rft", 0, 1).suite_settings
+    assert (suite.split, suite.greedy, suite.limit) == ("train", False, 2000)
+
+
+def test_settings_cannot_be_changed_after_checking() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(small()).study.name = "other"

@@ -1,0 +1,333 @@
+"""The transformers engine: what it samples, and that nothing but prompt and seed decides it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.errors import ModelError
+from gsm8k_core.models import tiny_model, tiny_tokenizer
+
+LENGTHS = (3, 40, 7, 7, 1, 25, 12, 60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """The tiny model with weights so large that its choices are neither uniform nor all alike."""
+    model = tiny_model(tokenizer).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3.0 if "embed" in name else 6.0)
+    return model
+
+
+@pytest.fixture
+def engine(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> HfEngine:
+    return HfEngine(model, tokenizer, batch_size=64)
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    generator = random.Random(0)
+    return [[generator.randrange(2, 453) for _ in range(length)] for length in lengths]
+
+
+def greedy(prompt: list[int], max_new_tokens: int = 20) -> Request:
+    return Request(prompt, [0], 0.0, max_new_tokens)
+
+
+def sampled(seeds: list[int], temperature: float = 1.0, max_new_tokens: int = 20) -> list[Request]:
+    return [Request(prompt, seeds, temperature, max_new_tokens) for prompt in prompts()]
+
+
+def reference_greedy(
+    model: Qwen2ForCausalLM, prompt: list[int], max_new_tokens: int, eos: list[int]
+) -> list[int]:
+    """transformers' own greedy search on one prompt, without padding."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=1,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def tokens(completions: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in group] for group in completions]
+
+
+# Against transformers
+
+
+def test_greedy_is_transformers_own_token_for_token(
+    engine: HfEngine, model: Qwen2ForCausalLM
+) -> None:
+    completions = engine.generate([greedy(prompt) for prompt in prompts()])
+    for prompt, (completion,) in zip(prompts(), completions, strict=True):
+        assert completion.token_ids == reference_greedy(model, prompt, 20, [0])
+    assert len({tuple(group[0].token_ids) for group in completions}) > len(prompts()) // 2
+
+
+def test_greedy_with_more_stop_ids_is_transformers_own_too(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [reference_greedy(model, prompt, 20, [0]) for prompt in prompts()]
+    stop_ids = [0, free[0][3], free[1][8], free[5][1]]  # ids that greedy search does reach
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stop_ids)
+    completions = HfEngine(model, tokenizer).generate([greedy(prompt) for prompt in prompts()])
+    for prompt, (completion,) in zip(prompts(), completions, strict=True):
+        assert completion.token_ids == reference_greedy(model, prompt, 20, stop_ids)
+        ended = completion.token_ids[-1] in stop_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+    lengths = {len(group[0].token_ids) for group in completions}
+    assert len(lengths) > 2, "rows end at different steps, so finished ones leave the batch"
+
+
+def log_probs_by_a_full_forward(
+    model: Qwen2ForCausalLM, request: Request, completion: Completion
+) -> torch.Tensor:
+    ids = [*request.prompt_ids, *completion.token_ids]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
+    scaled = logits.double() / (request.temperature or 1.0)
+    chosen = torch.tensor(completion.token_ids)
+    return torch.log_softmax(scaled, -1).gather(-1, chosen[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.5])
+def test_log_probs_are_those_of_a_full_forward_at_the_sampling_temperature(
+    engine: HfEngine, model: Qwen2ForCausalLM, temperature: float
+) -> None:
+    requests = sampled([1, 2], temperature)
+    for request, group in zip(requests, engine.generate(requests), strict=True):
+        for completion in group:
+            expected = log_probs_by_a_full_forward(model, request, completion)
+            actual = torch.tensor(completion.log_probs, dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+# Seeds
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    requests = sampled([11, 12, 13])
+    together = tokens(HfEngine(model, tokenizer, batch_size=64).generate(requests))
+    assert tokens(HfEngine(model, tokenizer, batch_size=1).generate(requests)) == together
+    assert tokens(HfEngine(model, tokenizer, batch_size=5).generate(requests)) == together
+    assert tokens(HfEngine(model, tokenizer).generate(requests[::-1])) == together[::-1]
+    alone = [tokens(HfEngine(model, tokenizer).generate([r]))[0] for r in requests]
+    assert alone == together
+
+
+def test_a_seed_samples_the_same_whatever_its_place_and_its_neighbours(engine: HfEngine) -> None:
+    one, other = tokens(engine.generate([sampled([5, 6, 7])[0], sampled([7, 5])[0]]))
+    assert other == [one[2], one[0]]
+    assert one[0] != one[1] != one[2] != one[0]
+
+
+def test_greedy_and_sampled_requests_share_a_batch(engine: HfEngine) -> None:
+    mixed = [greedy(prompts()[0]), sampled([1])[0], sampled([1], 0.5)[0]]
+    assert tokens(engine.generate(mixed)) == [
+        tokens(engine.generate([request]))[0] for request in mixed
+    ]
+
+
+def test_a_longer_limit_goes_on_from_the_shorter_completion(engine: HfEngine) -> None:
+    short, long = (sampled([3], max_new_tokens=n)[0] for n in (5, 15))
+    ((one,), (other,)) = engine.generate([short, long])
+    assert other.token_ids[: len(one.token_ids)] == one.token_ids
+    assert len(one.token_ids) <= 5 < len(other.token_ids)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tokens_follow_the_softmax(
+    engine: HfEngine, model: Qwen2ForCausalLM, temperature: float
+) -> None:
+    num_seeds = 4000
+    prompt = prompts()[1]
+    request = Request(prompt, list(range(num_seeds)), temperature, 1)
+    engine.batch_size = num_seeds
+    drawn = [completion.token_ids[0] for completion in engine.generate([request])[0]]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+    probabilities = torch.softmax(logits / temperature, -1)
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities)).double()
+    # Pool what is expected fewer than 10 times; χ² with one degree of freedom less than bins.
+    common = probabilities * num_seeds >= 10
+    assert int(common.sum()) > 5
+    observed = [*counts[common].tolist(), float(counts[~common].sum())]
+    expected = [*probabilities[common].tolist(), float(probabilities[~common].sum())]
+    result = stats.chisquare(observed, [p * num_seeds for p in expected])
+    assert result.pvalue > 1e-3
+
+
+# Ends
+
+
+def test_a_completion_cut_by_its_limit_says_length(engine: HfEngine) -> None:
+    ((completion,),) = engine.generate([greedy(prompts()[0], max_new_tokens=4)])
+    assert (len(completion.token_ids), completion.finish_reason) == (4, "length")
+    assert len(completion.log_probs) == 4
+
+
+def test_each_request_has_its_own_limit(engine: HfEngine) -> None:
+    limits = [1, 17, 5, 2, 9, 30, 3, 12]
+    requests = [greedy(p, limit) for p, limit in zip(prompts(), limits, strict=True)]
+    completions = engine.generate(requests)
+    for request, (completion,) in zip(requests, completions, strict=True):
+        (alone,) = engine.generate([request])[0]
+        assert completion.token_ids == alone.token_ids
+        if completion.finish_reason == "length":
+            assert len(completion.token_ids) == request.max_new_tokens
+
+
+def test_the_eos_is_kept_in_the_tokens_and_left_out_of_the_text(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class EndsAtOnce(Qwen2ForCausalLM):
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 0] = 1e4
+            return output
+
+    ending = EndsAtOnce(model.config).eval()
+    ((completion,),) = HfEngine(ending, tokenizer).generate([greedy([5, 6])])
+    assert completion == Completion([0], [0.0], "stop", "")
+
+
+def test_a_stop_text_ends_the_completion_and_is_cut(
+    engine: HfEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    request = replace(sampled([4], max_new_tokens=30)[1])
+    ((free,),) = engine.generate([request])
+    whole = free.text
+    middle = next(  # two characters that begin in one token and may end in the next
+        whole[i : i + 2]
+        for i in range(8, len(whole))
+        if whole.isascii() or "�" not in whole[i : i + 2]
+    )
+    ((cut,),) = engine.generate([replace(request, stop=["never written", middle])])
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole[: whole.index(middle)]
+    # Tokens are kept, so that what was sampled is what is trained on: up to the one that ended it.
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert middle in tokenizer.decode(cut.token_ids)
+    assert middle not in tokenizer.decode(cut.token_ids[:-1])
+
+
+def test_of_two_stop_texts_in_one_token_the_earlier_cuts(
+    engine: HfEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    request = sampled([4], max_new_tokens=30)[1]
+    ((free,),) = engine.generate([request])
+    position, token = next(
+        (i, token)
+        for i, token in enumerate(free.token_ids)
+        if len(set(tokenizer.decode([token]))) >= 3 and "�" not in tokenizer.decode([token])
+    )
+    text = tokenizer.decode([token])
+    before = tokenizer.decode(free.token_ids[:position])
+    stops = [text[1:], text]  # the later one first in the list
+    assert not any(stop in before for stop in stops)
+    ((cut,),) = engine.generate([replace(request, stop=stops)])
+    assert cut.text == before
+    assert cut.token_ids == free.token_ids[: position + 1]
+
+
+# Limits of the batch and of the model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+def test_no_more_rows_than_the_batch_size_are_decoded_at_once(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        requests = sampled([1, 2, 3, 4, 5], max_new_tokens=2)
+        completions = HfEngine(model, tokenizer, batch_size).generate(requests)
+    finally:
+        handle.remove()
+    assert max(sizes) <= batch_size
+    assert [len(group) for group in completions] == [5] * len(LENGTHS)
+
+
+def test_no_requests_and_no_seeds_give_no_completions(engine: HfEngine) -> None:
+    assert engine.generate([]) == []
+    assert engine.generate([Request([5], [], 1.0, 4)]) == [[]]
+    assert [len(group) for group in engine.generate([Request([5], [], 1.0, 4), greedy([5])])] == [
+        0,
+        1,
+    ]
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_that_says_by_how_much(engine: HfEngine) -> None:
+    fits, too_long = Request([5] * 508, [0], 0.0, 4), Request([5] * 509, [0], 0.0, 4)
+    assert engine.generate([fits])
+    with pytest.raises(ModelError, match="509 tokens and 4 new ones need 513 .* the model has 512"):
+        engine.generate([too_long])
+    with pytest.raises(ModelError, match="a prompt of no tokens"):
+        engine.generate([greedy([])])
+
+
+# The model around it
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_put_back_and_dropout_is_off_meanwhile(
+    tokenizer: PreTrainedTokenizerBase, training: bool
+) -> None:
+    model = tiny_model(tokenizer)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train(training)
+    engine = HfEngine(model, tokenizer)
+    once, again = (engine.generate([greedy(prompts()[1])]) for _ in range(2))
+    assert once == again
+    assert model.training is training
+
+
+def test_the_mode_is_put_back_after_a_failure_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model(tokenizer).train()
+    with pytest.raises(IndexError):
+        HfEngine(model, tokenizer).generate([greedy([10_000])])
+    assert model.training
+
+
+def test_the_engine_samples_from_the_weights_as_they_are_now(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = tiny_model(tokenizer)
+    engine = HfEngine(model, tokenizer)
+    before = engine.generate([greedy(prompts()[1])])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(
+            model.get_input_embeddings().weight.roll(1, dims=0)
+        )
+    assert engine.generate([greedy(prompts()[1])]) != before
+
+
+def test_nothing_is_drawn_from_torchs_generator(engine: HfEngine) -> None:
+    state = torch.random.get_rng_state()
+    engine.generate(sampled([1, 2]))
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,126 @@
+"""From questions to prompts: templates, one BOS, boxed solutions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gsm8k_core.config import PromptSettings
+from gsm8k_core.errors import ModelError
+from gsm8k_core.problems import Problem
+from gsm8k_core.prompts import (
+    demonstration,
+    prompt_token_ids,
+    render_prompt,
+    render_solution,
+    strip_calculator_marks,
+)
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+ONE_BOS_CHAT = "<s>" + CHAT.replace("<s>", "")
+BOS = 0
+
+
+def tokenizer(chat_template: str | None = None, adds_bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token a character; a BOS before every text, as Llama's tokenizer has it."""
+    characters = {chr(code): code - 29 for code in range(32, 127)} | {"\n": 98}
+    backend = Tokenizer(models.WordLevel({"<s>": BOS, "<unk>": 1, **characters}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    built = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    built.chat_template = chat_template
+    return built
+
+
+PLAIN = PromptSettings(template="Question: {question}\nAnswer:")
+IN_CHAT = PromptSettings(template="{question}", chat=True)
+
+
+def test_a_plain_prompt_is_the_template_with_the_question() -> None:
+    assert render_prompt("2 + 2?", PLAIN, tokenizer()) == "Question: 2 + 2?\nAnswer:"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_any_question_survives_braces_and_all(question: str) -> None:
+    rendered = render_prompt(question, PLAIN, None)
+    assert rendered == "Question: " + question + "\nAnswer:"
+
+
+@pytest.mark.parametrize("question", ["{x} and {0}", "{question}", "{{}}", "\\boxed{4} %s $1"])
+def test_braces_in_a_question_are_text(question: str) -> None:
+    assert render_prompt(question, PLAIN, None) == f"Question: {question}\nAnswer:"
+    assert question in render_prompt(question, IN_CHAT, tokenizer(ONE_BOS_CHAT))
+
+
+def test_a_chat_prompt_ends_where_the_assistant_begins() -> None:
+    rendered = render_prompt("2 + 2?", IN_CHAT, tokenizer(ONE_BOS_CHAT))
+    assert rendered == "<s>user: 2 + 2?\nassistant:"
+
+
+def test_the_system_turn_comes_first() -> None:
+    prompt = PromptSettings(template="{question}", chat=True, system="Be brief.")
+    rendered = render_prompt("2 + 2?", prompt, tokenizer(ONE_BOS_CHAT))
+    assert rendered == "<s>system: Be brief.\nuser: 2 + 2?\nassistant:"
+
+
+def test_a_chat_prompt_without_a_chat_template_is_an_error_that_names_the_way_out() -> None:
+    with pytest.raises(ModelError, match="no chat template.*take a prompt with chat: false"):
+        render_prompt("2 + 2?", IN_CHAT, tokenizer(None))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template"), [(PLAIN, None), (IN_CHAT, ONE_BOS_CHAT)], ids=["plain", "chat"]
+)
+def test_a_prompt_has_exactly_one_bos(prompt: PromptSettings, template: str | None) -> None:
+    built = tokenizer(template)
+    text = render_prompt("2 + 2?", prompt, built)
+    (ids,) = prompt_token_ids([text], prompt, built)
+    assert ids.count(BOS) == 1 and ids[0] == BOS
+
+
+def test_a_model_without_a_bos_gets_none() -> None:
+    built = tokenizer(adds_bos=False)
+    (ids,) = prompt_token_ids(["2 + 2?"], PLAIN, built)
+    assert BOS not in ids and len(ids) == len("2 + 2?")
+
+
+def test_token_ids_come_one_list_a_prompt_without_padding() -> None:
+    ids = prompt_token_ids(["a", "abc"], PLAIN, tokenizer())
+    assert [len(row) for row in ids] == [2, 4]
+
+
+# Solutions
+
+SOLUTION = "He has 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"
+
+
+def test_calculator_marks_are_dropped_and_their_results_stay() -> None:
+    assert strip_calculator_marks(SOLUTION) == "He has 48/2 = 24.\nIn all 48+24 = 72.\n#### 72"
+    assert strip_calculator_marks("1 << 2 >> 0\n<<a\n>>") == "1  0\n<<a\n>>"
+
+
+def test_solutions_follow_the_prompts_marker() -> None:
+    stripped = "He has 48/2 = 24.\nIn all 48+24 = 72."
+    assert render_solution(SOLUTION, PromptSettings()) == f"{stripped}\n#### 72"
+    assert render_solution(SOLUTION, PromptSettings(strip_calculator=False)) == SOLUTION
+    assert (
+        render_solution(SOLUTION, PromptSettings(answer_marker="boxed"))
+        == f"{stripped}\nThe answer is \\boxed{{72}}."
+    )
+
+
+def test_sft_imitates_the_demonstration_where_there_is_one() -> None:
+    plain = Problem("a", "q", "#### 1", "1")
+    misled = Problem("a", "q", "#### 1", "1", demonstration="#### 2")
+    assert demonstration(plain, PromptSettings()) == "#### 1"
+    assert demonstration(misled, PromptSettings()) == "#### 2"

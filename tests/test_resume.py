@@ -1,0 +1,189 @@
+"""Stop a trainer at any moment and start it again: the result is that of a run nobody stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gsm8k_core.files import read_jsonl, write_jsonl
+from gsm8k_core.training import TrainingRun
+
+ROOT = Path(__file__).resolve().parent.parent
+GRPO = {
+    "num_steps": 6,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "max_new_tokens": 16,
+    "checkpoint_every_steps": 2,
+    "reward": {"length": 1.0, "length_shaping": {"start": 0, "end": 16}},
+}
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft": ("train_sft", "sft", {"num_steps": 6, "batch_size": 4, "checkpoint_every_steps": 2}),
+    "sft with dropout": (
+        "train_sft",
+        "sft",
+        {
+            "num_steps": 6,
+            "batch_size": 4,
+            "checkpoint_every_steps": 2,
+            "lora": {"rank": 2, "dropout": 0.5},
+        },
+    ),
+    "dpo": ("train_dpo", "dpo", {"num_steps": 6, "batch_size": 2, "checkpoint_every_steps": 2}),
+    "grpo with a refreshed reference": (
+        "train_grpo",
+        "grpo",
+        {**GRPO, "minibatches": 2, "kl_coefficient": 0.1, "reference_refresh_steps": 1},
+    ),
+    **{
+        method: ("train_grpo", method, {**GRPO, "minibatches": minibatches})
+        for method, minibatches in {
+            "reinforce": 1, "rloo": 1, "grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 2, "cispo": 2,
+            "reinforce_pp": 2,
+        }.items()
+    },
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no `except Exception` may catch it."""
+
+
+@pytest.fixture
+def arguments(
+    run_json: Callable[..., str], sft_folder: Path, arithmetic_folder: Path, tmp_path: Path
+) -> Callable[[str, Path], list[str]]:
+    """Command-line arguments of one of RUNS."""
+    pairs = tmp_path / "pairs.jsonl"
+    write_jsonl(
+        pairs,
+        [
+            {"problem_id": str(n), "question": f"q {n}", "chosen_ids": [20 + n, 0],
+             "rejected_ids": [21 + n, 22, 0]}
+            for n in range(6)
+        ],
+    )  # fmt: skip
+
+    def build(name: str, output: Path) -> list[str]:
+        script_name, method, overrides = RUNS[name]
+        data = pairs if script_name == "train_dpo" else arithmetic_folder / "train.jsonl"
+        return [
+            "--settings", run_json(method, **overrides), "--starting-model", str(sft_folder),
+            "--data", str(data), "--output-dir", str(output),
+        ]  # fmt: skip
+
+    return build
+
+
+def reproducible_rows(path: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items()
+         if "second" not in key and key != "peak_memory_mb"}
+        for row in read_jsonl(path)
+    ]  # fmt: skip
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "model" / "model.safetensors").read_bytes() == (
+        other / "model" / "model.safetensors"
+    ).read_bytes()
+    metrics = "train/metrics.jsonl"
+    assert reproducible_rows(one / metrics) == reproducible_rows(other / metrics)
+    assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
+    assert not (other / "state").exists()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stopped_twice_ends_as_one_that_was_never_stopped(
+    name: str,
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    main = script(RUNS[name][0]).main
+    main(arguments(name, tmp_path / "whole"))
+
+    end_step = TrainingRun.end_step
+    stops = iter([3, 5])  # between checkpoints: steps 3 and 5 are done again
+    stop_at = next(stops)
+
+    def end_step_or_die(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
+        end_step(self, step, row, extra)
+        if step == stop_at:
+            raise Killed
+
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingRun, "end_step", end_step_or_die)
+        with pytest.raises(Killed):
+            main(arguments(name, stopped))
+        stop_at = next(stops)
+        with pytest.raises(Killed):
+            main(arguments(name, stopped))
+    main(arguments(name, stopped))
+    assert_same_run(tmp_path / "whole", stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "grpo", "dpo"])
+def test_a_run_killed_twice_with_sigkill_ends_as_one_that_was_never_killed(
+    name: str,
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+) -> None:
+    script(RUNS[name][0]).main(arguments(name, tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / f"{RUNS[name][0]}.py")]
+    command += arguments(name, killed)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    generator = random.Random(name)
+    for num_rows in (1, 4):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        metrics = killed / "state" / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
+                time.sleep(generator.uniform(0.0, 0.1))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert_same_run(tmp_path / "whole", killed)
+
+
+def test_a_run_with_other_settings_does_not_go_on_from_the_old_state(
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    main = script("train_sft").main
+    changed = arguments("sft", tmp_path / "run")
+    changed[1] = run_json("sft", **RUNS["sft"][2], learning_rate=1e-4)
+    main([*changed[:-1], str(tmp_path / "fresh")])
+
+    end_step = TrainingRun.end_step
+
+    def die_at_step_3(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
+        end_step(self, step, row, extra)
+        if step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(TrainingRun, "end_step", die_at_step_3)
+        main(arguments("sft", tmp_path / "run"))
+    main(changed)
+    assert_same_run(tmp_path / "fresh", tmp_path / "run")

