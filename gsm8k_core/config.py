@@ -406,6 +406,8 @@ class GrpoMethod(TrainSettings):
             raise ValueError("leave_one_out needs group_size of 2 or more")
         if self.overlong_buffer >= self.max_new_tokens:
             raise ValueError("overlong_buffer must be below max_new_tokens")
+        if self.reference_refresh_steps and self.lora is not None:
+            raise ValueError("reference_refresh_steps does not go with lora: set one of them")
         if self.objective == "cispo" and self.ratio_level == "sequence":
             raise ValueError("cispo is defined on token ratios: set ratio_level: token")
         return self

@@ -333,6 +333,13 @@ def main(argv: list[str] | None = None) -> int:
     steps_done, extra = run.resume()
     if reference is not None and extra:
         reference.load_state_dict(extra, strict=False)  # tied weights are stored once
+
+    def refreshed_reference() -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of the reference: nothing, unless it has moved."""
+        if reference is None or not settings.reference_refresh_steps:
+            return {}
+        return dict(reference.named_parameters())
+
     engine = run.engine()
     pad_id = pad_token_id(run.tokenizer)
     order = endless_order(len(problems), seed_from(run_settings.seed, "prompts"))
@@ -383,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds_updating": round(ended - scored, 4),
                 "tokens_per_second": round(num_tokens / (ended - started), 1),
             },
-            extra=None if reference is None else lambda: dict(reference.named_parameters()),
+            extra=refreshed_reference,
         )
         if step % 10 == 0 or step == num_steps:
             log.info("step %d/%d: reward %.3f", step, num_steps, row["reward_mean"])

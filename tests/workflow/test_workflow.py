@@ -22,7 +22,7 @@ LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
 CELLS = "artifacts/experiments/small/tiny-qwen2"
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 
 def make_workspace(folder: Path) -> Path:
@@ -37,8 +37,9 @@ def make_workspace(folder: Path) -> Path:
 def snakemake(
     workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--resources", "gpu=1"]
-    command += list(arguments)
+    # Targets come first: `--resources` would take a path behind it for one more resource.
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    command += ["--cores", "2", "--resources", "gpu=1"]
     if overlays:
         command += ["--configfile", *overlays]
     return subprocess.run(

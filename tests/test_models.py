@@ -1,0 +1,433 @@
+"""Models: the embedded one never moves, and every source either gives safetensors or says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from gsm8k_core.config import ModelSettings
+from gsm8k_core.errors import ModelError
+from gsm8k_core.models import (
+    autocast,
+    find_in_wheel,
+    load_model,
+    load_tokenizer,
+    prepare_model,
+    resolve_device,
+    save_model,
+    seeded,
+    stop_token_ids,
+    tiny_model,
+    tiny_tokenizer,
+    weights_digest,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(tiny_model(tokenizer), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved tiny model that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def from_path(folder: Path) -> ModelSettings:
+    return ModelSettings(source="path", path=str(folder), prompt="plain")
+
+
+# The embedded tokenizer
+
+
+def test_the_tiny_vocabulary_is_small(tokenizer: Any) -> None:
+    assert 258 <= len(tokenizer) < 640  # 256 bytes and 2 special tokens at least
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text())
+def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+    tokenizer = tiny_tokenizer_once()
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+_kept: list[Any] = []
+
+
+def tiny_tokenizer_once() -> Any:
+    """Hypothesis and fixtures of a narrower scope do not mix; building it takes 0.1 s."""
+    if not _kept:
+        _kept.append(tiny_tokenizer())
+    return _kept[0]
+
+
+def test_every_digit_is_a_token_of_its_own(tokenizer: Any) -> None:
+    for text in ("1234567890", "3 + 41 = 44", "100"):
+        pieces = [tokenizer.decode([i]) for i in tokenizer(text)["input_ids"]]
+        digits = [piece for piece in pieces if any(c.isdigit() for c in piece)]
+        assert all(len(piece) == 1 for piece in digits)
+        assert "".join(digits) == "".join(c for c in text if c.isdigit())
+
+
+def test_nothing_is_added_to_a_text(tokenizer: Any) -> None:
+    assert tokenizer("")["input_ids"] == []
+    assert tokenizer("1 2")["input_ids"] == tokenizer("1 2", add_special_tokens=False)["input_ids"]
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+FINGERPRINT = """
+import hashlib
+from gsm8k_core.models import tiny_model, tiny_tokenizer
+tokenizer = tiny_tokenizer()
+digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+for name, tensor in sorted(tiny_model(tokenizer).state_dict().items()):
+    digest.update(name.encode() + tensor.numpy().tobytes())
+digest = digest.hexdigest()
+"""
+
+
+def test_tokenizer_and_weights_are_the_same_in_every_process_and_for_every_hash_seed() -> None:
+    here: dict[str, str] = {}
+    exec(FINGERPRINT, here)
+    other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    there = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT + "print(digest)"],
+        env={**os.environ, "PYTHONHASHSEED": other},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert there.stdout.strip() == here["digest"]
+
+
+# The embedded model
+
+
+def test_the_tiny_model_is_small_and_tied(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    assert 120_000 < sum(p.numel() for p in model.parameters()) < 140_000
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_tiny_model_does_not_depend_on_what_was_drawn_before(
+    tokenizer: Any,
+) -> None:
+    torch.manual_seed(1)
+    one = tiny_model(tokenizer)
+    torch.manual_seed(2)
+    other = tiny_model(tokenizer)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_seeded_puts_the_generator_back_also_after_an_error() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with seeded(0):
+        inside = torch.rand(3)
+    with pytest.raises(RuntimeError, match="inside"), seeded(1):
+        torch.rand(3)
+        raise RuntimeError("inside")
+    assert torch.equal(torch.rand(2), expected)
+    with seeded(0):
+        assert torch.equal(torch.rand(3), inside)
+
+
+# Preparing
+
+
+def test_the_embedded_source_gives_a_folder_that_loads(tmp_path: Path) -> None:
+    settings = ModelSettings(source="embedded", prompt="plain")
+    facts = prepare_model(settings, tmp_path / "a")
+    again = prepare_model(settings, tmp_path / "b")
+    assert facts == again
+    assert facts["architecture"] == "Qwen2ForCausalLM"
+    assert facts["from"] == "embedded tiny-qwen2"
+    assert set(facts["files"]) == {path.name for path in (tmp_path / "a").iterdir()}
+    model, tokenizer = load_model(tmp_path / "a", CPU), load_tokenizer(tmp_path / "a")
+    assert stop_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert not model.training and model.dtype == torch.float32
+
+
+def test_a_path_gives_its_safe_files_alone(folder: Path, tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "training_args.bin", "modeling.py", "optimizer.pt", "x.pkl"):
+        (folder / name).write_bytes(b"evil")
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "config.json").write_text("{}", encoding="utf-8")
+    facts = prepare_model(from_path(folder), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".jinja", ".txt"}
+    assert facts["from"] == "local folder model"
+    assert str(tmp_path) not in json.dumps(facts)
+
+
+def test_a_folder_of_pickled_weights_alone_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \.safetensors; pickled weights are not loaded"):
+        prepare_model(from_path(folder), tmp_path / "out")
+
+
+def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere: no config\.json there"):
+        prepare_model(from_path(tmp_path / "nowhere"), tmp_path / "out")
+
+
+def test_a_wheel_that_is_not_installed_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+    settings = ModelSettings(
+        source="gguf_wheel", wheel="no-such-wheel", gguf_file="x.gguf", prompt="plain"
+    )
+    with pytest.raises(ModelError, match="no-such-wheel, .* is not installed: run `uv sync") as e:
+        prepare_model(settings, tmp_path / "out")
+    assert "\n" not in str(e.value)
+
+
+def test_files_of_an_installed_wheel_are_found_by_name() -> None:
+    assert find_in_wheel("pytest", "LICENSE").is_file()
+    with pytest.raises(ModelError, match=r"pytest holds no file none\.gguf"):
+        find_in_wheel("pytest", "none.gguf")
+
+
+# The hub, through its real client
+
+
+def from_hub(hub_id: str = "Qwen/Qwen2.5-0.5B-Instruct") -> ModelSettings:
+    return ModelSettings(source="hub", hub_id=hub_id, revision="7ae5575", prompt="plain")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """`hub(status, **headers)`: a server in the hub's place that answers so to everything."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    close_session()  # the client reads the proxies when it is made
+    servers = []
+
+    def start(status: int, **headers: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key.replace("_", "-"), value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_CONNECT = do_GET
+
+            def log_message(self, *_args: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    close_session()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def check_refused(tmp_path: Path, message: str, hub_id: str = "Qwen/Qwen2.5-0.5B-Instruct") -> None:
+    with pytest.raises(ModelError) as caught:
+        prepare_model(from_hub(hub_id), tmp_path / "m")
+    text = str(caught.value)
+    assert text.startswith(f"{hub_id} at 7ae5575: {message}") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "the hub has no such model"),
+        (404, "RevisionNotFound", "the hub has the model but not this revision"),
+        (403, "GatedRepo", "access is gated"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    hub: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub(status, X_Error_Code=code))
+    check_refused(tmp_path, message)
+
+
+def test_a_proxy_that_refuses_is_one_line(
+    hub: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Unlike a refused connection, the hub's client lets its own ProxyError through.
+    monkeypatch.setenv("HTTPS_PROXY", hub(403))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    check_refused(tmp_path, "the hub cannot be reached")
+
+
+def test_an_answer_that_is_not_the_hubs_is_one_line(
+    hub: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A page to sign in on, as a guest network sends it: status 200 and no JSON.
+    monkeypatch.setattr(constants, "ENDPOINT", hub(200))
+    check_refused(tmp_path, "the hub cannot be reached")
+
+
+def test_a_name_that_no_model_can_have_is_one_line(
+    hub: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub(404))
+    check_refused(tmp_path, "no name of a model (models.<name>.hub_id): ", hub_id="bad id!!")
+
+
+def prepare_by_hand(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = from_hub().model_dump_json()
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "m",
+         "--settings", settings, "--output-dir", str(tmp_path / "m")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        # The hub's client tries six times, half a minute in all.
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
+    ],
+    ids=["offline", "refused"],
+)
+def test_without_a_network_the_script_says_one_line_and_leaves_nothing(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    result = prepare_by_hand(tmp_path, **environment)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.strip().split("\n")[-1]
+    assert last.startswith("error: Qwen/Qwen2.5-0.5B-Instruct at 7ae5575: the hub cannot be reach")
+    assert "set source: path" in last
+    assert not [path for path in tmp_path.iterdir() if path.name != "hf"]
+
+
+# Loading
+
+
+def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    for load in (load_tokenizer, lambda folder: load_model(folder, CPU)):
+        with pytest.raises(ModelError, match="nowhere: no such model folder"):
+            load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100_000])
+def test_weights_that_were_cut_short_are_an_error(folder: Path, num_bytes: int) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:num_bytes])
+    with pytest.raises(ModelError, match="model: cannot load the model: ") as caught:
+        load_model(folder, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_an_error_and_not_drawn_at_random(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights? .*missing .*layers\.1\.mlp\.up_proj"):
+        load_model(folder, CPU)
+
+
+def test_a_broken_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="model: no usable tokenizer: "):
+        load_tokenizer(folder)
+
+
+def test_saved_weights_come_back_bit_for_bit(folder: Path, tokenizer: Any) -> None:
+    loaded, original = load_model(folder, CPU), tiny_model(tokenizer)
+    for (name, a), (_, b) in zip(
+        loaded.named_parameters(), original.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_weights_digest_tells_weights_apart_and_nothing_else(folder: Path) -> None:
+    before = weights_digest(folder)
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert weights_digest(folder) == before
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, folder / "model.safetensors")
+    assert weights_digest(folder) != before
+
+
+# Devices
+
+
+def test_a_model_that_asks_for_no_gpu_stays_on_the_cpu() -> None:
+    assert resolve_device(0) == CPU
+
+
+def test_no_gpu_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(1) == CPU
+    assert "no GPU found" in caplog.text
+
+
+def test_bfloat16_on_the_cpu_computes_in_float32_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with autocast(CPU, "bfloat16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert "computing in float32" in caplog.text
+
+
+def test_stop_ids_are_those_of_the_config_and_the_tokenizer(folder: Path, tokenizer: Any) -> None:
+    model = load_model(folder, CPU)
+    model.generation_config.eos_token_id = [7, 3]
+    assert stop_token_ids(model, tokenizer) == [0, 3, 7]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [0]
+
+
+def test_a_model_that_could_never_end_is_an_error(folder: Path) -> None:
+    model, tokenizer = load_model(folder, CPU), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS token"):
+        stop_token_ids(model, tokenizer)
