@@ -2,7 +2,7 @@
 #
 #   snakemake --cores 2 --resources gpu=1                                    the default study
 #   snakemake --cores 2 --resources gpu=1 --configfile studies/NAME.yaml     another study
-#   snakemake --cores 1 --resources gpu=1 PATH/OF/A/FILE                     one file, and what it needs
+#   snakemake PATH/OF/A/FILE --cores 1 --resources gpu=1                     one file, and what it needs
 
 
 configfile: "config.yaml"

@@ -15,8 +15,11 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
-# Jobs run this very Python, whether or not its environment is activated.
-shell.prefix(f"set -euo pipefail; PATH={Path(sys.executable).parent}:$PATH; ")
+# Jobs run this very Python, whether or not its environment is activated. OpenMP threads sleep while
+# they wait: spinning ones starve each other where jobs share cores.
+shell.prefix(
+    f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE; "
+)
 
 LAYOUT = Layout(CONFIG)
 INVOCATION = Invocation(Path("artifacts/runs"))

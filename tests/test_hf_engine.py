@@ -54,7 +54,7 @@ def sampled(seeds: list[int], temperature: float = 1.0, max_new_tokens: int = 20
 
 
 def reference_greedy(
-    model: Qwen2ForCausalLM, prompt: list[int], max_new_tokens: int, eos: list[int]
+    model: Any, prompt: list[int], max_new_tokens: int, eos: list[int]
 ) -> list[int]:
     """transformers' own greedy search on one prompt, without padding."""
     output = model.generate(

@@ -259,8 +259,12 @@ def test_every_study_plans_and_so_does_its_debug_form(workspace: Path, study: st
 
 def test_what_needs_a_gpu_asks_for_one(workspace: Path) -> None:
     plan = snakemake(workspace, "-n", overlays=("studies/qwen2.5-gsm8k.yaml",)).stdout
-    for rule in ("train_grpo", "train_sft", "generate"):
-        block = plan.partition(f"rule {rule}:")[2].partition("\n\n")[0]
-        assert "gpu=1" in block
-    assert "gpu=1" not in plan.partition("rule grade:")[2].partition("\n\n")[0]
-    assert "gpu=1" not in snakemake(workspace, "-n", overlays=()).stdout  # tiny-qwen2 needs none
+
+    def jobs_of(rule: str) -> list[str]:
+        return re.findall(rf"^rule {rule}:\n(?:    .*\n)+", plan, re.M)
+
+    for rule in ("train_grpo", "train_sft", "generate", "generate_round", "train_round"):
+        assert jobs_of(rule) and all("gpu=1" in job for job in jobs_of(rule))
+    for rule in ("grade", "select_completions", "compare", "plot", "prepare_data"):
+        assert jobs_of(rule) and not any("gpu=" in job for job in jobs_of(rule))
+    assert "gpu=1," not in snakemake(workspace, "-n", overlays=()).stdout  # tiny-qwen2 needs none

@@ -1,0 +1,90 @@
+"""Where things lie below artifacts/."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from gsm8k_core.config import Config, parse_config
+from gsm8k_core.layout import Layout, one_of
+
+
+def config(**iteration: Any) -> Config:
+    return parse_config(
+        {
+            "study": {
+                "name": "s", "dataset": "d", "models": ["m", "n"], "methods": ["base", "sft", "ei"],
+                "seeds": [0, 3], "suites": ["t", "u"],
+            },
+            "datasets": {"d": {"kind": "arithmetic"}},
+            "prompts": {"p": {}},
+            "models": {name: {"source": "embedded", "prompt": "p"} for name in "mn"},
+            "methods": {
+                "base": {"kind": "base"},
+                "sft": {"kind": "sft"},
+                "ei": {"kind": "expert_iteration", "from": "sft", "rounds": 3, **iteration},
+            },
+            "suites": {"t": {"dataset": "d"}, "u": {"dataset": "d", "split": "val"}},
+        }
+    )  # fmt: skip
+
+
+LAYOUT = Layout(config())
+RUNS = "artifacts/experiments/s"
+
+
+def test_a_cell_has_its_folder_and_takes_wildcards() -> None:
+    assert LAYOUT.run("m", "sft", 3) == f"{RUNS}/m/sft/seed3"
+    assert (
+        LAYOUT.run("{model}", "{method}", "{seed}") == f"{RUNS}/{{model}}/{{method}}/seed{{seed}}"
+    )
+    assert LAYOUT.results == "artifacts/results/s"
+    assert LAYOUT.problems("d", "test") == "artifacts/d/test.jsonl"
+    assert LAYOUT.train_problems() == "artifacts/d/train.jsonl"
+
+
+def test_a_method_trains_from_its_parents_model_of_the_same_seed() -> None:
+    assert LAYOUT.parent_model("m", "sft", 3) == "artifacts/models/m"
+    assert LAYOUT.parent_model("m", "ei", 3) == f"{RUNS}/m/sft/seed3/model"
+    assert LAYOUT.trained_model("m", "base", 0) == "artifacts/models/m"
+    assert LAYOUT.trained_model("m", "ei", 3) == f"{RUNS}/m/ei/seed3/model"
+
+
+@pytest.mark.parametrize(
+    ("restart", "trains_from"),
+    [
+        (False, [f"{RUNS}/m/sft/seed0/model", f"{RUNS}/m/ei/seed0/round1/model"]),
+        (True, [f"{RUNS}/m/sft/seed0/model", f"{RUNS}/m/sft/seed0/model"]),
+    ],
+)
+def test_a_round_samples_from_the_last_and_trains_from_it_or_from_the_parent(
+    restart: bool, trains_from: list[str]
+) -> None:
+    layout = Layout(config(restart_from_parent=restart))
+    assert [layout.round_parent("m", "ei", 0, number) for number in (1, 2)] == trains_from
+    assert [layout.round_start("m", "ei", 0, number) for number in (1, 2)] == [
+        f"{RUNS}/m/sft/seed0/model",
+        f"{RUNS}/m/ei/seed0/round1/model",
+    ]
+
+
+def test_the_base_model_is_one_cell_and_others_are_one_a_seed() -> None:
+    # 2 models × (1 base + 2 seeds of sft + 2 seeds of ei) = 10 cells, on 2 suites
+    assert len(LAYOUT.cells()) == 10
+    assert LAYOUT.cells()[:3] == [("m", "base", 0), ("m", "sft", 0), ("m", "sft", 3)]
+    assert len(LAYOUT.trained("train/metrics.jsonl")) == 8
+    evaluated = LAYOUT.evaluated("metrics/{suite}.json")
+    assert len(set(evaluated)) == 20
+    assert evaluated[:2] == [
+        f"{RUNS}/m/base/seed0/metrics/t.json",
+        f"{RUNS}/m/base/seed0/metrics/u.json",
+    ]
+
+
+def test_one_of_matches_these_names_alone() -> None:
+    pattern = re.compile(f"(?:{one_of(['qwen2.5', 'a+b'])})")
+    assert pattern.fullmatch("qwen2.5") and pattern.fullmatch("a+b")
+    assert not pattern.fullmatch("qwen2x5") and not pattern.fullmatch("aab")
+    assert not re.fullmatch(one_of([]), "") and not re.search(one_of([]), "anything")
