@@ -32,8 +32,10 @@ def run_script(main: Callable[[], int | None]) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "datasets"):
+    for noisy in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Its warnings name every retry twice; the error at the end says what came of them.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return main() or 0
     except Gsm8kError as error:

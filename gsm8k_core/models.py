@@ -301,9 +301,15 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path
 ) -> None:
-    """Write safetensors, config and tokenizer into `output_dir`."""
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    """Write safetensors, config and tokenizer into `output_dir`.
+
+    Raises ModelError when the disk is full (safetensors' own error is no OSError).
+    """
+    try:
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+    except SafetensorError as error:
+        raise ModelError(f"{output_dir}: cannot write the weights: {error}") from error
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

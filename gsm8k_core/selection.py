@@ -26,9 +26,11 @@ def graded_completions(
         right, wrong = graded.setdefault(problem_id, ([], []))
         if (problem_id, text) in seen:
             continue
-        seen.add((problem_id, text))
         if not is_correct(text, row["gold"], "strict", marker):
             wrong.append(row)
         elif row["finish_reason"] == "stop":
             right.append(row)
+        else:
+            continue  # cut short: the same text may yet come with its end
+        seen.add((problem_id, text))
     return graded

@@ -316,13 +316,13 @@ class TrainingRun:
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Make every forward deterministic, also in train mode (which gradient checkpointing needs)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    # Attention keeps its rate as a number: in each layer, or in the config alone.
+    for part in [*model.modules(), getattr(model, "config", None)]:
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
 
 
 def greedy_accuracy(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_every_calculator_mark_is_true_and_leads_to_the_gold_answer(
 
 
 def test_the_right_answer_follows_from_the_question(splits: dict[str, list[Problem]]) -> None:
-    expected = {
+    expected: dict[str, Callable[..., int]] = {
         "gain": lambda a, b: a + b,
         "loss": lambda a, b: a - b,
         "bags_and_loose": lambda a, b, c: a * c + b,

@@ -301,6 +301,13 @@ def test_dump_does_not_depend_on_the_order_of_keys() -> None:
     assert all_run_settings(parse_config(RAW)) == all_run_settings(parse_config(reverse_keys(RAW)))
 
 
+def test_dump_does_not_depend_on_the_order_of_keys_inside_a_value() -> None:
+    one = {"kind": "gsm8k", "digests": {"train": "a", "test": "b"}}
+    datasets = [parse_config(small() | {"datasets": {"d": order}}).datasets["d"]
+                for order in (one, reverse_keys(one))]  # fmt: skip
+    assert dump(datasets[0]) == dump(datasets[1])
+
+
 def test_a_dump_gives_back_the_same_settings() -> None:
     settings = parse_config(RAW).run_settings("tiny-qwen2", "grpo", 1)
     again = type(settings).model_validate(json.loads(dump(settings)))

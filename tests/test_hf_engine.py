@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from transformers import Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -97,6 +97,19 @@ def test_greedy_with_more_stop_ids_is_transformers_own_too(
         assert completion.finish_reason == ("stop" if ended else "length")
     lengths = {len(group[0].token_ids) for group in completions}
     assert len(lengths) > 2, "rows end at different steps, so finished ones leave the batch"
+
+
+def test_positions_count_from_the_first_real_token(tokenizer: Any) -> None:
+    # Rotary positions are relative: a shift by the padding would go unseen. GPT-2's are absolute.
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2,
+        initializer_range=0.5, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    completions = HfEngine(model, tokenizer).generate([greedy(prompt) for prompt in prompts()])
+    for prompt, (completion,) in zip(prompts(), completions, strict=True):
+        assert completion.token_ids == reference_greedy(model, prompt, 20, [0])
 
 
 def log_probs_by_a_full_forward(

@@ -1,0 +1,218 @@
+"""What the command lines share: one-line errors, exit codes, settings from JSON or files."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gsm8k_core.cli import (
+    add_run_arguments,
+    parser,
+    progress,
+    run_script,
+    run_settings_from,
+    settings_from,
+    training_parser,
+)
+from gsm8k_core.config import ModelSettings, RunSettings, dump
+from gsm8k_core.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOISY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    levels = {name: logging.getLogger(name).level for name in (*NOISY, "huggingface_hub")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def main() -> int:
+        raise error
+
+    return main
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("train.jsonl, row 3: bad"), 1, "error: train.jsonl, row 3: bad\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"),
+            1,
+            "error: /x/y: No such file or directory\n",
+        ),
+        (OSError("a fault without a number"), 1, "error: a fault without a number\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    assert run_script(raising(error)) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_script(raising(ZeroDivisionError("a bug")))
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_exit_code_is_mains(returned: int | None, code: int) -> None:
+    assert run_script(lambda: returned) == code
+
+
+# Settings
+
+
+def test_settings_come_from_json_a_json_file_or_a_yaml_file(tmp_path: Path) -> None:
+    expected = ModelSettings(source="embedded", prompt="plain", threads=3)
+    text = dump(expected)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(
+        "source: embedded\nprompt: plain\nthreads: 3\n", encoding="utf-8"
+    )
+    for given in (text, str(tmp_path / "a.json"), str(tmp_path / "a.yaml")):
+        assert settings_from(given, ModelSettings) == expected
+
+
+def test_every_mistake_in_settings_is_listed_by_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_from('{"source": "embedded", "threads": 0, "thread": 1}', ModelSettings)
+    message = str(caught.value)
+    assert message.startswith("--settings: ")
+    assert all(key in message for key in ("prompt: ", "threads: ", "thread: "))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no/such/file.json", "--settings: neither JSON nor a file: no/such/file.json"),
+        ('{"source": "embedded"', "--settings: not valid JSON"),
+        ('{"source": "' + "x" * 5000, "--settings: not valid JSON"),  # longer than a path may be
+        ("3", "--settings: "),
+        ("[1]", "--settings: "),
+    ],
+)
+def test_settings_that_are_none_say_so(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_from(text, ModelSettings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_malformed_settings_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("source: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a\.yaml: not valid YAML"):
+        settings_from(str(tmp_path / "a.yaml"), ModelSettings)
+    (tmp_path / "b.yaml").write_text("source: hub\nprompt: p\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"b\.yaml: .*source: hub needs hub_id, revision"):
+        settings_from(str(tmp_path / "b.yaml"), ModelSettings)
+
+
+def run_arguments(*arguments: str) -> argparse.Namespace:
+    arguments_parser = parser("what it does")
+    add_run_arguments(arguments_parser)
+    return arguments_parser.parse_args(arguments)
+
+
+CONFIG = ("--config", str(ROOT / "config.yaml"))
+
+
+def test_a_cell_of_the_config_and_its_settings_are_the_same_run() -> None:
+    cell = ("--model-name", "tiny-qwen2", "--method", "grpo", "--seed", "2")
+    by_name = run_settings_from(run_arguments(*CONFIG, *cell))
+    assert (by_name.method, by_name.seed, by_name.parent) == ("grpo", 2, "sft")
+    assert run_settings_from(run_arguments("--settings", dump(by_name))) == by_name
+
+
+def test_overlays_of_the_config_apply(tmp_path: Path) -> None:
+    (tmp_path / "o.yaml").write_text("methods: {sft: {num_steps: 3}}\n", encoding="utf-8")
+    given = run_arguments(
+        *CONFIG, str(tmp_path / "o.yaml"), "--model-name", "tiny-qwen2", "--method", "sft"
+    )
+    assert run_settings_from(given).method_settings.num_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say what to train: --settings, or --model-name and --method"),
+        (("--model-name", "tiny-qwen2"), "say what to train"),
+        (
+            ("--model-name", "tiny", "--method", "sft"),
+            "--model-name: no 'tiny' in the config; there are: tiny-qwen2, ",
+        ),
+        (("--model-name", "tiny-qwen2", "--method", "x"), "--method: no 'x' in the config"),
+        (
+            ("--model-name", "tiny-qwen2", "--method", "base"),
+            "methods.base: kind base trains nothing",
+        ),
+    ],
+)
+def test_a_run_that_is_not_named_well_says_what_there_is(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_settings_from(run_arguments(*CONFIG, *arguments))
+    assert str(caught.value).startswith(message)
+
+
+def test_every_trainer_takes_these_arguments(run_json: Callable[..., str]) -> None:
+    given = training_parser("docs").parse_args(
+        ["--settings", run_json("sft"), "--starting-model", "m", "--data", "d",
+         "--output-dir", "o", "--max-steps", "5"]
+    )  # fmt: skip
+    assert (given.starting_model, given.val_data, given.max_steps) == (Path("m"), None, 5)
+    assert isinstance(run_settings_from(given), RunSettings)
+
+
+# Logs and help
+
+
+def test_progress_gives_every_item_and_draws_nothing_in_a_log_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(progress(range(5), "counting", total=7, start=2)) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == ""
+
+
+# Those that import neither torch nor transformers: the others' help takes as long as their import.
+@pytest.mark.parametrize("name", ["prepare_data.py", "select_completions.py", "finish_rounds.py"])
+def test_help_is_the_scripts_own_docstring(name: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), "--help"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert result.returncode == 0
+    source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
+    assert source.split("\n", 1)[0].removeprefix('"""') in result.stdout
+
+
+def test_an_error_of_a_script_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--dataset", "d",
+         "--settings", json.dumps({"kind": "arithmetic", "num_val": 100_000}),
+         "--output-dir", str(tmp_path / "d")],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: arithmetic: no more than about ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "d").exists()

@@ -1,0 +1,121 @@
+"""What may import what: the torch-free part stays so, and the public names are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gsm8k_core
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "gsm8k_core"
+
+# Torch takes seconds to import: what only reads, grades, compares or plots does without.
+TORCH_FREE = (
+    "errors", "files", "config", "problems", "data", "arithmetic", "prompts", "answers", "rewards",
+    "metrics", "tables", "plots", "manifest", "layout", "cli", "selection",
+)  # fmt: skip
+TORCH_FREE_SCRIPTS = (
+    "prepare_data", "grade", "compare", "plot", "select_completions", "select_pairs",
+    "finish_rounds",
+)  # fmt: skip
+HEAVY = ("torch", "transformers", "datasets", "vllm", "peft")
+
+CONTRACT = (
+    "tokenize_prompt_and_output", "compute_entropy", "get_response_log_probs", "masked_normalize",
+    "masked_mean", "sft_microbatch_train_step", "compute_group_normalized_rewards",
+    "compute_naive_policy_gradient_loss", "compute_grpo_clip_loss", "compute_policy_gradient_loss",
+    "grpo_microbatch_train_step", "log_generations",
+)  # fmt: skip
+
+IMPORT_EACH = """
+import importlib, json, runpy, sys
+names, heavy = json.loads(sys.argv[1])
+for name in names:
+    if name.endswith(".py"):
+        runpy.run_path(name, run_name="imported")
+    else:
+        importlib.import_module(name)
+    loaded = [module for module in heavy if module in sys.modules]
+    if loaded:
+        sys.exit(f"{name} imports {', '.join(loaded)}")
+"""
+
+
+def import_in_a_new_process(names: list[str], heavy: tuple[str, ...]) -> str:
+    """What the first of `names` to import one of `heavy` did; empty if none does."""
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, json.dumps([names, heavy])],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    return result.stderr.strip()
+
+
+def test_the_torch_free_modules_import_no_torch() -> None:
+    assert import_in_a_new_process([f"gsm8k_core.{name}" for name in TORCH_FREE], HEAVY) == ""
+
+
+def test_matplotlib_waits_for_a_plot() -> None:
+    names = [f"gsm8k_core.{name}" for name in TORCH_FREE if name != "plots"]
+    assert import_in_a_new_process(names, ("matplotlib",)) == ""
+
+
+def test_scripts_that_need_no_model_import_no_torch() -> None:
+    names = [str(ROOT / "scripts" / f"{name}.py") for name in TORCH_FREE_SCRIPTS]
+    assert import_in_a_new_process(names, HEAVY) == ""
+
+
+def test_the_check_itself_sees_torch() -> None:
+    assert import_in_a_new_process(["gsm8k_core.masking"], HEAVY) == (
+        "gsm8k_core.masking imports torch"
+    )
+
+
+def test_importing_the_library_imports_nothing_of_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c",
+         "import sys, gsm8k_core; print([m for m in sys.modules if m.startswith('gsm8k_core.')])"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted({*CONTRACT, *gsm8k_core.__all__}))
+def test_every_public_name_can_be_imported_from_the_package(name: str) -> None:
+    assert callable(getattr(gsm8k_core, name))
+    assert name in gsm8k_core.__all__ and name in dir(gsm8k_core)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = gsm8k_core.nothing
+
+
+def test_vllm_is_imported_by_its_engine_alone() -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for folder in (LIBRARY, ROOT / "scripts")
+        for path in folder.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line.strip().startswith(("import vllm", "from vllm"))
+    }
+    assert importers <= {"gsm8k_core/engines/vllm_engine.py"}
+
+
+def test_the_library_prints_nothing() -> None:
+    printing = [
+        f"{path.name}: {line.strip()}"
+        for path in LIBRARY.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line.strip().startswith("print(")
+    ]
+    assert printing == []

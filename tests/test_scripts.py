@@ -1,0 +1,535 @@
+"""The scripts that do not train: data, models, completions, selection, joined rounds."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gsm8k_core.config import Config, EvaluationSettings, dump, merge
+from gsm8k_core.data import content_digest
+from gsm8k_core.errors import ConfigError, DataError, ModelError
+from gsm8k_core.files import (
+    read_json,
+    read_jsonl,
+    seed_from,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from gsm8k_core.models import load_tokenizer, save_model, tiny_model
+from gsm8k_core.problems import read_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ["--config", str(ROOT / "config.yaml")]
+Script = Callable[[str], ModuleType]
+Row = dict[str, Any]
+
+
+# prepare_data
+
+
+def test_prepared_data_has_its_splits_and_a_manifest_that_fits(arithmetic_folder: Path) -> None:
+    manifest = read_json(arithmetic_folder / "manifest.json")
+    assert manifest["dataset"] == "arithmetic" and manifest["source"] == "generated"
+    assert manifest["settings"]["num_test"] == 40
+    for split, num_problems in (("train", 1000), ("val", 20), ("test", 40)):
+        path = arithmetic_folder / f"{split}.jsonl"
+        assert len(read_problems(path)) == manifest[split]["num_problems"] == num_problems
+        assert manifest[split]["sha256"] == sha256_file(path)
+        assert manifest[split]["content_digest"] == content_digest(read_jsonl(path))
+
+
+def test_data_that_is_prepared_twice_is_the_same(
+    arithmetic_folder: Path, script: Script, tmp_path: Path
+) -> None:
+    settings = json.dumps(read_json(arithmetic_folder / "manifest.json")["settings"])
+    arguments = ["--dataset", "a", "--settings", settings, "--output-dir", str(tmp_path)]
+    assert script("prepare_data").main(arguments) == 0
+    for split in ("train", "val", "test"):
+        again = (tmp_path / f"{split}.jsonl").read_bytes()
+        assert again == (arithmetic_folder / f"{split}.jsonl").read_bytes()
+
+
+def test_gsm8k_is_prepared_from_a_local_folder(script: Script, tmp_path: Path) -> None:
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1:,}"} for i in range(998, 1010)]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    digest = content_digest(rows)
+    settings = {
+        "kind": "gsm8k", "path": str(tmp_path), "num_val": 2,
+        "digests": {"train": digest, "test": digest},
+    }  # fmt: skip
+    output = tmp_path / "gsm8k"
+    arguments = ["--dataset", "gsm8k", "--settings", json.dumps(settings)]
+    script("prepare_data").main([*arguments, "--output-dir", str(output)])
+    manifest = read_json(output / "manifest.json")
+    assert manifest["source"] == "local folder"
+    assert manifest["test"]["content_digest"] == digest
+    assert [manifest[split]["num_problems"] for split in ("train", "val", "test")] == [10, 2, 12]
+    assert read_problems(output / "test.jsonl")[1].gold == "1000"
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [("prepare_data", "--dataset", "arithmetc"), ("prepare_model", "--model-name", "tiny")],
+)
+def test_a_name_that_the_config_has_not_says_which_there_are(
+    script: Script, tmp_path: Path, name: str, flag: str, value: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: no '{value}'.* there are: "):
+        script(name).main([flag, value, *CONFIG, "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# prepare_model
+
+
+def test_a_prepared_model_has_a_manifest_of_its_files(tiny_folder: Path) -> None:
+    manifest = read_json(tiny_folder / "manifest.json")
+    assert manifest["model"] == "tiny-qwen2"
+    assert manifest["architecture"] == "Qwen2ForCausalLM"
+    for name, digest in manifest["files"].items():
+        assert sha256_file(tiny_folder / name) == digest
+    assert {path.name for path in tiny_folder.iterdir()} == {*manifest["files"], "manifest.json"}
+
+
+def test_a_model_that_fails_leaves_the_old_one_and_nothing_else(
+    script: Script, tmp_path: Path
+) -> None:
+    output = tmp_path / "m"
+    write_text(output / "config.json", "old")
+    settings = json.dumps({"source": "path", "path": str(tmp_path / "none"), "prompt": "plain"})
+    arguments = ["--model-name", "m", "--settings", settings, "--output-dir", str(output)]
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        script("prepare_model").main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (output / "config.json").read_text(encoding="utf-8") == "old"
+
+
+# generate
+
+
+class Job:
+    """One call of scripts/generate.py, on six problems of the tiny model."""
+
+    def __init__(self, module: ModuleType, folder: Path, model: Path, data: Path) -> None:
+        self.module, self.folder, self.model, self.data = module, folder, model, data
+        self.settings: Row = {}
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "completions" / "arithmetic.jsonl"
+
+    @property
+    def partial(self) -> Path:
+        return self.output.with_name("arithmetic.jsonl.partial")
+
+    @property
+    def stats(self) -> Path:
+        return self.folder / "arithmetic.stats.json"
+
+    def run(self) -> list[Row]:
+        code = self.module.main(
+            ["--settings", json.dumps(self.settings), "--model", str(self.model),
+             "--data", str(self.data), "--output", str(self.output), "--stats", str(self.stats)]
+        )  # fmt: skip
+        assert code == 0
+        return read_jsonl(self.output)
+
+
+@pytest.fixture
+def job(
+    script: Script, config: Config, tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+) -> Callable[..., Job]:
+    """`job(folder name, batch_size=, **suite)`."""
+
+    def build(name: str = "run", batch_size: int = 6, **suite: Any) -> Job:
+        built = Job(
+            script("generate"), tmp_path / name, tiny_folder, arithmetic_folder / "test.jsonl"
+        )
+        settings = config.evaluation_settings("tiny-qwen2", "base", 0, "arithmetic")
+        suite = {"limit": 6, "num_samples": 2, "max_new_tokens": 8, **suite}
+        built.settings = merge(
+            json.loads(dump(settings)),
+            {"suite_settings": suite, "model_settings": {"completions_per_batch": batch_size}},
+        )
+        return built
+
+    return build
+
+
+def test_completions_are_in_the_order_of_the_problems_greedy_first(job: Callable[..., Job]) -> None:
+    this = job()
+    rows = this.run()
+    problems = read_problems(this.data)[:6]
+    assert [(r["problem_id"], r["decoding"], r["sample_index"]) for r in rows] == [
+        (problem.id, decoding, index)
+        for problem in problems
+        for decoding, index in (("greedy", 0), ("sample", 0), ("sample", 1))
+    ]
+    gold = {problem.id: problem.gold for problem in problems}
+    tokenizer = load_tokenizer(this.model)
+    for row in rows:
+        assert row["gold"] == gold[row["problem_id"]]
+        assert row["num_tokens"] == len(row["token_ids"]) <= 8
+        assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+        assert row["finish_reason"] in ("stop", "length")
+    assert not this.partial.exists()
+
+
+def test_stats_add_up(job: Callable[..., Job]) -> None:
+    this = job()
+    rows, stats = this.run(), read_json(this.stats)
+    assert stats["num_problems"] == 6 and stats["num_completions"] == len(rows) == 18
+    assert stats["num_completion_tokens"] == sum(row["num_tokens"] for row in rows)
+    tokenizer = load_tokenizer(this.model)
+    prompts = [problem.question + "\n" for problem in read_problems(this.data)[:6]]
+    assert stats["num_prompt_tokens"] == sum(map(len, tokenizer(prompts)["input_ids"]))
+    assert EvaluationSettings.model_validate(stats["settings"]).suite_settings.limit == 6
+
+
+def test_what_is_sampled_depends_on_problem_and_seed_alone(job: Callable[..., Job]) -> None:
+    whole = job("whole").run()
+    two = job("two", batch_size=1, limit=2)
+    assert two.run() == whole[:6]
+    more = job("more", num_samples=3).run()
+    assert [row for row in more if row["sample_index"] < 2] == whole
+    other_seed = job("seed")
+    other_seed.settings["seed"] = 1
+    samples = [row["token_ids"] for row in whole if row["decoding"] == "sample"]
+    assert samples != [r["token_ids"] for r in other_seed.run() if r["decoding"] == "sample"]
+
+
+def test_sampling_seeds_are_those_of_the_contract(job: Callable[..., Job]) -> None:
+    this = job()
+    problem = read_problems(this.data)[0]
+    settings = EvaluationSettings.model_validate(this.settings)
+    greedy, sampled = this.module.requests_for(problem, settings, load_tokenizer(this.model))
+    assert (greedy.temperature, sampled.temperature) == (0.0, 1.0)
+    assert sampled.seeds == [seed_from(0, "arithmetic", problem.id, k) for k in (0, 1)]
+
+
+def test_a_shuffled_suite_takes_the_first_of_the_shuffled(job: Callable[..., Job]) -> None:
+    this = job(shuffle_seed=5, limit=3, num_samples=0)
+    expected = [problem.id for problem in read_problems(this.data)]
+    random.Random(5).shuffle(expected)
+    assert [row["problem_id"] for row in this.run()] == expected[:3]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int], None]:
+    """`kill(job, n)`: run the job and end it in its n-th call of the engine, from 1."""
+
+    def run_until(this: Job, call: int) -> None:
+        calls = 0
+        engine = this.module.HfEngine
+        generate = engine.generate
+
+        def counting(self: Any, requests: list[Any]) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Killed
+            return generate(self, requests)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "generate", counting)
+            with pytest.raises(Killed):
+                this.run()
+
+    return run_until
+
+
+# A chunk is two batches of one completion, hence one problem of the three completions at least.
+ONE_BY_ONE = {"batch_size": 1}
+
+
+@pytest.mark.parametrize("killed_in", [[4], [1], [1, 1, 3], [2, 2, 2], [6]])
+def test_a_killed_job_goes_on_and_its_output_is_the_same_byte_for_byte(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], killed_in: list[int]
+) -> None:
+    whole = job("whole", **ONE_BY_ONE)
+    whole.run()
+    this = job("killed", **ONE_BY_ONE)
+    for call in killed_in:
+        kill(this, call)
+        assert not this.output.exists() and this.partial.exists()
+    this.run()
+    assert this.output.read_bytes() == whole.output.read_bytes()
+    assert not this.partial.exists()
+    counted = ("num_problems", "num_completions", "num_prompt_tokens", "num_completion_tokens")
+    one, other = read_json(this.stats), read_json(whole.stats)
+    assert {key: one[key] for key in counted} == {key: other[key] for key in counted}
+
+
+@pytest.mark.parametrize("tear", [1, 30, 10_000])
+def test_a_torn_last_line_is_done_again(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], tear: int
+) -> None:
+    whole = job("whole", **ONE_BY_ONE)
+    whole.run()
+    this = job("torn", **ONE_BY_ONE)
+    kill(this, 4)
+    content = this.partial.read_bytes()
+    last = content.rstrip(b"\n").rfind(b"\n") + 1
+    this.partial.write_bytes(content[: max(last, len(content) - tear)] if tear < 10_000
+                             else content[:40])  # fmt: skip
+    this.run()
+    assert this.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_finished_problems_are_not_sampled_again(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job(**ONE_BY_ONE)
+    kill(this, 5)
+    asked: list[int] = []
+    generate = this.module.HfEngine.generate
+
+    def counting(self: Any, requests: list[Any]) -> Any:
+        asked.append(len(requests))
+        return generate(self, requests)
+
+    monkeypatch.setattr(this.module.HfEngine, "generate", counting)
+    this.run()
+    assert len(asked) == 2  # problems 5 and 6
+
+
+def other_settings(this: Job, _tmp_path: Path) -> None:
+    this.settings["suite_settings"]["temperature"] = 0.5
+
+
+def other_weights(this: Job, tmp_path: Path) -> None:
+    """The model was trained again: its settings, as this job knows them, are what they were."""
+    tokenizer = load_tokenizer(this.model)
+    model = tiny_model(tokenizer)
+    model.model.norm.weight.data.mul_(3.0)
+    save_model(model, tokenizer, tmp_path / "retrained")
+    this.model = tmp_path / "retrained"
+
+
+def other_problems(this: Job, tmp_path: Path) -> None:
+    rows = read_jsonl(this.data)
+    write_jsonl(tmp_path / "other.jsonl", [{**rows[i], "id": rows[~i]["id"]} for i in range(40)])
+    this.data = tmp_path / "other.jsonl"
+
+
+@pytest.mark.parametrize("change", [other_settings, other_weights, other_problems])
+def test_what_was_begun_with_something_else_is_not_gone_on_with(
+    job: Callable[..., Job],
+    kill: Callable[[Job, int], None],
+    tmp_path: Path,
+    change: Callable[[Job, Path], None],
+) -> None:
+    this, fresh = job("killed", **ONE_BY_ONE), job("fresh", **ONE_BY_ONE)
+    kill(this, 4)
+    change(this, tmp_path)
+    change(fresh, tmp_path)
+    this.run()
+    fresh.run()
+    assert this.output.read_bytes() == fresh.output.read_bytes()
+
+
+def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
+    paths = ["--model", "m", "--data", "d", "--output", "o", "--stats", "s"]
+    with pytest.raises(ConfigError, match="say what to generate: --settings, or --model-name"):
+        script("generate").main([*CONFIG, *paths])
+    assert not list(tmp_path.iterdir())
+
+
+# select_completions
+
+QUESTIONS = {"a": "1 + 1?", "b": "2 + 2?", "c": "3 + 3?"}
+GOLD = {"a": "2", "b": "4", "c": "6"}
+
+
+def completion(problem_id: str, text: str, finish_reason: str = "stop", first_id: int = 9) -> Row:
+    return {
+        "problem_id": problem_id, "gold": GOLD[problem_id], "completion": text,
+        "token_ids": [first_id, 0], "finish_reason": finish_reason,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def select(
+    script: Script, run_json: Callable[..., str], tmp_path: Path
+) -> Callable[..., list[Row]]:
+    """`select(completions, **settings of rft)` -> the demonstrations."""
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [{"id": i, "question": q, "answer": f"#### {GOLD[i]}"} for i, q in QUESTIONS.items()],
+    )
+
+    def call(completions: list[Row], method: str = "rft", **overrides: Any) -> list[Row]:
+        write_jsonl(tmp_path / "completions.jsonl", completions)
+        script("select_completions").main(
+            ["--settings", run_json(method, **overrides),
+             "--completions", str(tmp_path / "completions.jsonl"),
+             "--data", str(tmp_path / "train.jsonl"),
+             "--output", str(tmp_path / "demonstrations.jsonl")]
+        )  # fmt: skip
+        return read_jsonl(tmp_path / "demonstrations.jsonl")
+
+    return call
+
+
+def test_correct_completions_are_kept_as_their_token_ids(select: Callable[..., list[Row]]) -> None:
+    kept = select(
+        [
+            completion("b", "so 4\n#### 4", first_id=5),
+            completion("b", "#### 5"),
+            completion("a", "it is 2"),  # right for a person, but not in the form asked for
+            completion("a", "#### 2", first_id=6),
+        ]
+    )
+    assert kept == [
+        {"problem_id": "b", "question": "2 + 2?", "completion": "so 4\n#### 4",
+         "response_ids": [5, 0]},
+        {"problem_id": "a", "question": "1 + 1?", "completion": "#### 2", "response_ids": [6, 0]},
+    ]  # fmt: skip
+
+
+def test_the_first_distinct_ones_are_kept_up_to_the_cap(select: Callable[..., list[Row]]) -> None:
+    texts = ["x\n#### 2", "x\n#### 2", "wrong\n#### 3", "y\n#### 2", "z\n#### 2"]
+    rows = [completion("a", text, first_id=i) for i, text in enumerate(texts)]
+    rows.append(completion("c", "#### 6"))
+    kept = select(rows, max_kept_per_prompt=2)
+    assert [(row["problem_id"], row["response_ids"][0]) for row in kept] == [
+        ("a", 0), ("a", 3), ("c", 9),
+    ]  # fmt: skip
+
+
+def test_a_completion_that_did_not_end_is_dropped(select: Callable[..., list[Row]]) -> None:
+    kept = select([completion("a", "#### 2", "length"), completion("b", "#### 4")])
+    assert [row["problem_id"] for row in kept] == ["b"]
+
+
+def test_a_cut_completion_does_not_hide_the_same_text_that_ended(
+    select: Callable[..., list[Row]],
+) -> None:
+    # Two ways to tokenize one text: the longer has no room left for its EOS.
+    kept = select(
+        [completion("a", "#### 2", "length", first_id=1), completion("a", "#### 2", first_id=2)]
+    )
+    assert [row["response_ids"] for row in kept] == [[2, 0]]
+
+
+def test_no_correct_completion_is_an_error_that_says_what_to_do(
+    select: Callable[..., list[Row]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"completions\.jsonl: .*nothing to train on; start from a"):
+        select([completion("a", "#### 3"), completion("b", "#### 4", "length")])
+    assert not (tmp_path / "demonstrations.jsonl").exists()
+
+
+def test_a_completion_of_an_unknown_problem_is_named_by_its_row(
+    select: Callable[..., list[Row]],
+) -> None:
+    stranger = {**completion("a", "#### 2"), "problem_id": "zz"}
+    with pytest.raises(DataError, match=r"completions\.jsonl, row 2: no problem zz"):
+        select([completion("a", "#### 2"), stranger])
+
+
+def test_a_method_that_selects_nothing_is_an_error(select: Callable[..., list[Row]]) -> None:
+    with pytest.raises(ConfigError, match="method sft is of kind sft, not expert_iteration"):
+        select([completion("a", "#### 2")], method="sft")
+
+
+# finish_rounds
+
+
+@pytest.fixture
+def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
+    """`rounds(declared, there)`: a run's folder as so many rounds leave it."""
+
+    def build(declared: int = 2, there: int = 2) -> Path:
+        for number in range(1, there + 1):
+            folder = tmp_path / f"round{number}"
+            settings = {**json.loads(run_json("rft", rounds=declared)), "round": number}
+            write_json(folder / "settings.json", settings)
+            write_jsonl(
+                folder / "train" / "metrics.jsonl",
+                [{"step": step, "loss": number + step / 10} for step in (1, 2, 3)],
+            )
+            summary = {
+                "model": "tiny-qwen2", "num_steps": 3, "num_updates": 3, "num_tokens": 100 * number,
+                "seconds_training": 2.5, "num_examples": 10 * number, "round": number,
+                "peak_memory_mb": 50 - number, "loss": 1.0 / number,
+            }  # fmt: skip
+            write_json(folder / "train" / "summary.json", summary)
+            stats = {
+                "seconds_generating": 4.0, "num_completion_tokens": 1000 * number,
+                "peak_memory_mb": 60 + number,
+            }  # fmt: skip
+            write_json(folder / "completions.stats.json", stats)
+            write_text(folder / "model" / "model.safetensors", f"weights {number}")
+            write_text(folder / "model" / ".snakemake_timestamp", "")
+        return tmp_path
+
+    return build
+
+
+def test_rounds_are_summed_and_the_last_model_is_the_runs(
+    rounds: Callable[..., Path], script: Script
+) -> None:
+    folder = rounds()
+    assert script("finish_rounds").main(["--run-dir", str(folder)]) == 0
+    summary = read_json(folder / "train" / "summary.json")
+    expected = {
+        "num_rounds": 2, "round": 0, "num_steps": 6, "num_updates": 6,
+        "num_tokens": 300,  # 100 + 200
+        "num_examples": 30,  # 10 + 20
+        "num_sampled_tokens": 3000,  # 1000 + 2000
+        "seconds_sampling": 8.0,  # 2 × 4
+        "seconds_training": 13.0,  # 2 × 2.5 of updates and 8 of sampling
+        "peak_memory_mb": 62,  # the sampling of round 2
+        "loss": 0.5,  # of the last round
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    rows = read_jsonl(folder / "train" / "metrics.jsonl")
+    assert [(row["step"], row["round"]) for row in rows] == [
+        (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2),
+    ]  # fmt: skip
+    assert rows[4]["loss"] == 2.2
+    assert read_json(folder / "settings.json")["round"] == 2
+    assert [path.name for path in (folder / "model").iterdir()] == ["model.safetensors"]
+    assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
+
+
+def test_rounds_of_an_earlier_study_are_not_taken_along(
+    rounds: Callable[..., Path], script: Script
+) -> None:
+    folder = rounds(declared=2, there=3)
+    script("finish_rounds").main(["--run-dir", str(folder)])
+    assert read_json(folder / "train" / "summary.json")["num_rounds"] == 2
+    assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
+
+
+def test_ten_rounds_are_in_the_order_of_their_numbers(
+    rounds: Callable[..., Path], script: Script
+) -> None:
+    folder = rounds(declared=10, there=10)
+    script("finish_rounds").main(["--run-dir", str(folder)])
+    rows = read_jsonl(folder / "train" / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [n for n in range(1, 11) for _ in range(3)]
+    assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 10"
+
+
+def test_a_missing_round_is_named(rounds: Callable[..., Path], script: Script) -> None:
+    folder = rounds(declared=3, there=2)
+    with pytest.raises(DataError, match=r"round3/train/summary\.json: no such file"):
+        script("finish_rounds").main(["--run-dir", str(folder)])
+    with pytest.raises(DataError, match=r"round1/settings\.json: no such file"):
+        script("finish_rounds").main(["--run-dir", str(folder / "nowhere")])
+    assert not (folder / "model").exists()

@@ -1,0 +1,424 @@
+"""What every trainer does besides its loss: rates, orders, resume, validation, saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gsm8k_core import training
+from gsm8k_core.config import RunSettings, SftMethod
+from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.errors import TrainingError
+from gsm8k_core.files import read_json, read_jsonl, write_text
+from gsm8k_core.models import load_model, load_tokenizer, tiny_model
+from gsm8k_core.problems import Problem
+from gsm8k_core.training import (
+    TrainingRun,
+    build_optimizer,
+    disable_dropout,
+    endless_order,
+    greedy_accuracy,
+    learning_rate_at,
+    take,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 34).reshape(4, 8)
+
+
+def sft(**changes: Any) -> SftMethod:
+    return SftMethod.model_validate({"kind": "sft", "learning_rate": 1.0, **changes})
+
+
+@pytest.fixture
+def start(
+    tiny_folder: Path, run_json: Callable[..., str], tmp_path: Path
+) -> Callable[..., TrainingRun]:
+    """`start(num_steps=4, val=None, **overrides)`: a run of SFT on the tiny model, resumed."""
+
+    def build(
+        num_steps: int = 4,
+        val: list[Problem] | None = None,
+        starting_model: Path = tiny_folder,
+        **overrides: Any,
+    ) -> TrainingRun:
+        overrides = {"checkpoint_every_steps": 2, "warmup_fraction": 0.0, **overrides}
+        settings = RunSettings.model_validate_json(
+            run_json("sft", num_steps=num_steps, **overrides)
+        )
+        return TrainingRun(settings, starting_model, tmp_path / "run", num_steps, num_steps, val)
+
+    return build
+
+
+def step(run: TrainingRun, number: int) -> None:
+    """One optimizer step on fixed tokens."""
+    run.model(input_ids=IDS, labels=IDS).loss.backward()
+    run.end_step(number, run.update())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# Learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "update", "expected"),
+    [
+        # warmup 0.2 of 10 updates is 2: (0+1)/2, (1+1)/2
+        ("constant", 0, 0.5),
+        ("constant", 1, 1.0),
+        ("constant", 9, 1.0),
+        # then 8 updates of decay to 0.1: 0.1 + 0.9·left, left = 1 − (update − 2)/8
+        ("linear", 0, 0.5),
+        ("linear", 2, 1.0),
+        ("linear", 6, 0.1 + 0.9 * 0.5),
+        ("linear", 9, 0.1 + 0.9 * 0.125),
+        # left = (1 + cos(π·(update − 2)/8))/2
+        ("cosine", 1, 1.0),
+        ("cosine", 2, 1.0),
+        ("cosine", 4, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),
+        ("cosine", 6, 0.1 + 0.9 * 0.5),
+        ("cosine", 8, 0.1 + 0.9 * 0.5 * (1 - math.sqrt(0.5))),
+        ("linear", 10, 0.1),
+        ("cosine", 10, 0.1),
+    ],
+)
+def test_learning_rate_of_each_schedule(schedule: str, update: int, expected: float) -> None:
+    settings = sft(schedule=schedule, warmup_fraction=0.2, min_learning_rate_fraction=0.1)
+    assert learning_rate_at(update, 10, settings) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_warmup_the_first_update_has_the_full_rate() -> None:
+    assert learning_rate_at(0, 10, sft(schedule="cosine")) == 1.0
+    assert learning_rate_at(0, 1, sft(schedule="linear")) == 1.0
+
+
+def test_a_warmup_of_the_whole_run_climbs_to_the_end() -> None:
+    rates = [learning_rate_at(i, 4, sft(warmup_fraction=1.0)) for i in range(4)]
+    assert rates == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_rate_reaches_the_optimizer(start: Callable[..., TrainingRun]) -> None:
+    run = start(num_steps=4, learning_rate=0.008, schedule="linear")
+    run.resume()
+    for number in range(1, 5):
+        step(run, number)
+    rates = [row["learning_rate"] for row in read_jsonl(run.state_dir / "metrics.jsonl")]
+    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
+
+
+# Order
+
+
+def test_every_item_comes_once_each_time_round_in_another_order() -> None:
+    order = endless_order(20, seed=3)
+    rounds = [list(islice(order, 20)) for _ in range(3)]
+    assert all(sorted(one) == list(range(20)) for one in rounds)
+    assert rounds[0] != rounds[1] != rounds[2] != rounds[0]
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    one, again, other = (list(islice(endless_order(20, s), 45)) for s in (3, 3, 4))
+    assert one == again != other
+
+
+def test_take_goes_on_where_the_last_batch_ended() -> None:
+    order = iter([2, 0, 1, 2])
+    assert take("abc", order, 3) == ["c", "a", "b"]
+    assert take("abc", order, 1) == ["c"]
+
+
+# Optimizer
+
+
+def test_matrices_alone_decay(start: Callable[..., TrainingRun]) -> None:
+    model = start().model
+    optimizer = build_optimizer(model, sft(weight_decay=0.1, adam_beta2=0.98))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in plain["params"]} == {1}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert decayed["betas"] == (0.9, 0.98)
+
+
+def test_a_gradient_is_clipped_and_its_norm_from_before_is_told(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start(max_grad_norm=0.5)
+    run.resume()
+    parameter = run.model.model.norm.weight  # 64 entries of gradient 1: norm 8
+    parameter.grad = torch.ones_like(parameter)
+    clipped: list[float] = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_args: clipped.append(float(parameter.grad.norm()))
+    )
+    assert run.update()["grad_norm"] == pytest.approx(8.0)
+    assert clipped == pytest.approx([0.5], rel=1e-4)
+    assert parameter.grad is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
+    start: Callable[..., TrainingRun], value: float
+) -> None:
+    run = start()
+    run.resume()
+    step(run, 1)
+    before = weights(run.model)
+    run.model(input_ids=IDS, labels=IDS).loss.backward()
+    run.model.model.norm.weight.grad[3] = value
+    with pytest.raises(TrainingError, match="gradient of update 2 is not finite .*learning_rate"):
+        run.update()
+    assert same(weights(run.model), before)
+
+
+# Resume
+
+
+def test_going_on_from_a_checkpoint_equals_not_stopping(start: Callable[..., TrainingRun]) -> None:
+    whole = start()
+    whole.resume()
+    for number in range(1, 5):
+        step(whole, number)
+    expected = weights(whole.model)
+
+    again = start()
+    steps_done, extra = again.resume()
+    assert (steps_done, extra) == (2, {})
+    rows = read_jsonl(again.state_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for number in (3, 4):
+        step(again, number)
+    assert same(weights(again.model), expected)
+    assert again.progress["num_updates_done"] == 4
+
+
+def test_a_run_of_other_settings_starts_afresh(start: Callable[..., TrainingRun]) -> None:
+    run = start()
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    untrained = weights(start().model)
+    other = start(learning_rate=0.5)
+    assert other.resume() == (0, {})
+    assert same(weights(other.model), untrained)
+    assert not list(other.state_dir.glob("step-*"))
+    assert read_jsonl(other.state_dir / "metrics.jsonl") == []
+
+
+def test_a_run_from_other_starting_weights_starts_afresh(
+    start: Callable[..., TrainingRun], tmp_path: Path
+) -> None:
+    # The parent was trained again: its name and this run's settings are what they were.
+    run = start()
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    run._save_weights(tmp_path / "retrained")
+    assert start(starting_model=tmp_path / "retrained").resume() == (0, {})
+
+
+def test_nothing_to_resume_starts_at_zero(start: Callable[..., TrainingRun]) -> None:
+    assert start().resume() == (0, {})
+
+
+def test_seconds_go_on_and_checkpoints_fall_on_their_steps(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start(num_steps=6, keep_checkpoints=1)
+    run.resume()
+    for number in range(1, 6):
+        step(run, number)
+    assert [path.name for path in run.state_dir.glob("step-*")] == ["step-00000004"]
+    again = start(num_steps=6, keep_checkpoints=1)
+    again.resume()
+    step(again, 5)
+    rows = read_jsonl(again.state_dir / "metrics.jsonl")
+    assert rows[4]["seconds_total"] >= rows[3]["seconds_total"]
+
+
+# Saving
+
+
+def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., TrainingRun]) -> None:
+    run = start()
+    run.resume()
+    for number in range(1, 5):
+        step(run, number)
+    run.progress["num_tokens"] = 128
+    run.finish({"num_examples": 4})
+    folder = run.output_dir
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "settings.json", "train"]
+    assert same(weights(load_model(folder / "model", CPU)), weights(run.model))
+    assert [row["step"] for row in read_jsonl(folder / "train" / "metrics.jsonl")] == [1, 2, 3, 4]
+    summary = read_json(folder / "train" / "summary.json")
+    expected = {
+        "method": "sft", "parent": "base", "seed": 0, "num_steps": 4, "num_updates": 4,
+        "num_tokens": 128, "num_examples": 4, "device": "cpu", "best_validation": None,
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["peak_memory_mb"] > 10
+    settings = RunSettings.model_validate(read_json(folder / "settings.json"))
+    assert settings == run.run_settings
+
+
+def test_keep_best_saves_the_weights_of_the_best_validation(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.1, 0.7, 0.7, 0.2])
+    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: next(accuracies))
+    run = start(val=[Problem("a", "q", "#### 1", "1")], keep_best=True, validate_every_steps=1)
+    run.resume()
+    at_step: dict[int, dict[str, torch.Tensor]] = {}
+    for number in range(1, 5):
+        step(run, number)
+        at_step[number] = weights(run.model)
+    run.finish({})
+    saved = weights(load_model(run.output_dir / "model", CPU))
+    assert same(saved, at_step[2]) and not same(saved, at_step[3])  # the first of equals
+    summary = read_json(run.output_dir / "train" / "summary.json")
+    assert summary["best_validation"] == {"step": 2, "accuracy": 0.7}
+
+
+def test_the_best_so_far_survives_a_resume(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: next(accuracies))
+    options: dict[str, Any] = {
+        "val": [Problem("a", "q", "#### 1", "1")], "keep_best": True, "validate_every_steps": 1,
+    }  # fmt: skip
+    run = start(**options)
+    run.resume()
+    step(run, 1)
+    best = weights(run.model)
+    step(run, 2)
+    again = start(**options)
+    assert again.resume()[0] == 2
+    step(again, 3)
+    step(again, 4)
+    again.finish({})
+    assert same(weights(load_model(again.output_dir / "model", CPU)), best)
+
+
+def test_validation_falls_on_its_steps_and_on_the_last(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: 0.5)
+    run = start(num_steps=5, val=[Problem("a", "q", "#### 1", "1")], validate_every_steps=2)
+    run.resume()
+    for number in range(1, 6):
+        step(run, number)
+    rows = read_jsonl(run.state_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "validation_accuracy" in row] == [2, 4, 5]
+
+
+# LoRA
+
+
+def test_lora_trains_adapters_alone_and_saves_a_plain_model_with_the_same_logits(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start(lora={"rank": 4, "alpha": 8.0}, learning_rate=0.05)
+    frozen = {name: p for name, p in weights(run.model).items() if "lora" not in name}
+    run.resume()
+    for number in range(1, 5):
+        step(run, number)
+    trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert same({name: weights(run.model)[name] for name in frozen}, frozen)
+    with torch.no_grad():
+        expected = run.model.eval()(IDS).logits
+        untrained = start().model(IDS).logits
+    run.finish({})
+    assert "adapter_config.json" not in {p.name for p in (run.output_dir / "model").iterdir()}
+    merged = load_model(run.output_dir / "model", CPU)
+    assert type(merged).__name__ == "Qwen2ForCausalLM"
+    with torch.no_grad():
+        logits = merged(IDS).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert float((logits - untrained).abs().max()) > 1e-2
+
+
+def test_saving_with_lora_leaves_the_adapters_in_training(
+    start: Callable[..., TrainingRun], tmp_path: Path
+) -> None:
+    run = start(lora={"rank": 2})
+    run.resume()
+    step(run, 1)
+    before = weights(run.model)
+    run._save_weights(tmp_path / "early")
+    assert same(weights(run.model), before)
+    step(run, 2)
+    assert not same(weights(run.model), before)
+
+
+def test_lora_starts_the_same_for_the_same_seed(start: Callable[..., TrainingRun]) -> None:
+    assert same(weights(start(lora={}).model), weights(start(lora={}).model))
+
+
+# Dropout and accuracy
+
+
+def test_disabled_dropout_makes_training_mode_deterministic(tiny_folder: Path) -> None:
+    # Attention keeps its own copy of the rate, in each layer.
+    model = tiny_model(load_tokenizer(tiny_folder))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    adapted = get_peft_model(model, LoraConfig(lora_dropout=0.5, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    adapted.train()
+    with torch.no_grad():
+        assert not torch.equal(adapted(IDS).logits, adapted(IDS).logits)
+        disable_dropout(adapted)
+        assert torch.equal(adapted(IDS).logits, adapted(IDS).logits)
+
+
+class Scripted:
+    """An engine that answers what it is told, and keeps what it was asked."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers, self.asked = answers, list[Request]()
+
+    def generate(self, requests: list[Request]) -> list[list[Completion]]:
+        self.asked = requests
+        return [[Completion([1], [0.0], "stop", text)] for text in self.answers]
+
+
+def test_greedy_accuracy_is_the_share_of_strictly_right_answers(
+    tiny_folder: Path, run_json: Callable[..., str]
+) -> None:
+    prompt = RunSettings.model_validate_json(run_json("sft")).prompt
+    problems = [Problem(str(i), f"q{i}", "#### 4", "4") for i in range(4)]
+    engine = Scripted(["#### 4", "2 + 2 = 4", "#### 5", "so\n#### 4"])
+    accuracy = greedy_accuracy(engine, problems, prompt, load_tokenizer(tiny_folder), 9)
+    assert accuracy == 0.5  # the second has no mark, the third is wrong
+    assert all(r.temperature == 0.0 and r.max_new_tokens == 9 for r in engine.asked)
+
+
+def test_a_damaged_newest_checkpoint_stops_and_says_what_to_delete(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start()
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    write_text(run.state_dir / "step-00000002" / "weights.safetensors", "torn")
+    with pytest.raises(TrainingError, match=r"weights\.safetensors: damaged .*; delete .*step-0"):
+        start().resume()
