@@ -121,6 +121,12 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+def check_known(flag: str, name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError that lists what there is, unless the config has `name`."""
+    if name not in known:
+        raise ConfigError(f"{flag}: no '{name}' in the config; there are: {', '.join(known)}")
+
+
 def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     """The RunSettings that `add_run_arguments`' arguments name."""
     if arguments.settings is not None:
@@ -128,10 +134,6 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     if arguments.model_name is None or arguments.method is None:
         raise ConfigError("say what to train: --settings, or --model-name and --method")
     config = load_config(arguments.config[0], arguments.config[1:])
-    for key, name, known in (
-        ("--model-name", arguments.model_name, config.models),
-        ("--method", arguments.method, config.methods),
-    ):
-        if name not in known:
-            raise ConfigError(f"{key}: no '{name}' in the config; there are: {', '.join(known)}")
+    check_known("--model-name", arguments.model_name, config.models)
+    check_known("--method", arguments.method, config.methods)
     return config.run_settings(arguments.model_name, arguments.method, arguments.seed)

@@ -65,7 +65,7 @@ class Gsm8kDataset(Settings):
     """Repository that publishes the JSONL files."""
     commit: str = "3101c7d5072418e28b9008a6636bde82a006892c"
     """Pinned commit there."""
-    num_val: NonNegativeInt = 500
+    num_val: PositiveInt = 500
     """Rows of train that become `val`: those whose question has the smallest digest."""
     digests: dict[str, str] = {
         "train": "f23d761f3315a79bf59eb4deeda29ed369ca66e29f9f495e1a5d6403a446ba3d",
@@ -220,6 +220,8 @@ class TrainSettings(Settings):
     """Checkpoints kept of an unfinished run."""
     validate_every_steps: NonNegativeInt = 0
     """Greedy accuracy on `val` every so many steps; 0 never."""
+    validation_max_new_tokens: PositiveInt = 256
+    """Longest completion in validation."""
     num_validation_problems: PositiveInt = 100
     """The first so many problems of `val`."""
     keep_best: bool = False
@@ -478,7 +480,9 @@ class StudySettings(Settings):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals in tables and plots."""
     rerun_on_code_change: bool = False
-    """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs."""
+    """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs.
+
+    Switching it on or off redoes them once."""
 
     @field_validator("models", "methods", "seeds", "suites")
     @classmethod
@@ -544,7 +548,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             round=round_number,
-            model_settings=self.models[model],
+            model_settings=self._unscheduled(model),
             method_settings=settings,
             prompt=self.train_prompt(model),
         )
@@ -560,10 +564,16 @@ class Config(Settings):
             parent=self.parent_of(method),
             seed=seed,
             suite=suite,
-            model_settings=self.models[model],
+            model_settings=self._unscheduled(model),
             suite_settings=self.suites[suite],
             prompt=self.suite_prompt(model, suite),
         )
+
+    def _unscheduled(self, model: str) -> ModelSettings:
+        """A model's settings without what only the scheduler reads: more memory is no new run."""
+        fields = ModelSettings.model_fields
+        defaults = {name: fields[name].default for name in ("threads", "mem_mb")}
+        return self.models[model].model_copy(update=defaults)
 
     def starting_weights_settings(self, model: str) -> str:
         """Canonical JSON of where a model's weights come from, and of nothing else.
@@ -571,8 +581,9 @@ class Config(Settings):
         A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
         """
         settings = self.models[model]
-        keys = {"source", "hub_id", "revision", "path", "wheel", "gguf_file", "prompt"}
-        return json.dumps(settings.model_dump(mode="json", include=keys), sort_keys=True)
+        keys = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
+        origin = settings.model_dump(mode="json", include=keys)
+        return json.dumps({**origin, "prompt": "any"}, sort_keys=True)
 
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int
@@ -587,12 +598,12 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             suite=f"round{round_number}",
-            model_settings=self.models[model],
+            model_settings=self._unscheduled(model),
             suite_settings=SuiteSettings(
                 dataset=self.study.dataset,
                 split="train",
                 limit=settings.prompts_per_round,
-                # Each round of each seed sees other problems; seeds stay far from one another.
+                # Each round of each seed sees another random part; seeds stay far from one another.
                 shuffle_seed=1000 * seed + round_number,
                 greedy=False,
                 num_samples=settings.completions_per_prompt,
@@ -681,7 +692,7 @@ class Comparison(Settings):
     seeds_of: dict[str, list[int]]
     parent_of: dict[str, str | None]
     chains: dict[str, list[str]]
-    """Each method's stages, from the first that is trained (or the base model) to itself."""
+    """Each method's stages, from the base model to itself."""
     confidence: float
 
 
@@ -780,19 +791,21 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
         ("suites", "dataset", "datasets"),
         ("suites", "prompt", "prompts"),
         ("models", "prompt", "prompts"),
-        ("methods", "from", "methods"),
     ):
         for name, body in section(registry).items():
             if isinstance(body, dict):
                 refer(f"{registry}.{name}.{key}", body.get(key), target)
+    methods = _apply_defaults(raw).get("methods")
+    methods = methods if isinstance(methods, dict) else {}
+    for name, body in methods.items():
+        if isinstance(body, dict):
+            refer(f"methods.{name}.from", body.get("from"), "methods")
     for kind in section("defaults"):
         if kind not in ("sft", "expert_iteration", "dpo", "grpo"):
             problems.append(
                 f"defaults.{kind}: no such kind; expected sft, expert_iteration, dpo or grpo"
             )
-    methods = _apply_defaults(raw).get("methods")
-    if isinstance(methods, dict):
-        problems += _find_loops(methods)
+    problems += _find_loops(methods)
     for registry in ("datasets", "prompts", "models", "methods", "suites"):
         for name in section(registry):
             if not isinstance(name, str) or not _is_name(name):

@@ -1,4 +1,4 @@
-"""Where everything lies below artifacts/. The workflow and `compare` both ask here."""
+"""Where everything lies below artifacts/, for the workflow. `tables.run_dir` is its other half."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from gsm8k_core.files import sha256_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft")
+SECRET_OPTION = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 ALLOWED_ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "GSM8K_LOG_LEVEL",
@@ -56,7 +58,7 @@ def git_state() -> dict[str, Any]:
     difference = run_command("git", "diff", "HEAD") if commit else None
     return {
         "commit": commit,
-        "dirty": bool(difference),
+        "dirty": bool(run_command("git", "status", "--porcelain")) if commit else False,
         "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
     }
 
@@ -129,6 +131,21 @@ def installed_packages() -> list[str]:
     return sorted(pairs, key=str.lower)
 
 
+def redacted(command: list[str]) -> list[str]:
+    """A command line without the values of options whose names speak of secrets."""
+    shown: list[str] = []
+    hide_next = False
+    for word in command:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("-") and SECRET_OPTION.search(name) is not None
+        if secret and equals:
+            shown.append(f"{name}=***")
+        else:
+            shown.append("***" if hide_next else word)
+        hide_next = secret and not equals
+    return shown
+
+
 class Invocation:
     """The manifest of one call of snakemake: `<runs>/<UTCSTAMP>_<gitsha>/`.
 
@@ -153,7 +170,7 @@ class Invocation:
         self.manifest = {
             "state": "running",
             "study": config.study.name,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "started": utc_now(),
             "git": git,
             "code_digest": code_digest(),

@@ -7,6 +7,7 @@ never on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import shutil
@@ -290,12 +291,18 @@ def weights_digest(folder: Path) -> str:
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast over float32 weights on a GPU that has bf16; else float32, with a warning."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        log.warning("dtype: bfloat16 is not fast on this device; computing in float32")
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16)
+    if dtype == "bfloat16" and _has_bfloat16(device.type):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _has_bfloat16(device_type: str) -> bool:
+    """Whether the hardware itself has bf16; says so once where it has not."""
+    if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return True
+    log.warning("dtype: bfloat16 is not fast on this device; computing in float32")
+    return False
 
 
 def save_model(

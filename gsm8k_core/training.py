@@ -27,11 +27,19 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints
 from gsm8k_core.answers import is_correct
-from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings, dump
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.files import Json, atomic_path, read_json, seed_from, write_json
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    read_json,
+    seed_from,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import (
     autocast,
@@ -49,7 +57,9 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
-SAME_RUN = ("settings", "starting_weights")
+SAME_RUN = ("settings", "starting_weights", "data")
+# Settings that may change between a stop and the resume: they do not touch the result.
+FREE_TO_CHANGE = {"method_settings": {"checkpoint_every_steps", "keep_checkpoints"}}
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -124,6 +134,7 @@ class TrainingRun:
         self,
         settings: RunSettings,
         starting_model: Path,
+        data: Path,
         output_dir: Path,
         num_updates: int,
         num_steps: int,
@@ -148,8 +159,9 @@ class TrainingRun:
             self.model = add_lora(model, self.settings)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
-            "settings": dump(settings),
+            "settings": sha256_json(settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)),
             "starting_weights": weights_digest(starting_model),
+            "data": sha256_file(data),
             "num_updates_done": 0,
             "num_tokens": 0,
             "seconds": 0.0,
@@ -181,7 +193,9 @@ class TrainingRun:
                 step = self.progress["step"]
                 log.info("resuming after step %d of %d", step, self.num_steps)
             else:
-                log.info("%s is of other settings or weights: starting afresh", self.state_dir)
+                log.info(
+                    "%s is of other settings, weights or data: starting afresh", self.state_dir
+                )
                 shutil.rmtree(self.state_dir)
         self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
         self.started = time.perf_counter() - self.progress["seconds"]
@@ -242,20 +256,32 @@ class TrainingRun:
                 extra=extra() if extra else None,
                 keep=self.settings.keep_checkpoints,
             )
+            self._drop_older_bests()
+
+    def _drop_older_bests(self) -> None:
+        """Keep the best weights that a kept checkpoint names."""
+        named = {
+            f"best-{best['step']}"
+            for path in checkpoints.list_checkpoints(self.state_dir)
+            if (best := read_json(path / "progress.json")["best_validation"]) is not None
+        }
+        for folder in self.state_dir.glob("best-*"):
+            if folder.name not in named:
+                shutil.rmtree(folder)
 
     def _validate(self, step: int) -> float:
-        method = self.run_settings.method_settings
         accuracy = greedy_accuracy(
             self.engine(),
             self.val_problems,
             self.run_settings.prompt,
             self.tokenizer,
-            max_new_tokens=getattr(method, "max_new_tokens", 256),
+            max_new_tokens=self.settings.validation_max_new_tokens,
         )
         best = self.progress["best_validation"]
         if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
-            self._save_weights(self.state_dir / "best")
+            # A folder for each step: a checkpoint before it may still name an earlier one.
+            self._save_weights(self.state_dir / f"best-{step}")
         return accuracy
 
     def engine(self) -> Engine:
@@ -287,7 +313,7 @@ class TrainingRun:
         else:
             log.info("keeping step %d: validation accuracy %.3f", best["step"], best["accuracy"])
             with atomic_path(self.output_dir / "model") as temporary:
-                shutil.copytree(self.state_dir / "best", temporary)
+                shutil.copytree(self.state_dir / f"best-{best['step']}", temporary)
         with atomic_path(self.output_dir / "train" / "metrics.jsonl") as temporary:
             shutil.copyfile(self.state_dir / "metrics.jsonl", temporary)
         settings = self.run_settings
@@ -303,10 +329,15 @@ class TrainingRun:
                 "num_steps": self.num_steps,
                 "num_updates": self.progress["num_updates_done"],
                 "num_tokens": self.progress["num_tokens"],
-                "seconds_training": round(time.perf_counter() - self.started, 3),
+                # What was sampled to train on is part of what training costs.
+                "seconds_training": round(
+                    time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
+                ),
                 "peak_memory_mb": peak_memory_mb(self.device),
                 "device": device_name(self.device),
                 "best_validation": best,
+                "data_sha256": self.progress["data"],
+                "starting_weights": self.progress["starting_weights"],
                 **summary,
                 "provenance": provenance(),
             },

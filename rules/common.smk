@@ -1,5 +1,6 @@
 # What all rules share: the checked settings, the layout of artifacts/, and input functions.
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,9 +18,8 @@ except ConfigError as error:
 
 # Jobs run this very Python, whether or not its environment is activated. OpenMP threads sleep while
 # they wait: spinning ones starve each other where jobs share cores.
-shell.prefix(
-    f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE; "
-)
+BIN = shlex.quote(str(Path(sys.executable).parent))
+shell.prefix(f"set -euo pipefail; export PATH={BIN}:$PATH OMP_WAIT_POLICY=PASSIVE; ")
 
 LAYOUT = Layout(CONFIG)
 INVOCATION = Invocation(Path("artifacts/runs"))

@@ -180,6 +180,7 @@ rule train_dpo:
     input:
         starting_model=parent_model,
         data=f"{RUN}/round1/pairs.jsonl",
+        stats=f"{RUN}/round1/completions.stats.json",
         val=LAYOUT.train_problems("val"),
     output:
         model=directory(f"{RUN}/model"),
@@ -200,6 +201,6 @@ rule train_dpo:
         settings=run_settings,
         code=CODE,
     shell:
-        "python scripts/train_dpo.py --settings {params.settings:q} "
+        "python scripts/train_dpo.py --settings {params.settings:q} --sampling-stats {input.stats:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import parser, progress, run_script, settings_from
+from gsm8k_core.cli import check_known, parser, progress, run_script, settings_from
 from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_config
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -122,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings_from(args.settings, EvaluationSettings)
     elif args.model_name and args.method and args.suite:
         config = load_config(args.config[0], args.config[1:])
+        check_known("--model-name", args.model_name, config.models)
+        check_known("--method", args.method, config.methods)
+        check_known("--suite", args.suite, config.suites)
         settings = config.evaluation_settings(args.model_name, args.method, args.seed, args.suite)
     else:
         raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")

@@ -25,14 +25,14 @@ import sys
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
-from typing_extensions import TypedDict
 
 from gsm8k_core.answers import extract_answer, parse_gold
 from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
 from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
@@ -75,11 +75,6 @@ GRADES_SCHEMA = {
 }
 
 
-class Grading(TypedDict):
-    grading: Literal["strict", "flexible"]
-    marker: Literal["####", "boxed"]
-
-
 def check_row(row: Json, where: str) -> None:
     """Raise DataError that begins with `where` unless `row` is a completion."""
     for key, kind in ROW_TYPES.items():
@@ -103,7 +98,7 @@ def check_row(row: Json, where: str) -> None:
         )
 
 
-def grade_rows(rows: Iterable[Json], source: str, settings: Grading) -> pl.DataFrame:
+def grade_rows(rows: Iterable[Json], source: str, settings: GradingSettings) -> pl.DataFrame:
     """One graded row per completion, sorted by problem, decoding and sample.
 
     Raises DataError that names `source` and the row (from 1) for a malformed row, a completion
@@ -141,10 +136,10 @@ def _gold(text: str, where: str) -> Fraction:
         raise DataError(f"{where}: {error}") from error
 
 
-def _grade(row: Json, gold: Fraction, settings: Grading) -> Json:
-    strict = extract_answer(row["completion"], "strict", settings["marker"])
-    flexible = extract_answer(row["completion"], "flexible", settings["marker"])
-    primary = strict if settings["grading"] == "strict" else flexible
+def _grade(row: Json, gold: Fraction, settings: GradingSettings) -> Json:
+    strict = extract_answer(row["completion"], "strict", settings.marker)
+    flexible = extract_answer(row["completion"], "flexible", settings.marker)
+    primary = strict if settings.grading == "strict" else flexible
     return {
         "problem_id": row["problem_id"],
         "decoding": row["decoding"],
@@ -238,10 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--grades", type=Path, required=True, help="grades to write (Parquet)")
     args = arguments.parse_args(argv)
 
-    settings: Grading = settings_from(args.settings, Grading)
+    settings: GradingSettings = settings_from(args.settings, GradingSettings)
     stats = read_stats(args.stats)
     grades = grade_rows(iter_jsonl(args.completions), str(args.completions), settings)
-    summary = {**stats, **settings, **summarize(grades)}
+    summary = {**stats, **settings.model_dump(), **summarize(grades)}
     with atomic_path(args.grades) as temporary:
         grades.write_parquet(temporary)
     write_text(

@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 from gsm8k_core.arithmetic import make_arithmetic
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import check_known, parser, run_script, settings_from
 from gsm8k_core.config import ArithmeticDataset, DatasetSettings, load_config
 from gsm8k_core.data import content_digest, fetch_gsm8k, split_gsm8k
-from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import sha256_file, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.problems import write_problems
@@ -40,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings_from(args.settings, DatasetSettings)
     else:
         datasets = load_config(args.config).datasets
-        if args.dataset not in datasets:
-            raise ConfigError(f"--dataset: no '{args.dataset}'; there are: {', '.join(datasets)}")
+        check_known("--dataset", args.dataset, datasets)
         settings = datasets[args.dataset]
 
     if isinstance(settings, ArithmeticDataset):

@@ -12,9 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import check_known, parser, run_script, settings_from
 from gsm8k_core.config import ModelSettings, load_config
-from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import prepare_model
@@ -36,10 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings_from(args.settings, ModelSettings)
     else:
         known = load_config(args.config).models
-        if args.model_name not in known:
-            raise ConfigError(
-                f"--model-name: no '{args.model_name}'; there are: {', '.join(known)}"
-            )
+        check_known("--model-name", args.model_name, known)
         settings = known[args.model_name]
     with atomic_path(args.output_dir) as temporary:
         facts = prepare_model(settings, temporary)

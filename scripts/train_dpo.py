@@ -25,7 +25,7 @@ from gsm8k_core.cli import progress, run_script, run_settings_from, training_par
 from gsm8k_core.config import DpoMethod, PromptSettings
 from gsm8k_core.dpo import dpo_loss
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import iter_jsonl, seed_from
+from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
 from gsm8k_core.models import load_model
 from gsm8k_core.problems import read_problems
@@ -77,7 +77,11 @@ def sequence_log_probs(
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = training_parser(__doc__).parse_args(argv)
+    arguments = training_parser(__doc__)
+    arguments.add_argument(
+        "--sampling-stats", type=Path, help="what sampling the pairs cost (generate.py's --stats)"
+    )
+    args = arguments.parse_args(argv)
     run_settings = run_settings_from(args)
     settings = run_settings.method_settings
     if not isinstance(settings, DpoMethod):
@@ -86,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     run = TrainingRun(
         run_settings,
         args.starting_model,
+        args.data,
         args.output_dir,
         num_updates=settings.num_steps,
         num_steps=num_steps,
@@ -134,7 +139,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         if step % 50 == 0 or step == num_steps:
             log.info("step %d/%d: loss %.4f", step, num_steps, sums["loss"] / len(chosen_pairs))
-    run.finish({"num_examples": len(pairs)})
+    summary: Json = {"num_examples": len(pairs)}
+    if args.sampling_stats is not None:
+        sampled = read_json(args.sampling_stats)
+        summary |= {
+            "seconds_sampling": sampled["seconds_generating"],
+            "num_sampled_tokens": sampled["num_completion_tokens"],
+        }
+    run.finish(summary)
     return 0
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.advantages import compute_advantages, equal_reward_groups
+from gsm8k_core.advantages import compute_advantages
 from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.engines.base import Completion, Engine, Request
@@ -60,9 +60,8 @@ class Group:
     prompt_ids: list[int]
     completions: list[Completion]
     rewards: list[dict[str, float]]
-
-    def has_spread(self) -> bool:
-        return len({reward["reward"] for reward in self.rewards}) > 1
+    has_spread: bool
+    """Whether rewards differ, the overlong penalty left aside."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ def sample_groups(
         problems, requests, engine.generate(requests), strict=True
     ):
         rewards = [reward_fn(c.text, problem.gold, len(c.token_ids)) for c in completions]
+        has_spread = len({reward["reward"] for reward in rewards}) > 1
         if settings.overlong_buffer:
             penalties = soft_overlong_penalty(
                 torch.tensor([len(c.token_ids) for c in completions]),
@@ -124,7 +124,7 @@ def sample_groups(
                 {**reward, "overlong_reward": penalty, "reward": reward["reward"] + penalty}
                 for reward, penalty in zip(rewards, penalties, strict=True)
             ]
-        groups.append(Group(request.prompt_ids, completions, rewards))
+        groups.append(Group(request.prompt_ids, completions, rewards, has_spread))
     return groups
 
 
@@ -136,8 +136,8 @@ def collect_groups(
     run: RunSettings,
     tokenizer: Any,
     step: int,
-) -> tuple[list[Group], int]:
-    """A step's groups, and how many prompts they took.
+) -> tuple[list[Group], list[Group]]:
+    """The groups that a step trains on, and all that were sampled for it.
 
     With dynamic sampling (DAPO §3.2), groups of equal rewards are set aside and others sampled, for
     at most `max_refills` rounds; places still empty then are filled from those set aside.
@@ -147,19 +147,17 @@ def collect_groups(
     wanted = settings.prompts_per_step
     kept: list[Group] = []
     aside: list[Group] = []
-    num_prompts = 0
     for _ in range(1 + (settings.max_refills if settings.dynamic_sampling else 0)):
         chosen = take(problems, order, wanted - len(kept))
-        groups = sample_groups(chosen, num_prompts, engine, reward_fn, run, tokenizer, step)
-        num_prompts += len(chosen)
-        for group in groups:
-            if group.has_spread() or not settings.dynamic_sampling:
+        num_drawn = len(kept) + len(aside)
+        for group in sample_groups(chosen, num_drawn, engine, reward_fn, run, tokenizer, step):
+            if group.has_spread or not settings.dynamic_sampling:
                 kept.append(group)
             else:
                 aside.append(group)
         if len(kept) == wanted:
             break
-    return kept + aside[: wanted - len(kept)], num_prompts
+    return kept + aside[: wanted - len(kept)], kept + aside
 
 
 def to_tensors(
@@ -284,18 +282,22 @@ def _cut(rollouts: Rollouts, rows: list[int], width: int, advantages: torch.Tens
     )
 
 
-def rollout_metrics(groups: list[Group], num_prompts: int) -> Metrics:
-    """What a step's completions look like: rewards by component, lengths, truncation."""
-    completions = [completion for group in groups for completion in group.completions]
-    rewards = [reward for group in groups for reward in group.rewards]
+def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
+    """What a step's completions look like: rewards by component, lengths, truncation.
+
+    Over all that were sampled, so that methods which choose among their groups compare with those
+    that do not; `fraction_equal_reward_groups` is of the groups trained on.
+    """
+    completions = [completion for group in sampled for completion in group.completions]
+    rewards = [reward for group in sampled for reward in group.rewards]
     lengths = torch.tensor([float(len(c.token_ids)) for c in completions])
     ended = torch.tensor([c.finish_reason == "stop" for c in completions])
     values = torch.tensor([reward["reward"] for reward in rewards])
-    equal = equal_reward_groups(values, len(groups[0].completions))
+    num_equal = sum(not group.has_spread for group in groups)
     metrics = {
         "reward_std": float(values.std(correction=0)),
-        "fraction_equal_reward_groups": float(equal.float().mean()),
-        "num_prompts_sampled": num_prompts,
+        "fraction_equal_reward_groups": num_equal / len(groups),
+        "num_prompts_sampled": len(sampled),
         "completion_length_mean": float(lengths.mean()),
         "completion_length_min": float(lengths.min()),
         "completion_length_max": float(lengths.max()),
@@ -321,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     run = TrainingRun(
         run_settings,
         args.starting_model,
+        args.data,
         args.output_dir,
         num_updates=settings.num_steps * updates_per_step,
         num_steps=num_steps,
@@ -348,10 +351,10 @@ def main(argv: list[str] | None = None) -> int:
     run.model.train()
     for step in progress(range(steps_done + 1, num_steps + 1), "GRPO", num_steps, steps_done):
         started = time.perf_counter()
-        groups, num_prompts = collect_groups(
+        groups, sampled = collect_groups(
             problems, order, engine, reward_fn, run_settings, run.tokenizer, step
         )
-        run.progress["num_prompts_taken"] += num_prompts
+        run.progress["num_prompts_taken"] += len(sampled)
         rolled_out = time.perf_counter()
 
         rollouts = to_tensors(groups, pad_id, settings, run.device)
@@ -380,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
 
         num_tokens = sum(rollouts.lengths) + len(rollouts.lengths)
         run.progress["num_tokens"] += num_tokens
-        row = rollout_metrics(groups, num_prompts) | updated
+        row = rollout_metrics(groups, sampled) | updated
         run.end_step(
             step,
             {

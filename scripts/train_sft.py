@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.errors import ConfigError, DataError
@@ -110,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     run = TrainingRun(
         run_settings,
         args.starting_model,
+        args.data,
         args.output_dir,
         num_updates=settings.num_steps,
         num_steps=num_steps,
@@ -159,5 +158,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
     sys.exit(run_script(main))

@@ -358,3 +358,35 @@ def test_rounds_of_expert_iteration_see_other_problems_each_round_and_seed() -> 
 def test_settings_cannot_be_changed_after_checking() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse_config(small()).study.name = "other"
+
+
+def test_more_memory_or_threads_is_no_reason_to_train_again(config: Config) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw["models"]["tiny-qwen2"] |= {"mem_mb": 9000, "threads": 7}
+    changed = parse_config(raw)
+    for build in (
+        lambda c: c.run_settings("tiny-qwen2", "grpo", 0),
+        lambda c: c.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic"),
+        lambda c: c.round_generation_settings("tiny-qwen2", "rft", 0, 1),
+    ):
+        assert dump(build(changed)) == dump(build(config))
+
+
+def test_another_prompt_does_not_fetch_the_weights_again(config: Config) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw["models"]["tiny-qwen2"]["prompt"] = "chat_hash"
+    changed = parse_config(raw)
+    assert changed.starting_weights_settings("tiny-qwen2") == config.starting_weights_settings(
+        "tiny-qwen2"
+    )
+    assert changed.run_settings("tiny-qwen2", "sft", 0) != config.run_settings(
+        "tiny-qwen2", "sft", 0
+    )
+
+
+def test_a_parent_in_the_defaults_must_exist_too(config: Config) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw["methods"]["dpo"] = {"kind": "dpo"}
+    raw["defaults"] = {"dpo": {"from": "sftt"}}
+    with pytest.raises(ConfigError, match=r"methods.dpo.from: no method 'sftt'; did you mean"):
+        parse_config(raw)

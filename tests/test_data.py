@@ -304,7 +304,6 @@ def test_rows_keep_their_order_and_are_named_by_their_row_in_the_source() -> Non
         p.question == ROWS["train"][int(p.id.removeprefix("train-"))]["question"]
         for p in splits["train"] + splits["val"]
     )
-    assert split_gsm8k(ROWS, num_val=0)["val"] == []
 
 
 def test_a_val_that_takes_all_of_train_is_an_error() -> None:
@@ -315,7 +314,7 @@ def test_a_val_that_takes_all_of_train_is_an_error() -> None:
 def test_a_row_without_a_gold_answer_is_named() -> None:
     rows = {**ROWS, "test": [{"question": "a", "answer": "none"}]}
     with pytest.raises(DataError, match="GSM8K test, row 1: no '#### <number>'"):
-        split_gsm8k(rows, num_val=0)
+        split_gsm8k(rows, num_val=1)
 
 
 # The real thing

@@ -20,6 +20,7 @@ from gsm8k_core.manifest import (
     installed_packages,
     package_versions,
     provenance,
+    redacted,
     run_command,
     utc_now,
 )
@@ -153,3 +154,10 @@ def test_two_invocations_of_the_same_second_have_two_folders(
 def test_finishing_what_never_began_writes_nothing(tmp_path: Path) -> None:
     Invocation(tmp_path).finish("failed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_on_the_command_line_is_not_written_down() -> None:
+    command = ["snakemake", "--cores", "2", "--storage-s3-secret-key", "s3cr3t", "--api-token=abc"]
+    assert redacted(command) == [
+        "snakemake", "--cores", "2", "--storage-s3-secret-key", "***", "--api-token=***",
+    ]  # fmt: skip

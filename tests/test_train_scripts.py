@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
-from gsm8k_core.files import read_json, read_jsonl, write_jsonl
+from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 
 GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
 SMALL: dict[str, Any] = {
@@ -217,6 +217,18 @@ def test_dynamic_sampling_refills_groups_without_spread(
         assert row["num_prompts_sampled"] > 8  # and it says what that cost
 
 
+def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
+    train: Callable[..., Path],
+) -> None:
+    # DAPO asks whether answers differ (eq. 11). Here none counts, but lengths, so penalties, do.
+    settings = {**SMALL, "reward": {"answer": 0.0}, "overlong_buffer": 20}
+    rows = metrics_of(train("train_grpo", "grpo", **settings, dynamic_sampling=True, max_refills=2))
+    for row in rows:
+        assert row["reward_std"] > 0.0
+        assert row["fraction_equal_reward_groups"] == 1.0
+        assert row["num_prompts_sampled"] == 3 * 8
+
+
 def test_completions_that_are_all_truncated_and_masked_give_no_update(
     train: Callable[..., Path], sft_folder: Path
 ) -> None:
@@ -316,7 +328,16 @@ def test_dpo_prefers_the_chosen_completions(train: Callable[..., Path], tmp_path
     data = tmp_path / "pairs.jsonl"
     pair = {"problem_id": "a", "question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}
     write_jsonl(data, [pair])
-    rows = metrics_of(train("train_dpo", "dpo", data=data, num_steps=6, batch_size=2))
+    stats = tmp_path / "stats.json"
+    write_json(stats, {"seconds_generating": 1000.0, "num_completion_tokens": 77})
+    run = train(
+        "train_dpo", "dpo", data=data, num_steps=6, batch_size=2,
+        flags=("--sampling-stats", str(stats)),
+    )  # fmt: skip
+    rows = metrics_of(run)
+    summary = read_json(run / "train" / "summary.json")
+    assert summary["seconds_training"] > 1000.0  # sampling the pairs is part of the cost
+    assert summary["num_sampled_tokens"] == 77
     assert rows[0]["margin"] == 0.0  # policy and reference are the same
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # -log σ(0) = log 2
     assert rows[-1]["margin"] > 0 and rows[-1]["accuracy"] == 1.0

@@ -47,13 +47,23 @@ def start(
         num_steps: int = 4,
         val: list[Problem] | None = None,
         starting_model: Path = tiny_folder,
+        data: str = "problems",
         **overrides: Any,
     ) -> TrainingRun:
         overrides = {"checkpoint_every_steps": 2, "warmup_fraction": 0.0, **overrides}
         settings = RunSettings.model_validate_json(
             run_json("sft", num_steps=num_steps, **overrides)
         )
-        return TrainingRun(settings, starting_model, tmp_path / "run", num_steps, num_steps, val)
+        (tmp_path / "data.jsonl").write_text(data, encoding="utf-8")
+        return TrainingRun(
+            settings,
+            starting_model,
+            tmp_path / "data.jsonl",
+            tmp_path / "run",
+            num_steps,
+            num_steps,
+            val,
+        )
 
     return build
 
@@ -422,3 +432,21 @@ def test_a_damaged_newest_checkpoint_stops_and_says_what_to_delete(
     write_text(run.state_dir / "step-00000002" / "weights.safetensors", "torn")
     with pytest.raises(TrainingError, match=r"weights\.safetensors: damaged .*; delete .*step-0"):
         start().resume()
+
+
+def test_a_run_on_other_data_starts_afresh(start: Callable[..., TrainingRun]) -> None:
+    run = start()
+    run.resume()
+    for number in (1, 2):
+        step(run, number)
+    assert start(data="other problems").resume()[0] == 0
+
+
+def test_how_often_to_checkpoint_may_change_between_stop_and_resume(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start()
+    run.resume()
+    for number in (1, 2):
+        step(run, number)
+    assert start(checkpoint_every_steps=1, keep_checkpoints=5).resume()[0] == 2

@@ -112,7 +112,7 @@ def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
 
 def test_expert_iteration_trains_each_round_on_correct_completions(finished: Path) -> None:
     run = finished / CELLS / "expert_iteration" / "seed0"
-    train = read_problems(finished / "artifacts" / "arithmetic" / "train.jsonl")
+    train = read_problems(finished / "artifacts" / "arithmetic_debug" / "train.jsonl")
     gold = {problem.id: problem.gold for problem in train}
     for folder in (run / "round1", run / "round2"):
         rows = read_jsonl(folder / "demonstrations.jsonl")
