@@ -8,7 +8,8 @@
 configfile: "config.yaml"
 
 
-# For `--sdm apptainer`; without it the environment that runs snakemake is used (uv.lock).
+# What `snakemake --lint` wants to know. The image is not published yet, so `--sdm apptainer` has nothing
+# to pull; the environment that runs snakemake is used (uv.lock).
 container: "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest"
 
 
