@@ -2,14 +2,14 @@
 #
 #   snakemake --cores 2 --resources gpu=1                                    the default study
 #   snakemake --cores 2 --resources gpu=1 --configfile studies/NAME.yaml     another study
-#   snakemake PATH/OF/A/FILE --cores 1 --resources gpu=1                     one file, and what it needs
+#   snakemake PATH/OF/A/FILE --cores 1 --resources gpu=1                     one file
 
 
 configfile: "config.yaml"
 
 
-# What `snakemake --lint` wants to know. The image is not published yet, so `--sdm apptainer` has nothing
-# to pull; the environment that runs snakemake is used (uv.lock).
+# `snakemake --lint` asks for it. The image is not published yet, so `--sdm apptainer` has nothing to
+# pull; the environment that runs snakemake is used (uv.lock).
 container: "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest"
 
 
