@@ -161,7 +161,7 @@ def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None
 def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
     more = {
         "study": {"suites": ["debug", "more"]},
-        "suites": {"more": {"dataset": "arithmetic", "limit": 10, "max_new_tokens": 16}},
+        "suites": {"more": {"dataset": "arithmetic_debug", "limit": 10, "max_new_tokens": 16}},
     }
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "more.yaml", more)))
     assert jobs == {"generate": 5, "grade": 5, "compare": 1, "plot": 1, "all": 1, "total": 13}
