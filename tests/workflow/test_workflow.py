@@ -200,7 +200,7 @@ def test_two_runs_from_scratch_give_the_same_comparison(finished: Path, workspac
 
 def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: Path) -> None:
     mistakes = {
-        "study": {"seeds": [0, 0], "methods": ["sft", "gpro"]},
+        "study": {"seeds": [0, 0], "methods": ["sft", "grppo"]},
         "methods": {"sft": {"learning_rate": -1.0, "from": "nothing"}, "grpo": {"clip_hgih": 0.3}},
         "suites": {"arithmetic": {"dataset": "arithmetik"}},
     }
@@ -208,7 +208,7 @@ def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: P
     assert result.returncode != 0
     for line in (
         "study.seeds: listed twice: 0",
-        "study.methods: no method 'gpro'; did you mean 'grpo'?",
+        "study.methods: no method 'grppo'; did you mean 'grpo'?",
         "methods.sft.learning_rate: input should be greater than 0, found -1.0",
         "methods.sft.from: no method 'nothing'",
         "methods.grpo.clip_hgih: unknown key; did you mean 'clip_high'?",
