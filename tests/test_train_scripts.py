@@ -276,12 +276,15 @@ def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:
     assert best == {"step": -negative_step, "accuracy": accuracy}
 
 
-@pytest.mark.parametrize("script_and_method", [("train_sft", "sft"), ("train_grpo", "grpo")])
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
 def test_lora_is_merged_into_a_plain_model(
-    train: Callable[..., Path], script_and_method: tuple[str, str], sft_folder: Path
+    train: Callable[..., Path], method: str, sft_folder: Path, tmp_path: Path
 ) -> None:
-    sizes = SMALL if script_and_method[1] == "grpo" else {"num_steps": 2, "batch_size": 4}
-    run = train(*script_and_method, **sizes, lora={"rank": 4}, learning_rate=1e-2)
+    pairs = tmp_path / "pairs.jsonl"
+    write_jsonl(pairs, [{"question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}])
+    sizes = SMALL if method == "grpo" else {"num_steps": 2, "batch_size": 4}
+    data = pairs if method == "dpo" else None
+    run = train(f"train_{method}", method, data=data, **sizes, lora={"rank": 4}, learning_rate=1e-2)
     before, after = load_file(sft_folder / "model.safetensors"), weights_of(run)
     assert before.keys() == after.keys()  # no adapter names
     moved = {name for name in before if not torch.equal(before[name], after[name])}
