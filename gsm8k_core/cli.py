@@ -121,6 +121,16 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+def selection_parser(documentation: str | None, what: str) -> argparse.ArgumentParser:
+    """The arguments of what chooses `what` to learn from among sampled completions."""
+    arguments = parser(documentation)
+    add_run_arguments(arguments)
+    arguments.add_argument("--completions", type=Path, required=True, help="of train problems")
+    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
+    arguments.add_argument("--output", type=Path, required=True, help=f"{what}, JSONL")
+    return arguments
+
+
 def check_known(flag: str, name: str, known: Iterable[str]) -> None:
     """Raise ConfigError that lists what there is, unless the config has `name`."""
     if name not in known:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
-from gsm8k_core.cli import add_run_arguments, parser, run_script, run_settings_from
+from gsm8k_core.cli import run_script, run_settings_from, selection_parser
 from gsm8k_core.config import ExpertIterationMethod
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import write_jsonl
@@ -26,12 +25,7 @@ log = logging.getLogger("select_completions")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    add_run_arguments(arguments)
-    arguments.add_argument("--completions", type=Path, required=True, help="of train problems")
-    arguments.add_argument("--data", type=Path, required=True, help="train problems, JSONL")
-    arguments.add_argument("--output", type=Path, required=True, help="demonstrations, JSONL")
-    args = arguments.parse_args(argv)
+    args = selection_parser(__doc__, "demonstrations").parse_args(argv)
 
     run = run_settings_from(args)
     settings = run.method_settings

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.training import TrainingRun
 
 GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
 SMALL: dict[str, Any] = {
@@ -296,6 +297,23 @@ def test_gradient_checkpointing_does_not_change_the_result(train: Callable[..., 
     plain = train("train_sft", "sft", name="plain", **common)
     checkpointed = train("train_sft", "sft", name="cp", **common, gradient_checkpointing=True)
     assert largest_difference(plain, checkpointed) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_bfloat16_computes_roughly_and_keeps_float32_weights(
+    train: Callable[..., Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The CPU's autocast stands in for CUDA's: the same casts, only slow.
+    sizes = SMALL if method == "grpo" else {"num_steps": 2, "batch_size": 4}
+    sizes = {**sizes, "learning_rate": 1e-4, "schedule": "constant"}
+    exact = train(f"train_{method}", method, name="exact", **sizes)
+    monkeypatch.setattr(TrainingRun, "autocast", lambda _run: torch.autocast("cpu", torch.bfloat16))
+    rough = train(f"train_{method}", method, name="rough", **sizes)
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(rough).values())
+    # Adam moves a weight by about the rate a step: two runs of two steps part by 4e-4 at most.
+    assert 0.0 < largest_difference(exact, rough) < 4.5e-4
+    if method == "sft":
+        assert metrics_of(rough)[0]["loss"] == pytest.approx(metrics_of(exact)[0]["loss"], rel=0.02)
 
 
 def test_max_steps_gives_an_early_look_on_the_same_schedule(train: Callable[..., Path]) -> None:
