@@ -15,6 +15,7 @@ container: "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest"
 
 include: "rules/common.smk"
 include: "rules/data.smk"
+include: "rules/traces.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
@@ -22,15 +23,15 @@ include: "rules/compare.smk"
 
 
 onstart:
-    INVOCATION.start(CONFIG)
+    begin_invocation()
 
 
 onsuccess:
-    INVOCATION.finish("succeeded")
+    end_invocation("succeeded")
 
 
 onerror:
-    INVOCATION.finish("failed")
+    end_invocation("failed")
 
 
 rule all:
@@ -38,5 +39,6 @@ rule all:
     input:
         f"{RESULTS}/comparison.csv",
         f"{RESULTS}/comparison.md",
+        f"{RESULTS}/report.html",
         f"{RESULTS}/figures/accuracy.svg",
         f"{RESULTS}/figures/reward.svg",

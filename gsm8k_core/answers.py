@@ -9,7 +9,8 @@ Two ways to find the answer:
   that a number follows, as in lm-evaluation-harness: a base model that runs on into the next
   question answers that one after a second marker. Markers that words follow are markdown headings
   and are passed over. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
-  used for intermediate results. A box that is never closed was cut short and is no answer.
+  used for intermediate results. A box that is never closed was cut short and is no answer. Any
+  other marker (`The answer is`) is text, read as `####` is.
 - `flexible` is the last number of the text.
 
 What follows the number must leave it what it is. `18 dollars`, `18%`, `18.00` and `36/2` are 18;
@@ -28,7 +29,8 @@ from typing import Literal
 from gsm8k_core.errors import DataError
 
 Mode = Literal["strict", "flexible"]
-Marker = Literal["####", "boxed"]
+Marker = str
+"""`boxed` for `\\boxed{}`; anything else is the text that the answer follows, such as `####`."""
 
 MAX_DIGITS = 1000
 """A number of more significant digits is refused: Python's own limit for int(str) is 4300."""
@@ -61,7 +63,7 @@ def _normalize_character(char: str) -> str:
         return str(unicodedata.decimal(char))
     if category in ("No", "Nl"):
         return FOREIGN
-    if category == "Cf":  # direction marks, zero-width joiners: invisible
+    if category in ("Cf", "Mn", "Me"):  # direction marks, zero-width joiners, keycaps
         return ""
     if category in ("Cc", "Zs", "Zl", "Zp"):
         return " "
@@ -77,8 +79,10 @@ _DIGIT = rf"[0-9{FOREIGN}]"
 _INTEGER = rf"(?:[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})+|(?:{THIN_SPACE}[0-9]{{3}})+)(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
-_SIGN = re.compile(rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?(?=\.?{_DIGIT})")
-_PREFIX = re.compile(rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?\Z")
+# The second currency is that of `$-\\$5$`, whose first dollar opens mathematics.
+_BEFORE = rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?(?:{_CURRENCY})?"
+_SIGN = re.compile(rf"{_BEFORE}(?=\.?{_DIGIT})")
+_PREFIX = re.compile(rf"{_BEFORE}\Z")
 # Digits joined by anything that makes them one thing: a date, a time, a range, a product.
 _RUN = re.compile(rf"\.?{_DIGIT}(?:[0-9{FOREIGN}{THIN_SPACE}.,:/'_^*+×÷-]*{_DIGIT})?")
 
@@ -100,17 +104,23 @@ _CHANGES_THE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:minus|negative)\s*$", re.IGNORECASE)
-_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.]|\\sqrt\s*)$")
+_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)$")
+_WHOLE_BEFORE = re.compile(rf"{_DIGIT} +$")  # of a mixed number: 18 1/2
+_ANOTHER_STATEMENT = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_MIXED_FRACTION = re.compile(r"(?<=[0-9])\s*\\[dt]?frac(?:\s*\{[^{}]*\}\s*\{[^{}]*\})?")
+_UNREAD_FRACTION = r"\\[dt]?frac(?:\s*(?:\{[^{}]*\}|[0-9])){0,2}"
+_MIXED_FRACTION = re.compile(rf"(?<=[0-9])\s*{_UNREAD_FRACTION}")
+# Blanks around the digits are not \s: that would overlap THIN_SPACE, and cost cubic time.
+_BRACED_NUMBER = rf"\{{[ \n\t]*(-?[0-9.][0-9.,{THIN_SPACE}]*)[ \n\t]*\}}"
 _FRACTION = re.compile(
-    rf"\\[dt]?frac\s*(?:\{{\s*(-?[0-9.,{THIN_SPACE}]+)\s*\}}\s*\{{\s*([0-9.,{THIN_SPACE}]+)\s*\}}"
+    rf"\\[dt]?frac\s*(?:{_BRACED_NUMBER}\s*{_BRACED_NUMBER}"
     r"|\s([0-9])\s*([0-9])(?![0-9])|([0-9])\s*([0-9])(?![0-9]))"
 )
+_OTHER_FRACTION = re.compile(_UNREAD_FRACTION)
 _INVISIBLE_COMMAND = re.compile(
-    r"\^\s*\{?\s*\\circ\b|\\(?:boxed|text[a-z]*|math[a-z]+|mbox|left|right|displaystyle|q?quad"
+    r"\^\s*(?:\{\s*)?\\circ\b|\\(?:boxed|text[a-z]*|math[a-z]+|mbox|left|right|displaystyle|q?quad"
     r"|degree)(?![a-zA-Z])|\\[ ;:()\[\]]"
 )
 
@@ -133,7 +143,7 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
         return None
     if mode == "flexible":
         return _last_number(_clean(text))
-    return _after_hashes(text) if marker == "####" else _in_last_box(text)
+    return _in_last_box(text) if marker == "boxed" else _after_marker(text, marker)
 
 
 def is_correct(text: str | None, gold: str | Fraction, mode: Mode, marker: Marker = "####") -> bool:
@@ -158,9 +168,9 @@ def parse_gold(gold: str | Fraction) -> Fraction:
 # -------------------------------------------------------------------------------- finding the place
 
 
-def _after_hashes(text: str) -> Fraction | None:
-    """The number after the first `####` that a number follows."""
-    for segment in text.split("####")[1:]:
+def _after_marker(text: str, marker: str) -> Fraction | None:
+    """The number after the first `marker` that a number follows."""
+    for segment in text.split(marker)[1:]:
         line = _clean(segment.lstrip().partition("\n")[0])
         if _SIGN.match(line, _DECORATION.match(line).end()):  # type: ignore[union-attr]
             return _read_line(line)
@@ -198,6 +208,8 @@ def _last_number(text: str) -> Fraction | None:
     starts_anew = re.match(_CURRENCY, prefix.group())
     if _NEGATED.search(outside) or (_JOINED_BEFORE.search(outside) and not starts_anew):
         return None
+    if number.group(2) and _WHOLE_BEFORE.search(outside):
+        return None
     return _value(prefix, number, text)
 
 
@@ -214,7 +226,9 @@ def _read_line(line: str) -> Fraction | None:
     sentence = line[: end.start()] if end else line
     if re.search(r"[<>!]=|[≠≤≥±]", sentence):
         return None
-    side = re.split(r"[=≈]", sentence)[-1]
+    *before, side = re.split(r"[=≈]", sentence)
+    if any(_ANOTHER_STATEMENT.search(part) for part in before[1:]):
+        return None  # x = 18, y = 3
     sign = _SIGN.match(side, _DECORATION.match(side).end())  # type: ignore[union-attr]
     number = _NUMBER.match(side, sign.end()) if sign else None
     if sign is None or number is None or re.search(_DIGIT, side[number.end() :]):
@@ -254,9 +268,10 @@ def _clean(text: str) -> str:
     text = text.translate(_NORMALIZE)
     if "\\" in text or "{" in text:
         text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", THIN_SPACE)
-        text = text.replace("\\$", "$").replace("\\%", "%")
+        text = text.replace("\\$", "$").replace("\\%", "%").replace("\\approx", "≈")
         text = _MIXED_FRACTION.sub(FOREIGN, text)
         text = _FRACTION.sub(_plain_fraction, text)
+        text = _OTHER_FRACTION.sub(FOREIGN, text)
         text = _INVISIBLE_COMMAND.sub(" ", text)
         text = text.replace("{", " ").replace("}", " ")
     text = _CALCULATOR.sub(" ", text)
@@ -265,4 +280,6 @@ def _clean(text: str) -> str:
 
 def _plain_fraction(match: re.Match[str]) -> str:
     numerator, denominator = (part for part in match.groups() if part is not None)
+    if denominator.startswith("-"):
+        numerator, denominator = f"-{numerator}".removeprefix("--"), denominator[1:]
     return f"{numerator}/{denominator}"

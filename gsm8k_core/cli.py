@@ -7,14 +7,26 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar, get_args
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from gsm8k_core.config import RunSettings, load_config, read_yaml
+from gsm8k_core.config import (
+    EngineName,
+    ModelSettings,
+    RunSettings,
+    VllmSettings,
+    load_config,
+    merge,
+    read_yaml,
+)
 from gsm8k_core.errors import ConfigError, Gsm8kError
+from gsm8k_core.redaction import redact, secrets_in_settings
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -24,14 +36,13 @@ def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` with logging on; return its exit code.
 
     What the user can mend (Gsm8kError, a full disk, a missing file) becomes one line on stderr and
-    exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives 130.
+    exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives 130. Secrets are
+    struck out of all of it.
     """
     logging.basicConfig(
-        level=os.environ.get("GSM8K_LOG_LEVEL", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
+        level=os.environ.get("GSM8K_LOG_LEVEL", "INFO").upper(), handlers=[_redacting_handler()]
     )
+    sys.excepthook = _write_redacted_traceback
     for noisy in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Its warnings name every retry twice; the error at the end says what came of them.
@@ -39,15 +50,34 @@ def run_script(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except Gsm8kError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(redact(f"error: {error}\n"))
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        sys.stderr.write(redact(f"error: {where}{error.strerror or error}\n"))
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _redacting_handler() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    )
+    return handler
+
+
+def _write_redacted_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def progress(
@@ -57,6 +87,13 @@ def progress(
     from tqdm import tqdm
 
     yield from tqdm(items, desc=what, total=total, initial=start, disable=not sys.stderr.isatty())
+
+
+def progress_bar(what: str, total: int, start: int = 0) -> Any:
+    """The bar of `progress` for work that calls back: a context manager to call `update()` on."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=total, initial=start, disable=not sys.stderr.isatty())
 
 
 def settings_from(text: str, schema: Any) -> Any:
@@ -74,6 +111,8 @@ def settings_from(text: str, schema: Any) -> Any:
         if not path.is_file():
             raise ConfigError(f"--settings: neither JSON nor a file: {text[:200]}") from None
         raw, where = read_yaml(path), str(path)
+    if secrets := secrets_in_settings(raw):
+        raise ConfigError(f"{where}: " + "; ".join(secrets))
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
@@ -88,6 +127,18 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_config_argument(arguments: argparse._ActionsContainer) -> None:
+    """`--config FILE…`, as `load_config` reads them: the first, and overlays."""
+    arguments.add_argument(
+        "--config",
+        nargs="+",
+        type=Path,
+        default=[Path("config.yaml")],
+        metavar="FILE",
+        help="config.yaml and overlays (default: config.yaml)",
+    )
+
+
 def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     """The two ways to say what a training run is: settings as they are, or a cell of a config."""
     group = arguments.add_argument_group("what to train")
@@ -96,17 +147,34 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
         metavar="JSON|FILE",
         help="all settings of the run (a run's settings.json); the workflow gives them so",
     )
-    group.add_argument(
-        "--config",
-        nargs="+",
-        type=Path,
-        default=[Path("config.yaml")],
-        metavar="FILE",
-        help="config.yaml and overlays; used with --model-name and --method (default: config.yaml)",
-    )
+    add_config_argument(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
+    """`--engine` and a flag for every vLLM setting; what is given wins over the config."""
+    group = arguments.add_argument_group(
+        "engine", "over the config's settings (docs/settings.md, VllmSettings)"
+    )
+    group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
+    for name, field in VllmSettings.model_fields.items():
+        flag = "--vllm-" + name.replace("_", "-")
+        group.add_argument(flag, metavar="VALUE", help=field.description)
+
+
+def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -> ModelSettings:
+    """The model's settings with those of `add_engine_arguments` that were given laid over them.
+
+    Raises ConfigError for a value that a setting cannot have.
+    """
+    given = {name: getattr(arguments, f"vllm_{name}") for name in VllmSettings.model_fields}
+    vllm = {name: yaml.safe_load(text) for name, text in given.items() if text is not None}
+    overlay: dict[str, Any] = {"vllm": vllm}
+    if arguments.engine is not None:
+        overlay["engine"] = arguments.engine
+    return settings_from(json.dumps(merge(model.model_dump(mode="json"), overlay)), ModelSettings)
 
 
 def training_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -118,6 +186,7 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
     arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
+    add_engine_arguments(arguments)
     return arguments
 
 
@@ -138,7 +207,15 @@ def check_known(flag: str, name: str, known: Iterable[str]) -> None:
 
 
 def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
-    """The RunSettings that `add_run_arguments`' arguments name."""
+    """The RunSettings that a trainer's (or selection's) arguments name."""
+    settings = _run_settings_of_cell(arguments)
+    if not hasattr(arguments, "engine"):
+        return settings
+    model = with_engine_arguments(settings.model_settings, arguments)
+    return settings.model_copy(update={"model_settings": model})
+
+
+def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
     if arguments.settings is not None:
         return settings_from(arguments.settings, RunSettings)
     if arguments.model_name is None or arguments.method is None:
@@ -147,3 +224,23 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     check_known("--model-name", arguments.model_name, config.models)
     check_known("--method", arguments.method, config.methods)
     return config.run_settings(arguments.model_name, arguments.method, arguments.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m gsm8k_core.cli COMMAND`: what needs no study. Its one command is `eval`."""
+    from gsm8k_core import evaluate
+
+    arguments = argparse.ArgumentParser(prog="python -m gsm8k_core.cli")
+    commands = arguments.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    of_eval = commands.add_parser(
+        "eval",
+        help="evaluate one model on one suite",
+        description=evaluate.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_arguments(of_eval)
+    return evaluate.run(arguments.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -13,6 +13,7 @@ import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -29,13 +30,20 @@ from pydantic import (
 )
 
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.redaction import redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+# Settings of a model that decide its starting weights.
+WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
+SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
+Grade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible", "math_verify"]
+AnswerMarker = Annotated[str, Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -72,6 +80,12 @@ class Gsm8kDataset(Settings):
         "test": "3fb31cfaeb4e270b7a44e0f3d244d96494e3c0956e699a1670ba24af1522cabd",
     }
     """Content digest of each split, whatever its source (see `gsm8k_core.data.content_digest`)."""
+    platinum: bool = False
+    """Make `test` GSM8K-Platinum's (Vendrow et al. 2025): without 110 rows, 10 golds corrected."""
+    examples_per_test_problem: NonNegativeInt = 0
+    """Rows of train drawn for each test problem, for prompts with `examples: of_problem`."""
+    examples_seed: int = 1234
+    """Decides them; 1234 draws what lm-evaluation-harness draws."""
 
 
 class ArithmeticDataset(Settings):
@@ -90,7 +104,23 @@ class ArithmeticDataset(Settings):
     """Share of train demonstrations that follow a wrong plan with correct arithmetic."""
 
 
-DatasetSettings = Annotated[Gsm8kDataset | ArithmeticDataset, Field(discriminator="kind")]
+class GsmSymbolicDataset(Settings):
+    """GSM-Symbolic (Mirzadeh et al. 2024) by reasoning_gym; needs the extra `symbolic`."""
+
+    kind: Literal["gsm_symbolic"]
+    seed: NonNegativeInt = 0
+    """Decides every problem."""
+    num_test: PositiveInt = 1000
+    """Problems for the comparison; the same ones whatever the other sizes."""
+    num_val: PositiveInt = 200
+    """Problems for validation during training."""
+    num_train: PositiveInt = 5000
+    """Problems to learn from, made from the same templates as those of `test`."""
+
+
+DatasetSettings = Annotated[
+    Gsm8kDataset | ArithmeticDataset | GsmSymbolicDataset, Field(discriminator="kind")
+]
 
 
 # ------------------------------------------------------------------------------- prompts, models
@@ -109,6 +139,12 @@ class PromptSettings(Settings):
     """The mark that the prompt asks for; `strict` grading reads the answer after it."""
     strip_calculator: bool = True
     """Drop GSM8K's `<<48/2=24>>` marks from demonstrations."""
+    examples: Literal["wei2022", "of_problem"] | None = None
+    """Worked examples before the question: the eight of Wei et al. 2022, which end in `The answer
+    is N.`, or those that the dataset drew for each problem; unset: none.
+
+    In a chat each is a turn of the user's and one of the assistant's, as lm-evaluation-harness has
+    it; else one is `template`, a space, its solution and an empty line."""
 
     @model_validator(mode="after")
     def _check(self) -> PromptSettings:
@@ -117,6 +153,38 @@ class PromptSettings(Settings):
         if self.system is not None and not self.chat:
             raise ValueError("system needs chat: true")
         return self
+
+
+EngineName = Literal["auto", "vllm", "transformers"]
+
+
+class VllmSettings(Settings):
+    """How vLLM generates, where it does. The attention backend is left to it."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one model in evaluation; rollouts of a trainer use its own GPU."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of the GPU's memory for weights and key-value cache in evaluation."""
+    rollout_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """The same in training, where the trainer needs the rest."""
+    max_model_length: PositiveInt | None = None
+    """Most tokens of prompt and completion together; unset: as many as the model has positions."""
+    max_sequences: PositiveInt = 256
+    """Completions decoded at once."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Type of the key-value cache; `auto`: the compute type."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Size of the key-value cache; unset: what the GPU's share leaves, or 1 GiB on a CPU."""
+    prefix_caching: bool = True
+    """Compute a prompt once for all of its completions."""
+    eager: bool | None = None
+    """No CUDA graphs; unset: graphs on a GPU (slower start, faster decoding)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compute type of the engine; unset: the model's."""
+    seed: NonNegativeInt = 0
+    """The engine's own seed; each completion has one of its own besides."""
+    sleep_level: Literal[0, 1, 2] = 1
+    """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them."""
 
 
 class ModelSettings(Settings):
@@ -142,6 +210,10 @@ class ModelSettings(Settings):
     """CPU threads that a job with this model uses."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. bfloat16 needs hardware that has it; master weights stay float32."""
+    engine: EngineName = "auto"
+    """What generates its completions; unset: the config's `engine`."""
+    vllm: VllmSettings = VllmSettings()
+    """Laid over the config's `vllm`."""
     completions_per_batch: PositiveInt = 64
     """Completions that the transformers engine decodes at once."""
     mem_mb: PositiveInt = 4000
@@ -247,6 +319,8 @@ class SftSettings(TrainSettings):
 
 class SftMethod(SftSettings):
     kind: Literal["sft"]
+    dataset: str | None = None
+    """Dataset (or reasoning traces) whose `train` it learns from; unset: the study's."""
 
 
 class ExpertIterationMethod(SftSettings):
@@ -315,8 +389,8 @@ class RewardSettings(Settings):
     """Weight of `length_shaping`, which lies in [−1, 0]."""
     length_shaping: LengthRewardSettings | None = None
     """Where the penalty on length begins and ends."""
-    grading: Literal["strict", "flexible"] = "strict"
-    """How the answer is read for the reward."""
+    grading: RewardGrade = "strict"
+    """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
     """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it."""
     custom_weight: float = 1.0
@@ -389,6 +463,10 @@ class GrpoMethod(TrainSettings):
     max_refills: PositiveInt = 3
     """At most so many further rounds of sampling in one step."""
 
+    check_sampler_every_steps: NonNegativeInt = 10
+    """Compare the sampler's log-probs with the trainer's at step 1 and every so many; 0 never."""
+    max_sampler_gap: PositiveFloat | None = None
+    """Stop where they differ by more on average, in nats; unset: 0.001, or 0.05 in bfloat16."""
     importance_correction: Literal["none", "token", "sequence"] = "none"
     """Weight by trainer/sampler probability, per token or per completion."""
     importance_bound: PositiveFloat = 2.0
@@ -426,6 +504,114 @@ MethodSettings = Annotated[
 TrainedMethod = SftMethod | ExpertIterationMethod | DpoMethod | GrpoMethod
 
 
+# ------------------------------------------------------------------------------- reasoning traces
+
+
+class ApiSettings(Settings):
+    """An OpenAI-compatible chat API; its key comes from $DEEPSEEK_API_KEY and nowhere else."""
+
+    base_url: str
+    """Address up to `/chat/completions`, as `https://api.deepseek.com`."""
+    model: str
+    """Model that is asked."""
+    max_tokens: PositiveInt = 8192
+    """Longest reasoning and answer together, in tokens."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature; unset: the server's own."""
+    parameters: dict[str, Any] = {}
+    """Further fields of the request, as the server knows them."""
+    concurrency: PositiveInt = 8
+    """Requests under way at once."""
+    max_attempts: PositiveInt = 6
+    """Tries for one trace before it counts as failed."""
+    request_seconds: PositiveFloat = 1800.0
+    """Wall deadline of one request, from connecting to its last byte."""
+    backoff_seconds: PositiveFloat = 1.0
+    """Longest wait after the first fault; doubles with each further one (full jitter)."""
+    max_backoff_seconds: PositiveFloat = 60.0
+    """Where the doubling ends."""
+    max_retry_after_seconds: PositiveFloat = 600.0
+    """A server that asks for a longer wait (`Retry-After`) fails the trace."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ApiSettings:
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise ValueError("base_url must be http://HOST or https://HOST, with a path if need be")
+        if "@" in url.netloc or url.query or url.fragment:
+            raise ValueError("base_url must hold no user, password or query; see $DEEPSEEK_API_KEY")
+        for name in self.parameters:
+            if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
+                raise ValueError(f"parameters: {name} is set by the collector itself")
+            if SECRET_PARAMETER.search(name):
+                raise ValueError(f"parameters: {name} looks like a secret; see $DEEPSEEK_API_KEY")
+        return self
+
+
+class BudgetSettings(Settings):
+    """What a collection may cost over all of its runs; the worst case is reserved beforehand."""
+
+    tokens: PositiveInt | None = None
+    """Most tokens, prompts included; unset: no limit."""
+    money: PositiveFloat | None = None
+    """Most money, in the currency of the prices; unset: no limit."""
+    prompt_price: NonNegativeFloat = 0.0
+    """Price of a million prompt tokens (not those found in a cache, which are counted so too)."""
+    completion_price: NonNegativeFloat = 0.0
+    """Price of a million completion tokens, reasoning included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetSettings:
+        if self.money is not None and self.completion_price == 0.0:
+            raise ValueError("money needs completion_price (and prompt_price): what a token costs")
+        return self
+
+
+class TraceSelectionSettings(Settings):
+    """Which traces are learned from, and in which form."""
+
+    grading: Literal["strict", "flexible"] = "strict"
+    """How the answer is read when it is verified against gold."""
+    require_reasoning: bool = True
+    """Leave out answers without reasoning; off: they become demonstrations without a think part."""
+    min_characters: NonNegativeInt = 0
+    """Shorter demonstrations are left out."""
+    max_characters: PositiveInt | None = None
+    """Longer demonstrations are left out; unset: none is (SFT has its `max_length` in tokens)."""
+    max_kept_per_question: PositiveInt = 1
+    """At most so many distinct traces of one question, in the order of their number."""
+    think_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
+    """The demonstration; `{answer}` ends with the gold answer behind the prompt's marker."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TraceSelectionSettings:
+        for part in ("{reasoning}", "{answer}"):
+            if self.think_format.count(part) != 1:
+                raise ValueError(f"think_format must hold {part} exactly once")
+        if not self.think_format.endswith("{answer}"):
+            raise ValueError("think_format must end with {answer}, which ends with the marker")
+        return self
+
+
+class TracesSettings(Settings):
+    """Reasoning traces of a dataset's train questions: collected, verified, made a dataset."""
+
+    dataset: str
+    """Dataset whose `train` questions are asked."""
+    prompt: str
+    """Prompt whose template (and system turn) the server gets."""
+    num_questions: PositiveInt | None = None
+    """The first so many questions; unset: all."""
+    traces_per_question: PositiveInt = 1
+    """Traces collected of each question."""
+    api: ApiSettings
+    """Which server is asked, and how patiently."""
+    budget: BudgetSettings = BudgetSettings()
+    """What that may cost."""
+    selection: TraceSelectionSettings = TraceSelectionSettings()
+    """What is kept of it."""
+
+
 # ---------------------------------------------------------------------------------- suites, study
 
 
@@ -452,8 +638,15 @@ class SuiteSettings(Settings):
     """Longest completion; longer ones are cut and counted."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Texts at which a completion ends (and is cut)."""
-    grading: Literal["strict", "flexible"] = "strict"
-    """The grade that the tables show; every completion carries both."""
+    grading: Grade = "strict"
+    """The grade that the tables show; every completion carries the others too.
+
+    `strict` reads the number after the marker, `flexible` the last one; `lm_eval_strict` and
+    `lm_eval_flexible` are lm-evaluation-harness' own; `math_verify` needs that extra."""
+    marker: AnswerMarker | None = None
+    """What `strict` reads the answer after: `####`, `boxed` or a text; unset: the prompt's."""
+    math_verify: bool = False
+    """Also grade with the package math-verify, which takes some 20 s for 10,000 completions."""
 
     @model_validator(mode="after")
     def _check(self) -> SuiteSettings:
@@ -479,6 +672,8 @@ class StudySettings(Settings):
     """Suites that every run is evaluated on."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals in tables and plots."""
+    report_megabytes: PositiveFloat = 20.0
+    """Most that problems and completions may take of report.html; of more, a stratified sample."""
     rerun_on_code_change: bool = False
     """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs.
 
@@ -493,6 +688,25 @@ class StudySettings(Settings):
         return values
 
 
+class TrackingSettings(Settings):
+    """W&B beside train/metrics.jsonl, which is always written; no part of what decides a run.
+
+    By hand, $GSM8K_TRACKING holds this section as JSON."""
+
+    project: str | None = None
+    """Project of W&B; unset: no W&B."""
+    entity: str | None = None
+    """User or team of W&B that the project belongs to; unset: the key's own."""
+    mode: Literal["disabled", "offline", "online"] | None = None
+    """Unset: `online` where $WANDB_API_KEY (or ~/.netrc) has a key, else `offline`, which leaves
+    files for `wandb sync` in the run's folder."""
+    completions_every_steps: NonNegativeInt = 10
+    """Steps between samples of the completions that GRPO trains on, which train/completions.jsonl
+    keeps (and W&B shows); 0 never."""
+    num_completions: PositiveInt = 8
+    """Completions in such a sample."""
+
+
 class Config(Settings):
     """The whole of config.yaml, after overlays."""
 
@@ -500,10 +714,18 @@ class Config(Settings):
     datasets: dict[str, DatasetSettings]
     prompts: dict[str, PromptSettings]
     models: dict[str, ModelSettings]
+    engine: EngineName = "auto"
+    """What generates: `auto` is vLLM where it is installed and the model is worth its start-up."""
+    vllm: VllmSettings = VllmSettings()
+    """vLLM's settings for every model; a model's own win."""
     defaults: dict[str, dict[str, Any]] = {}
     """Settings shared by every method of a kind; a method's own win. Checked with the methods."""
     methods: dict[str, MethodSettings]
     suites: dict[str, SuiteSettings]
+    traces: dict[str, TracesSettings] = {}
+    """Datasets of reasoning traces, collected from a chat API; `methods.*.dataset` names them."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where training runs are followed, besides their own folder."""
 
     def method_chain(self, method: str) -> list[str]:
         """The methods from the one that starts at the base model down to `method` itself."""
@@ -565,7 +787,7 @@ class Config(Settings):
             seed=seed,
             suite=suite,
             model_settings=self._unscheduled(model),
-            suite_settings=self.suites[suite],
+            suite_settings=self._ungraded(suite),
             prompt=self.suite_prompt(model, suite),
         )
 
@@ -575,14 +797,19 @@ class Config(Settings):
         defaults = {name: fields[name].default for name in ("threads", "mem_mb")}
         return self.models[model].model_copy(update=defaults)
 
+    def _ungraded(self, suite: str) -> SuiteSettings:
+        """A suite's settings without what only the grader reads: regrading generates nothing."""
+        fields = SuiteSettings.model_fields
+        defaults = {name: fields[name].default for name in ("grading", "marker", "math_verify")}
+        return self.suites[suite].model_copy(update=defaults)
+
     def starting_weights_settings(self, model: str) -> str:
         """Canonical JSON of where a model's weights come from, and of nothing else.
 
         A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
         """
         settings = self.models[model]
-        keys = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
-        origin = settings.model_dump(mode="json", include=keys)
+        origin = settings.model_dump(mode="json", include=WEIGHTS_KEYS)
         return json.dumps({**origin, "prompt": "any"}, sort_keys=True)
 
     def round_generation_settings(
@@ -613,11 +840,34 @@ class Config(Settings):
             prompt=self.train_prompt(model),
         )
 
+    def collection_settings(self, name: str) -> CollectionSettings:
+        """What decides which traces are collected, and how."""
+        traces = self.traces[name]
+        return CollectionSettings(
+            name=name,
+            num_questions=traces.num_questions,
+            traces_per_question=traces.traces_per_question,
+            prompt=self.prompts[traces.prompt],
+            api=traces.api,
+            budget=traces.budget,
+        )
+
+    def trace_dataset_settings(self, name: str) -> TraceDatasetSettings:
+        """What decides which collected traces become the dataset `name`."""
+        traces = self.traces[name]
+        return TraceDatasetSettings(
+            name=name,
+            marker=self.prompts[traces.prompt].answer_marker,
+            selection=traces.selection,
+        )
+
     def grading_settings(self, model: str, suite: str) -> GradingSettings:
         """How one model's completions on one suite are graded."""
+        settings = self.suites[suite]
         return GradingSettings(
-            grading=self.suites[suite].grading,
-            marker=self.suite_prompt(model, suite).answer_marker,
+            grading=settings.grading,
+            marker=settings.marker or self.suite_prompt(model, suite).answer_marker,
+            math_verify=settings.math_verify,
         )
 
     def comparison(self) -> Comparison:
@@ -675,11 +925,31 @@ class EvaluationSettings(Settings):
     prompt: PromptSettings
 
 
+class CollectionSettings(Settings):
+    """All that decides one collection of traces, but for the questions."""
+
+    name: str
+    num_questions: PositiveInt | None = None
+    traces_per_question: PositiveInt = 1
+    prompt: PromptSettings
+    api: ApiSettings
+    budget: BudgetSettings = BudgetSettings()
+
+
+class TraceDatasetSettings(Settings):
+    """All that decides what of a collection becomes a dataset."""
+
+    name: str
+    marker: Literal["####", "boxed"]
+    selection: TraceSelectionSettings = TraceSelectionSettings()
+
+
 class GradingSettings(Settings):
     """How completions are graded: which grade counts, and the marker that the prompt asked for."""
 
-    grading: Literal["strict", "flexible"] = "strict"
-    marker: Literal["####", "boxed"] = "####"
+    grading: Grade = "strict"
+    marker: AnswerMarker = "####"
+    math_verify: bool = False
 
 
 class Comparison(Settings):
@@ -733,7 +1003,9 @@ def read_yaml(path: Path) -> Any:
 
 def parse_config(raw: dict[str, Any]) -> Config:
     """Check a merged dict. Raises one ConfigError that lists every mistake by key."""
-    problems: list[str] = []
+    problems = secrets_in_settings(raw)
+    if problems:
+        raise _config_error(problems)
     try:
         config = Config.model_validate(_apply_defaults(raw))
     except ValidationError as error:
@@ -751,8 +1023,16 @@ def _config_error(problems: list[str]) -> ConfigError:
     return ConfigError(f"{count} in the config:\n" + "\n".join(f"  {line}" for line in problems))
 
 
+ENGINE_KEYS = ("engine", "vllm")
+
+
 def _apply_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Lay each method over the defaults of its kind."""
+    """Lay each method over the defaults of its kind, each model over the engine's settings."""
+    engine = {key: raw[key] for key in ENGINE_KEYS if key in raw}
+    models = raw.get("models")
+    if isinstance(models, dict):
+        models = {k: merge(engine, v) if isinstance(v, dict) else v for k, v in models.items()}
+        raw = {**raw, "models": models}
     defaults, methods = raw.get("defaults"), raw.get("methods")
     if not isinstance(defaults, dict) or not isinstance(methods, dict):
         return raw
@@ -791,6 +1071,8 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
         ("suites", "dataset", "datasets"),
         ("suites", "prompt", "prompts"),
         ("models", "prompt", "prompts"),
+        ("traces", "dataset", "datasets"),
+        ("traces", "prompt", "prompts"),
     ):
         for name, body in section(registry).items():
             if isinstance(body, dict):
@@ -800,21 +1082,62 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
     for name, body in methods.items():
         if isinstance(body, dict):
             refer(f"methods.{name}.from", body.get("from"), "methods")
+            dataset, known = body.get("dataset"), [*section("datasets"), *section("traces")]
+            if isinstance(dataset, str) and dataset not in known:
+                problems.append(
+                    f"methods.{name}.dataset: no dataset '{dataset}'{_suggest(dataset, known)}"
+                )
     for kind in section("defaults"):
         if kind not in ("sft", "expert_iteration", "dpo", "grpo"):
             problems.append(
                 f"defaults.{kind}: no such kind; expected sft, expert_iteration, dpo or grpo"
             )
     problems += _find_loops(methods)
-    for registry in ("datasets", "prompts", "models", "methods", "suites"):
+    for registry in ("datasets", "prompts", "models", "methods", "suites", "traces"):
         for name in section(registry):
             if not isinstance(name, str) or not _is_name(name):
                 problems.append(
                     f"{registry}.{name}: names are lower-case letters, digits, '.', '_' and '-'"
                 )
-    for name in section("datasets"):
-        if name in RESERVED_DATASET_NAMES:
-            problems.append(f"datasets.{name}: the name is taken by a folder of artifacts/")
+    for registry in ("datasets", "traces"):
+        for name in section(registry):
+            if name in RESERVED_DATASET_NAMES:
+                problems.append(f"{registry}.{name}: the name is taken by a folder of artifacts/")
+    for name in section("traces"):
+        if name in section("datasets"):
+            problems.append(f"traces.{name}: the name is taken by a dataset")
+    return problems + _check_examples(*map(section, ("prompts", "models", "suites", "datasets")))
+
+
+def _check_examples(
+    prompts: dict[str, Any],
+    models: dict[str, Any],
+    suites: dict[str, Any],
+    datasets: dict[str, Any],
+) -> list[str]:
+    """Prompts that show each problem's own examples, where problems have none."""
+
+    def named(user: Any, key: str, registry: dict[str, Any]) -> dict[str, Any]:
+        name = user.get(key) if isinstance(user, dict) else None
+        body = registry.get(name) if isinstance(name, str) else None
+        return body if isinstance(body, dict) else {}
+
+    def of_problem(user: Any) -> bool:
+        return named(user, "prompt", prompts).get("examples") == "of_problem"
+
+    problems = [
+        f"models.{name}.prompt: '{model['prompt']}' shows the examples of each test problem, and "
+        "training problems have none; name it in a suite"
+        for name, model in models.items()
+        if of_problem(model)
+    ]
+    for name, suite in suites.items():
+        drawn = named(suite, "dataset", datasets).get("examples_per_test_problem")
+        if of_problem(suite) and not (drawn and suite.get("split", "test") == "test"):
+            problems.append(
+                f"suites.{name}.prompt: '{suite['prompt']}' shows each problem's own examples; "
+                "take a dataset with examples_per_test_problem, and its test split"
+            )
     return problems
 
 
@@ -872,12 +1195,12 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
         return f"{key}: missing, and it has no default"
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    found = json.dumps(item.get("input"), default=str)
+    found = redact(json.dumps(item.get("input"), default=str))
     return f"{key}: {message[0].lower()}{message[1:]}, found {found[:80]}"
 
 
 def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:
-    """`location`, or its place in `defaults` where a method has only inherited the value."""
+    """`location`, or where it stands if a method or model has only inherited the value."""
 
     def holds(value: Any, path: list[Any]) -> bool:
         for part in path:
@@ -886,6 +1209,9 @@ def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:
             value = value[part]
         return True
 
+    if location[:1] == ["models"] and len(location) > 2 and not holds(raw, location):
+        if location[2] in ENGINE_KEYS and holds(raw, location[2:]):
+            return location[2:]
     if location[:1] == ["methods"] and len(location) > 2 and not holds(raw, location):
         kind = raw["methods"][location[1]].get("kind")
         inherited = ["defaults", kind, *location[2:]]
@@ -899,6 +1225,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "prompts": PromptSettings,
     "models": ModelSettings,
     "suites": SuiteSettings,
+    "traces": TracesSettings,
+    "tracking": TrackingSettings,
 }
 KINDS: dict[str, type[BaseModel]] = {
     "base": BaseMethod,
@@ -908,6 +1236,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "grpo": GrpoMethod,
     "gsm8k": Gsm8kDataset,
     "arithmetic": ArithmeticDataset,
+    "gsm_symbolic": GsmSymbolicDataset,
 }
 
 
@@ -919,6 +1248,10 @@ def _keys_at(location: list[Any], item: Any) -> list[str]:
         "reward": RewardSettings,
         "lora": LoraSettings,
         "length_shaping": LengthRewardSettings,
+        "api": ApiSettings,
+        "budget": BudgetSettings,
+        "selection": TraceSelectionSettings,
+        "vllm": VllmSettings,
     }
     model = nested.get(str(location[-1]))
     if model is None and len(item["loc"]) > 2 and item["loc"][2] in KINDS:

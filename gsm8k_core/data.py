@@ -1,24 +1,30 @@
-"""Fetch, verify and split GSM8K.
+"""Fetch, verify and split GSM8K, and make from it what other evaluations make of it.
 
 Whatever the source (a local folder, the hub's parquet, GitHub's JSONL), the rows must have the
 pinned content digest, so that a study means the same data everywhere.
+
+Derived: GSM8K-Platinum's test split, and the worked examples that lm-evaluation-harness would show
+before each test problem.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import logging
 import os
+import random
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 from gsm8k_core.config import Gsm8kDataset
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl
-from gsm8k_core.problems import Problem, problem_from_row
+from gsm8k_core.files import Json, iter_jsonl, packaged_json, parse_jsonl
+from gsm8k_core.problems import Problem, WorkedExample, problem_from_row
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,26 @@ def content_digest(rows: list[Json]) -> str:
         )
         digest.update(pair.encode("utf-8") + b"\n")
     return digest.hexdigest()
+
+
+def make_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Problem]], str]:
+    """Problems of train, val and test as the settings ask for them, and where they came from.
+
+    Raises DataError as `fetch_gsm8k` does, and when the settings do not go with these rows.
+    """
+    rows, source = fetch_gsm8k(settings)
+    problems = split_gsm8k(rows, settings.num_val)
+    if settings.examples_per_test_problem:
+        # Before Platinum: a problem has the same examples in both test splits.
+        problems["test"] = with_lm_eval_examples(
+            problems["test"],
+            rows["train"],
+            settings.examples_per_test_problem,
+            settings.examples_seed,
+        )
+    if settings.platinum:
+        problems["test"] = revise_as_platinum(problems["test"], content_digest(rows["test"]))
+    return problems, source
 
 
 def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
@@ -74,7 +100,7 @@ def _download(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     for name, fetch in (("hub", _from_hub), ("GitHub", _from_github)):
         try:
             return fetch(settings)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DataError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             log.info("GSM8K: %s cannot serve it: %s", name, reason)
             faults.append(f"{name}: {reason}")
@@ -109,12 +135,12 @@ def _from_github(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         )
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-                text = response.read().decode("utf-8")
+                body = response.read()
         except urllib.error.HTTPError as error:
             raise OSError(f"{url}: HTTP {error.code}") from error
         except http.client.HTTPException as error:  # among them a body that was cut short
             raise OSError(f"{url}: {type(error).__name__}: {error}") from error
-        splits[split] = [json.loads(line) for line in text.split("\n") if line]
+        splits[split] = list(parse_jsonl(io.BytesIO(body), f"{split}.jsonl"))
     return splits, f"GitHub: {settings.github_repository} at {settings.commit}"
 
 
@@ -144,3 +170,56 @@ def split_gsm8k(splits: dict[str, list[Json]], num_val: int) -> dict[str, list[P
         "val": [problem for problem in problems["train"] if problem.id in val_ids],
         "test": problems["test"],
     }
+
+
+def revise_as_platinum(test: list[Problem], test_digest: str) -> list[Problem]:
+    """GSM8K-Platinum (Vendrow et al. 2025) from GSM8K's test split, whose content digest it takes.
+
+    Without the problems that its authors found ambiguous or wrong, and with the golds that they
+    corrected; ids stay. The worked solution of a corrected problem led to the old gold, so only the
+    gold is left of it. Raises DataError when `test` is not the split that these facts are about.
+    """
+    facts = packaged_json("platinum.json")
+    if test_digest != facts["test_digest"]:
+        raise DataError(
+            "GSM8K-Platinum is known by row number for the published test split alone (content "
+            f"digest {facts['test_digest']}); this one has {test_digest}. Set platinum: false"
+        )
+    removed = set(facts["removed"])
+    golds = {row["test_index"]: row["platinum_gold"] for row in facts["revised"]}
+    return [
+        replace(problem, answer=f"#### {golds[index]}", gold=golds[index])
+        if index in golds
+        else problem
+        for index, problem in enumerate(test)
+        if index not in removed
+    ]
+
+
+def with_lm_eval_examples(
+    test: list[Problem], train_rows: list[Json], num_examples: int, seed: int
+) -> list[Problem]:
+    """Test problems with the worked examples that lm-evaluation-harness draws for each.
+
+    As its task `gsm8k` (0.4.13, one process) does: one `random.Random(seed)` for the whole test
+    split, from which every problem in turn draws `num_examples` distinct rows of all of train, so a
+    problem's examples depend on its row. The harness's own seed is 1234.
+
+    Raises DataError when train is smaller than that, or an example asks what a test problem asks.
+    """
+    if num_examples > len(train_rows):
+        raise DataError(
+            f"examples_per_test_problem is {num_examples}, but train has {len(train_rows)} rows"
+        )
+    pool = [WorkedExample(row["question"], row["answer"]) for row in train_rows]
+    asked = {" ".join(problem.question.split()).casefold(): problem.id for problem in test}
+    for number, example in enumerate(pool, start=1):
+        same = asked.get(" ".join(example.question.split()).casefold())
+        if same is not None:
+            raise DataError(
+                f"GSM8K train, row {number} asks what {same} asks: it cannot be an example"
+            )
+    generator = random.Random(seed)
+    return [
+        replace(problem, examples=tuple(generator.sample(pool, num_examples))) for problem in test
+    ]

@@ -23,5 +23,13 @@ class ModelError(Gsm8kError):
     """A model or tokenizer cannot be found or loaded."""
 
 
+class ApiError(Gsm8kError):
+    """A chat API refuses to go on: a wrong key, no balance, a request that it does not accept."""
+
+
+class BusyError(Gsm8kError):
+    """Another process writes the same files."""
+
+
 class TrainingError(Gsm8kError):
     """A run cannot go on: a non-finite loss, a reward that is no number, a broken checkpoint."""

@@ -6,17 +6,21 @@ question holds, and would tear that row in two.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.errors import DataError
+from gsm8k_core.errors import BusyError, DataError
 
 Json = dict[str, Any]
 
@@ -54,6 +58,15 @@ def _sync(path: Path) -> None:
                 os.fsync(handle.fileno())
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> str:
+    """A hard link costs no disk; not every file system has them. Returns `target`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return str(target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
@@ -82,8 +95,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
+
+
+def packaged_json(name: str) -> Any:
+    """The JSON file `name` of gsm8k_core/resources."""
+    path = resources.files("gsm8k_core").joinpath("resources", name)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def iter_jsonl(path: Path) -> Iterator[Json]:
@@ -97,21 +116,53 @@ def iter_jsonl(path: Path) -> Iterator[Json]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     with handle:
-        for row_number, line in enumerate(handle, start=1):
-            where = f"{path}, row {row_number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                cut = "" if line.endswith(b"\n") else " and ends without a newline: cut short?"
-                raise DataError(f"{where}: not valid JSON ({error}){cut}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            yield row
+        yield from parse_jsonl(handle, str(path))
+
+
+def parse_jsonl(lines: Iterable[bytes], source: str) -> Iterator[Json]:
+    """Yield the objects of the lines of a binary stream; errors as `iter_jsonl`'s."""
+    for row_number, line in enumerate(lines, start=1):
+        where = f"{source}, row {row_number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, 5,000 "["
+            cut = "" if line.endswith(b"\n") else " and ends without a newline: cut short?"
+            raise DataError(f"{where}: not valid JSON ({error}){cut}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield row
 
 
 def read_jsonl(path: Path) -> list[Json]:
     """`iter_jsonl` as a list."""
     return list(iter_jsonl(path))
+
+
+def lock(path: Path, what: str) -> int:
+    """Keep other processes from writing `what` until `unlock`, or the end of this one.
+
+    `path` is the lock file; it holds who has it, and stays where the process is killed. Raises
+    BusyError that says who. Returns what `unlock` wants.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise BusyError(f"{what}: {holder} is writing it; wait for its end, or stop it") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
+
+
+def unlock(path: Path, descriptor: int) -> None:
+    """Give back what `lock` took, and remove its file."""
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def sha256_file(path: Path) -> str:

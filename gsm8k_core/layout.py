@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod
+from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod, SftMethod
 
 ARTIFACTS = "artifacts"
 
@@ -68,6 +68,38 @@ class Layout:
 
     def train_problems(self, split: str = "train") -> str:
         return self.problems(self.config.study.dataset, split)
+
+    def train_data(self, method: str) -> str:
+        """What an SFT method learns from: its own dataset (or traces), or the study's."""
+        settings = self.config.methods[method]
+        assert isinstance(settings, SftMethod)
+        return self.problems(settings.dataset or self.config.study.dataset, "train")
+
+    def training_files(self) -> list[str]:
+        """The `train` split of every dataset that a method of the study learns from."""
+        stages = {
+            stage
+            for method in self.config.study.methods
+            for stage in self.config.method_chain(method)
+        }
+        datasets = [self.config.study.dataset] + [
+            settings.dataset
+            for name, settings in self.config.methods.items()
+            if name in stages and isinstance(settings, SftMethod) and settings.dataset is not None
+        ]
+        return [self.problems(dataset, "train") for dataset in dict.fromkeys(datasets)]
+
+    def suite_files(self) -> list[str]:
+        """The problems of the study's suites, each file once."""
+        suites = [self.config.suites[name] for name in self.config.study.suites]
+        return list(dict.fromkeys(self.problems(suite.dataset, suite.split) for suite in suites))
+
+    def problems_of_suites(self) -> list[str]:
+        """`suite=file` for each suite of the study."""
+        suites = {name: self.config.suites[name] for name in self.config.study.suites}
+        return [
+            f"{name}={self.problems(suite.dataset, suite.split)}" for name, suite in suites.items()
+        ]
 
     def trained(self, pattern: str) -> list[str]:
         """`pattern` (`train/metrics.jsonl`) of every cell that was trained."""

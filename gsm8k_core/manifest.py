@@ -1,4 +1,9 @@
-"""Who made a result, with what and where. Never the whole environment, so never a secret."""
+"""Who made a result, with what and where. Never the whole environment, so never a secret.
+
+Whatever makes results has a run manifest, `artifacts/runs/<UTCSTAMP>_<gitsha>/run_manifest.json`:
+each call of snakemake, each `eval`. Jobs hear its name through $GSM8K_INVOCATION and write it into
+the `provenance` of their own records, so that every number leads to the call that made it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,16 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import json
+import logging
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,21 +29,34 @@ from typing import Any
 import psutil
 
 from gsm8k_core.config import Config
-from gsm8k_core.files import sha256_json, write_json, write_text
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, read_json, sha256_json, write_json, write_text
+from gsm8k_core.redaction import redact
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 TRACKED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft")
 SECRET_OPTION = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 ALLOWED_ENVIRONMENT = (
+    "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
+    "GSM8K_COMMIT",
+    "GSM8K_CONTAINER",
     "GSM8K_LOG_LEVEL",
     "HF_HUB_OFFLINE",
     "LANG",
     "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "PYTHONHASHSEED",
     "SLURM_JOB_ID",
 )
+INVOCATION_VARIABLE = "GSM8K_INVOCATION"
+INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
+# A larger untracked file is data, not code: its name stands in the difference, not its content.
+MAX_UNTRACKED_BYTES = 200_000
 
 
 def utc_now() -> str:
@@ -42,33 +64,80 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def run_command(*command: str, cwd: Path = ROOT) -> str | None:
+def run_command(
+    *command: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> str | None:
     """Standard output of a command, stripped; None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(
-        command, cwd=cwd, capture_output=True, check=False, encoding="utf-8", errors="replace"
+        command,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
     )
     return result.stdout.strip() if result.returncode == 0 else None
 
 
 def git_state() -> dict[str, Any]:
-    """Commit, and a digest of what differs from it (null commit outside a checkout)."""
+    """Commit, whether the tree differs from it, and a digest of how tracked files do.
+
+    Outside a checkout, as in a container, the commit is $GSM8K_COMMIT, or null; whether the tree
+    differs is not known there (null), and `code_digest` tells.
+    """
     commit = run_command("git", "rev-parse", "HEAD")
-    difference = run_command("git", "diff", "HEAD") if commit else None
+    if commit is None:
+        named = os.environ.get("GSM8K_COMMIT", "")
+        commit = named if COMMIT.fullmatch(named) else None
+        return {"commit": commit, "dirty": None, "diff_sha256": None}
+    difference = run_command("git", "diff", "HEAD")
     return {
         "commit": commit,
-        "dirty": bool(run_command("git", "status", "--porcelain")) if commit else False,
+        "dirty": bool(run_command("git", "status", "--porcelain")),
         "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
     }
 
 
+def uncommitted_changes() -> str:
+    """How the tree differs from its commit, as a patch; files that git does not know included.
+
+    `git apply` on the commit gives the tree back, but for binary files and for unknown files above
+    MAX_UNTRACKED_BYTES. Empty outside a checkout. The index is left as it is: a copy is used.
+    """
+    index = run_command("git", "rev-parse", "--path-format=absolute", "--git-path", "index")
+    if index is None or not Path(index).exists():
+        return ""
+    unknown = run_command("git", "ls-files", "--others", "--exclude-standard", "-z") or ""
+    small = [
+        name
+        for name in unknown.split("\0")
+        if name and (ROOT / name).is_file() and (ROOT / name).stat().st_size <= MAX_UNTRACKED_BYTES
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "index"
+        shutil.copyfile(index, copy)
+        environment = {"GIT_INDEX_FILE": str(copy)}
+        if small:
+            run_command("git", "add", "--intent-to-add", "--", *small, environment=environment)
+        options = ("--no-ext-diff", "--no-color")
+        difference = run_command("git", "diff", *options, "HEAD", environment=environment)
+    return f"{difference}\n" if difference else ""
+
+
+CODE_SUFFIXES = {".py", ".json", ".jinja", ".css", ".js"}
+
+
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the library and the scripts, by name and content."""
+    """SHA-256 over the library, with its data, and the scripts, by name and content."""
     digest = hashlib.sha256()
     for folder in (ROOT / "gsm8k_core", ROOT / "scripts"):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix not in CODE_SUFFIXES:
+                continue
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -90,6 +159,7 @@ def host_facts() -> dict[str, Any]:
         "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     )
     return {
+        "host": platform.node(),
         "platform": platform.platform(),
         "processor": _processor_name(),
         "logical_cpus": os.cpu_count(),
@@ -107,18 +177,34 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def invocation_name() -> str | None:
+    """The call that this process works for, as $GSM8K_INVOCATION has it; None by hand."""
+    name = os.environ.get(INVOCATION_VARIABLE, "")
+    return name if INVOCATION_NAME.fullmatch(name) else None
+
+
 def provenance() -> dict[str, Any]:
-    """What stands in every stage's own manifest: code, packages, machine, time."""
+    """What stands in every stage's own record: call, code, packages, machine, time.
+
+    `invocation` names the folder of `artifacts/runs/`; `cpu_seconds` are this process' own so far.
+    """
     return {
+        "invocation": invocation_name(),
         "written": utc_now(),
+        "cpu_seconds": round(time.process_time(), 1),
         "python": platform.python_version(),
         "packages": package_versions(),
         "git": git_state(),
         "code_digest": code_digest(),
         "platform": platform.platform(),
         "processor": _processor_name(),
-        "environment": {k: os.environ[k] for k in ALLOWED_ENVIRONMENT if k in os.environ},
+        "environment": allowed_environment(),
     }
+
+
+def allowed_environment() -> dict[str, str]:
+    """The variables of the environment that may be written down."""
+    return {k: redact(os.environ[k]) for k in ALLOWED_ENVIRONMENT if k in os.environ}
 
 
 def installed_packages() -> list[str]:
@@ -132,7 +218,7 @@ def installed_packages() -> list[str]:
 
 
 def redacted(command: list[str]) -> list[str]:
-    """A command line without the values of options whose names speak of secrets."""
+    """A command line without secrets, nor the values of options whose names speak of them."""
     shown: list[str] = []
     hide_next = False
     for word in command:
@@ -141,62 +227,149 @@ def redacted(command: list[str]) -> list[str]:
         if secret and equals:
             shown.append(f"{name}=***")
         else:
-            shown.append("***" if hide_next else word)
+            shown.append("***" if hide_next else redact(word))
         hide_next = secret and not equals
     return shown
 
 
 class Invocation:
-    """The manifest of one call of snakemake: `<runs>/<UTCSTAMP>_<gitsha>/`.
+    """The manifest of one call of snakemake or of `eval`: `<runs>/<UTCSTAMP>_<gitsha>/`.
 
-    `sys/host.json`, `locks/requirements.lock.txt` (what is installed), `locks/uv.lock` and
-    `run_manifest.json` (command, commit, settings, start, end, state). The state stays `running`
-    where snakemake itself was killed.
+        run_manifest.json            command, commit, settings, seeds, start, end, state, seconds;
+                                     digests of the datasets and weights once it has ended
+        changes.diff                 what differs from the commit
+        sys/host.json                host, processor, memory, GPUs and their driver
+        locks/requirements.lock.txt  what is installed
+        locks/uv.lock
+
+    The state stays `running` where the process itself was killed; the next call on the same host
+    makes that `killed`.
     """
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
         self.folder: Path | None = None
-        self.manifest: dict[str, Any] = {}
+        self.manifest: Json = {}
         self.started = time.monotonic()
+        self.since_ns = 0
 
-    def start(self, config: Config) -> None:
-        """Create the folder and say what begins."""
+    def start(self, config: Config, evaluation: Json | None = None) -> str:
+        """Create the folder, say what begins, and return the folder's name.
+
+        `evaluation` holds the settings of an `eval`, which belongs to no study.
+        """
+        killed = close_dead_runs(self.runs_dir)
         git = git_state()
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         name = f"{stamp}_{(git['commit'] or 'nogit')[:8]}"
         self.folder = _unused(self.runs_dir / name)
         self.started = time.monotonic()
+        study = None if evaluation is not None else config.study.name
+        settings = config.model_dump(mode="json", by_alias=True)
         self.manifest = {
             "state": "running",
-            "study": config.study.name,
-            "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "study": study,
+            "command": redacted([_program(sys.argv[0]), *sys.argv[1:]]),
             "started": utc_now(),
+            "process": _process(os.getpid()),
             "git": git,
             "code_digest": code_digest(),
-            "config_sha256": sha256_json(config.model_dump(mode="json", by_alias=True)),
-            "config": config.model_dump(mode="json", by_alias=True),
+            "python": platform.python_version(),
+            "environment": allowed_environment(),
+            "seeds": config.study.seeds if evaluation is None else [evaluation["seed"]],
+            **({} if evaluation is None else {"evaluation": evaluation}),
+            "config_sha256": sha256_json(settings),
+            "config": settings,
         }
-        write_json(self.folder / "sys" / "host.json", host_facts())
-        write_text(
-            self.folder / "locks" / "requirements.lock.txt", "\n".join(installed_packages()) + "\n"
+        lock = self.folder / "locks" / "requirements.lock.txt"
+        write_text(lock, "\n".join(installed_packages()) + "\n")
+        self.since_ns = min(
+            [_began_ns(self.folder)]
+            + [_began_ns(path) for path, of_study in killed if of_study == study]
         )
         if (ROOT / "uv.lock").exists():
             write_text(
                 self.folder / "locks" / "uv.lock", (ROOT / "uv.lock").read_text(encoding="utf-8")
             )
-        write_json(self.folder / "run_manifest.json", self.manifest)
+        write_text(self.folder / "changes.diff", redact(uncommitted_changes()))
+        write_json(self.folder / "sys" / "host.json", host_facts())
+        self._write()
+        return self.folder.name
 
-    def finish(self, state: str) -> None:
-        """Say how it ended: `succeeded` or `failed`."""
+    @property
+    def name(self) -> str | None:
+        """The folder's name; None before the start."""
+        return None if self.folder is None else self.folder.name
+
+    def finish(self, state: str, **facts: Any) -> None:
+        """Say how it ended (`succeeded`, `failed`, `interrupted`) and what else is known by now."""
         if self.folder is None:
             return
         self.manifest |= {
             "state": state,
             "ended": utc_now(),
             "seconds_wall": round(time.monotonic() - self.started, 1),
+            "seconds_cpu": round(_cpu_seconds(), 1),
+            **facts,
         }
-        write_json(self.folder / "run_manifest.json", self.manifest)
+        self._write()
+
+    def _write(self) -> None:
+        assert self.folder is not None
+        text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
+        write_text(self.folder / "run_manifest.json", redact(text) + "\n")
+
+
+def _program(path: str) -> str:
+    """The name of what was called: `python -m snakemake` is snakemake."""
+    return Path(path).parent.name if Path(path).name == "__main__.py" else Path(path).name
+
+
+def close_dead_runs(runs_dir: Path) -> list[tuple[Path, str | None]]:
+    """Write `killed` into manifests whose process is gone; returns their folders and studies."""
+    closed = []
+    for path in sorted(runs_dir.glob("*/run_manifest.json")):
+        if _is_dead(path):
+            manifest = read_json(path)  # once more: what it wrote last, it wrote before it ended
+            if manifest["state"] == "running":
+                write_json(path, {**manifest, "state": "killed"})
+                closed.append((path.parent, manifest["study"]))
+    return closed
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether a manifest says `running` of a process of this host that runs no more."""
+    try:
+        manifest = read_json(path)
+    except DataError as error:
+        log.warning("%s", error)
+        return False
+    process = manifest.get("process") if manifest.get("state") == "running" else None
+    return (
+        process is not None
+        and process["host"] == platform.node()
+        and process != _process(process["pid"])
+    )
+
+
+def _process(pid: int) -> Json:
+    """Host, id and start of a process: ids are used again. The start is null where it has ended."""
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        started = None
+    return {"host": platform.node(), "pid": pid, "started": started}
+
+
+def _began_ns(folder: Path) -> int:
+    """When an invocation began, by the clock of the file system that its results lie on."""
+    return (folder / "locks" / "requirements.lock.txt").stat().st_ctime_ns
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for: jobs sent to a cluster are not there."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _unused(path: Path) -> Path:

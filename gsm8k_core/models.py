@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -78,14 +79,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A random Qwen2 of about 130k parameters: 2 layers, width 64, 4 heads, tied embeddings."""
+    """A random Qwen2 of about 130k parameters: 2 layers, width 64, 2 heads, tied embeddings.
+
+    Heads are 32 wide: the narrowest that vLLM's attention for CPUs knows.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=176,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         use_sliding_window=False,
@@ -291,9 +295,14 @@ def weights_digest(folder: Path) -> str:
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast over float32 weights on a GPU that has bf16; else float32, with a warning."""
-    if dtype == "bfloat16" and _has_bfloat16(device.type):
+    if compute_dtype(device, dtype) == "bfloat16":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def compute_dtype(device: torch.device, dtype: str) -> str:
+    """`dtype`, or float32 where the hardware has no bf16."""
+    return dtype if dtype != "bfloat16" or _has_bfloat16(device.type) else "float32"
 
 
 @functools.cache
@@ -321,9 +330,42 @@ def save_model(
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the generation config's EOS ids and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    return _stop_ids(model.generation_config, tokenizer)
+
+
+def stop_ids_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What `stop_token_ids` gives for the model in `folder`, without loading it."""
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # no generation_config.json: transformers takes the model's own config then
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        generation = GenerationConfig.from_model_config(config)
+    return _stop_ids(generation, tokenizer)
+
+
+def _stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = generation.eos_token_id if generation else None
     ids = configured if isinstance(configured, list) else [configured]
     stops = sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
     if not stops:
         raise ModelError(f"{tokenizer.name_or_path}: no EOS token, so no completion could ever end")
     return stops
+
+
+@torch.no_grad()
+def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of the transformers model, LoRA's adapters merged in; tied ones once.
+
+    The model itself is not changed: merging and taking it back would leave rounding behind.
+    """
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        layer_name, _, _ = name.partition(".base_layer.")
+        layer: Any = modules.get(layer_name)
+        if ".lora_" in name:
+            continue
+        tensor = parameter.detach()
+        if hasattr(layer, "get_delta_weight") and name.endswith(".base_layer.weight"):
+            for adapter in layer.active_adapters:
+                tensor = tensor + layer.get_delta_weight(adapter)
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor

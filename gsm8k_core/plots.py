@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy by method, reward over training.
+"""Figures of a comparison: accuracy by method, accuracy against cost, reward over training.
 
 Drawn without pyplot, so nothing is shown and no global state is kept; SVG files are the same bytes
 for the same numbers. Matplotlib is imported by this module alone.
@@ -17,15 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, read_jsonl
 from gsm8k_core.metrics import Floats
-from gsm8k_core.tables import Study, read_metrics, run_dir
+from gsm8k_core.tables import read_metrics, run_dir
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":")
 GREEDY, SAMPLED = PALETTE[0], PALETTE[1]
 GREY = "#666666"
@@ -66,13 +68,13 @@ def save_figure(figure: Figure, output_dir: Path, name: str) -> None:
 # ----------------------------------------------------------------------------------------- accuracy
 
 
-def plot_accuracy(study: Study, study_dir: Path, comparison: pl.DataFrame) -> Figure:
+def plot_accuracy(study: Comparison, study_dir: Path, comparison: pl.DataFrame) -> Figure:
     """Accuracy by method with intervals; one panel per suite (rows) × model (columns).
 
     Filled circles are greedy accuracy, open diamonds the mean over samples (pass@1); small dots are
     single seeds. Raises DataError when the comparison lacks a row of the study.
     """
-    models, suites, methods = study["models"], study["suites"], study["methods"]
+    models, suites, methods = study.models, study.suites, study.methods
     longest = max(len(model) for model in models) + max(len(suite) for suite in suites)
     width = 1.6 + len(models) * max(4.2, 1.8 + 0.09 * longest)  # titles are not to collide
     height = 1.35 + len(suites) * (0.95 + 0.45 * len(methods))
@@ -85,23 +87,23 @@ def plot_accuracy(study: Study, study_dir: Path, comparison: pl.DataFrame) -> Fi
                 drawn |= _accuracy_panel(axes, study, study_dir, comparison, model, suite)
         for axes in grid[-1]:
             axes.set_xlabel("Correct answers")
-        _title(figure, f"{study['name']}: accuracy by method", _accuracy_caption(study))
+        _title(figure, f"{study.name}: accuracy by method", _accuracy_caption(study))
         _legend(figure, _accuracy_legend(drawn))
     return figure
 
 
 def _accuracy_panel(
-    axes: Axes, study: Study, study_dir: Path, comparison: pl.DataFrame, model: str, suite: str
+    axes: Axes, study: Comparison, study_dir: Path, comparison: pl.DataFrame, model: str, suite: str
 ) -> set[str]:
     """Draw one panel; returns the decodings that it shows."""
     drawn: set[str] = set()
     num_problems = 0
-    for position, method in enumerate(study["methods"]):
+    for position, method in enumerate(study.methods):
         row = _comparison_row(comparison, model, method, suite)
         num_problems = row["num_problems"]
         runs = [
             read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
-            for seed in study["seeds_of"][method]
+            for seed in study.seeds_of[method]
         ]
         shown = [
             decoding
@@ -116,8 +118,8 @@ def _accuracy_panel(
             _accuracy_mark(axes, row, runs, decoding, position + offset)
         drawn |= set(shown)
     axes.set_title(f"{model} on {suite} ({num_problems} problems)")
-    axes.set_yticks(range(len(study["methods"])), study["methods"])
-    axes.set_ylim(len(study["methods"]) - 0.5, -0.5)
+    axes.set_yticks(range(len(study.methods)), study.methods)
+    axes.set_ylim(len(study.methods) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.xaxis.set_major_formatter(PERCENT)
@@ -165,8 +167,8 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
     return found.row(0, named=True)
 
 
-def _accuracy_caption(study: Study) -> str:
-    level = f"{100 * study['confidence']:g} %"
+def _accuracy_caption(study: Comparison) -> str:
+    level = f"{100 * study.confidence:g} %"
     return f"Mean over seeds with its {level} interval over seeds and problems; dots: single seeds"
 
 
@@ -186,10 +188,110 @@ def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
     return [mark for name, mark in marks.items() if name in drawn]
 
 
+# --------------------------------------------------------------------------------------------- cost
+
+
+def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
+    """Accuracy against the training that led to it; one panel per suite (rows) × model (columns).
+
+    Cost is GPU-seconds of the method and the stages before it where the study used GPUs, else
+    seconds. The base model costs nothing and is a dashed line. Bars are intervals over seeds and
+    problems. Raises DataError when the comparison lacks a row of the study.
+    """
+    rows = {
+        (model, method, suite): _comparison_row(comparison, model, method, suite)
+        for model in study.models
+        for method in study.methods
+        for suite in study.suites
+    }
+    on_gpus = any(row["gpu_seconds_training_with_parents"] for row in rows.values())
+    key = "gpu_seconds_training_with_parents" if on_gpus else "train_seconds_with_parents"
+    trained = [
+        method
+        for method in study.methods
+        if any(row[key] for (_, name, _), row in rows.items() if name == method)
+    ]
+    if not trained:
+        return _empty_figure(f"{study.name}: no method of this study trains anything")
+    size = (max(7.0, 1.6 + 4.6 * len(study.models)), 1.6 + 3.2 * len(study.suites))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(study.suites), len(study.models), squeeze=False, sharex="col")
+        for axes_row, suite in zip(grid, study.suites, strict=True):
+            axes_row[0].set_ylabel("Correct answers")
+            for axes, model in zip(axes_row, study.models, strict=True):
+                for method in study.methods:
+                    index = trained.index(method) if method in trained else None
+                    _cost_mark(axes, rows[model, method, suite], key, index)
+                _finish_cost_panel(axes, f"{model} on {suite}")
+        for axes in grid[-1]:
+            axes.set_xlabel(f"{'GPU time' if on_gpus else 'Time'} of training, with parents")
+        title = f"{study.name}: accuracy against cost"
+        _title(figure, title, f"Bars: {100 * study.confidence:g} % intervals; dashed: no training")
+        _legend(figure, [_cost_handle(method, index) for index, method in enumerate(trained)])
+    return figure
+
+
+def _cost_mark(axes: Axes, row: Json, key: str, index: int | None) -> None:
+    """One method's mean and interval; a line where it has no `index` for it trains nothing."""
+    mean, low, high = (100 * row[f"accuracy{end}"] for end in ("", "_ci_low", "_ci_high"))
+    if index is None:
+        axes.axhline(mean, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+    elif row[key]:
+        axes.plot([row[key]] * 2, [low, high], color=PALETTE[index % len(PALETTE)], linewidth=1.6)
+        axes.plot([row[key]], [mean], markersize=8, **_cost_look(index))
+
+
+def _cost_look(index: int) -> Json:
+    marker = MARKERS[index % len(MARKERS)]
+    colour = PALETTE[index % len(PALETTE)]
+    return {"color": colour, "marker": marker, "linestyle": "none", "markeredgecolor": "white"}
+
+
+def _cost_handle(method: str, index: int) -> Line2D:
+    return Line2D([], [], label=method, markersize=8, **_cost_look(index))
+
+
+def _finish_cost_panel(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.grid()
+    axes.yaxis.set_major_formatter(PERCENT)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2.0), min(high, 102.0))
+    # A logarithm where costs are far apart, with room beside the outermost marks.
+    costs = [float(np.max(line.get_xdata())) for line in axes.lines if line.get_marker() != "None"]
+    if costs and max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
+        axes.xaxis.set_major_locator(FixedLocator(_round_times(min(costs), max(costs))))
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif costs:
+        axes.set_xlim(0, max(costs) * 1.15)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short_time(seconds)))
+
+
+# What people count time in, from a second to a hundred days.
+ROUND_TIMES = (
+    1, 3, 10, 30, 60, 180, 600, 1800, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 72 * 3600,
+    240 * 3600, 720 * 3600, 2400 * 3600,
+)  # fmt: skip
+
+
+def _round_times(low: float, high: float) -> list[float]:
+    return [time for time in ROUND_TIMES if low / 1.6 <= time <= high * 1.6] or [low, high]
+
+
+def _short_time(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 # ------------------------------------------------------------------------------------------- reward
 
 
-def plot_reward(study: Study, study_dir: Path) -> Figure:
+def plot_reward(study: Comparison, study_dir: Path) -> Figure:
     """Reward over the steps of every method that logs one; one column per model.
 
     The line is the mean over seeds, the band their smallest and largest. A second row shows the
@@ -198,14 +300,14 @@ def plot_reward(study: Study, study_dir: Path) -> Figure:
     """
     curves = {
         (model, method): _read_metrics_rows(study, study_dir, model, method)
-        for model in study["models"]
-        for method in study["methods"]
+        for model in study.models
+        for method in study.methods
     }
     rewarded = _methods_with(curves, study, "reward_mean")
     # With rewards to show, the losses and validations of other methods are on other steps.
     trained = rewarded or _methods_with(curves, study, "loss")
     if not trained:
-        return _empty_figure(f"{study['name']}: no method of this study trains anything")
+        return _empty_figure(f"{study.name}: no method of this study trains anything")
     key, what = ("reward_mean", "Mean reward") if rewarded else ("loss", "Training loss")
     rows = [(key, what)]
     if set(_methods_with(curves, study, "validation_accuracy")) & set(trained):
@@ -214,12 +316,12 @@ def plot_reward(study: Study, study_dir: Path) -> Figure:
 
 
 def _curves_figure(
-    study: Study,
+    study: Comparison,
     curves: dict[tuple[str, str], list[list[Json]]],
     methods: list[str],
     rows: list[tuple[str, str]],
 ) -> Figure:
-    models = study["models"]
+    models = study.models
     size = (max(7.0, 1.6 + 4.6 * len(models)), 1.4 + 3.0 * len(rows))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -243,29 +345,29 @@ def _curves_figure(
         subject = "reward" if rows[0][0] == "reward_mean" else "loss"
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
         caption = f"Mean over seeds{smoothed}; band: smallest to largest seed"
-        _title(figure, f"{study['name']}: {subject} during training", caption)
+        _title(figure, f"{study.name}: {subject} during training", caption)
         _legend(figure, [Line2D([], [], label=m, **_look(i)) for i, m in enumerate(methods)])
     return figure
 
 
-def _read_metrics_rows(study: Study, study_dir: Path, model: str, method: str) -> list[list[Json]]:
+def _read_metrics_rows(
+    study: Comparison, study_dir: Path, model: str, method: str
+) -> list[list[Json]]:
     """Rows of train/metrics.jsonl, one list per seed; nothing for the base model."""
-    if len(study["chains"][method]) == 1:
+    if len(study.chains[method]) == 1:
         return []
-    seeds = study["seeds_of"][method]
+    seeds = study.seeds_of[method]
     runs = [run_dir(study_dir, model, method, seed) for seed in seeds]
     return [read_jsonl(run / "train" / "metrics.jsonl") for run in runs]
 
 
 def _methods_with(
-    curves: dict[tuple[str, str], list[list[Json]]], study: Study, key: str
+    curves: dict[tuple[str, str], list[list[Json]]], study: Comparison, key: str
 ) -> list[str]:
     return [
         method
-        for method in study["methods"]
-        if any(
-            key in row for model in study["models"] for run in curves[model, method] for row in run
-        )
+        for method in study.methods
+        if any(key in row for model in study.models for run in curves[model, method] for row in run)
     ]
 
 

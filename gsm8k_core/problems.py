@@ -2,19 +2,30 @@
 
 A row is `{"id", "question", "answer", "gold"}`, as GSM8K has it: `answer` is a worked solution with
 calculator marks `<<48/2=24>>`, ended by `#### 24`; `gold` is the number after that mark. A row may
-hold a `demonstration`: the worked solution that SFT imitates where it differs from `answer`.
+hold a `demonstration`: the worked solution that SFT imitates where it differs from `answer`; and
+`examples`, a list of `{"question", "answer"}`: the worked examples that a few-shot prompt shows
+before this problem, where they differ from problem to problem.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, write_jsonl
 
-GOLD = re.compile(r"####[ \t]*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
+GOLD = re.compile(r"####[ \t]*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\s*$")
+
+
+@dataclass(frozen=True)
+class WorkedExample:
+    """A question with its solution, as a few-shot prompt shows it."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -24,10 +35,20 @@ class Problem:
     answer: str
     gold: str
     demonstration: str | None = None
+    examples: tuple[WorkedExample, ...] = ()
 
     def to_row(self) -> Json:
-        row = {"id": self.id, "question": self.question, "answer": self.answer, "gold": self.gold}
-        return row if self.demonstration is None else {**row, "demonstration": self.demonstration}
+        row: Json = {
+            "id": self.id,
+            "question": self.question,
+            "answer": self.answer,
+            "gold": self.gold,
+        }
+        if self.demonstration is not None:
+            row["demonstration"] = self.demonstration
+        if self.examples:
+            row["examples"] = [asdict(example) for example in self.examples]
+        return row
 
 
 def gold_answer(answer: str, where: str = "answer") -> str:
@@ -44,28 +65,46 @@ def gold_answer(answer: str, where: str = "answer") -> str:
 
 def problem_from_row(row: Json, where: str, default_id: str | None = None) -> Problem:
     """Build a Problem from a JSONL row; `where` (file and row) begins every error."""
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str):
-            raise DataError(f"{where}: '{key}' is missing or not a text")
-    problem_id = row.get("id", default_id)
-    if not isinstance(problem_id, str):
-        raise DataError(f"{where}: 'id' is missing or not a text")
-    gold = gold_answer(row["answer"], where)
+    question, answer = (_text(row.get(key), f"{where}: '{key}'") for key in ("question", "answer"))
+    problem_id = _text(row.get("id", default_id), f"{where}: 'id'")
+    gold = gold_answer(answer, where)
     if row.get("gold", gold) != gold:
         raise DataError(f"{where}: 'gold' is {row['gold']!r} but the answer ends in {gold!r}")
     demonstration = row.get("demonstration")
-    if demonstration is not None and not isinstance(demonstration, str):
-        raise DataError(f"{where}: 'demonstration' is not a text")
-    return Problem(problem_id, row["question"], row["answer"], gold, demonstration)
+    if demonstration is not None:
+        demonstration = _text(demonstration, f"{where}: 'demonstration'")
+    examples = worked_examples(row.get("examples", []), f"{where}: 'examples'")
+    return Problem(problem_id, question, answer, gold, demonstration, examples)
 
 
-def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
+def worked_examples(rows: Any, where: str) -> tuple[WorkedExample, ...]:
+    """Worked examples from a list of `{"question", "answer"}`; `where` begins every error."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{where} should be a list of objects with question and answer")
+    return tuple(
+        WorkedExample(
+            *(_text(row.get(key), f"{where}[{index}].{key}") for key in ("question", "answer"))
+        )
+        for index, row in enumerate(rows)
+    )
+
+
+def _text(value: Any, what: str) -> str:
+    """`value`, if it is a text that UTF-8 can hold (JSON can escape half a surrogate pair)."""
+    if not isinstance(value, str):
+        raise DataError(f"{what} is missing or not a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def read_problems(path: Path) -> list[Problem]:
     """Read a problems JSONL. Raises DataError that names file and row for every fault."""
     problems: list[Problem] = []
     seen: set[str] = set()
     for number, row in enumerate(iter_jsonl(path), start=1):
-        if limit is not None and len(problems) == limit:
-            break
         problem = problem_from_row(row, f"{path}, row {number}")
         if problem.id in seen:
             raise DataError(f"{path}, row {number}: id {problem.id!r} stands twice")

@@ -2,16 +2,23 @@
 
 Rendered text is tokenized with `add_special_tokens=False` (trap 4): a chat template writes its own
 special tokens. Plain prompts get one BOS where the tokenizer has one that it would add itself.
+
+Worked examples come before the question: as turns of their own where the prompt is a chat, else as
+text. Both are what lm-evaluation-harness does by default (0.4.13: `fewshot_as_multiturn` comes with
+`apply_chat_template`), and the tests compare them with its own code byte by byte.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from gsm8k_core.config import PromptSettings
-from gsm8k_core.errors import ModelError
-from gsm8k_core.problems import Problem
+from gsm8k_core.errors import DataError, ModelError
+from gsm8k_core.files import packaged_json
+from gsm8k_core.problems import Problem, WorkedExample, worked_examples
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 
@@ -36,23 +43,79 @@ def demonstration(problem: Problem, prompt: PromptSettings) -> str:
     return render_solution(problem.demonstration or problem.answer, prompt)
 
 
-def render_prompt(question: str, prompt: PromptSettings, tokenizer: Any) -> str:
-    """The text before the completion.
+@cache
+def wei2022_examples() -> tuple[WorkedExample, ...]:
+    """The eight exemplars of Wei et al. 2022; none of them is a problem of GSM8K."""
+    return worked_examples(packaged_json("wei2022.json")["examples"], "wei2022.json: examples")
 
-    Raises ModelError when the prompt wants a chat template that the tokenizer does not have.
+
+def shown_examples(
+    prompt: PromptSettings, of_problem: Sequence[WorkedExample]
+) -> list[WorkedExample]:
+    """The worked examples that `prompt` shows before a problem that brings `of_problem`.
+
+    Quoted exemplars stay as they are; solutions of the dataset take the form that the prompt asks
+    for. Raises DataError when the prompt wants the problem's own and it brings none.
     """
-    user = prompt.template.replace("{question}", question)
+    if prompt.examples is None:
+        return []
+    if prompt.examples == "wei2022":
+        return list(wei2022_examples())
+    if not of_problem:
+        raise DataError(
+            "the prompt shows each problem's own worked examples (examples: of_problem), but this "
+            "problem brings none; take a dataset with examples_per_test_problem above 0, and its "
+            "test split"
+        )
+    return [
+        WorkedExample(example.question, render_solution(example.answer, prompt))
+        for example in of_problem
+    ]
+
+
+def render_prompt(
+    question: str,
+    prompt: PromptSettings,
+    tokenizer: Any,
+    examples: Sequence[WorkedExample] = (),
+) -> str:
+    """The text before the completion; `examples` are those that the problem brings (its own).
+
+    Raises ModelError when the prompt wants a chat template that the tokenizer does not have, and
+    DataError when it wants the problem's own examples and there are none.
+    """
     if not prompt.chat:
-        return user
+        shown = shown_examples(prompt, examples)
+        # A space before an answer, unless the template ends in one, and an empty line after it.
+        gap = "" if prompt.template[-1:].isspace() else " "
+        before = [f"{user_turn(one.question, prompt)}{gap}{one.answer}\n\n" for one in shown]
+        return "".join([*before, user_turn(question, prompt)])
     if getattr(tokenizer, "chat_template", None) is None:
         raise ModelError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template, which this prompt "
             "needs; take a prompt with chat: false (models.<name>.prompt, suites.<name>.prompt)"
         )
-    messages = [{"role": "user", "content": user}]
-    if prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": prompt.system})
+    messages = chat_messages(question, prompt, examples)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def user_turn(question: str, prompt: PromptSettings) -> str:
+    """What the user says to ask `question`."""
+    return prompt.template.replace("{question}", question)
+
+
+def chat_messages(
+    question: str, prompt: PromptSettings, examples: Sequence[WorkedExample] = ()
+) -> list[dict[str, str]]:
+    """The turns before the completion; `examples` are those that the problem brings (its own)."""
+    messages = []
+    if prompt.system is not None:
+        messages.append({"role": "system", "content": prompt.system})
+    for one in shown_examples(prompt, examples):
+        messages.append({"role": "user", "content": user_turn(one.question, prompt)})
+        messages.append({"role": "assistant", "content": one.answer})
+    messages.append({"role": "user", "content": user_turn(question, prompt)})
+    return messages
 
 
 def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -> list[list[int]]:

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
-from gsm8k_core.answers import Marker, Mode, extract_answer, parse_gold
-from gsm8k_core.config import LengthRewardSettings, RewardSettings
+from gsm8k_core.answers import Marker, extract_answer
+from gsm8k_core.config import LengthRewardSettings, RewardGrade, RewardSettings
 from gsm8k_core.errors import TrainingError
+from gsm8k_core.grading import is_right
 
 RewardFn = Callable[[str, str, int], dict[str, float]]
 """(completion, gold, number of completion tokens) -> components and their weighted sum."""
@@ -30,13 +31,13 @@ def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
     return {"reward": components["answer_reward"], **components}
 
 
-def answer_components(completion: str, gold: str, mode: Mode, marker: Marker) -> dict[str, float]:
-    """`format_reward` (a number follows the marker) and `answer_reward` (right under `mode`)."""
-    strict = extract_answer(completion, "strict", marker)
-    answer = strict if mode == "strict" else extract_answer(completion, mode, marker)
+def answer_components(
+    completion: str, gold: str, grading: RewardGrade, marker: Marker
+) -> dict[str, float]:
+    """`format_reward` (a number follows the marker) and `answer_reward` (right by `grading`)."""
     return {
-        "format_reward": float(strict is not None),
-        "answer_reward": float(answer == parse_gold(gold)),
+        "format_reward": float(extract_answer(completion, "strict", marker) is not None),
+        "answer_reward": float(is_right(completion, gold, grading, marker)),
     }
 
 

@@ -3,39 +3,47 @@
 One row per model × method × suite, in the order of the study. Shapes: `S` seeds, `P` problems.
 
 A study folder holds `{model}/{method}/seed{n}/` with `metrics/{suite}.json`,
-`grades/{suite}.parquet` and, for what was trained, `train/summary.json`.
+`grades/{suite}.parquet`, `completions/{suite}.stats.json` and, for what was trained,
+`train/summary.json` and `settings.json`. Grades are aggregated file by file, so a thousand runs
+need no more memory than their means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
+from gsm8k_core.config import Comparison
+from gsm8k_core.differences import (
+    Facts,
+    differing,
+    evaluation_facts,
+    flag_text,
+    inconsistent,
+    meaning,
+    read_optional,
+    training_facts,
+    training_settings,
+)
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, read_json, write_text
-from gsm8k_core.metrics import Difference, Floats, mean_interval, paired_difference
+from gsm8k_core.metrics import (
+    Difference,
+    Floats,
+    holm,
+    mean_interval,
+    paired_difference,
+    pass_at_k,
+)
+from gsm8k_core.records import num_gpus
 
 Decoding = Literal["greedy", "sample"]
-
-
-class Study(TypedDict):
-    """What a comparison needs to know of a study; `chains` go from the base model to the method."""
-
-    name: str
-    models: list[str]
-    methods: list[str]
-    suites: list[str]
-    seeds_of: dict[str, list[int]]
-    parent_of: dict[str, str | None]
-    chains: dict[str, list[str]]
-    confidence: float
-
 
 SCHEMA: dict[str, Any] = {
     "model": pl.String,
@@ -52,6 +60,15 @@ SCHEMA: dict[str, Any] = {
     "delta_vs_parent_ci_low": pl.Float64,
     "delta_vs_parent_ci_high": pl.Float64,
     "p_value_vs_parent": pl.Float64,
+    "p_value_vs_parent_holm": pl.Float64,
+    "smallest_detectable_delta": pl.Float64,
+    "base": pl.String,
+    "delta_vs_base": pl.Float64,
+    "delta_vs_base_ci_low": pl.Float64,
+    "delta_vs_base_ci_high": pl.Float64,
+    "p_value_vs_base": pl.Float64,
+    "p_value_vs_base_holm": pl.Float64,
+    "smallest_detectable_delta_vs_base": pl.Float64,
     "pass_at_1": pl.Float64,
     "pass_at_1_ci_low": pl.Float64,
     "pass_at_1_ci_high": pl.Float64,
@@ -63,9 +80,27 @@ SCHEMA: dict[str, Any] = {
     "train_seconds": pl.Float64,
     "train_seconds_with_parents": pl.Float64,
     "generate_seconds": pl.Float64,
+    "gpu_seconds_training": pl.Float64,
+    "gpu_seconds_training_with_parents": pl.Float64,
+    "gpu_seconds_generating": pl.Float64,
     "num_train_tokens": pl.Float64,
+    "num_train_tokens_with_parents": pl.Float64,
+    "num_generated_tokens": pl.Float64,
+    "peak_memory_mb_training": pl.Float64,
+    "peak_memory_mb_generating": pl.Float64,
+    "flags": pl.String,
 }
 
+PASS_AT_K_SCHEMA: dict[str, Any] = {
+    "model": pl.String,
+    "method": pl.String,
+    "suite": pl.String,
+    "num_samples": pl.Int64,
+    "k": pl.Int64,
+    "pass_at_k": pl.Float64,
+    "pass_at_k_ci_low": pl.Float64,
+    "pass_at_k_ci_high": pl.Float64,
+}
 
 METRIC_KEYS = (
     "accuracy",
@@ -85,84 +120,38 @@ def run_dir(study_dir: Path, model: str, method: str, seed: int) -> Path:
     return study_dir / model / method / f"seed{seed}"
 
 
+# ------------------------------------------------------------------------------------------ reading
+
+
 @dataclass(frozen=True)
 class Cell:
     """The runs of one model × method × suite."""
 
     greedy: Floats | None  # (S, P), 1 where right
-    samples: Floats | None  # (S, P), share of samples that are right
+    num_correct: Floats | None  # (S, P), right ones among the samples
     num_samples: int
-    metrics: list[Json]
+    metrics: list[Json]  # of each seed, as the two below
+    stats: list[Json]
+    facts: list[Facts]
 
     @property
     def accuracy(self) -> Floats:
         """(S, P): greedy where the suite decodes greedily, else the share of right samples."""
-        values = self.samples if self.greedy is None else self.greedy
-        assert values is not None  # grades without any completion are refused when read
-        return values
+        return self.pass_at_1 if self.greedy is None else self.greedy
 
     @property
     def pass_at_1(self) -> Floats:
         """(S, P): the share of right samples, or greedy where the suite draws none."""
-        return self.accuracy if self.samples is None else self.samples
+        if self.num_correct is not None:
+            return self.num_correct / self.num_samples
+        assert self.greedy is not None  # grades without any completion are refused when read
+        return self.greedy
 
-
-def build_comparison(study: Study, study_dir: Path) -> pl.DataFrame:
-    """One row per model × method × suite; columns are those of `SCHEMA`.
-
-    `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
-    to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest k of the
-    metrics. `delta_vs_parent` is of `accuracy`, paired by seed and problem, and null where the
-    parent is not among the study's methods. `train_seconds` is the method's own stage, mean over
-    seeds, null where nothing is trained; `train_seconds_with_parents` adds the stages before it.
-
-    Raises DataError when a file is missing or malformed and when two runs of a suite graded
-    different problems.
-    """
-    rows = []
-    graded: dict[str, tuple[Path, list[str]]] = {}
-    for model in study["models"]:
-        for suite in study["suites"]:
-            cells = {
-                method: _read_cell(study, study_dir, model, method, suite, graded)
-                for method in study["methods"]
-            }
-            rows += [
-                _row(study, study_dir, model, method, suite, cells) for method in study["methods"]
-            ]
-    frame = pl.DataFrame(rows, schema=SCHEMA)
-    order = [study["models"], study["methods"], study["suites"]]
-    keys = [
-        pl.col(name).replace_strict(names, range(len(names)), return_dtype=pl.Int64)
-        for name, names in zip(("model", "method", "suite"), order, strict=True)
-    ]
-    return frame.sort(keys)
-
-
-def _read_cell(
-    study: Study,
-    study_dir: Path,
-    model: str,
-    method: str,
-    suite: str,
-    graded: dict[str, tuple[Path, list[str]]],
-) -> Cell:
-    """Read every seed; `graded` remembers the problems of each suite's first run."""
-    metrics, tables = [], []
-    for seed in study["seeds_of"][method]:
-        run = run_dir(study_dir, model, method, seed)
-        path = run / "grades" / f"{suite}.parquet"
-        table = read_grades(path)
-        first_path, first = graded.setdefault(suite, (path, table["problem_id"].to_list()))
-        _check_same_problems(path, table["problem_id"].to_list(), first_path, first)
-        metrics.append(read_metrics(run / "metrics" / f"{suite}.json"))
-        tables.append((path, table))
-    return Cell(
-        greedy=_stack(tables, "greedy"),
-        samples=_stack(tables, "sample"),
-        num_samples=int(tables[0][1]["num_samples"].max()),  # type: ignore[arg-type]
-        metrics=metrics,
-    )
+    def pass_at_k(self, k: int) -> Floats:
+        """(S, P): chance that one of `k` samples is right; `k` from 1 to `num_samples`."""
+        assert self.num_correct is not None
+        by_count = pass_at_k(self.num_samples, np.arange(self.num_samples + 1), k)
+        return by_count[self.num_correct.astype(np.int64)]
 
 
 def read_metrics(path: Path) -> Json:
@@ -175,77 +164,165 @@ def read_metrics(path: Path) -> Json:
 
 
 def read_grades(path: Path) -> pl.DataFrame:
-    """Per problem, sorted by it: `greedy` and `sample` (share right, null without), `num_samples`.
+    """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
     Raises DataError when the file is missing, is no grades file, or is empty.
     """
+    sampled = pl.col("decoding") == "sample"
     try:
-        grades = pl.read_parquet(path, columns=["problem_id", "decoding", "correct"])
+        grades = (
+            pl.scan_parquet(path)
+            .group_by("problem_id")
+            .agg(
+                greedy=pl.col("correct").filter(pl.col("decoding") == "greedy").mean(),
+                num_correct=pl.col("correct").filter(sampled).sum().cast(pl.Float64),
+                num_samples=sampled.sum(),
+            )
+            .sort("problem_id")
+            .collect()
+        )
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run grade.py for it") from error
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
     if grades.is_empty():
         raise DataError(f"{path}: holds no grades; run grade.py again")
+    return grades
 
-    def share(decoding: Decoding) -> pl.Expr:
-        return pl.col("correct").filter(pl.col("decoding") == decoding).mean()
 
-    return (
-        grades.group_by("problem_id")
-        .agg(
-            greedy=share("greedy"),
-            sample=share("sample"),
-            num_samples=(pl.col("decoding") == "sample").sum(),
-        )
-        .sort("problem_id")
+def _read_cell(
+    study: Comparison,
+    study_dir: Path,
+    model: str,
+    method: str,
+    suite: str,
+    graded: dict[str, tuple[Path, pl.Series]],
+) -> Cell:
+    """Read every seed; `graded` remembers the problems of each suite's first run."""
+    metrics, stats, facts, tables = [], [], [], []
+    for seed in study.seeds_of[method]:
+        run = run_dir(study_dir, model, method, seed)
+        path = run / "grades" / f"{suite}.parquet"
+        table = read_grades(path)
+        first_path, first = graded.setdefault(suite, (path, table["problem_id"]))
+        _check_same_problems(path, table["problem_id"], first_path, first)
+        metrics.append(read_metrics(run / "metrics" / f"{suite}.json"))
+        stats.append(read_optional(run / "completions" / f"{suite}.stats.json"))
+        tables.append((path, table))
+        known = evaluation_facts(stats[-1], metrics[-1])
+        known |= training_facts(read_optional(run / "train" / "summary.json"))
+        facts.append({**known, **training_settings(read_optional(run / "settings.json"))})
+    num_samples = _num_samples(tables)
+    return Cell(
+        greedy=_stack(tables, "greedy"),
+        num_correct=_stack(tables, "num_correct") if num_samples else None,
+        num_samples=num_samples,
+        metrics=metrics,
+        stats=stats,
+        facts=facts,
     )
 
 
 def _check_same_problems(
-    path: Path, problems: list[str], first_path: Path, first: list[str]
+    path: Path, problems: pl.Series, first_path: Path, first: pl.Series
 ) -> None:
-    if problems == first:
+    if problems.equals(first):
         return
     odd = min(set(problems) ^ set(first))
-    holder = path if odd in problems else first_path
+    holder = path if odd in set(problems) else first_path
     raise DataError(
         f"{path} graded {len(problems)} problems, {first_path} {len(first)}, and not the same: "
         f"{odd!r} is only in {holder}; generate and grade both with the same suite"
     )
 
 
-def _stack(tables: Sequence[tuple[Path, pl.DataFrame]], decoding: Decoding) -> Floats | None:
-    """(S, P) values of one decoding, or None where no run has it."""
-    columns = [table[decoding] for _, table in tables]
+def _num_samples(tables: Sequence[tuple[Path, pl.DataFrame]]) -> int:
+    """Samples per problem. Raises DataError unless it is the same for all problems and runs."""
+    first_path, first = tables[0]
+    expected = int(first["num_samples"][0])
+    for path, table in tables:
+        if (table["num_samples"] != expected).any():
+            raise DataError(
+                f"{path}: not every problem has {expected} samples, as the first of {first_path} "
+                "has; generate and grade it again"
+            )
+    return expected
+
+
+def _stack(tables: Sequence[tuple[Path, pl.DataFrame]], name: str) -> Floats | None:
+    """(S, P) values of one column, or None where no run has it."""
+    columns = [table[name] for _, table in tables]
     if all(column.null_count() == len(column) for column in columns):
         return None
     for path, table in tables:
-        if table[decoding].null_count():
+        if table[name].null_count():
             raise DataError(
-                f"{path}: {decoding} completions are missing for some problems that other runs "
-                "have; generate and grade it again"
+                f"{path}: greedy completions are missing for some problems that other runs have; "
+                "generate and grade it again"
             )
     return np.stack([column.to_numpy() for column in columns])
 
 
-def _row(
-    study: Study, study_dir: Path, model: str, method: str, suite: str, cells: dict[str, Cell]
-) -> Json:
-    cell, parent = cells[method], study["parent_of"].get(method)
-    confidence = study["confidence"]
-    accuracy = mean_interval(cell.accuracy, confidence)
-    pass_at_1 = mean_interval(cell.pass_at_1, confidence)
-    delta = None
-    if parent is not None and parent in cells:
-        delta = _difference(study, method, parent, cells, confidence)
-    stages = study["chains"][method][1:]  # the first is the base model, which nothing trains
-    summaries = {stage: _summaries(study, study_dir, model, method, stage) for stage in stages}
-    seconds = {stage: _mean_of(found, "seconds_training") for stage, found in summaries.items()}
-    return {
-        "model": model,
-        "method": method,
-        "suite": suite,
+# -------------------------------------------------------------------------------------------- rows
+
+
+def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """One row per model × method × suite (columns of `SCHEMA`), and pass@k for every k.
+
+    `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
+    to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest k of the
+    metrics. Differences are of `accuracy`, paired by seed and problem: `delta_vs_parent` to the
+    method that training started from, `delta_vs_base` to the untrained model; null where that is
+    not among the study's methods. `…_holm` is the p-value corrected (Holm 1979) over all methods
+    and suites of the model. `smallest_detectable_delta` is the difference that a study of this size
+    and spread finds four times in five, at the uncorrected level.
+
+    Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage, null
+    where nothing is trained; `…_with_parents` adds the stages before it. `flags` says what makes a
+    row's comparison doubtful (see `gsm8k_core.differences`).
+
+    Raises DataError when a file is missing or malformed and when two runs of a suite graded
+    different problems.
+    """
+    rows: list[Json] = []
+    curves: list[Json] = []
+    graded: dict[str, tuple[Path, pl.Series]] = {}
+    for model in study.models:
+        costs = {
+            method: _training_cost(study, study_dir, model, method) for method in study.methods
+        }
+        for suite in study.suites:
+            cells = {
+                method: _read_cell(study, study_dir, model, method, suite, graded)
+                for method in study.methods
+            }
+            for method in study.methods:
+                identity = {"model": model, "method": method, "suite": suite}
+                row = _quality(study, method, cells) | _generation_cost(cells[method])
+                rows.append(identity | row | costs[method])
+                curves += [identity | point for point in _curve(study, cells[method])]
+        _correct_for_multiplicity([row for row in rows if row["model"] == model])
+    return (
+        _in_order(pl.DataFrame(rows, schema=SCHEMA), study),
+        _in_order(pl.DataFrame(curves, schema=PASS_AT_K_SCHEMA), study),
+    )
+
+
+def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
+    order = {"model": study.models, "method": study.methods, "suite": study.suites}
+    keys = [
+        pl.col(name).replace_strict(names, range(len(names)), return_dtype=pl.Int64)
+        for name, names in order.items()
+    ]
+    return frame.sort(keys, maintain_order=True)
+
+
+def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
+    cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
+    accuracy = mean_interval(cell.accuracy, study.confidence)
+    pass_at_1 = mean_interval(cell.pass_at_1, study.confidence)
+    flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
+    row: Json = {
         "num_seeds": cell.accuracy.shape[0],
         "num_problems": cell.accuracy.shape[1],
         "num_samples": cell.num_samples,
@@ -253,68 +330,169 @@ def _row(
         "accuracy_ci_low": accuracy.low,
         "accuracy_ci_high": accuracy.high,
         "parent": parent,
-        "delta_vs_parent": delta and delta.delta,
-        "delta_vs_parent_ci_low": delta and delta.low,
-        "delta_vs_parent_ci_high": delta and delta.high,
-        "p_value_vs_parent": delta and delta.p_value,
+        "base": None if method == base else base,
         "pass_at_1": pass_at_1.mean,
         "pass_at_1_ci_low": pass_at_1.low,
         "pass_at_1_ci_high": pass_at_1.high,
-        "pass_at_n": _mean_of([_largest_k(row["pass_at_k"]) for row in cell.metrics], "value"),
-        "maj_at_n": _mean_of([_largest_k(row["maj_at_k"]) for row in cell.metrics], "value"),
-        "format_fraction": _mean_of(cell.metrics, "format_fraction"),
-        "mean_completion_tokens": _mean_of(cell.metrics, "mean_completion_tokens"),
-        "truncated_fraction": _mean_of(cell.metrics, "truncated_fraction"),
-        "train_seconds": seconds.get(method),
-        "train_seconds_with_parents": sum(value or 0.0 for value in seconds.values()),
-        "generate_seconds": _mean_of(cell.metrics, "seconds_generating"),
-        "num_train_tokens": _mean_of(summaries.get(method, []), "num_tokens"),
+        "pass_at_n": _mean_of([_largest_k(one["pass_at_k"]) for one in cell.metrics]),
+        "maj_at_n": _mean_of([_largest_k(one["maj_at_k"]) for one in cell.metrics]),
+        **{
+            key: _mean_of([one[key] for one in cell.metrics])
+            for key in ("format_fraction", "mean_completion_tokens", "truncated_fraction")
+        },
+    }
+    for kind, other, detectable in (
+        ("parent", parent, "smallest_detectable_delta"),
+        ("base", row["base"], "smallest_detectable_delta_vs_base"),
+    ):
+        found = None
+        if other is not None and other in cells:
+            found = _difference(study, method, other, cells)
+            if kind == "parent" or other != parent:
+                against = cells[other].facts
+                flags.append(flag_text(kind, _comparable(differing(cell.facts, against))))
+        row |= {
+            f"delta_vs_{kind}": found and found.delta,
+            f"delta_vs_{kind}_ci_low": found and found.low,
+            f"delta_vs_{kind}_ci_high": found and found.high,
+            f"p_value_vs_{kind}": found and found.p_value,
+            detectable: found and found.smallest_detectable,
+        }
+    return row | {"flags": "; ".join(filter(None, flags)) or None}
+
+
+def _few_seeds(method: str, cell: Cell, base: str) -> str:
+    """How few runs an interval stands on; the base model is no draw of training."""
+    num_seeds = len(cell.metrics)
+    if method == base or num_seeds > 2:
+        return ""
+    return "1 seed: problems only" if num_seeds == 1 else "2 seeds"
+
+
+def _comparable(names: list[str]) -> list[str]:
+    # Methods are meant to be trained differently.
+    return [name for name in names if name != "training settings"]
+
+
+def _difference(study: Comparison, method: str, other: str, cells: dict[str, Cell]) -> Difference:
+    """Method minus other, seed by seed; an other that was run once stands for every seed."""
+    seeds, other_seeds = study.seeds_of[method], study.seeds_of[other]
+    values = cells[other].accuracy
+    if len(other_seeds) > 1:
+        missing = [seed for seed in seeds if seed not in other_seeds]
+        if missing:
+            raise DataError(
+                f"{method} has seeds {missing} that {other}, which it is compared with, has not: "
+                "they cannot be compared in pairs"
+            )
+        values = values[[other_seeds.index(seed) for seed in seeds]]
+    return paired_difference(cells[method].accuracy, values, study.confidence)
+
+
+def _correct_for_multiplicity(rows: list[Json]) -> None:
+    """Add Holm's p-values of one model's rows: one family for the parents, one for the base."""
+    for kind in ("parent", "base"):
+        adjusted = holm([row[f"p_value_vs_{kind}"] for row in rows])
+        for row, p_value in zip(rows, adjusted, strict=True):
+            row[f"p_value_vs_{kind}_holm"] = p_value
+
+
+def _curve(study: Comparison, cell: Cell) -> list[Json]:
+    points = []
+    for k in range(1, cell.num_samples + 1):
+        mean, low, high = mean_interval(cell.pass_at_k(k), study.confidence)
+        points.append(
+            {
+                "num_samples": cell.num_samples,
+                "k": k,
+                "pass_at_k": mean,
+                "pass_at_k_ci_low": low,
+                "pass_at_k_ci_high": high,
+            }
+        )
+    return points
+
+
+# -------------------------------------------------------------------------------------------- cost
+
+
+def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) -> Json:
+    """Seconds, tokens and memory of a method's own stage, and with those before it."""
+    stages = study.chains[method][1:]  # the first is the base model, which nothing trains
+    summaries = {stage: _summaries(study, study_dir, model, method, stage) for stage in stages}
+
+    def of(stage: str, value: Callable[[Json], float | None]) -> float | None:
+        return _mean_of([value(summary) for summary in summaries.get(stage, [])])
+
+    def with_parents(value: Callable[[Json], float | None]) -> float | None:
+        found = [of(stage, value) for stage in stages]
+        return None if None in found else float(sum(v for v in found if v is not None))
+
+    return {
+        "train_seconds": of(method, _seconds_training),
+        "train_seconds_with_parents": with_parents(_seconds_training),
+        "gpu_seconds_training": of(method, _gpu_seconds_training),
+        "gpu_seconds_training_with_parents": with_parents(_gpu_seconds_training),
+        "num_train_tokens": of(method, lambda summary: summary.get("num_tokens")),
+        "num_train_tokens_with_parents": with_parents(lambda summary: summary.get("num_tokens")),
+        "peak_memory_mb_training": of(method, lambda summary: summary.get("peak_memory_mb")),
     }
 
 
-def _difference(
-    study: Study, method: str, parent: str, cells: dict[str, Cell], confidence: float
-) -> Difference:
-    """Method minus parent, seed by seed; a parent that was run once stands for every seed."""
-    seeds, parent_seeds = study["seeds_of"][method], study["seeds_of"][parent]
-    values = cells[parent].accuracy
-    if len(parent_seeds) > 1:
-        missing = [seed for seed in seeds if seed not in parent_seeds]
-        if missing:
-            raise DataError(
-                f"{method} has seeds {missing} that its parent {parent} has not: they cannot be "
-                "compared in pairs"
-            )
-        values = values[[parent_seeds.index(seed) for seed in seeds]]
-    return paired_difference(cells[method].accuracy, values, confidence)
-
-
-def _summaries(study: Study, study_dir: Path, model: str, method: str, stage: str) -> list[Json]:
+def _summaries(
+    study: Comparison, study_dir: Path, model: str, method: str, stage: str
+) -> list[Json]:
     """Training summaries of a stage of `method`, one per seed."""
-    seeds = study["seeds_of"].get(stage, study["seeds_of"][method])
+    seeds = study.seeds_of.get(stage, study.seeds_of[method])
     runs = [run_dir(study_dir, model, stage, seed) for seed in seeds]
     return [read_json(run / "train" / "summary.json") for run in runs]
 
 
-def _largest_k(by_k: dict[str, float]) -> Json:
-    return {"value": by_k[max(by_k, key=int)]} if by_k else {"value": None}
+def _generation_cost(cell: Cell) -> Json:
+    known = [{**one, **stats} for one, stats in zip(cell.metrics, cell.stats, strict=True)]
+    gpu_seconds = [_times(num_gpus(one), one.get("seconds_generating")) for one in known]
+    return {
+        "generate_seconds": _mean_of([one.get("seconds_generating") for one in known]),
+        "gpu_seconds_generating": _mean_of(gpu_seconds),
+        "num_generated_tokens": _mean_of([one.get("num_completion_tokens") for one in known]),
+        "peak_memory_mb_generating": _mean_of([one.get("peak_memory_mb") for one in known]),
+    }
 
 
-def _mean_of(rows: Sequence[Json], key: str) -> float | None:
-    """Mean of a key over runs; None unless every run has it."""
-    values = [row.get(key) for row in rows]
-    if not values or any(value is None for value in values):
-        return None
-    return float(np.mean([float(value) for value in values if value is not None]))
+def _seconds_training(summary: Json) -> float | None:
+    return summary.get("seconds_training")
+
+
+def _gpu_seconds_training(summary: Json) -> float | None:
+    return _times(num_gpus(summary), _seconds_training(summary))
+
+
+def _times(number: int | None, seconds: float | None) -> float | None:
+    return None if number is None or seconds is None else number * seconds
+
+
+def _largest_k(by_k: dict[str, float]) -> float | None:
+    return by_k[max(by_k, key=int)] if by_k else None
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean over runs; None unless every run has a value."""
+    known = [float(value) for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_comparison(frame: pl.DataFrame, output_dir: Path) -> None:
-    """Write comparison.csv, comparison.parquet (full precision) and comparison.md (to be read)."""
+def write_comparison(frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path) -> None:
+    """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
+
+    pass_at_k.csv holds pass@k for every k, a row each.
+    """
     write_text(output_dir / "comparison.csv", frame.write_csv())
     write_text(output_dir / "comparison.md", to_markdown(frame))
+    write_text(output_dir / "comparison.html", to_html(frame))
+    write_text(output_dir / "pass_at_k.csv", curves.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
         frame.write_parquet(temporary)
 
@@ -331,77 +509,103 @@ def read_comparison(path: Path) -> pl.DataFrame:
         raise DataError(f"{path}: not a comparison ({error}); run compare.py again") from error
 
 
+@dataclass(frozen=True)
+class TextTable:
+    """A table to be read: a title, and rows of texts below a header."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+TEXT_COLUMNS = {"model", "suite", "method", "parent", "verdict", "flags"}  # the others are numbers
+
+
 def to_markdown(frame: pl.DataFrame) -> str:
-    """The table for people: percent with intervals, differences in points, times in plain units."""
-    header = [
-        "model",
-        "suite",
-        "method",
-        "seeds",
-        "problems",
-        "accuracy %",
-        "parent",
-        "vs parent, points",
-        "p",
-        "pass@1 %",
-        "tokens",
-        "truncated %",
-        "training",
-        "with parents",
-        "generating",
-    ]
-    left = {"model", "suite", "method", "parent"}
-    # What is to be compared, the methods of one model and suite, stands together.
-    parts = frame.partition_by("model", "suite", maintain_order=True)
-    rows = [_markdown_row(row) for part in parts for row in part.iter_rows(named=True)]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    """The tables for people: percent with intervals, points, times in plain units."""
+    parts = [f"### {table.title}\n\n{markdown_table(table)}" for table in _text_tables(frame)]
+    notes = "\n".join(f"- {note}" for note in notes_on(frame))
+    return "\n".join(parts) + f"\n{notes}\n"
+
+
+def markdown_table(table: TextTable) -> str:
+    """Aligned, with numbers to the right; a `|` in a cell is escaped."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
+    left = [name in TEXT_COLUMNS for name in table.header]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for name, cell, width in zip(header, cells, widths, strict=True)
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for is_left, cell, width in zip(left, cells, widths, strict=True)
         ]
         return f"| {' | '.join(padded)} |"
 
     rule = [
-        "-" * (width + 2) if name in left else "-" * (width + 1) + ":"
-        for name, width in zip(header, widths, strict=True)
+        "-" * (width + 2) if is_left else "-" * (width + 1) + ":"
+        for is_left, width in zip(left, widths, strict=True)
     ]
-    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)]) + "\n"
+    return "\n".join([line(table.header), f"|{'|'.join(rule)}|", *map(line, rows)]) + "\n"
 
 
-def _markdown_row(row: Json) -> list[str]:
-    p_value = row["p_value_vs_parent"]
-    p_text = "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-    tokens = row["mean_completion_tokens"]
-    return [
-        row["model"],
-        row["suite"],
-        row["method"],
-        str(row["num_seeds"]),
-        str(row["num_problems"]),
-        _with_interval(row, "accuracy", ".1f"),
-        row["parent"] or "",
-        _with_interval(row, "delta_vs_parent", "+.1f"),
-        p_text,
-        _with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
-        "" if tokens is None else f"{tokens:.0f}",
-        _percent(row["truncated_fraction"], ".1f"),
-        _duration(row["train_seconds"]),
-        _duration(row["train_seconds_with_parents"] or None),
-        _duration(row["generate_seconds"]),
+def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
+    # What is to be compared, the methods of one model and suite, stands together.
+    parts = frame.partition_by("model", "suite", maintain_order=True)
+    rows = [row for part in parts for row in part.iter_rows(named=True)]
+    columns = {"Quality": QUALITY_COLUMNS, "Cost": COST_COLUMNS}
+    tables = []
+    for title, shown in columns.items():
+        texts = [[render(row) for render in shown.values()] for row in rows]
+        tables.append(TextTable(title, list(shown), texts))
+    return tables
+
+
+def notes_on(frame: pl.DataFrame) -> list[str]:
+    """What the columns mean, and every flag that the table holds."""
+    notes = [
+        "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
+        "Intervals take both seeds and problems as random.",
+        "Differences are in points, paired by seed and problem. p is corrected (Holm) over all "
+        "methods and suites of a model, one family for parents and one for the base model.",
+        "detectable: the smallest difference to the parent that this many problems and seeds would "
+        "have found four times in five, before correction.",
+        "with parents: own training and that of the stages before it. Times, tokens and memory are "
+        "means over seeds.",
     ]
+    words: list[str] = []
+    for flags in frame["flags"].drop_nulls().to_list():
+        for flag in flags.split("; "):
+            against, _, names = flag.partition(": ")
+            words += names.split(", ") if against in ("seeds", "parent", "base") else [against]
+    explained = {
+        "1 seed": "the interval is of problems alone; another training run may differ by more",
+        "2 seeds": "too few to tell seeds from problems well; false positives reach 7 % at 5 %",
+    }
+    notes += [
+        f"flag “{word}”: {explained[word] if word in explained else meaning(word)}."
+        for word in dict.fromkeys(words)
+    ]
+    return notes
 
 
-def _percent(value: float | None, form: str) -> str:
+def p_text(p_value: float | None) -> str:
+    return "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def percent(value: float | None, form: str) -> str:
     return "" if value is None else f"{round(100 * value, 1) + 0.0:{form}}"
 
 
-def _with_interval(row: Json, name: str, form: str) -> str:
+def _detectable(value: float | None) -> str:
+    return ">100" if value is not None and value > 1 else percent(value, ".1f")
+
+
+def with_interval(row: Json, name: str, form: str) -> str:
+    """`40.0 [30.0, 50.0]` of a share and its bounds; nothing where it is null."""
     if row[name] is None:
         return ""
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
-    return f"{_percent(row[name], form)} [{_percent(low, form)}, {_percent(high, form)}]"
+    return f"{percent(row[name], form)} [{percent(low, form)}, {percent(high, form)}]"
 
 
 def _duration(seconds: float | None) -> str:
@@ -410,3 +614,107 @@ def _duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: float | None) -> str:
+    if number is None:
+        return ""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _memory(megabytes: float | None) -> str:
+    return "" if megabytes is None else f"{megabytes / 1024:.1f} GiB"
+
+
+IDENTITY_COLUMNS: dict[str, Callable[[Json], str]] = {
+    "model": lambda row: row["model"],
+    "suite": lambda row: row["suite"],
+    "method": lambda row: row["method"],
+}
+QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "seeds": lambda row: str(row["num_seeds"]),
+    "problems": lambda row: str(row["num_problems"]),
+    "accuracy %": lambda row: with_interval(row, "accuracy", ".1f"),
+    "parent": lambda row: row["parent"] or "",
+    "vs parent, points": lambda row: with_interval(row, "delta_vs_parent", "+.1f"),
+    "p parent": lambda row: p_text(row["p_value_vs_parent_holm"]),
+    "detectable": lambda row: _detectable(row["smallest_detectable_delta"]),
+    "vs base, points": lambda row: with_interval(row, "delta_vs_base", "+.1f"),
+    "p base": lambda row: p_text(row["p_value_vs_base_holm"]),
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
+    "flags": lambda row: row["flags"] or "",
+}
+COST_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "accuracy %": lambda row: percent(row["accuracy"], ".1f"),
+    "training": lambda row: _duration(row["train_seconds"]),
+    "with parents": lambda row: _duration(row["train_seconds_with_parents"] or None),
+    "GPU with parents": lambda row: _duration(row["gpu_seconds_training_with_parents"] or None),
+    "tokens trained": lambda row: _count(row["num_train_tokens"]),
+    "peak memory": lambda row: _memory(row["peak_memory_mb_training"]),
+    "generating": lambda row: _duration(row["generate_seconds"]),
+    "tokens generated": lambda row: _count(row["num_generated_tokens"]),
+    "peak generating": lambda row: _memory(row["peak_memory_mb_generating"]),
+    "tokens a completion": lambda row: (
+        "" if row["mean_completion_tokens"] is None else f"{row['mean_completion_tokens']:.0f}"
+    ),
+    "truncated %": lambda row: percent(row["truncated_fraction"], ".1f"),
+}
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3rem .55rem; border-bottom: 1px solid #8886; white-space: nowrap; }}
+th {{ text-align: left; border-bottom-width: 2px; }}
+.number {{ text-align: right; }}
+.flags {{ white-space: normal; min-width: 12rem; }}
+.starts td {{ border-top: 2px solid #888; }}
+</style>
+{tables}
+<ul>
+{notes}
+</ul>
+</html>
+"""
+
+
+def to_html(frame: pl.DataFrame) -> str:
+    """The same tables as one static page without scripts, light or dark as the reader's screen."""
+    tables = "\n".join(_html_table(table) for table in _text_tables(frame))
+    notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame))
+    return PAGE.format(tables=tables, notes=notes)
+
+
+def _html_table(table: TextTable) -> str:
+    kinds = [
+        ' class="flags"' if name == "flags" else "" if name in TEXT_COLUMNS else ' class="number"'
+        for name in table.header
+    ]
+
+    def line(cells: Sequence[str], tag: str, starts: bool = False) -> str:
+        inner = "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for kind, cell in zip(kinds, cells, strict=True)
+        )
+        return f'<tr class="starts">{inner}</tr>' if starts else f"<tr>{inner}</tr>"
+
+    body = [
+        line(row, "td", index > 0 and row[:2] != table.rows[index - 1][:2])
+        for index, row in enumerate(table.rows)
+    ]
+    return (
+        f'<h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n'
+        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n"
+        "</table></div>"
+    )

@@ -5,12 +5,15 @@ The loops themselves stand in `scripts/train_*.py`. A run's folder:
     settings.json        all that decides the run
     model/               the trained weights and tokenizer
     train/metrics.jsonl  one row a step
+    train/completions.jsonl  GRPO: a sample of the completions, every so many steps (`tracking`)
     train/summary.json   seconds, tokens, peak memory, provenance
     state/               checkpoints of an unfinished run; gone when it has finished
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
 import math
 import random
@@ -27,31 +30,47 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints
 from gsm8k_core.answers import is_correct
+from gsm8k_core.cli import progress
 from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.engines.start import choose_engine
+from gsm8k_core.engines.vllm_engine import VllmEngine
+from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import (
     Json,
     atomic_path,
+    lock,
     read_json,
+    read_jsonl,
     seed_from,
     sha256_file,
     sha256_json,
+    unlock,
     write_json,
 )
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import (
     autocast,
+    compute_dtype,
     load_model,
     load_tokenizer,
+    plain_weights,
     resolve_device,
     save_model,
     weights_digest,
 )
-from gsm8k_core.problems import Problem
+from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.tracking import MetricsLog
+from gsm8k_core.tracking import (
+    MetricsLog,
+    TrackedRun,
+    Tracker,
+    completions_due,
+    new_run_id,
+    start_tracker,
+    tracking_settings,
+)
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -149,6 +168,7 @@ class TrainingRun:
         # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name.
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round))
         self.device = resolve_device(settings.model_settings.gpus)
+        self.starting_model = starting_model
         self.tokenizer = load_tokenizer(starting_model)
         model = load_model(starting_model, self.device)
         if self.settings.gradient_checkpointing:
@@ -169,6 +189,25 @@ class TrainingRun:
         }
         self.started = time.perf_counter()
         self.metrics: MetricsLog | None = None
+        self.tracker: Tracker | None = None
+        self._engine: Engine | None = None
+        self._num_updates_sampled_with = 0
+
+    @classmethod
+    def from_arguments(
+        cls, arguments: argparse.Namespace, settings: RunSettings, updates_per_step: int = 1
+    ) -> TrainingRun:
+        """The run that a trainer's arguments (`cli.training_parser`) ask for."""
+        num_steps = settings.method_settings.num_steps
+        return cls(
+            settings,
+            arguments.starting_model,
+            arguments.data,
+            arguments.output_dir,
+            num_updates=num_steps * updates_per_step,
+            num_steps=min(num_steps, arguments.max_steps or num_steps),
+            val_problems=read_problems(arguments.val_data) if arguments.val_data else None,
+        )
 
     # ------------------------------------------------------------------------------------ resume
 
@@ -176,11 +215,17 @@ class TrainingRun:
     def state_dir(self) -> Path:
         return self.output_dir / "state"
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.output_dir / ".lock"
+
     def resume(self) -> tuple[int, checkpoints.Tensors]:
         """Go on from the newest checkpoint of the same settings and parent, if there is one.
 
         Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
         """
+        # A job goes on when snakemake itself is killed, and must not meet the one that redoes it.
+        self._lock = lock(self._lock_path, str(self.output_dir))
         found = checkpoints.list_checkpoints(self.state_dir)
         extra: checkpoints.Tensors = {}
         step = 0
@@ -198,10 +243,36 @@ class TrainingRun:
                 )
                 shutil.rmtree(self.state_dir)
         self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
+        self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
+        self.tracking = tracking_settings()
+        self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
         self.started = time.perf_counter() - self.progress["seconds"]
         return step, extra
 
+    def _tracked_run(self, metrics: MetricsLog) -> TrackedRun:
+        settings = self.run_settings
+        run_id = self.progress.setdefault("wandb_run", new_run_id())
+        cell = f"{settings.model}/{settings.method}"
+        part = f"/round{settings.round}" if settings.round else ""
+        return TrackedRun(
+            id=run_id,
+            name=f"{cell}/seed{settings.seed}{part}",
+            group=f"{settings.study}/{cell}",
+            config={
+                **settings.model_dump(mode="json", by_alias=True),
+                "data_sha256": self.progress["data"],
+                "starting_weights": self.progress["starting_weights"],
+                "provenance": provenance(),
+            },
+            rows_before=read_jsonl(metrics.path),
+        )
+
     # -------------------------------------------------------------------------------------- steps
+
+    def steps_after(self, steps_done: int, what: str) -> Iterator[int]:
+        """The steps left, from 1, with a progress bar called `what`."""
+        steps = range(steps_done + 1, self.num_steps + 1)
+        return progress(steps, what, self.num_steps, steps_done)
 
     def autocast(self) -> Any:
         """The context that forwards run in."""
@@ -229,23 +300,36 @@ class TrainingRun:
         return {"learning_rate": rate, "grad_norm": norm}
 
     def end_step(
-        self, step: int, row: Json, extra: Callable[[], checkpoints.Tensors] | None = None
+        self,
+        step: int,
+        row: Json,
+        extra: Callable[[], checkpoints.Tensors] | None = None,
+        completions: Callable[[], list[Json]] | None = None,
     ) -> None:
-        """Validate if due, log `row` as that of `step` (from 1), checkpoint if due."""
+        """Validate if due, log `row` as that of `step` (from 1), checkpoint if due.
+
+        `completions` gives what the step was trained on; a sample is kept now and then.
+        """
         assert self.metrics is not None, "call resume() before the first step"
         every = self.settings.validate_every_steps
         if every and self.val_problems and (step % every == 0 or step == self.num_steps):
             row = {**row, "validation_accuracy": self._validate(step)}
         self.progress["seconds"] = time.perf_counter() - self.started
-        self.metrics.append(
-            {
-                "step": step,
-                **row,
-                "num_tokens_total": self.progress["num_tokens"],
-                "seconds_total": round(self.progress["seconds"], 3),
-                "peak_memory_mb": peak_memory_mb(self.device),
-            }
-        )
+        row = {
+            "step": step,
+            **row,
+            "num_tokens_total": self.progress["num_tokens"],
+            "seconds_total": round(self.progress["seconds"], 3),
+            "peak_memory_mb": peak_memory_mb(self.device),
+        }
+        self.metrics.append(row)
+        if self.tracker is not None:
+            self.tracker.log(row)
+        if completions is not None and completions_due(self.tracking, step):
+            sample = completions()[: self.tracking.num_completions]
+            self.samples.append({"step": step, "completions": sample})
+            if self.tracker is not None:
+                self.tracker.log_completions(step, sample)
         if step % self.settings.checkpoint_every_steps == 0 and step < self.num_steps:
             checkpoints.save_checkpoint(
                 self.state_dir,
@@ -270,13 +354,14 @@ class TrainingRun:
                 shutil.rmtree(folder)
 
     def _validate(self, step: int) -> float:
-        accuracy = greedy_accuracy(
-            self.engine(),
-            self.val_problems,
-            self.run_settings.prompt,
-            self.tokenizer,
-            max_new_tokens=self.settings.validation_max_new_tokens,
-        )
+        with self.sampling() as engine:
+            accuracy = greedy_accuracy(
+                engine,
+                self.val_problems,
+                self.run_settings.prompt,
+                self.tokenizer,
+                max_new_tokens=self.settings.validation_max_new_tokens,
+            )
         best = self.progress["best_validation"]
         if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
@@ -284,13 +369,56 @@ class TrainingRun:
             self._save_weights(self.state_dir / f"best-{step}")
         return accuracy
 
-    def engine(self) -> Engine:
-        """An engine that samples from the weights in training."""
-        return HfEngine(
-            self.model,
-            self.tokenizer,
-            self.run_settings.model_settings.completions_per_batch,
-            forward_context=self.autocast,
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Engine]:
+        """The engine with the weights in training: awake inside the block, asleep after it.
+
+        Started at first use. Weights are copied into it where it has its own and they have moved.
+        """
+        if self._engine is None:
+            self._engine = self._start_engine()
+            before = self.progress.setdefault("engine", self._engine.name)
+            if before != self._engine.name:
+                log.warning(
+                    "the run was begun with engine: %s and goes on with %s: it samples other "
+                    "completions than it would have",
+                    before,
+                    self._engine.name,
+                )
+        engine = self._engine
+        if engine.name != HfEngine.name:
+            dropped = self.run_settings.model_settings.vllm.sleep_level == 2
+            if dropped or self._num_updates_sampled_with != self._num_updates:
+                engine.load_weights(plain_weights(self.model))
+                self._num_updates_sampled_with = self._num_updates
+        engine.wake()
+        yield engine
+        engine.sleep()
+
+    @property
+    def _num_updates(self) -> int:
+        return int(self.progress["num_updates_done"])
+
+    def _start_engine(self) -> Engine:
+        model_settings = self.run_settings.model_settings
+        if choose_engine(model_settings, self.starting_model, self.device) == "transformers":
+            return HfEngine(
+                self.model,
+                self.tokenizer,
+                model_settings.completions_per_batch,
+                forward_context=self.autocast,
+            )
+        if model_settings.vllm.tensor_parallel > 1:
+            raise ConfigError(
+                "vllm.tensor_parallel above 1 is for evaluation: a trainer samples on its own GPU"
+            )
+        return VllmEngine(
+            self.starting_model,
+            model_settings.vllm,
+            compute_dtype(self.device, model_settings.dtype),
+            self.device,
+            model_settings.vllm.rollout_gpu_memory_fraction,
+            colocated=True,
         )
 
     # -------------------------------------------------------------------------------------- finish
@@ -308,6 +436,8 @@ class TrainingRun:
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
         best = self.progress["best_validation"]
+        if self._engine is not None:
+            self._engine.close()
         if best is None:
             self._save_weights(self.output_dir / "model")
         else:
@@ -316,33 +446,38 @@ class TrainingRun:
                 shutil.copytree(self.state_dir / f"best-{best['step']}", temporary)
         with atomic_path(self.output_dir / "train" / "metrics.jsonl") as temporary:
             shutil.copyfile(self.state_dir / "metrics.jsonl", temporary)
+        if self.samples.path.stat().st_size > 0:
+            with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
+                shutil.copyfile(self.samples.path, temporary)
         settings = self.run_settings
         write_json(self.output_dir / "settings.json", settings.model_dump(by_alias=True))
-        write_json(
-            self.output_dir / "train" / "summary.json",
-            {
-                "model": settings.model,
-                "method": settings.method,
-                "parent": settings.parent,
-                "seed": settings.seed,
-                "round": settings.round,
-                "num_steps": self.num_steps,
-                "num_updates": self.progress["num_updates_done"],
-                "num_tokens": self.progress["num_tokens"],
-                # What was sampled to train on is part of what training costs.
-                "seconds_training": round(
-                    time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
-                ),
-                "peak_memory_mb": peak_memory_mb(self.device),
-                "device": device_name(self.device),
-                "best_validation": best,
-                "data_sha256": self.progress["data"],
-                "starting_weights": self.progress["starting_weights"],
-                **summary,
-                "provenance": provenance(),
-            },
-        )
+        summary = {
+            "model": settings.model,
+            "method": settings.method,
+            "parent": settings.parent,
+            "seed": settings.seed,
+            "round": settings.round,
+            "num_steps": self.num_steps,
+            "num_updates": self.progress["num_updates_done"],
+            "num_tokens": self.progress["num_tokens"],
+            # What was sampled to train on is part of what training costs.
+            "seconds_training": round(
+                time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
+            ),
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "device": device_name(self.device),
+            "engine": self._engine.name if self._engine else None,
+            "best_validation": best,
+            "data_sha256": self.progress["data"],
+            "starting_weights": self.progress["starting_weights"],
+            **summary,
+            "provenance": provenance(),
+        }
+        write_json(self.output_dir / "train" / "summary.json", summary)
         shutil.rmtree(self.state_dir)
+        if self.tracker is not None:
+            self.tracker.finish(summary)
+        unlock(self._lock_path, self._lock)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

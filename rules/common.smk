@@ -1,5 +1,6 @@
 # What all rules share: the checked settings, the layout of artifacts/, and input functions.
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,17 +10,22 @@ from snakemake.exceptions import WorkflowError
 from gsm8k_core.config import dump, parse_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.layout import Layout, one_of
-from gsm8k_core.manifest import Invocation, code_digest
+from gsm8k_core.manifest import INVOCATION_VARIABLE, Invocation, code_digest
+from gsm8k_core.records import SUMS, invocation_facts, record_study
+from gsm8k_core.tracking import TRACKING_VARIABLE
 
 try:
     CONFIG = parse_config(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
-# Jobs run this very Python, whether or not its environment is activated. OpenMP threads sleep while
-# they wait: spinning ones starve each other where jobs share cores.
+# Jobs run this very Python, whether or not its environment is activated; in a container (--sdm) they
+# run its own. OpenMP threads sleep while they wait: spinning ones starve each other on shared cores.
 BIN = shlex.quote(str(Path(sys.executable).parent))
-shell.prefix(f"set -euo pipefail; export PATH={BIN}:$PATH OMP_WAIT_POLICY=PASSIVE; ")
+shell.prefix(
+    f'set -euo pipefail; [ -n "${{{{GSM8K_CONTAINER:-}}}}" ] || export PATH={BIN}:$PATH; '
+    'export OMP_WAIT_POLICY=PASSIVE PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; '
+)
 
 LAYOUT = Layout(CONFIG)
 INVOCATION = Invocation(Path("artifacts/runs"))
@@ -28,6 +34,23 @@ ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
 # An edit of the library reruns finished jobs only where the study asks for it.
 CODE = code_digest() if CONFIG.study.rerun_on_code_change else "any"
+
+
+# Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
+# setting of it, and changing it is no reason to do it again.
+if CONFIG.tracking.project is not None:
+    os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
+
+
+def begin_invocation():
+    os.environ[INVOCATION_VARIABLE] = INVOCATION.start(CONFIG)
+
+
+def end_invocation(state):
+    """Write the call's manifest and, where the study is or was finished, its hashes."""
+    INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
+    if state == "succeeded" or Path(RESULTS, SUMS).exists():
+        record_study(LAYOUT, INVOCATION.since_ns)
 
 
 wildcard_constraints:

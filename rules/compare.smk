@@ -5,11 +5,19 @@ rule compare:
     input:
         metrics=LAYOUT.evaluated("metrics/{suite}.json"),
         grades=LAYOUT.evaluated("grades/{suite}.parquet"),
+        stats=LAYOUT.evaluated("completions/{suite}.stats.json"),
         summaries=LAYOUT.trained("train/summary.json"),
+        settings=LAYOUT.trained("settings.json"),
     output:
         csv=f"{RESULTS}/comparison.csv",
         markdown=f"{RESULTS}/comparison.md",
+        html=report(
+            f"{RESULTS}/comparison.html",
+            caption="captions/comparison.rst",
+            category="Tables",
+        ),
         parquet=f"{RESULTS}/comparison.parquet",
+        pass_at_k=f"{RESULTS}/pass_at_k.csv",
     log:
         f"{RESULTS}/logs/compare.log",
     benchmark:
@@ -29,9 +37,23 @@ rule plot:
         grades=LAYOUT.evaluated("grades/{suite}.parquet"),
         metrics=LAYOUT.trained("train/metrics.jsonl"),
     output:
-        accuracy_svg=f"{RESULTS}/figures/accuracy.svg",
+        accuracy_svg=report(
+            f"{RESULTS}/figures/accuracy.svg",
+            caption="captions/accuracy.rst",
+            category="Figures",
+        ),
         accuracy_png=f"{RESULTS}/figures/accuracy.png",
-        reward_svg=f"{RESULTS}/figures/reward.svg",
+        cost_svg=report(
+            f"{RESULTS}/figures/cost.svg",
+            caption="captions/cost.rst",
+            category="Figures",
+        ),
+        cost_png=f"{RESULTS}/figures/cost.png",
+        reward_svg=report(
+            f"{RESULTS}/figures/reward.svg",
+            caption="captions/reward.rst",
+            category="Figures",
+        ),
         reward_png=f"{RESULTS}/figures/reward.png",
     log:
         f"{RESULTS}/logs/plot.log",
@@ -44,3 +66,38 @@ rule plot:
     shell:
         "python scripts/plot.py --study {params.study:q} --study-dir {params.study_dir:q} "
         "--comparison {input.comparison:q} --output-dir $(dirname {output.accuracy_svg:q}) 2> {log:q}"
+
+
+rule report:
+    input:
+        comparison=f"{RESULTS}/comparison.parquet",
+        pass_at_k=f"{RESULTS}/pass_at_k.csv",
+        metrics=LAYOUT.evaluated("metrics/{suite}.json"),
+        grades=LAYOUT.evaluated("grades/{suite}.parquet"),
+        completions=LAYOUT.evaluated("completions/{suite}.jsonl"),
+        stats=LAYOUT.evaluated("completions/{suite}.stats.json"),
+        training=LAYOUT.trained("train/metrics.jsonl"),
+        summaries=LAYOUT.trained("train/summary.json"),
+        settings=LAYOUT.trained("settings.json"),
+        problems=LAYOUT.suite_files(),
+    output:
+        html=report(
+            f"{RESULTS}/report.html",
+            caption="captions/report.rst",
+            category="Report",
+        ),
+    log:
+        f"{RESULTS}/logs/report.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/report.tsv"
+    params:
+        study=dump(CONFIG.comparison()),
+        study_dir=study_dir,
+        problems=LAYOUT.problems_of_suites(),
+        max_megabytes=CONFIG.study.report_megabytes,
+        code=CODE,
+    shell:
+        "python scripts/report.py --study {params.study:q} --study-dir {params.study_dir:q} "
+        "--comparison {input.comparison:q} --problems {params.problems:q} "
+        "--runs-dir artifacts/runs --max-megabytes {params.max_megabytes} "
+        "--output {output.html:q} 2> {log:q}"

@@ -17,3 +17,23 @@ rule prepare_data:
     shell:
         "python scripts/prepare_data.py --dataset {wildcards.dataset} "
         "--settings {params.settings:q} --output-dir $(dirname {output.train:q}) 2> {log:q}"
+
+
+# Which test problems stand in the training data. No part of the default target:
+#   snakemake --cores 1 artifacts/results/STUDY/overlap.md
+rule check_overlap:
+    input:
+        train=LAYOUT.training_files(),
+        test=LAYOUT.suite_files(),
+    output:
+        json=f"{RESULTS}/overlap.json",
+        markdown=f"{RESULTS}/overlap.md",
+    log:
+        f"{RESULTS}/logs/check_overlap.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/check_overlap.tsv"
+    params:
+        code=CODE,
+    shell:
+        "python scripts/check_overlap.py --train {input.train:q} --test {input.test:q} "
+        "--output {output.json:q} --markdown {output.markdown:q} 2> {log:q}"

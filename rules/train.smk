@@ -5,7 +5,7 @@
 rule train_sft:
     input:
         starting_model=parent_model,
-        data=LAYOUT.train_problems(),
+        data=lambda wildcards: LAYOUT.train_data(wildcards.method),
         val=LAYOUT.train_problems("val"),
     output:
         model=directory(f"{RUN}/model"),

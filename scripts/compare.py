@@ -1,9 +1,11 @@
 """Compare the runs of a study: one row per model, method and suite.
 
-Reads the grades and summaries below --study-dir and writes comparison.csv, comparison.parquet (full
-precision) and comparison.md (rounded, to be read) to --output-dir. Intervals and p-values take both
-seeds and problems as random, and differences to the parent are paired by both (see
-gsm8k_core/metrics.py). Refuses to compare runs that graded different problems.
+Reads the grades and summaries below --study-dir and writes to --output-dir: comparison.csv and
+comparison.parquet (full precision), comparison.md and comparison.html (rounded, to be read), and
+pass_at_k.csv. Intervals and p-values take both seeds and problems as random, and differences to the
+parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows whose settings,
+engine, code or environment are not those of what they are compared with are flagged. Refuses to
+compare runs that graded different problems. Where W&B is on, it gets the table too.
 
     python scripts/compare.py \\
         --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo \\
@@ -19,7 +21,9 @@ import sys
 from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script, settings_from
-from gsm8k_core.tables import Study, build_comparison, write_comparison
+from gsm8k_core.config import Comparison
+from gsm8k_core.tables import build_comparison, write_comparison
+from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
     args = arguments.parse_args(argv)
 
-    study: Study = settings_from(args.study, Study)
-    write_comparison(build_comparison(study, args.study_dir), args.output_dir)
+    study: Comparison = settings_from(args.study, Comparison)
+    frame, curves = build_comparison(study, args.study_dir)
+    write_comparison(frame, curves, args.output_dir)
+    tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))
+    tracker = start_tracker(args.output_dir, tracked)
+    if tracker is not None:
+        tracker.log_table("comparison", frame.columns, frame.rows())
+        tracker.finish({})
     return 0
 
 

@@ -23,6 +23,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("study", config.StudySettings),
     ("datasets.*, kind: gsm8k", config.Gsm8kDataset),
     ("datasets.*, kind: arithmetic", config.ArithmeticDataset),
+    ("datasets.*, kind: gsm_symbolic", config.GsmSymbolicDataset),
     ("prompts.*", config.PromptSettings),
     ("models.*", config.ModelSettings),
     ("methods.*, kind: base", config.BaseMethod),
@@ -35,6 +36,11 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("methods.*.reward.length_shaping", config.LengthRewardSettings),
     ("methods.*.lora", config.LoraSettings),
     ("suites.*", config.SuiteSettings),
+    ("tracking", config.TrackingSettings),
+    ("traces.*", config.TracesSettings),
+    ("traces.*.api", config.ApiSettings),
+    ("traces.*.budget", config.BudgetSettings),
+    ("traces.*.selection", config.TraceSelectionSettings),
 )
 HEADER = """# Settings
 

@@ -6,25 +6,23 @@ python scripts/finish_rounds.py --run-dir artifacts/experiments/default/tiny-qwe
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script
-from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    link_or_copy,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 log = logging.getLogger("finish_rounds")
 SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    """A hard link costs no disk; not every file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.copytree(
             rounds[-1] / "model",
             temporary,
-            copy_function=_link_or_copy,
+            copy_function=link_or_copy,
             ignore=shutil.ignore_patterns(".snakemake_timestamp"),
         )
     return 0

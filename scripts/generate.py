@@ -15,31 +15,42 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import check_known, parser, progress, run_script, settings_from
-from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_config
-from gsm8k_core.engines.base import Completion, Request
-from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import Json, iter_jsonl, seed_from, sha256_file, write_json, write_jsonl
-from gsm8k_core.manifest import provenance
-from gsm8k_core.models import (
-    autocast,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    weights_digest,
+from gsm8k_core.cli import (
+    add_config_argument,
+    add_engine_arguments,
+    check_known,
+    parser,
+    progress_bar,
+    run_script,
+    settings_from,
+    with_engine_arguments,
 )
+from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_config
+from gsm8k_core.engines.base import Completion, Engine, Request
+from gsm8k_core.engines.start import start_engine
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import (
+    Json,
+    iter_jsonl,
+    lock,
+    seed_from,
+    sha256_file,
+    unlock,
+    write_json,
+    write_jsonl,
+)
+from gsm8k_core.manifest import provenance
+from gsm8k_core.models import resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.training import device_name, peak_memory_mb
 
 log = logging.getLogger("generate")
-
-# Problems between two writes of the partial file, in engine batches: what a kill can lose.
-BATCHES_PER_CHUNK = 2
 
 
 def select_problems(path: Path, suite: SuiteSettings) -> list[Problem]:
@@ -53,7 +64,7 @@ def select_problems(path: Path, suite: SuiteSettings) -> list[Problem]:
 def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any) -> list[Request]:
     """The greedy completion and the samples that the suite asks of one problem."""
     suite = settings.suite_settings
-    text = render_prompt(problem.question, settings.prompt, tokenizer)
+    text = render_prompt(problem.question, settings.prompt, tokenizer, problem.examples)
     (prompt_ids,) = prompt_token_ids([text], settings.prompt, tokenizer)
     seeds = [
         seed_from(settings.seed, settings.suite, problem.id, k) for k in range(suite.num_samples)
@@ -87,6 +98,54 @@ def completion_rows(
     ]
 
 
+def generate_problems(
+    problems: list[Problem],
+    settings: EvaluationSettings,
+    engine: Engine,
+    save: Callable[[Json], None],
+) -> None:
+    """Ask the engine for all of a suite at once; `save` a problem when it has all it asks for.
+
+    A prompt that leaves no room for max_new_tokens loses its beginning, which is counted.
+    """
+    asked = [requests_for(problem, settings, engine.tokenizer) for problem in problems]
+    room = None
+    if engine.max_length is not None:
+        room = engine.max_length - settings.suite_settings.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"suites.{settings.suite}.max_new_tokens leaves no room for a prompt: the model "
+                f"has {engine.max_length} positions"
+            )
+    owners, requests = [], []
+    for place, group in enumerate(asked):
+        for k, request in enumerate(group):
+            owners.append((place, k))
+            prompt_ids = request.prompt_ids if room is None else request.prompt_ids[-room:]
+            requests.append(replace(request, prompt_ids=prompt_ids))
+    found: list[dict[int, list[Completion]]] = [{} for _ in problems]
+    started = time.perf_counter()
+
+    def on_done(index: int, completions: list[Completion]) -> None:
+        place, k = owners[index]
+        found[place][k] = completions
+        if len(found[place]) < len(asked[place]):
+            return
+        num_prompt_tokens = len(asked[place][0].prompt_ids)
+        groups = [found[place][k] for k in range(len(asked[place]))]
+        save(
+            {
+                "problem_id": problems[place].id,
+                "seconds_total": time.perf_counter() - started,
+                "num_prompt_tokens": num_prompt_tokens,
+                "prompt_truncated": room is not None and num_prompt_tokens > room,
+                "rows": completion_rows(problems[place], asked[place], groups),
+            }
+        )
+
+    engine.generate(requests, on_done)
+
+
 def read_partial(path: Path, header: Json) -> dict[str, Json]:
     """Problems that a killed job had finished, by id.
 
@@ -107,7 +166,7 @@ def read_partial(path: Path, header: Json) -> dict[str, Json]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow gives them")
-    arguments.add_argument("--config", nargs="+", type=Path, default=[Path("config.yaml")])
+    add_config_argument(arguments)
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
@@ -116,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="completions, JSONL")
     arguments.add_argument("--stats", type=Path, required=True, help="seconds, tokens, JSON")
+    add_engine_arguments(arguments)
     args = arguments.parse_args(argv)
 
     if args.settings is not None:
@@ -129,18 +189,17 @@ def main(argv: list[str] | None = None) -> int:
     else:
         raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")
 
+    settings = settings.model_copy(
+        update={"model_settings": with_engine_arguments(settings.model_settings, args)}
+    )
     problems = select_problems(args.data, settings.suite_settings)
     started = time.perf_counter()
     device = resolve_device(settings.model_settings.gpus)
-    tokenizer = load_tokenizer(args.model)
-    engine = HfEngine(
-        load_model(args.model, device),
-        tokenizer,
-        settings.model_settings.completions_per_batch,
-        forward_context=lambda: autocast(device, settings.model_settings.dtype),
-    )
+    engine = start_engine(args.model, settings.model_settings, device)
     seconds_loading = time.perf_counter() - started
 
+    lock_path = args.output.with_name(f".{args.output.name}.lock")
+    held = lock(lock_path, str(args.output))
     partial = args.output.with_name(args.output.name + ".partial")
     header = {
         "settings": dump(settings),
@@ -150,34 +209,37 @@ def main(argv: list[str] | None = None) -> int:
     done = read_partial(partial, header)
     if done:
         log.info("going on after %d of %d problems", len(done), len(problems))
+    seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
-    suite = settings.suite_settings
-    completions_per_problem = int(suite.greedy) + suite.num_samples
-    chunk = max(1, BATCHES_PER_CHUNK * engine.batch_size // completions_per_problem)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
         if not done:
             handle.write(json.dumps(header) + "\n")
-        for start in progress(range(0, len(left), chunk), "generating"):
-            chunk_started = time.perf_counter()
-            chosen = left[start : start + chunk]
-            requests = [requests_for(problem, settings, tokenizer) for problem in chosen]
-            completions = iter(engine.generate([r for group in requests for r in group]))
-            seconds = (time.perf_counter() - chunk_started) / len(chosen)
-            for problem, group in zip(chosen, requests, strict=True):
-                done[problem.id] = {
-                    "problem_id": problem.id,
-                    "seconds": seconds,
-                    "num_prompt_tokens": len(group[0].prompt_ids),
-                    "rows": completion_rows(problem, group, [next(completions) for _ in group]),
-                }
-                handle.write(json.dumps(done[problem.id], ensure_ascii=False) + "\n")
-            handle.flush()
-            log.info("%d of %d problems", min(start + chunk, len(left)), len(left))
+        with progress_bar("generating", len(problems), len(done)) as bar:
+
+            def save(entry: Json) -> None:
+                """Keep a finished problem: a killed job goes on after it."""
+                entry["seconds_total"] += seconds_before
+                done[entry["problem_id"]] = entry
+                handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                handle.flush()
+                bar.update()
+                if len(done) * 10 // len(problems) > (len(done) - 1) * 10 // len(problems):
+                    log.info("%d of %d problems", len(done), len(problems))
+
+            generate_problems(left, settings, engine, save)
+    engine.close()
 
     rows = [row for problem in problems for row in done[problem.id]["rows"]]
     write_jsonl(args.output, rows)
-    seconds_generating = sum(done[problem.id]["seconds"] for problem in problems)
+    seconds_generating = max(entry["seconds_total"] for entry in done.values())
+    num_truncated = sum(done[problem.id]["prompt_truncated"] for problem in problems)
+    if num_truncated:
+        log.warning(
+            "%d of %d prompts were too long for the model: they lost their beginning",
+            num_truncated,
+            len(problems),
+        )
     num_tokens = sum(row["num_tokens"] for row in rows)
     write_json(
         args.stats,
@@ -187,12 +249,13 @@ def main(argv: list[str] | None = None) -> int:
             "parent": settings.parent,
             "seed": settings.seed,
             "suite": settings.suite,
-            "engine": "transformers",
+            "engine": engine.name,
             "device": device_name(device),
             "dtype": settings.model_settings.dtype,
             "num_problems": len(problems),
             "num_completions": len(rows),
             "num_prompt_tokens": sum(done[p.id]["num_prompt_tokens"] for p in problems),
+            "num_prompts_truncated": num_truncated,
             "num_completion_tokens": num_tokens,
             "seconds_loading": round(seconds_loading, 3),
             "seconds_generating": round(seconds_generating, 3),
@@ -203,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         },
     )
     partial.unlink()
+    unlock(lock_path, held)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
         len(rows),

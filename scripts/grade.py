@@ -1,8 +1,10 @@
 """Grade stored completions: no model, no GPU, rerun for free when grading changes.
 
-Reads the completions that generate.py stored, grades each both ways (`strict`: after the answer
-marker; `flexible`: the last number) and writes one row per completion (Parquet) and one summary
-(JSON). The way named by `grading` is the one that counts; both are kept.
+Reads the completions that generate.py stored, gives each every grade (gsm8k_core/grading.py) and
+writes one row per completion (Parquet) and one summary (JSON). The grade named by `grading` is the
+one that counts, `correct`; all are kept. `math_verify` is the slow one: it is taken where the
+settings say `"math_verify": true` (in a config: `suites.<name>.math_verify`) or name it as the
+grade that counts, and is null elsewhere.
 
     python scripts/grade.py --settings '{"grading": "strict", "marker": "####"}' \\
         --completions completions/test.jsonl --stats completions/test.stats.json \\
@@ -10,11 +12,13 @@ marker; `flexible`: the last number) and writes one row per completion (Parquet)
 
 In the summary, `accuracy` is that of the greedy completions (null without them); `pass_at_1` is the
 mean share of correct samples (the greedy accuracy without samples); `pass_at_k` is the unbiased
-estimator of Chen et al. 2021. Lengths, truncation, format and the two accuracies
-`accuracy_strict`, `accuracy_flexible` are those of the greedy completions where there are any.
+estimator of Chen et al. 2021. Lengths, truncation, format and the accuracy by each grade
+(`accuracy_strict`, `accuracy_lm_eval_strict`, …) are those of the greedy completions where there
+are any. `math_verify_killed` counts the completions, wrong by that grade, that took it too long.
 
-Departures: lm-evaluation-harness compares texts after removing `,` and `$`; here numbers are
-compared exactly, so `18.00` is 18 and `1, 18` is nothing (see gsm8k_core/answers.py).
+Departures: lm-evaluation-harness compares texts after removing `,` and `$`; `strict` and `flexible`
+compare numbers exactly, so `18.00` is 18 and `1, 18` is nothing (see gsm8k_core/answers.py). The
+harness' own grades are `lm_eval_strict` and `lm_eval_flexible`.
 """
 
 from __future__ import annotations
@@ -23,18 +27,17 @@ import json
 import logging
 import sys
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from gsm8k_core.answers import extract_answer, parse_gold
 from gsm8k_core.cli import parser, run_script, settings_from
 from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
+from gsm8k_core.grading import GRADES, Gold, Grader, read_gold
 from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
 
 log = logging.getLogger("grade")
@@ -61,13 +64,12 @@ ROW_TYPES: dict[str, type] = {
     "finish_reason": str,
 }
 CHOICES = {"decoding": ("greedy", "sample"), "finish_reason": ("stop", "length")}
-GRADES_SCHEMA = {
+GRADES_SCHEMA: dict[str, type[pl.DataType]] = {
     "problem_id": pl.String,
     "decoding": pl.String,
     "sample_index": pl.Int64,
     "correct": pl.Boolean,
-    "correct_strict": pl.Boolean,
-    "correct_flexible": pl.Boolean,
+    **dict.fromkeys(GRADES, pl.Boolean),
     "has_format": pl.Boolean,
     "extracted": pl.String,
     "num_tokens": pl.Int64,
@@ -98,7 +100,7 @@ def check_row(row: Json, where: str) -> None:
         )
 
 
-def grade_rows(rows: Iterable[Json], source: str, settings: GradingSettings) -> pl.DataFrame:
+def grade_rows(rows: Iterable[Json], source: str, grader: Grader) -> pl.DataFrame:
     """One graded row per completion, sorted by problem, decoding and sample.
 
     Raises DataError that names `source` and the row (from 1) for a malformed row, a completion
@@ -106,7 +108,7 @@ def grade_rows(rows: Iterable[Json], source: str, settings: GradingSettings) -> 
     when problems differ in how often they were answered.
     """
     grades: list[Json] = []
-    golds: dict[str, tuple[str, Fraction]] = {}
+    golds: dict[str, tuple[str, Gold]] = {}
     seen: dict[tuple[str, str, int], int] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -121,7 +123,16 @@ def grade_rows(rows: Iterable[Json], source: str, settings: GradingSettings) -> 
                 f"{where}: gold is {row['gold']!r}, but {gold_text!r} in an earlier row of "
                 f"problem {key[0]!r}"
             )
-        grades.append(_grade(row, gold, settings))
+        grades.append(
+            {
+                "problem_id": row["problem_id"],
+                "decoding": row["decoding"],
+                "sample_index": row["sample_index"],
+                **grader.grade(row["completion"], gold),
+                "num_tokens": row["num_tokens"],
+                "truncated": row["finish_reason"] == "length",
+            }
+        )
     if not grades:
         raise DataError(f"{source}: no completions; generate them again")
     frame = pl.DataFrame(grades, schema=GRADES_SCHEMA)
@@ -129,29 +140,11 @@ def grade_rows(rows: Iterable[Json], source: str, settings: GradingSettings) -> 
     return frame.sort("problem_id", "decoding", "sample_index")
 
 
-def _gold(text: str, where: str) -> Fraction:
+def _gold(text: str, where: str) -> Gold:
     try:
-        return parse_gold(text)
+        return read_gold(text)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def _grade(row: Json, gold: Fraction, settings: GradingSettings) -> Json:
-    strict = extract_answer(row["completion"], "strict", settings.marker)
-    flexible = extract_answer(row["completion"], "flexible", settings.marker)
-    primary = strict if settings.grading == "strict" else flexible
-    return {
-        "problem_id": row["problem_id"],
-        "decoding": row["decoding"],
-        "sample_index": row["sample_index"],
-        "correct": primary == gold,
-        "correct_strict": strict == gold,
-        "correct_flexible": flexible == gold,
-        "has_format": strict is not None,
-        "extracted": None if primary is None else str(primary),
-        "num_tokens": row["num_tokens"],
-        "truncated": row["finish_reason"] == "length",
-    }
 
 
 def _check_balance(frame: pl.DataFrame, source: str) -> None:
@@ -189,8 +182,7 @@ def summarize(grades: pl.DataFrame) -> dict[str, Any]:
         "num_problems": grades["problem_id"].n_unique(),
         "num_samples": num_samples,
         "accuracy": accuracy,
-        "accuracy_strict": _mean(main["correct_strict"]),
-        "accuracy_flexible": _mean(main["correct_flexible"]),
+        **{f"accuracy_{grade}": _share(main[grade]) for grade in GRADES},
         "pass_at_1": _mean(samples["correct"]) if num_samples else accuracy,
         "pass_at_k": {str(k): float(pass_at_k(num_samples, num_correct, k).mean()) for k in ks},
         "maj_at_k": {
@@ -207,6 +199,11 @@ def summarize(grades: pl.DataFrame) -> dict[str, Any]:
 
 def _mean(column: pl.Series) -> float:
     return float(column.cast(pl.Float64).to_numpy().mean())
+
+
+def _share(grades: pl.Series) -> float | None:
+    """The share that is right; None for a grade that was not taken."""
+    return None if grades.null_count() else _mean(grades)
 
 
 def read_stats(path: Path) -> Json:
@@ -226,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--settings",
         required=True,
-        help='JSON, or a file with it: {"grading": "strict" or "flexible", '
-        '"marker": "####" or "boxed"}',
+        help='JSON, or a file with it: {"grading": the grade that counts, '
+        '"marker": "####", "boxed" or a text, "math_verify": true or false}',
     )
     arguments.add_argument("--output", type=Path, required=True, help="summary to write (JSON)")
     arguments.add_argument("--grades", type=Path, required=True, help="grades to write (Parquet)")
@@ -235,8 +232,14 @@ def main(argv: list[str] | None = None) -> int:
 
     settings: GradingSettings = settings_from(args.settings, GradingSettings)
     stats = read_stats(args.stats)
-    grades = grade_rows(iter_jsonl(args.completions), str(args.completions), settings)
-    summary = {**stats, **settings.model_dump(), **summarize(grades)}
+    with Grader(settings) as grader:
+        grades = grade_rows(iter_jsonl(args.completions), str(args.completions), grader)
+    summary = {
+        **stats,
+        **settings.model_dump(),
+        **summarize(grades),
+        "math_verify_killed": grader.num_killed,
+    }
     with atomic_path(args.grades) as temporary:
         grades.write_parquet(temporary)
     write_text(

@@ -1,8 +1,9 @@
 """Write a dataset as train.jsonl, val.jsonl and test.jsonl with a manifest.
 
 GSM8K comes from a local folder ($GSM8K_DIR or datasets.<name>.path), else the hub at a pinned
-revision, else GitHub at a pinned commit; its content digest must be the pinned one. `arithmetic` is
-generated from its seed.
+revision, else GitHub at a pinned commit; its content digest must be the pinned one. GSM8K-Platinum
+and lm-evaluation-harness' worked examples are made from it. `arithmetic` and `gsm_symbolic` are
+generated from their seed.
 
     python scripts/prepare_data.py --dataset arithmetic --output-dir artifacts/arithmetic
     GSM8K_DIR=~/gsm8k python scripts/prepare_data.py --dataset gsm8k --output-dir artifacts/gsm8k
@@ -16,11 +17,17 @@ from pathlib import Path
 
 from gsm8k_core.arithmetic import make_arithmetic
 from gsm8k_core.cli import check_known, parser, run_script, settings_from
-from gsm8k_core.config import ArithmeticDataset, DatasetSettings, load_config
-from gsm8k_core.data import content_digest, fetch_gsm8k, split_gsm8k
+from gsm8k_core.config import (
+    ArithmeticDataset,
+    DatasetSettings,
+    GsmSymbolicDataset,
+    load_config,
+)
+from gsm8k_core.data import content_digest, make_gsm8k
 from gsm8k_core.files import sha256_file, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.problems import write_problems
+from gsm8k_core.symbolic import make_symbolic
 
 log = logging.getLogger("prepare_data")
 
@@ -44,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if isinstance(settings, ArithmeticDataset):
         problems, source = make_arithmetic(settings), "generated"
+    elif isinstance(settings, GsmSymbolicDataset):
+        problems, source = make_symbolic(settings)
     else:
-        raw, source = fetch_gsm8k(settings)
-        problems = split_gsm8k(raw, settings.num_val)
+        problems, source = make_gsm8k(settings)
 
     manifest: dict[str, object] = {
         "dataset": args.dataset,

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from gsm8k_core.cli import check_known, parser, run_script, settings_from
-from gsm8k_core.config import ModelSettings, load_config
+from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings, load_config
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import prepare_model
@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         facts = prepare_model(settings, temporary)
         write_json(
             temporary / "manifest.json",
-            {"model": args.model_name, **facts, "provenance": provenance()},
+            {
+                "model": args.model_name,
+                "settings": settings.model_dump(mode="json", include=WEIGHTS_KEYS),
+                **facts,
+                "provenance": provenance(),
+            },
         )
     log.info("%s: %s from %s", args.output_dir, facts["architecture"], facts["from"])
     return 0

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
+from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import DpoMethod, PromptSettings
 from gsm8k_core.dpo import dpo_loss
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
 from gsm8k_core.models import load_model
-from gsm8k_core.problems import read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
@@ -86,16 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = run_settings.method_settings
     if not isinstance(settings, DpoMethod):
         raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not dpo")
-    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
-    run = TrainingRun(
-        run_settings,
-        args.starting_model,
-        args.data,
-        args.output_dir,
-        num_updates=settings.num_steps,
-        num_steps=num_steps,
-        val_problems=read_problems(args.val_data) if args.val_data else None,
-    )
+    run = TrainingRun.from_arguments(args, run_settings)
     disable_dropout(run.model)
     reference = load_model(args.starting_model, run.device).requires_grad_(False)
     pad_id = pad_token_id(run.tokenizer)
@@ -105,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     order = itertools.islice(order, steps_done * settings.batch_size, None)
 
     run.model.train()
-    for step in progress(range(steps_done + 1, num_steps + 1), "DPO", num_steps, steps_done):
+    for step in run.steps_after(steps_done, "DPO"):
         started = time.perf_counter()
         chosen_pairs = take(pairs, order, settings.batch_size)
         sums: dict[str, float] = {}
@@ -137,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens_per_second": round(num_tokens / seconds, 1),
             },
         )
-        if step % 50 == 0 or step == num_steps:
-            log.info("step %d/%d: loss %.4f", step, num_steps, sums["loss"] / len(chosen_pairs))
+        if step % 50 == 0 or step == run.num_steps:
+            log.info("step %d/%d: loss %.4f", step, run.num_steps, sums["loss"] / len(chosen_pairs))
     summary: Json = {"num_examples": len(pairs)}
     if args.sampling_stats is not None:
         sampled = read_json(args.sampling_stats)

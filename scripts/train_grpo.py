@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from gsm8k_core.advantages import compute_advantages
-from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
+from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import seed_from
+from gsm8k_core.errors import ConfigError, TrainingError
+from gsm8k_core.files import Json, seed_from
 from gsm8k_core.grpo import (
     Metrics,
     PolicyBatch,
@@ -42,7 +42,7 @@ from gsm8k_core.grpo import (
 )
 from gsm8k_core.losses import kl_estimate, mask_truncated, soft_overlong_penalty, step_normalizer
 from gsm8k_core.masking import masked_sum
-from gsm8k_core.models import load_model
+from gsm8k_core.models import compute_dtype, load_model
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import RewardFn, build_reward_fn
@@ -51,6 +51,9 @@ from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
 
 log = logging.getLogger("train_grpo")
+
+# Mean |log-prob difference| a token between engine and trainer that numerics can explain.
+MAX_SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Group:
     rewards: list[dict[str, float]]
     has_spread: bool
     """Whether rewards differ, the overlong penalty left aside."""
+    gold: str
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def sample_groups(
                 {**reward, "overlong_reward": penalty, "reward": reward["reward"] + penalty}
                 for reward, penalty in zip(rewards, penalties, strict=True)
             ]
-        groups.append(Group(request.prompt_ids, completions, rewards, has_spread))
+        groups.append(Group(request.prompt_ids, completions, rewards, has_spread, problem.gold))
     return groups
 
 
@@ -210,6 +214,34 @@ def score_all(run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts) -> t
         scores = score_rows(run, model, rollouts, rows)["log_probs"]
         log_probs[rows, : scores.shape[1]] = scores
     return log_probs
+
+
+@torch.no_grad()
+def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
+    """Raise TrainingError where the sampler's log-probs are not the trainer's, before an update.
+
+    One microbatch tells: weights that did not reach the engine are wrong for every completion.
+    """
+    settings = run.run_settings.method_settings
+    assert isinstance(settings, GrpoMethod)
+    bound = (
+        settings.max_sampler_gap
+        or MAX_SAMPLER_GAP[compute_dtype(run.device, run.run_settings.model_settings.dtype)]
+    )
+    rows = split_by_token_budget(rollouts.lengths, run.settings.tokens_per_microbatch)[0]
+    log_probs = score_rows(run, run.model, rollouts, rows)["log_probs"]
+    width = log_probs.shape[1]
+    mask = rollouts.response_mask[rows, :width]
+    if not bool(mask.any()):
+        return
+    gap = sampler_gap(log_probs, rollouts.sampler_log_probs[rows, :width], mask)
+    if not gap["sampler_gap_mean"] <= bound:
+        raise TrainingError(
+            f"the sampler's log-probs differ from the trainer's by {gap['sampler_gap_mean']:.2g} "
+            f"nats on average (at most {gap['sampler_gap_max']:.2g}), the bound is {bound:g}: the "
+            "engine samples from other weights than those in training. If its numerics explain it "
+            "(dtype, kv_cache_dtype), raise max_sampler_gap; engine: transformers has no gap"
+        )
 
 
 def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor) -> Metrics:
@@ -309,6 +341,24 @@ def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
     return metrics
 
 
+def completion_rows(groups: list[Group], tokenizer: Any) -> list[Json]:
+    """What was sampled, to be looked at: the first completion of every group, then the second, …"""
+    prompts = [tokenizer.decode(group.prompt_ids) for group in groups]
+    return [
+        {
+            "prompt": prompt,
+            "completion": completion.text,
+            "gold": group.gold,
+            "reward": reward["reward"],
+            "num_tokens": len(completion.token_ids),
+            "truncated": completion.finish_reason == "length",
+        }
+        for k in range(max(len(group.completions) for group in groups))
+        for prompt, group in zip(prompts, groups, strict=True)
+        for completion, reward in [(group.completions[k], group.rewards[k])]
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
 
@@ -319,16 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     problems = read_problems(args.data)
     reward_fn = build_reward_fn(settings.reward, run_settings.prompt.answer_marker)
     updates_per_step = settings.epochs_per_batch * settings.minibatches
-    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
-    run = TrainingRun(
-        run_settings,
-        args.starting_model,
-        args.data,
-        args.output_dir,
-        num_updates=settings.num_steps * updates_per_step,
-        num_steps=num_steps,
-        val_problems=read_problems(args.val_data) if args.val_data else None,
-    )
+    run = TrainingRun.from_arguments(args, run_settings, updates_per_step)
     disable_dropout(run.model)
     reference = None
     if settings.kl_coefficient > 0:
@@ -343,21 +384,24 @@ def main(argv: list[str] | None = None) -> int:
             return {}
         return dict(reference.named_parameters())
 
-    engine = run.engine()
     pad_id = pad_token_id(run.tokenizer)
     order = endless_order(len(problems), seed_from(run_settings.seed, "prompts"))
     order = itertools.islice(order, run.progress.setdefault("num_prompts_taken", 0), None)
 
     run.model.train()
-    for step in progress(range(steps_done + 1, num_steps + 1), "GRPO", num_steps, steps_done):
+    for step in run.steps_after(steps_done, "GRPO"):
         started = time.perf_counter()
-        groups, sampled = collect_groups(
-            problems, order, engine, reward_fn, run_settings, run.tokenizer, step
-        )
+        with run.sampling() as engine:
+            groups, sampled = collect_groups(
+                problems, order, engine, reward_fn, run_settings, run.tokenizer, step
+            )
         run.progress["num_prompts_taken"] += len(sampled)
         rolled_out = time.perf_counter()
 
         rollouts = to_tensors(groups, pad_id, settings, run.device)
+        every = settings.check_sampler_every_steps
+        if every and (step == steps_done + 1 or step % every == 0):
+            check_sampler(run, rollouts)
         if updates_per_step > 1:
             rollouts = replace(rollouts, old_log_probs=score_all(run, run.model, rollouts))
         if reference is not None:
@@ -394,9 +438,10 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens_per_second": round(num_tokens / (ended - started), 1),
             },
             extra=refreshed_reference,
+            completions=lambda: completion_rows(groups, run.tokenizer),
         )
-        if step % 10 == 0 or step == num_steps:
-            log.info("step %d/%d: reward %.3f", step, num_steps, row["reward_mean"])
+        if step % 10 == 0 or step == run.num_steps:
+            log.info("step %d/%d: reward %.3f", step, run.num_steps, row["reward_mean"])
     run.finish({"num_prompts": run.progress["num_prompts_taken"]})
     return 0
 

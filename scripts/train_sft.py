@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import progress, run_script, run_settings_from, training_parser
+from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import iter_jsonl, seed_from
@@ -103,17 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = run_settings.method_settings
     if not isinstance(settings, SftSettings):
         raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not SFT")
-    val_problems = read_problems(args.val_data) if args.val_data else None
-    num_steps = min(settings.num_steps, args.max_steps or settings.num_steps)
-    run = TrainingRun(
-        run_settings,
-        args.starting_model,
-        args.data,
-        args.output_dir,
-        num_updates=settings.num_steps,
-        num_steps=num_steps,
-        val_problems=val_problems,
-    )
+    run = TrainingRun.from_arguments(args, run_settings)
     pad_id = pad_token_id(run.tokenizer)
     examples = load_examples(args.data, run_settings, run.tokenizer)
     steps_done, _ = run.resume()
@@ -123,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     order = itertools.islice(order, steps_done * settings.batch_size, None)
 
     run.model.train()
-    for step in progress(range(steps_done + 1, num_steps + 1), "SFT", num_steps, steps_done):
+    for step in run.steps_after(steps_done, "SFT"):
         started = time.perf_counter()
         chosen = take(examples, order, settings.batch_size)
         batches = microbatches(chosen, settings, pad_id)
@@ -151,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens_per_second": round(num_tokens / seconds, 1),
             },
         )
-        if step % 50 == 0 or step == num_steps:
-            log.info("step %d/%d: loss %.4f", step, num_steps, loss)
-    run.finish({"num_examples": len(examples), "loss": loss if num_steps > steps_done else None})
+        if step % 50 == 0 or step == run.num_steps:
+            log.info("step %d/%d: loss %.4f", step, run.num_steps, loss)
+    last_loss = loss if run.num_steps > steps_done else None
+    run.finish({"num_examples": len(examples), "loss": last_loss})
     return 0
 
 

@@ -124,7 +124,8 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         ({"study": {"models": ["tiny-qwen2"] * 2}}, "study.models: listed twice: tiny-qwen2"),
         (
             {"study": {"dataset": "xyzzy"}},
-            "study.dataset: no dataset 'xyzzy'; there are: arithmetic, gsm8k",
+            "study.dataset: no dataset 'xyzzy'; there are: arithmetic, gsm8k, "
+            "gsm8k_lm_eval, gsm8k_platinum, gsm_symbolic",
         ),
         (
             {"defaults": {"grop": {}}},
@@ -133,6 +134,21 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         (
             {"models": {"x": {"source": "hub", "hub_id": "a/b", "prompt": "plain"}}},
             "models.x: source: hub needs revision",
+        ),
+        (
+            {"models": {"tiny-qwen2": {"prompt": "lm_eval_5shot"}}},
+            "models.tiny-qwen2.prompt: 'lm_eval_5shot' shows the examples of each test problem, "
+            "and training problems have none; name it in a suite",
+        ),
+        (
+            {"suites": {"gsm8k": {"prompt": "lm_eval_5shot"}}},
+            "suites.gsm8k.prompt: 'lm_eval_5shot' shows each problem's own examples; take a "
+            "dataset with examples_per_test_problem, and its test split",
+        ),
+        (
+            {"suites": {"gsm8k_lm_eval": {"split": "val"}}},
+            "suites.gsm8k_lm_eval.prompt: 'lm_eval_5shot' shows each problem's own examples; take "
+            "a dataset with examples_per_test_problem, and its test split",
         ),
         (
             {"prompts": {"plain": {"template": "{question} {question}"}}},

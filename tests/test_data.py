@@ -19,8 +19,17 @@ import pytest
 
 from gsm8k_core import data
 from gsm8k_core.config import Gsm8kDataset
-from gsm8k_core.data import content_digest, fetch_gsm8k, split_gsm8k
+from gsm8k_core.data import (
+    content_digest,
+    fetch_gsm8k,
+    make_gsm8k,
+    revise_as_platinum,
+    split_gsm8k,
+    with_lm_eval_examples,
+)
 from gsm8k_core.errors import DataError
+from gsm8k_core.files import read_jsonl
+from gsm8k_core.problems import Problem
 
 Rows = list[dict[str, Any]]
 ROWS: dict[str, Rows] = {
@@ -181,9 +190,9 @@ TRAIN = to_jsonl(ROWS["train"])
         (404, r"train\.jsonl: HTTP 404"),
         (500, r"train\.jsonl: HTTP 500"),
         ((TRAIN[:100], len(TRAIN)), r"train\.jsonl: IncompleteRead"),
-        (TRAIN[:100], "GitHub: Unterminated string|GitHub: Expecting"),
-        (b"<html>sign in</html>", "GitHub: Expecting value"),
-        (b"\xff\xfe", "GitHub: 'utf-8' codec"),
+        (TRAIN[:100], r"GitHub: train\.jsonl, row 2: not valid JSON"),
+        (b"<html>sign in</html>", r"GitHub: train\.jsonl, row 1: not valid JSON \(Expecting value"),
+        (b"\xff\xfe", r"GitHub: train\.jsonl, row 1: not valid JSON \('utf-8' codec"),
     ],
 )
 def test_a_bad_answer_is_one_clear_error_that_names_the_way_out(
@@ -317,6 +326,58 @@ def test_a_row_without_a_gold_answer_is_named() -> None:
         split_gsm8k(rows, num_val=1)
 
 
+# Worked examples, one draw a test problem (tests/test_lm_eval_prompts.py compares the prompts)
+
+
+def test_examples_are_drawn_from_all_of_train_problem_by_problem(folder: Path) -> None:
+    made, _ = make_gsm8k(settings(path=str(folder), examples_per_test_problem=3))
+    (problem,) = made["test"]
+    generator = random.Random(1234)
+    assert [example.question for example in problem.examples] == [
+        row["question"] for row in generator.sample(ROWS["train"], 3)
+    ]
+    assert all(one.examples == () for split in ("train", "val") for one in made[split])
+
+    test = split_gsm8k({**ROWS, "test": ROWS["test"] * 3}, num_val=1)["test"]
+    drawn = with_lm_eval_examples(test, ROWS["train"], 5, seed=1234)
+    assert len({problem.examples for problem in drawn}) == 3
+    assert all(len(set(problem.examples)) == 5 for problem in drawn)
+    other = with_lm_eval_examples(test, ROWS["train"], 5, seed=1)
+    assert {problem.examples for problem in other}.isdisjoint({p.examples for p in drawn})
+
+
+def test_a_test_problem_in_train_cannot_become_an_example() -> None:
+    rows = [*ROWS["train"], {"question": " 2  × 3? ", "answer": "#### 6"}]
+    test = split_gsm8k(ROWS, num_val=1)["test"]
+    with pytest.raises(DataError, match="GSM8K train, row 21 asks what test-0 asks"):
+        with_lm_eval_examples(test, rows, num_examples=2, seed=1234)
+
+
+def test_more_examples_than_rows_are_an_error() -> None:
+    test = split_gsm8k(ROWS, num_val=1)["test"]
+    with pytest.raises(DataError, match="examples_per_test_problem is 21, but train has 20 rows"):
+        with_lm_eval_examples(test, ROWS["train"], num_examples=21, seed=1234)
+
+
+# GSM8K-Platinum
+
+GSM8K_TEST_DIGEST = Gsm8kDataset(kind="gsm8k").digests["test"]
+
+
+def test_platinum_drops_rows_and_corrects_golds_by_row_number() -> None:
+    test = [Problem(f"test-{i}", f"q{i}", f"so\n#### {i}", str(i)) for i in range(1319)]
+    revised = {problem.id: problem for problem in revise_as_platinum(test, GSM8K_TEST_DIGEST)}
+    assert len(revised) == 1209
+    assert "test-4" not in revised and "test-1298" not in revised  # the first and the last removed
+    assert revised["test-5"] == test[5]
+    assert revised["test-1309"] == Problem("test-1309", "q1309", "#### 2180", "2180")
+
+
+def test_platinum_of_other_rows_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="GSM8K-Platinum is known by row number .* platinum: false"):
+        make_gsm8k(settings(path=str(folder), platinum=True))
+
+
 # The real thing
 
 REAL = os.environ.get("GSM8K_DIR")
@@ -341,3 +402,52 @@ def test_the_real_gsm8k_has_the_pinned_digests_and_every_gold_parses() -> None:
         float(problem.gold)
     # This row is torn in two by str.splitlines.
     assert sum("\u2028" in problem.question for problem in everything) == 1
+
+
+@pytest.mark.skipif(not REAL, reason="set GSM8K_DIR to a folder with GSM8K to make Platinum of it")
+def test_the_real_platinum_has_1209_problems_and_ten_corrected_golds() -> None:
+    gsm8k, _ = make_gsm8k(Gsm8kDataset(kind="gsm8k", path=REAL))
+    platinum, _ = make_gsm8k(Gsm8kDataset(kind="gsm8k", path=REAL, platinum=True))
+    assert platinum["train"] == gsm8k["train"] and platinum["val"] == gsm8k["val"]
+    before = {problem.id: problem for problem in gsm8k["test"]}
+    after = {problem.id: problem for problem in platinum["test"]}
+    assert len(before) == 1319 and len(after) == 1209
+    corrected = {
+        key: (before[key].gold, problem.gold)
+        for key, problem in after.items()
+        if problem.gold != before[key].gold
+    }
+    assert corrected == {
+        "test-288": ("3", "4"),
+        "test-403": ("81", "135"),
+        "test-454": ("150", "240"),
+        "test-649": ("162000", "160000"),
+        "test-749": ("3", "6"),
+        "test-823": ("14", "18"),
+        "test-952": ("360", "1800"),
+        "test-1035": ("35", "40"),
+        "test-1071": ("251", "257"),
+        "test-1309": ("2280", "2180"),
+    }
+    assert all(after[key].question == before[key].question for key in after)
+    assert all(after[key] == before[key] for key in after if key not in corrected)
+
+
+@pytest.mark.skipif(
+    not REAL or not (Path(REAL) / "platinum_delta.jsonl").exists(),
+    reason="set GSM8K_DIR to a folder that has platinum_delta.jsonl too to compare the facts",
+)
+def test_the_packaged_facts_are_those_of_the_published_delta() -> None:
+    assert REAL is not None
+    test = make_gsm8k(Gsm8kDataset(kind="gsm8k", path=REAL))[0]["test"]
+    revised = {p.id: p for p in revise_as_platinum(test, GSM8K_TEST_DIGEST)}
+    delta = read_jsonl(Path(REAL) / "platinum_delta.jsonl")
+    for row in delta:
+        problem = test[row["test_index"]]
+        digest = hashlib.sha256(problem.question.encode("utf-8")).hexdigest()
+        assert (digest, problem.gold) == (row["question_sha256"], row["gsm8k_gold"])
+        if row["status"] == "removed":
+            assert problem.id not in revised
+        else:
+            assert revised[problem.id].gold == row["platinum_gold"]
+    assert len(test) - len(revised) == sum(row["status"] == "removed" for row in delta) == 110

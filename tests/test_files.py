@@ -181,6 +181,8 @@ def test_a_row_with_another_line_separator_stays_one_row(tmp_path: Path, separat
         (b"3\n", "row 2: expected a JSON object, found int"),
         (b"\n", "row 2: not valid JSON"),
         (b'{"a": "\xff"}\n', "row 2: not valid JSON .*utf-8"),
+        (b"[" * 100_000 + b"\n", "row 2: not valid JSON .*recursion"),
+        (b'{"a": ' + b"1" * 5000 + b"}\n", "row 2: not valid JSON .*4300 digits"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_number(
@@ -191,6 +193,12 @@ def test_a_bad_row_is_named_by_file_and_number(
     with pytest.raises(DataError, match=message) as caught:
         read_jsonl(path)
     assert str(caught.value).startswith(f"{path}, ")
+
+
+def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\nnot JSON\n')
+    assert next(iter_jsonl(path)) == {"a": 1}  # the fault behind it is not reached
 
 
 def test_a_last_row_without_a_newline_is_a_row(tmp_path: Path) -> None:
@@ -205,7 +213,7 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
         read_json(path)
     with pytest.raises(DataError, match="no such file"):
         read_jsonl(path)
-    for content in (b"{", b"\xff"):
+    for content in (b"{", b"\xff", b"[" * 100_000, b"1" * 5000):
         path.write_bytes(content)
         with pytest.raises(DataError, match="not valid JSON") as caught:
             read_json(path)

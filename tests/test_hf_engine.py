@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ModelError
-from gsm8k_core.models import tiny_model, tiny_tokenizer
+from gsm8k_core.models import plain_weights, tiny_model, tiny_tokenizer
 
 LENGTHS = (3, 40, 7, 7, 1, 25, 12, 60)
 
@@ -348,3 +348,15 @@ def test_nothing_is_drawn_from_torchs_generator(engine: HfEngine) -> None:
     state = torch.random.get_rng_state()
     engine.generate(sampled([1, 2]))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_loaded_weights_are_those_that_it_samples_from(tokenizer: Any) -> None:
+    source, target = tiny_model(tokenizer), tiny_model(tokenizer)
+    for parameter in source.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    requests = [greedy(prompt) for prompt in prompts()]
+    wanted = HfEngine(source, tokenizer).generate(requests)
+    engine = HfEngine(target, tokenizer)
+    assert engine.generate(requests) != wanted
+    engine.load_weights(plain_weights(source))
+    assert engine.generate(requests) == wanted

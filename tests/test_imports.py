@@ -19,10 +19,16 @@ LIBRARY = ROOT / "gsm8k_core"
 TORCH_FREE = (
     "errors", "files", "config", "problems", "data", "arithmetic", "prompts", "answers", "rewards",
     "metrics", "tables", "plots", "manifest", "layout", "cli", "selection",
+    "redaction", "records", "tracking", "evaluate",
+    "differences", "studies",
+    "chat_api", "trace_collection", "traces",
+    "symbolic", "overlap", "grading", "lm_eval_grades", "math_verifier",
+    "report", "report_browser", "report_charts",
 )  # fmt: skip
 TORCH_FREE_SCRIPTS = (
     "prepare_data", "grade", "compare", "plot", "select_completions", "select_pairs",
-    "finish_rounds",
+    "collect_traces", "select_traces", "verify",
+    "compare_studies", "finish_rounds", "check_overlap", "score_completions", "report",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "vllm", "peft")
 

@@ -83,6 +83,29 @@ def test_the_base_model_is_one_cell_and_others_are_one_a_seed() -> None:
     ]
 
 
+def test_training_files_are_those_that_a_stage_of_a_method_learns_from() -> None:
+    assert LAYOUT.training_files() == ["artifacts/d/train.jsonl"]
+    raw = config().model_dump(mode="json", by_alias=True)
+    raw["datasets"] |= {"e": {"kind": "arithmetic"}, "f": {"kind": "arithmetic"}}
+    raw["methods"]["sft"]["dataset"] = "e"  # a stage below ei, which the study names
+    raw["methods"]["unused"] = {"kind": "sft", "dataset": "f"}
+    raw["study"]["methods"] = ["base", "ei"]
+    assert Layout(parse_config(raw)).training_files() == [
+        "artifacts/d/train.jsonl",
+        "artifacts/e/train.jsonl",
+    ]
+
+
+def test_suite_files_come_once_each() -> None:
+    raw = config().model_dump(mode="json", by_alias=True)
+    raw["suites"]["again"] = {"dataset": "d", "limit": 3}
+    raw["study"]["suites"] = ["t", "u", "again"]
+    assert Layout(parse_config(raw)).suite_files() == [
+        "artifacts/d/test.jsonl",
+        "artifacts/d/val.jsonl",
+    ]
+
+
 def test_one_of_matches_these_names_alone() -> None:
     pattern = re.compile(f"(?:{one_of(['qwen2.5', 'a+b'])})")
     assert pattern.fullmatch("qwen2.5") and pattern.fullmatch("a+b")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,16 +43,19 @@ def test_provenance_says_code_packages_machine_and_time() -> None:
 def test_no_secret_of_the_environment_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Config
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("WANDB_API_KEY", "secret_too")
+    monkeypatch.setenv("HF_TOKEN", "planted-token-1")
+    monkeypatch.setenv("WANDB_API_KEY", "planted-key-2")
+    monkeypatch.setenv("LANG", "planted-key-2")  # allowed, but not with that value
     monkeypatch.setenv("PYTHONHASHSEED", "7")
-    monkeypatch.setattr(sys, "argv", ["/somebody/bin/snakemake", "--cores", "1"])
+    monkeypatch.setattr(sys, "argv", ["/somebody/bin/snakemake", "--note", "planted-token-1"])
+    monkeypatch.setattr(manifest, "uncommitted_changes", lambda: "+token: planted-token-1\n")
     invocation = Invocation(tmp_path)
     invocation.start(config)
     written = "".join(
         path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()
     )
-    assert "secret" not in written + json.dumps(provenance())
+    assert "planted" not in written + json.dumps(provenance())
+    assert "+token: ***" in written
     assert provenance()["environment"]["PYTHONHASHSEED"] == "7"
 
 
@@ -67,8 +72,7 @@ def test_git_state_tells_a_clean_checkout_from_a_changed_one(
     (tmp_path / "file").write_bytes(b"caf\xe9\n")
     git("add", "file")
     git("commit", "-q", "-m", "first")
-    command = run_command
-    monkeypatch.setattr(manifest, "run_command", lambda *words: command(*words, cwd=tmp_path))
+    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tmp_path))
     clean = git_state()
     assert len(clean["commit"]) == 40
     assert (clean["dirty"], clean["diff_sha256"]) == (False, None)
@@ -81,10 +85,50 @@ def test_git_state_tells_a_clean_checkout_from_a_changed_one(
 def test_outside_a_checkout_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = run_command
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(manifest, "run_command", lambda *words: command(*words, cwd=tmp_path))
-    assert git_state() == {"commit": None, "dirty": False, "diff_sha256": None}
+    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tmp_path))
+    unknown = {"commit": None, "dirty": None, "diff_sha256": None}
+    assert git_state() == unknown
+    monkeypatch.setenv("GSM8K_COMMIT", "unknown")  # what the Dockerfile says unless told
+    assert git_state() == unknown
+    monkeypatch.setenv("GSM8K_COMMIT", "2fbb610d" * 5)
+    assert git_state() == {**unknown, "commit": "2fbb610d" * 5}
+    assert manifest.uncommitted_changes() == ""
+
+
+def test_the_uncommitted_changes_give_the_tree_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, copy = tmp_path / "tree", tmp_path / "copy"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+
+    def run(*words: str, cwd: Path = tree) -> str:
+        result = subprocess.run([*git, *words], cwd=cwd, check=True, capture_output=True, text=True)
+        return result.stdout
+
+    tree.mkdir()
+    run("init", "-q")
+    (tree / "changed.py").write_text("a = 1\n", encoding="utf-8")
+    (tree / "removed.py").write_text("b = 1\n", encoding="utf-8")
+    (tree / ".gitignore").write_text("ignored\n", encoding="utf-8")
+    run("add", ".")
+    run("commit", "-q", "-m", "first")
+    (tree / "changed.py").write_text("a = 2\n", encoding="utf-8")
+    (tree / "removed.py").unlink()
+    (tree / "a new one.py").write_text("c = '−'\n", encoding="utf-8")
+    (tree / "ignored").write_text("d\n", encoding="utf-8")
+    (tree / "large").write_text("e\n" * manifest.MAX_UNTRACKED_BYTES, encoding="utf-8")
+    before = run("status", "--porcelain")
+    monkeypatch.setattr(manifest, "ROOT", tree)
+    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tree))
+    (tmp_path / "changes.diff").write_text(manifest.uncommitted_changes(), encoding="utf-8")
+    assert run("status", "--porcelain") == before
+
+    run("clone", "-q", str(tree), str(copy), cwd=tmp_path)
+    run("apply", str(tmp_path / "changes.diff"), cwd=copy)
+    files = {path.name: path.read_text(encoding="utf-8") for path in copy.glob("*.py")}
+    assert files == {"changed.py": "a = 2\n", "a new one.py": "c = '−'\n"}
+    assert not (copy / "ignored").exists() and not (copy / "large").exists()
 
 
 def test_a_command_that_is_missing_or_fails_gives_none() -> None:
@@ -104,6 +148,10 @@ def test_the_code_digest_follows_names_and_contents(
     first = digest()
     (tmp_path / "gsm8k_core" / "notes.txt").write_text("1", encoding="utf-8")
     assert digest() == first
+    (tmp_path / "gsm8k_core" / "platinum.json").write_text("[]", encoding="utf-8")
+    with_data = digest()
+    assert with_data != first
+    (tmp_path / "gsm8k_core" / "platinum.json").unlink()
     (tmp_path / "gsm8k_core" / "a.py").rename(tmp_path / "gsm8k_core" / "b.py")
     second = digest()
     (tmp_path / "gsm8k_core" / "b.py").write_text("2", encoding="utf-8")
@@ -161,3 +209,78 @@ def test_a_secret_on_the_command_line_is_not_written_down() -> None:
     assert redacted(command) == [
         "snakemake", "--cores", "2", "--storage-s3-secret-key", "***", "--api-token=***",
     ]  # fmt: skip
+
+
+def test_a_job_names_the_call_that_it_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GSM8K_INVOCATION", raising=False)
+    assert provenance()["invocation"] is None
+    monkeypatch.setenv("GSM8K_INVOCATION", "20261123T054450Z_2fbb610d-2")
+    assert provenance()["invocation"] == "20261123T054450Z_2fbb610d-2"
+    monkeypatch.setenv("GSM8K_INVOCATION", "../../anything")
+    assert provenance()["invocation"] is None
+
+
+def test_an_invocation_says_its_seeds_process_changes_and_seconds(
+    tmp_path: Path, config: Config
+) -> None:
+    invocation = Invocation(tmp_path)
+    folder = tmp_path / invocation.start(config)
+    assert (folder / "changes.diff").exists()
+    invocation.finish("succeeded", seconds_gpu=1.5)
+    written = read_json(folder / "run_manifest.json")
+    assert written["seeds"] == [0, 1, 2]
+    assert written["process"]["pid"] == os.getpid()
+    assert written["seconds_cpu"] > 0 and written["seconds_gpu"] == 1.5
+
+
+def test_an_evaluation_belongs_to_no_study(tmp_path: Path, config: Config) -> None:
+    name = Invocation(tmp_path).start(config, evaluation={"seed": 5, "model": "a"})
+    written = read_json(tmp_path / name / "run_manifest.json")
+    assert (written["study"], written["seeds"]) == (None, [5])
+    assert written["evaluation"]["model"] == "a"
+
+
+def start_and_stop(runs: Path, how: str) -> None:
+    """An invocation in a process of its own that ends by `how`."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from gsm8k_core.config import load_config\n"
+        "from gsm8k_core.manifest import Invocation\n"
+        "invocation = Invocation(Path(sys.argv[1]))\n"
+        "invocation.start(load_config(Path('config.yaml')))\n" + how
+    )
+    subprocess.run([sys.executable, "-c", code, str(runs)], cwd=manifest.ROOT, check=False)
+
+
+def test_the_next_call_says_killed_of_what_was_killed(tmp_path: Path, config: Config) -> None:
+    start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    start_and_stop(tmp_path, "invocation.finish('failed')")
+    killed, failed = sorted(tmp_path.iterdir())
+    assert read_json(killed / "run_manifest.json")["state"] == "killed"
+    assert read_json(failed / "run_manifest.json")["state"] == "failed"
+
+    alive = Invocation(tmp_path)
+    alive.start(config)
+    later = Invocation(tmp_path)
+    later.start(config)  # beside one that runs
+    assert alive.folder is not None
+    assert read_json(alive.folder / "run_manifest.json")["state"] == "running"
+
+
+def test_what_a_killed_call_of_the_study_wrote_counts_as_written_by_the_next(
+    tmp_path: Path, config: Config
+) -> None:
+    start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    (killed,) = tmp_path.iterdir()
+    invocation = Invocation(tmp_path)
+    invocation.start(config)
+    assert invocation.since_ns == (killed / "locks" / "requirements.lock.txt").stat().st_ctime_ns
+    third = Invocation(tmp_path)
+    third.start(config)
+    assert third.since_ns > invocation.since_ns
+
+
+def test_a_manifest_that_cannot_be_read_stops_nobody(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "20260101T000000Z_nogit").mkdir()
+    (tmp_path / "20260101T000000Z_nogit" / "run_manifest.json").write_text("{", encoding="utf-8")
+    Invocation(tmp_path).start(config)

@@ -21,22 +21,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gsm8k_core.config import ModelSettings
+from gsm8k_core.config import LoraSettings, ModelSettings, TrainSettings
 from gsm8k_core.errors import ModelError
 from gsm8k_core.models import (
     autocast,
     find_in_wheel,
     load_model,
     load_tokenizer,
+    plain_weights,
     prepare_model,
     resolve_device,
     save_model,
     seeded,
+    stop_ids_of_folder,
     stop_token_ids,
     tiny_model,
     tiny_tokenizer,
     weights_digest,
 )
+from gsm8k_core.training import add_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -431,3 +434,31 @@ def test_a_model_that_could_never_end_is_an_error(folder: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token"):
         stop_token_ids(model, tokenizer)
+
+
+def test_plain_weights_of_adapters_are_the_merged_ones_and_leave_the_model_alone(
+    tiny_folder: Path,
+) -> None:
+    model = add_lora(
+        load_model(tiny_folder, torch.device("cpu")), TrainSettings(lora=LoraSettings(rank=4))
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = dict(plain_weights(model))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert weights.keys() == merged.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, merged[name].detach())
+
+
+def test_stop_ids_of_a_folder_are_those_of_the_loaded_model(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(tiny_folder, torch.device("cpu")), load_tokenizer(tiny_folder)
+    assert stop_ids_of_folder(tiny_folder, tokenizer) == stop_token_ids(model, tokenizer)
+    shutil.copytree(tiny_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    assert stop_ids_of_folder(tmp_path / "bare", tokenizer) == stop_token_ids(model, tokenizer)

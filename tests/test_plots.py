@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,28 @@ import polars as pl
 import pytest
 from matplotlib.lines import Line2D
 
+from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import write_json, write_jsonl
 from gsm8k_core.plots import (
     _running_mean,
     plot_accuracy,
+    plot_cost,
     plot_reward,
     save_figure,
 )
-from gsm8k_core.tables import SCHEMA, Study, write_comparison
+from gsm8k_core.tables import PASS_AT_K_SCHEMA, SCHEMA, write_comparison
 
-STUDY: Study = {
-    "name": "demo",
-    "models": ["m1", "m2"],
-    "methods": ["base", "grpo"],
-    "suites": ["test", "samples"],
-    "seeds_of": {"base": [0], "grpo": [0, 1]},
-    "parent_of": {"base": None, "grpo": "base"},
-    "chains": {"base": ["base"], "grpo": ["base", "grpo"]},
-    "confidence": 0.9,
-}
+STUDY = Comparison(
+    name="demo",
+    models=["m1", "m2"],
+    methods=["base", "grpo"],
+    suites=["test", "samples"],
+    seeds_of={"base": [0], "grpo": [0, 1]},
+    parent_of={"base": None, "grpo": "base"},
+    chains={"base": ["base"], "grpo": ["base", "grpo"]},
+    confidence=0.9,
+)
 
 
 def points(line: Line2D, axis: str) -> list[float]:
@@ -51,20 +52,20 @@ def write_runs(folder: Path, log: list[dict[str, Any]]) -> pl.DataFrame:
     rest: dict[str, Any] = dict.fromkeys(
         (*keys, "truncated_fraction", "seconds_generating", "num_samples")
     )
-    for model in STUDY["models"]:
-        for method, seeds in STUDY["seeds_of"].items():
+    for model in STUDY.models:
+        for method, seeds in STUDY.seeds_of.items():
             for seed in seeds:
                 run = folder / model / method / f"seed{seed}"
                 scores = {"accuracy": 0.35 + 0.1 * seed, "pass_at_1": 0.2}
-                for suite in STUDY["suites"]:
+                for suite in STUDY.suites:
                     write_json(run / "metrics" / f"{suite}.json", {**rest, **scores})
                 if method != "base":
                     write_jsonl(run / "train" / "metrics.jsonl", log)
     rows = [
         row_of(model, method, suite)
-        for model in STUDY["models"]
-        for method in STUDY["methods"]
-        for suite in STUDY["suites"]
+        for model in STUDY.models
+        for method in STUDY.methods
+        for suite in STUDY.suites
     ]
     return pl.DataFrame(rows, schema=SCHEMA)
 
@@ -130,9 +131,58 @@ def test_a_study_without_rewards_shows_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_study_that_trains_nothing_says_so(tmp_path: Path) -> None:
-    study: Study = {**STUDY, "methods": ["base"]}
-    (text,) = plot_reward(study, tmp_path).axes[0].texts
-    assert "no method of this study trains anything" in text.get_text()
+    study = STUDY.model_copy(update={"methods": ["base"]})
+    comparison = write_runs(tmp_path, REWARDS)
+    for figure in (plot_reward(study, tmp_path), plot_cost(study, comparison)):
+        (text,) = figure.axes[0].texts
+        assert "no method of this study trains anything" in text.get_text()
+
+
+def with_costs(comparison: pl.DataFrame, **costs: list[float | None]) -> pl.DataFrame:
+    """Values of the rows' columns: base on both suites, grpo on both, of m1 and then of m2."""
+    return comparison.with_columns(**{name: pl.Series(costs[name]) for name in costs})
+
+
+def test_accuracy_stands_over_the_time_of_training_with_parents(tmp_path: Path) -> None:
+    seconds: list[float | None] = [0.0, 0.0, 90.0, 90.0, 0.0, 0.0, 50.0, 50.0]
+    comparison = with_costs(write_runs(tmp_path, REWARDS), train_seconds_with_parents=seconds)
+    figure = plot_cost(STUDY, comparison)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "m1 on test", "m2 on test", "m1 on samples", "m2 on samples",
+    ]  # fmt: skip
+    base, interval, mean = figure.axes[0].lines
+    assert points(base, "y") == [40.0, 40.0]
+    assert (points(interval, "x"), points(interval, "y")) == ([90.0, 90.0], [30.0, 50.0])
+    assert (points(mean, "x"), points(mean, "y")) == ([90.0], [40.0])
+    assert figure.axes[2].get_xlabel() == "Time of training, with parents"
+    assert figure.axes[0].get_xscale() == "linear"
+
+
+def test_gpu_time_is_the_cost_where_gpus_were_used(tmp_path: Path) -> None:
+    hours: list[float | None] = [0.0, 0.0, 7200.0, 7200.0] * 2
+    comparison = with_costs(
+        write_runs(tmp_path, REWARDS),
+        gpu_seconds_training_with_parents=hours,
+        train_seconds_with_parents=[None if hour == 0.0 else 1.0 for hour in hours],
+    )
+    figure = plot_cost(STUDY, comparison)
+    assert figure.axes[2].get_xlabel() == "GPU time of training, with parents"
+    assert points(figure.axes[0].lines[2], "x") == [7200.0]
+
+
+def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
+    tmp_path: Path,
+) -> None:
+    study = STUDY.model_copy(update={"methods": ["base", "grpo", "dapo"], "models": ["m1"]})
+    rows = write_runs(tmp_path, REWARDS).filter(pl.col("model") == "m1")
+    dapo = rows.filter(pl.col("method") == "grpo").with_columns(method=pl.lit("dapo"))
+    comparison = pl.concat([rows, dapo]).with_columns(
+        train_seconds_with_parents=pl.Series([0.0, 0.0, 60.0, 60.0, 36_000.0, 36_000.0])
+    )
+    axes = plot_cost(study, comparison).axes[1]
+    assert axes.get_xscale() == "log"
+    labels = [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()]
+    assert labels == ["1 min", "3 min", "10 min", "30 min", "1 h", "3 h", "10 h"]
 
 
 def test_the_running_mean_looks_back_only() -> None:
@@ -150,17 +200,18 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     assert "<dc:date>" not in (tmp_path / "one" / "accuracy.svg").read_text(encoding="utf-8")
 
 
-def test_the_plot_script_writes_both_figures_twice(tmp_path: Path) -> None:
-    write_comparison(write_runs(tmp_path, REWARDS), tmp_path / "results")
+def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
+    curves = pl.DataFrame(schema=PASS_AT_K_SCHEMA)
+    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results")
     path = Path(__file__).parent.parent / "scripts" / "plot.py"
     spec = importlib.util.spec_from_file_location("script_plot", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     comparison = str(tmp_path / "results" / "comparison.csv")
-    arguments = ["--study", json.dumps(STUDY), "--study-dir", str(tmp_path)]
+    arguments = ["--study", dump(STUDY), "--study-dir", str(tmp_path)]
     output = ["--comparison", comparison, "--output-dir", str(tmp_path / "figures")]
     assert script.main([*arguments, *output]) == 0
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
-        "accuracy.png", "accuracy.svg", "reward.png", "reward.svg",
+        "accuracy.png", "accuracy.svg", "cost.png", "cost.svg", "reward.png", "reward.svg",
     ]  # fmt: skip

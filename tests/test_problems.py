@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import write_jsonl
 from gsm8k_core.problems import (
     Problem,
+    WorkedExample,
     gold_answer,
     problem_from_row,
     read_problems,
@@ -57,12 +57,18 @@ def test_an_answer_without_a_gold_number_is_an_error(answer: str) -> None:
         ({"gold": 4}, "row 2: 'gold' is 4 but the answer ends in '4'"),
         ({"id": 7}, "row 2: 'id' is missing or not a text"),
         ({"id": "first"}, "row 2: id 'first' stands twice"),
-        ({"demonstration": 1}, "row 2: 'demonstration' is not a text"),
+        ({"answer": "#### 1,2"}, "row 2: no '#### <number>'"),
+        ({"question": "\ud800?"}, "row 2: 'question' holds half a surrogate pair at character 0"),
+        ({"demonstration": 1}, "row 2: 'demonstration' is missing or not a text"),
+        ({"examples": {}}, "row 2: 'examples' should be a list of objects"),
+        ({"examples": ["a"]}, "row 2: 'examples' should be a list of objects"),
+        ({"examples": [{"question": "q"}]}, r"row 2: 'examples'\[0\].answer is missing"),
     ],
 )
 def test_a_faulty_row_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    write_jsonl(path, [row(id="first"), row(**changes)])
+    path = tmp_path / "train.jsonl"  # escaped: UTF-8 cannot hold half a surrogate pair
+    rows = (row(id="first"), row(**changes))
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     with pytest.raises(DataError, match=message) as caught:
         read_problems(path)
     assert str(caught.value).startswith(f"{path}, row 2: ")
@@ -84,12 +90,6 @@ def test_a_question_with_a_line_separator_is_one_problem(tmp_path: Path) -> None
     assert problem.question == "one\u2028two"
 
 
-def test_limit_takes_the_first_rows_and_does_not_look_further(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    write_jsonl(path, [row(id="a"), row(id="b"), row(id="c", answer="none")])
-    assert [problem.id for problem in read_problems(path, limit=2)] == ["a", "b"]
-
-
 def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(DataError, match="holds no problem"):
@@ -97,15 +97,22 @@ def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(question=st.text(), solution=st.text(), gold=st.integers(), demo=st.none() | st.text())
+@given(
+    question=st.text(),
+    solution=st.text(),
+    gold=st.integers(),
+    demo=st.none() | st.text(),
+    examples=st.lists(st.builds(WorkedExample, st.text(), st.text()), max_size=2).map(tuple),
+)
 def test_problems_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory,
     question: str,
     solution: str,
     gold: int,
     demo: str | None,
+    examples: tuple[WorkedExample, ...],
 ) -> None:
     path = tmp_path_factory.mktemp("problems") / "train.jsonl"
-    problem = Problem("a", question, f"{solution}\n#### {gold:,}", str(gold), demo)
+    problem = Problem("a", question, f"{solution}\n#### {gold:,}", str(gold), demo, examples)
     write_problems(path, [problem])
     assert read_problems(path) == [problem]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gsm8k_core.config import PromptSettings
-from gsm8k_core.errors import ModelError
-from gsm8k_core.problems import Problem
+from gsm8k_core.errors import DataError, ModelError
+from gsm8k_core.problems import Problem, WorkedExample
 from gsm8k_core.prompts import (
     demonstration,
     prompt_token_ids,
@@ -97,6 +99,61 @@ def test_a_model_without_a_bos_gets_none() -> None:
 def test_token_ids_come_one_list_a_prompt_without_padding() -> None:
     ids = prompt_token_ids(["a", "abc"], PLAIN, tokenizer())
     assert [len(row) for row in ids] == [2, 4]
+
+
+# Worked examples
+
+EXAMPLES = (
+    WorkedExample("1 + 1?", "1+1 = <<1+1=2>>2.\n#### 2"),
+    WorkedExample("{question} + 2?", "4\n#### 4"),
+)
+OF_PROBLEM: dict[str, Any] = {"examples": "of_problem"}
+
+
+def test_worked_examples_come_before_the_question_in_the_same_template() -> None:
+    prompt = PLAIN.model_copy(update=OF_PROBLEM)
+    assert render_prompt("3?", prompt, None, EXAMPLES) == (
+        "Question: 1 + 1?\nAnswer: 1+1 = 2.\n#### 2\n\n"
+        "Question: {question} + 2?\nAnswer: 4\n#### 4\n\n"
+        "Question: 3?\nAnswer:"
+    )
+
+
+def test_an_answer_follows_a_template_that_ends_in_a_new_line_at_once() -> None:
+    prompt = PromptSettings(template="{question}\n", examples="of_problem")
+    assert render_prompt("3?", prompt, None, EXAMPLES[:1]) == "1 + 1?\n1+1 = 2.\n#### 2\n\n3?\n"
+
+
+def test_in_a_chat_every_example_is_two_turns_after_the_system_turn() -> None:
+    prompt = PromptSettings(template="{question}", chat=True, system="Be brief.", **OF_PROBLEM)
+    assert render_prompt("3?", prompt, tokenizer(ONE_BOS_CHAT), EXAMPLES[:1]) == (
+        "<s>system: Be brief.\nuser: 1 + 1?\nassistant: 1+1 = 2.\n#### 2\nuser: 3?\nassistant:"
+    )
+
+
+def test_the_examples_of_a_problem_take_the_form_that_the_prompt_asks_for() -> None:
+    prompt = PromptSettings(template="{question}", answer_marker="boxed", **OF_PROBLEM)
+    assert "The answer is \\boxed{2}." in render_prompt("3?", prompt, None, EXAMPLES)
+    prompt = PromptSettings(template="{question}", strip_calculator=False, **OF_PROBLEM)
+    assert "<<1+1=2>>" in render_prompt("3?", prompt, None, EXAMPLES)
+
+
+def test_the_exemplars_of_wei_2022_are_quoted_as_they_are() -> None:
+    prompt = PromptSettings(template="Q: {question}\nA:", examples="wei2022", answer_marker="boxed")
+    rendered = render_prompt("3?", prompt, None, EXAMPLES)
+    assert rendered.count("The answer is ") == rendered.count("\n\n") == 8
+    assert rendered.startswith("Q: There are 15 trees in the grove.")
+    assert rendered.endswith("23 - 15 is 8. The answer is 8.\n\nQ: 3?\nA:")
+    assert "1 + 1?" not in rendered
+
+
+def test_a_problem_without_the_examples_that_the_prompt_shows_is_an_error() -> None:
+    with pytest.raises(DataError, match="brings none.*examples_per_test_problem above 0"):
+        render_prompt("3?", PLAIN.model_copy(update=OF_PROBLEM), None)
+
+
+def test_a_prompt_without_examples_shows_none() -> None:
+    assert render_prompt("3?", PLAIN, None, EXAMPLES) == "Question: 3?\nAnswer:"
 
 
 # Solutions

@@ -118,8 +118,8 @@ def test_a_run_stopped_twice_ends_as_one_that_was_never_stopped(
     stops = iter([3, 5])  # between checkpoints: steps 3 and 5 are done again
     stop_at = next(stops)
 
-    def end_step_or_die(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
-        end_step(self, step, row, extra)
+    def end_step_or_die(self: TrainingRun, step: int, row: Any, **options: Any) -> None:
+        end_step(self, step, row, **options)
         if step == stop_at:
             raise Killed
 

@@ -13,6 +13,7 @@ import pytest
 
 from gsm8k_core.config import Config, EvaluationSettings, dump, merge
 from gsm8k_core.data import content_digest
+from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ConfigError, DataError, ModelError
 from gsm8k_core.files import (
     read_json,
@@ -216,6 +217,25 @@ def test_sampling_seeds_are_those_of_the_contract(job: Callable[..., Job]) -> No
     assert sampled.seeds == [seed_from(0, "arithmetic", problem.id, k) for k in (0, 1)]
 
 
+def test_a_prompt_that_leaves_no_room_loses_its_beginning_and_is_counted(
+    job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+) -> None:
+    this = job(max_new_tokens=490, num_samples=0)  # of the tiny model's 512 positions
+    tokenizer = load_tokenizer(this.model)
+    problems = read_problems(this.data)[:6]
+    prompts = tokenizer([problem.question + "\n" for problem in problems])["input_ids"]
+    long = sum(len(ids) > 512 - 490 for ids in prompts)
+    assert long > 0
+    this.run()
+    assert read_json(this.stats)["num_prompts_truncated"] == long
+    assert f"{long} of 6 prompts were too long" in caplog.text
+
+
+def test_a_suite_that_leaves_no_room_for_any_prompt_says_so(job: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match=r"suites\.arithmetic\.max_new_tokens.*512 positions"):
+        job(max_new_tokens=512).run()
+
+
 def test_a_shuffled_suite_takes_the_first_of_the_shuffled(job: Callable[..., Job]) -> None:
     this = job(shuffle_seed=5, limit=3, num_samples=0)
     expected = [problem.id for problem in read_problems(this.data)]
@@ -229,29 +249,28 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int], None]:
-    """`kill(job, n)`: run the job and end it in its n-th call of the engine, from 1."""
+    """`kill(job, n)`: run the job and end it within its n-th problem, from 1."""
 
-    def run_until(this: Job, call: int) -> None:
+    def run_until(this: Job, nth_problem: int) -> None:
         calls = 0
-        engine = this.module.HfEngine
-        generate = engine.generate
+        decode = HfEngine._decode_batch
 
         def counting(self: Any, requests: list[Any]) -> Any:
             nonlocal calls
             calls += 1
-            if calls == call:
+            if calls == 3 * nth_problem - 1:
                 raise Killed
-            return generate(self, requests)
+            return decode(self, requests)
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "generate", counting)
+            patch.setattr(HfEngine, "_decode_batch", counting)
             with pytest.raises(Killed):
                 this.run()
 
     return run_until
 
 
-# A chunk is two batches of one completion, hence one problem of the three completions at least.
+# Each problem's three completions are three batches.
 ONE_BY_ONE = {"batch_size": 1}
 
 
@@ -295,15 +314,15 @@ def test_finished_problems_are_not_sampled_again(
     this = job(**ONE_BY_ONE)
     kill(this, 5)
     asked: list[int] = []
-    generate = this.module.HfEngine.generate
+    decode = HfEngine._decode_batch
 
     def counting(self: Any, requests: list[Any]) -> Any:
         asked.append(len(requests))
-        return generate(self, requests)
+        return decode(self, requests)
 
-    monkeypatch.setattr(this.module.HfEngine, "generate", counting)
+    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
     this.run()
-    assert len(asked) == 2  # problems 5 and 6
+    assert len(asked) == 6  # three completions of two problems
 
 
 def other_settings(this: Job, _tmp_path: Path) -> None:

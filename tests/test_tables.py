@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json, write_jsonl
-from gsm8k_core.metrics import paired_difference, wilson_interval
+from gsm8k_core.metrics import holm, mean_interval, paired_difference, pass_at_k, wilson_interval
 from gsm8k_core.tables import (
+    PASS_AT_K_SCHEMA,
     SCHEMA,
-    Study,
     build_comparison,
     read_comparison,
+    to_html,
     to_markdown,
     write_comparison,
 )
@@ -144,8 +147,11 @@ def test_grades_hold_one_sorted_row_per_completion(tmp_path: Path) -> None:
         "decoding": "greedy",
         "sample_index": 0,
         "correct": False,
-        "correct_strict": False,
-        "correct_flexible": True,
+        "strict": False,
+        "flexible": True,
+        "lm_eval_strict": False,
+        "lm_eval_flexible": True,
+        "math_verify": None,
         "has_format": False,
         "extracted": None,
         "num_tokens": 10,
@@ -215,8 +221,8 @@ def test_grading_imports_no_torch_and_comparing_no_matplotlib() -> None:
 # ------------------------------------------------------------------------------------------ compare
 
 
-def make_study(**changes: Any) -> Study:
-    study: Study = {
+def make_study(**changes: Any) -> Comparison:
+    study: dict[str, Any] = {
         "name": "demo",
         "models": ["m2", "m1"],
         "methods": ["base", "sft", "grpo"],
@@ -226,8 +232,18 @@ def make_study(**changes: Any) -> Study:
         "chains": {"base": ["base"], "sft": ["base", "sft"], "grpo": ["base", "sft", "grpo"]},
         "confidence": 0.95,
     }
-    study.update(changes)  # type: ignore[typeddict-item]
-    return study
+    return Comparison.model_validate({**study, **changes})
+
+
+def build(study: Comparison, study_dir: Path) -> pl.DataFrame:
+    return build_comparison(study, study_dir)[0]
+
+
+def row_of(frame: pl.DataFrame, method: str, model: str = "m1", suite: str = "test") -> Any:
+    wanted = {"model": model, "method": method, "suite": suite}
+    return frame.row(
+        by_predicate=pl.all_horizontal(pl.col(k) == v for k, v in wanted.items()), named=True
+    )
 
 
 def outcomes(method: str, seed: int) -> list[bool]:
@@ -239,9 +255,9 @@ def outcomes(method: str, seed: int) -> list[bool]:
 @pytest.fixture
 def study_dir(tmp_path: Path) -> Path:
     study = make_study()
-    for model in study["models"]:
-        for method in study["methods"]:
-            for seed in study["seeds_of"][method]:
+    for model in study.models:
+        for method in study.methods:
+            for seed in study.seeds_of[method]:
                 run = tmp_path / "runs" / model / method / f"seed{seed}"
                 rows = [
                     completion(f"p{i:02d}", RIGHT if right else WRONG)
@@ -252,13 +268,18 @@ def study_dir(tmp_path: Path) -> Path:
                     seconds = {"sft": 100.0, "grpo": 1000.0}[method] + seed
                     write_json(
                         run / "train" / "summary.json",
-                        {"seconds_training": seconds, "num_tokens": 1000 * seed},
+                        {
+                            "seconds_training": seconds,
+                            "num_tokens": 1000 * seed,
+                            "peak_memory_mb": 2048 + seed,
+                            "device": "NVIDIA H200",
+                        },
                     )
     return tmp_path / "runs"
 
 
 def test_the_comparison_has_one_row_per_cell_in_the_order_of_the_study(study_dir: Path) -> None:
-    frame = build_comparison(make_study(), study_dir)
+    frame = build(make_study(), study_dir)
     assert dict(frame.schema) == SCHEMA
     assert frame.select("model", "method").rows() == [
         (model, method) for model in ("m2", "m1") for method in ("base", "sft", "grpo")
@@ -266,15 +287,18 @@ def test_the_comparison_has_one_row_per_cell_in_the_order_of_the_study(study_dir
 
 
 def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_dir: Path) -> None:
-    frame = build_comparison(make_study(), study_dir)
+    frame = build(make_study(), study_dir)
     base, sft, grpo = frame.filter(pl.col("model") == "m1").iter_rows(named=True)
 
     assert (base["num_seeds"], base["num_problems"], base["accuracy"]) == (1, 40, 0.2)
     assert (base["accuracy_ci_low"], base["accuracy_ci_high"]) == pytest.approx(
         wilson_interval(8, 40)
     )
-    for key in ("parent", "delta_vs_parent", "p_value_vs_parent", "train_seconds"):
+    for key in ("parent", "base", "flags", "train_seconds", "gpu_seconds_training"):
         assert base[key] is None
+    for kind in ("parent", "base"):
+        for key in (f"delta_vs_{kind}", f"p_value_vs_{kind}", f"p_value_vs_{kind}_holm"):
+            assert base[key] is None
     assert base["train_seconds_with_parents"] == 0.0
 
     assert sft["num_seeds"] == 2
@@ -284,30 +308,144 @@ def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_d
     assert sft["train_seconds"] == 104.0  # (103 + 105) / 2
     assert sft["num_train_tokens"] == 4000.0
 
-    expected = paired_difference(
-        np.array([outcomes("grpo", seed) for seed in (3, 5)], dtype=float),
-        np.array([outcomes("sft", seed) for seed in (3, 5)], dtype=float),
-    )
-    found = [grpo[f"delta_vs_parent{end}"] for end in ("", "_ci_low", "_ci_high")]
-    assert [*found, grpo["p_value_vs_parent"]] == pytest.approx(list(expected))
+    right = {
+        method: np.array([outcomes(method, seed) for seed in seeds], dtype=float)
+        for method, seeds in (("base", [0]), ("sft", [3, 5]), ("grpo", [3, 5]))
+    }
+    for kind, other, detectable in (
+        ("parent", "sft", "smallest_detectable_delta"),
+        ("base", "base", "smallest_detectable_delta_vs_base"),
+    ):
+        expected = paired_difference(right["grpo"], right[other])
+        found = [grpo[f"delta_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")]
+        found += [grpo[f"p_value_vs_{kind}"], grpo[detectable]]
+        assert found == pytest.approx(list(expected))
+    assert grpo["base"] == "base"
     assert grpo["train_seconds_with_parents"] == 104.0 + 1004.0
     assert grpo["generate_seconds"] == 2.5
     assert grpo["mean_completion_tokens"] == 10.0
 
 
-def test_seeds_are_paired_by_number_and_not_by_position(study_dir: Path) -> None:
-    study = make_study()
-    study["seeds_of"] = {"base": [0], "sft": [5, 3], "grpo": [3, 5]}
+def test_cost_is_that_of_the_stage_and_of_what_came_before_it(study_dir: Path) -> None:
+    for method in ("base", "grpo"):  # two GPUs for grpo's completions; sft's device is unknown
+        for stats in (study_dir / "m1" / method).glob("seed*/completions/test.stats.json"):
+            engine = {"engine": "vllm", "device": "NVIDIA H200", "peak_memory_mb": 4096}
+            settings = {"model_settings": {"vllm": {"tensor_parallel": 2}}}
+            known = {**read_json(stats), **engine, "settings": settings}
+            write_json(stats, {**known, "num_completion_tokens": 400})
+    frame = build(make_study(), study_dir)
+    base, sft, grpo = (row_of(frame, method) for method in ("base", "sft", "grpo"))
+    assert (sft["gpu_seconds_training"], grpo["gpu_seconds_training"]) == (104.0, 1004.0)
+    assert grpo["gpu_seconds_training_with_parents"] == 1108.0
+    assert grpo["num_train_tokens_with_parents"] == 8000.0
+    assert grpo["peak_memory_mb_training"] == 2052.0
+    assert (base["gpu_seconds_generating"], grpo["gpu_seconds_generating"]) == (5.0, 5.0)
+    assert (grpo["num_generated_tokens"], grpo["peak_memory_mb_generating"]) == (400.0, 4096.0)
+    assert (sft["gpu_seconds_generating"], sft["peak_memory_mb_generating"]) == (None, None)
+    # On the CPU no GPU is held.
+    for summary in (study_dir / "m1" / "sft").glob("seed*/train/summary.json"):
+        write_json(summary, {**read_json(summary), "device": "cpu"})
     assert (
-        build_comparison(study, study_dir)
+        row_of(build(make_study(), study_dir), "grpo")["gpu_seconds_training_with_parents"] == 1004
+    )
+
+
+def test_p_values_are_corrected_over_all_methods_and_suites_of_a_model(study_dir: Path) -> None:
+    for run in study_dir.glob("*/*/seed*"):
+        rows = [completion(f"q{i}", RIGHT if i % 3 else WRONG) for i in range(30)]
+        run_grade(run, rows, suite="other")
+    frame = build(make_study(suites=["test", "other"]), study_dir)
+    for kind in ("parent", "base"):
+        for model in ("m1", "m2"):
+            part = frame.filter(pl.col("model") == model)
+            expected = holm(part[f"p_value_vs_{kind}"].to_list())
+            assert part[f"p_value_vs_{kind}_holm"].to_list() == expected
+            assert len([value for value in expected if value is not None]) == 4
+
+
+def test_pass_at_k_has_a_row_for_every_k_with_its_interval(tmp_path: Path) -> None:
+    run_grade(tmp_path / "m" / "base" / "seed0", SAMPLES)
+    _, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
+    assert dict(curves.schema) == PASS_AT_K_SCHEMA
+    assert curves["k"].to_list() == [1, 2, 3, 4]
+    for row in curves.iter_rows(named=True):
+        expected = mean_interval(pass_at_k(4, [2, 0], row["k"])[None])
+        ends = ("", "_ci_low", "_ci_high")
+        assert [row[f"pass_at_k{end}"] for end in ends] == pytest.approx(list(expected))
+
+
+def set_stats(study_dir: Path, method: str, **changes: Any) -> None:
+    for stats in (study_dir / "m1" / method).glob("seed*/completions/test.stats.json"):
+        write_json(stats, {**read_json(stats), **changes})
+
+
+def test_rows_that_were_not_made_alike_are_flagged_and_explained(study_dir: Path) -> None:
+    assert row_of(build(make_study(), study_dir), "grpo")["flags"] == "2 seeds"
+    suite = {"suite_settings": {"max_new_tokens": 256}, "prompt": {"template": "{question}"}}
+    for method in ("base", "sft", "grpo"):
+        code = {"code_digest": "abc", "git": {"commit": "1", "diff_sha256": None}}
+        set_stats(study_dir, method, engine="transformers", settings=suite, provenance=code)
+    assert row_of(build(make_study(), study_dir), "grpo")["flags"] == "2 seeds"
+
+    other = {**suite, "suite_settings": {"max_new_tokens": 512}}
+    code = {"code_digest": "def", "git": {"commit": "2", "diff_sha256": None}}
+    set_stats(study_dir, "sft", engine="vllm", settings=other, provenance=code)
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "base")["flags"] is None
+    assert row_of(frame, "sft")["flags"] == "2 seeds; parent: engine, suite settings, code"
+    assert row_of(frame, "grpo")["flags"] == "2 seeds; parent: engine, suite settings, code"
+    for text in (to_markdown(frame), to_html(frame)):
+        assert "flag “suite settings”: other problems, sampling or limits." in text
+        assert "flag “2 seeds”: too few" in text
+
+
+def test_seeds_that_were_not_trained_alike_are_flagged(study_dir: Path) -> None:
+    for seed, rate in ((3, 1e-5), (5, 2e-5)):
+        settings = {"seed": seed, "method": "sft", "method_settings": {"learning_rate": rate}}
+        write_json(study_dir / "m1" / "sft" / f"seed{seed}" / "settings.json", settings)
+    settings = {"method": "grpo", "method_settings": {"clip_low": 0.2}}
+    write_json(study_dir / "m1" / "grpo" / "seed3" / "settings.json", settings)
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "sft")["flags"] == "seeds: training settings; 2 seeds"
+    assert row_of(frame, "grpo")["flags"] == "2 seeds"  # methods are meant to differ
+
+
+def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
+    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    frame = build(study, study_dir)
+    assert row_of(frame, "base")["flags"] is None  # nothing of it is a draw of training
+    assert row_of(frame, "sft")["flags"] == "1 seed: problems only"
+    assert "flag “1 seed”: the interval is of problems alone" in to_markdown(frame)
+
+
+def test_runs_without_statistics_of_generation_are_compared_all_the_same(study_dir: Path) -> None:
+    for stats in study_dir.glob("*/*/*/completions/*"):
+        stats.unlink()
+    row = row_of(build(make_study(), study_dir), "grpo")
+    assert row["delta_vs_parent"] is not None
+    assert row["peak_memory_mb_generating"] is None
+
+
+def test_problems_that_were_not_sampled_equally_often_are_refused(study_dir: Path) -> None:
+    path = study_dir / "m1" / "sft" / "seed3" / "grades" / "test.parquet"
+    extra = pl.read_parquet(path).with_columns(decoding=pl.lit("sample"))
+    pl.concat([pl.read_parquet(path), extra.head(3)]).write_parquet(path)
+    with pytest.raises(DataError, match="not every problem has .* samples"):
+        build(make_study(), study_dir)
+
+
+def test_seeds_are_paired_by_number_and_not_by_position(study_dir: Path) -> None:
+    study = make_study(seeds_of={"base": [0], "sft": [5, 3], "grpo": [3, 5]})
+    assert (
+        build(study, study_dir)
         .filter(pl.col("method") == "grpo")
-        .equals(build_comparison(make_study(), study_dir).filter(pl.col("method") == "grpo"))
+        .equals(build(make_study(), study_dir).filter(pl.col("method") == "grpo"))
     )
 
 
 def test_a_parent_outside_the_study_is_named_but_not_compared_with(study_dir: Path) -> None:
     study = make_study(methods=["base", "grpo"])
-    row = build_comparison(study, study_dir).row(1, named=True)
+    row = build(study, study_dir).row(1, named=True)
     assert (row["method"], row["parent"], row["delta_vs_parent"]) == ("grpo", "sft", None)
     assert row["train_seconds_with_parents"] == 104.0 + 1004.0
 
@@ -315,7 +453,7 @@ def test_a_parent_outside_the_study_is_named_but_not_compared_with(study_dir: Pa
 def test_a_suite_without_greedy_is_compared_by_its_samples(tmp_path: Path) -> None:
     run_grade(tmp_path / "m" / "base" / "seed0", SAMPLES)
     study = make_study(models=["m"], methods=["base"])
-    row = build_comparison(study, tmp_path).row(0, named=True)
+    row = build(study, tmp_path).row(0, named=True)
     assert (row["accuracy"], row["pass_at_1"], row["num_samples"]) == (0.25, 0.25, 4)
     assert (row["pass_at_n"], row["maj_at_n"]) == (0.5, 0.5)
 
@@ -325,7 +463,7 @@ def test_runs_of_different_problems_are_not_compared(study_dir: Path) -> None:
     rows = [completion(f"p{i:02d}", RIGHT) for i in range(39)] + [completion("other", RIGHT)]
     run_grade(run, rows, model="m1", method="grpo", seed=5)
     with pytest.raises(DataError, match="not the same") as caught:
-        build_comparison(make_study(), study_dir)
+        build(make_study(), study_dir)
     assert "'other' is only in" in str(caught.value)
     assert str(run) in str(caught.value)
 
@@ -335,21 +473,21 @@ def test_a_file_that_is_missing_or_torn_is_named(study_dir: Path, name: str) -> 
     path = study_dir / "m1" / "sft" / "seed3" / name
     path.write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=name):
-        build_comparison(make_study(), study_dir)
+        build(make_study(), study_dir)
     path.unlink()
     with pytest.raises(DataError, match=f"{name}: no such file"):
-        build_comparison(make_study(), study_dir)
+        build(make_study(), study_dir)
 
 
 def test_a_summary_without_its_numbers_is_refused(study_dir: Path) -> None:
     write_json(study_dir / "m1" / "sft" / "seed3" / "metrics" / "test.json", {"accuracy": 1.0})
     with pytest.raises(DataError, match="pass_at_k.*missing"):
-        build_comparison(make_study(), study_dir)
+        build(make_study(), study_dir)
 
 
 def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: Path) -> None:
-    frame = build_comparison(make_study(), study_dir)
-    write_comparison(frame, tmp_path / "results")
+    frame, curves = build_comparison(make_study(), study_dir)
+    write_comparison(frame, curves, tmp_path / "results")
     for suffix in ("csv", "parquet"):
         assert read_comparison(tmp_path / "results" / f"comparison.{suffix}").equals(frame)
     with pytest.raises(DataError, match="no such file"):
@@ -357,21 +495,52 @@ def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: 
 
 
 def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None:
-    lines = to_markdown(build_comparison(make_study(), study_dir)).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
+    text = to_markdown(build(make_study(), study_dir))
+    quality = text.partition("### Quality\n\n")[2].partition("\n\n")[0].split("\n")
+    cost = text.partition("### Cost\n\n")[2].partition("\n\n")[0].split("\n")
+    for lines in (quality, cost):
+        assert len(lines) == 2 + 6
+        assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
     low, high = (100 * bound for bound in wilson_interval(8, 40))
-    assert f" 20.0 [{low:.1f}, {high:.1f}] |" in lines[2]
-    assert " +22.5 [" in lines[3]  # 100·(34/80 − 8/40)
-    assert "17.4 min" not in lines[3] and "16.7 min" in lines[4]  # 1004 s
+    assert f" 20.0 [{low:.1f}, {high:.1f}] |" in quality[2]
+    assert " +22.5 [" in quality[3]  # 100·(34/80 − 8/40)
+    assert "18.5 min" not in cost[3] and "18.5 min" in cost[4]  # 1108 s
 
 
-def test_the_compare_script_writes_three_files_and_is_deterministic(
+def test_names_cannot_break_out_of_the_tables(study_dir: Path) -> None:
+    name = "<script>alert(1)</script>|`"
+    frame = build(make_study(), study_dir).with_columns(model=pl.lit(name))
+    assert "<script>" not in to_html(frame)
+    assert "&lt;script&gt;" in to_html(frame)
+    line = to_markdown(frame).split("\n")[4]
+    assert "\\|`" in line
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Path) -> None:
+    page = to_html(build(make_study(), study_dir))
+    assert not re.search(r"(src|href)=|https?://|<script", page)
+    for tag in ("table", "tr", "td", "th", "ul", "li", "h2", "html"):
+        assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>") > 0
+
+
+def test_the_compare_script_writes_five_files_and_is_deterministic(
     study_dir: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        arguments = ["--study", json.dumps(make_study()), "--study-dir", str(study_dir)]
+        arguments = ["--study", dump(make_study()), "--study-dir", str(study_dir)]
         assert compare.main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
-    for suffix in ("csv", "md", "parquet"):
-        files = [tmp_path / name / f"comparison.{suffix}" for name in ("one", "two")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    names = ["comparison.csv", "comparison.html", "comparison.md", "comparison.parquet"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [*names, "pass_at_k.csv"]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_tenth_of_ten_million_completions_is_compared_in_seconds_and_little_memory() -> None:
+    script = SCRIPTS.parent / "benchmarks" / "compare_scale.py"
+    limits = ["--num-models", "1", "--max-seconds", "20", "--max-gib", "1"]
+    result = subprocess.run(
+        [sys.executable, str(script), *limits], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    assert json.loads(result.stdout)["num_completions"] == 1_055_200

@@ -416,7 +416,7 @@ def test_greedy_accuracy_is_the_share_of_strictly_right_answers(
 ) -> None:
     prompt = RunSettings.model_validate_json(run_json("sft")).prompt
     problems = [Problem(str(i), f"q{i}", "#### 4", "4") for i in range(4)]
-    engine = Scripted(["#### 4", "2 + 2 = 4", "#### 5", "so\n#### 4"])
+    engine: Any = Scripted(["#### 4", "2 + 2 = 4", "#### 5", "so\n#### 4"])
     accuracy = greedy_accuracy(engine, problems, prompt, load_tokenizer(tiny_folder), 9)
     assert accuracy == 0.5  # the second has no mark, the third is wrong
     assert all(r.temperature == 0.0 and r.max_new_tokens == 9 for r in engine.asked)

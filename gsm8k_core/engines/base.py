@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
+
+from gsm8k_core.errors import ModelError
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,9 +39,76 @@ class Completion:
     """Decoded, without special tokens, cut before the stop text."""
 
 
-class Engine(Protocol):
-    """Samples completions. The weights are those of the model it was built on."""
+OnDone = Callable[[int, list[Completion]], None]
+"""Told of a request, by its index, once all of its completions are there."""
 
-    def generate(self, requests: list[Request]) -> list[list[Completion]]:
-        """Completions in the order of the requests and of their seeds."""
+
+class Engine(Protocol):
+    """Samples completions from a model of its own or from the one in training.
+
+    Around an optimizer step: `sleep()`, the update, `load_weights(...)`, `wake()`. An engine with
+    nothing to give back or to copy does nothing there.
+    """
+
+    name: str
+    """`transformers` or `vllm`, as the settings call it."""
+    tokenizer: Any
+    """Of the model."""
+    max_length: int | None
+    """Most tokens of a prompt and its completion together; None where the model has no limit."""
+
+    def generate(
+        self, requests: list[Request], on_done: OnDone | None = None
+    ) -> list[list[Completion]]:
+        """Completions in the order of the requests and of their seeds.
+
+        `on_done` hears of each request as it finishes, in any order. Raises ModelError for a
+        request that is empty or too long.
+        """
         ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights, given under their names in the transformers model, tied ones once.
+
+        What the engine had cached of the old weights is dropped. Allowed while it sleeps.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give back what memory can be given back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to generate; after `sleep` at a level that drops weights, load them first."""
+        ...
+
+    def close(self) -> None:
+        """Free memory, ports and processes. The engine is of no use afterwards."""
+        ...
+
+
+def check_lengths(requests: list[Request], max_length: int | None) -> None:
+    """Raise ModelError for a request that is empty or longer than the model can be asked for."""
+    for request in requests:
+        needed = len(request.prompt_ids) + request.max_new_tokens
+        if not request.prompt_ids:
+            raise ModelError("a prompt of no tokens cannot be continued")
+        if max_length is not None and needed > max_length:
+            raise ModelError(
+                f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} "
+                f"new ones need {needed} positions, but the model has {max_length}: "
+                "lower max_new_tokens"
+            )
+
+
+def in_order(completions: dict[int, Completion]) -> list[Completion]:
+    """Completions of one request by the place of their seed."""
+    return [completions[k] for k in sorted(completions)]
+
+
+def completion_text(tokenizer: Any, token_ids: list[int], stop: list[str]) -> str:
+    """Decoded without special tokens, cut before the first stop text."""
+    text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    for stop_text in stop:  # one token can hold several: what is left has none
+        text = text.partition(stop_text)[0]
+    return text

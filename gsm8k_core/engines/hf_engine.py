@@ -10,7 +10,7 @@ Shapes: `R` rows still decoding, `P` prompts, `T` time, `V` vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from gsm8k_core.engines.base import Completion, FinishReason, Request
-from gsm8k_core.errors import ModelError
+from gsm8k_core.engines.base import (
+    Completion,
+    FinishReason,
+    OnDone,
+    Request,
+    check_lengths,
+    completion_text,
+    in_order,
+)
 from gsm8k_core.models import stop_token_ids
 
 log = logging.getLogger(__name__)
@@ -43,6 +50,8 @@ class _Row:
 class HfEngine:
     """The Engine of a transformers model. `batch_size` bounds the completions decoded at once."""
 
+    name = "transformers"
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -56,54 +65,62 @@ class HfEngine:
         self.forward_context = forward_context or torch.no_grad
         self.stop_ids = set(stop_token_ids(model, tokenizer))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.max_length = getattr(model.config, "max_position_embeddings", None)
 
-    def generate(self, requests: list[Request]) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], on_done: OnDone | None = None
+    ) -> list[list[Completion]]:
         """See `Engine.generate`. Dropout is off meanwhile; the model's mode is put back after."""
-        self._check_lengths(requests)
+        check_lengths(requests, self.max_length)
         was_training = self.model.training
         self.model.eval()
+        done: list[dict[int, Completion]] = [{} for _ in requests]
         try:
-            rows_by_request: list[list[_Row]] = [[] for _ in requests]
             for batch in self._batches(requests):
-                rows = self._decode_batch([request for _, request in batch])
-                for (index, _), group in zip(batch, rows, strict=True):
-                    rows_by_request[index] += group
+                rows = self._decode_batch([request for _, _, request in batch])
+                for (index, first, _), group in zip(batch, rows, strict=True):
+                    for k, row in enumerate(group, start=first):
+                        assert row.finished is not None
+                        done[index][k] = row.finished
+                    if on_done and len(done[index]) == len(requests[index].seeds):
+                        on_done(index, in_order(done[index]))
         finally:
             self.model.train(was_training)
-        return [
-            [row.finished for row in rows if row.finished is not None] for rows in rows_by_request
-        ]
+        return [in_order(group) for group in done]
 
-    def _check_lengths(self, requests: list[Request]) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for request in requests:
-            needed = len(request.prompt_ids) + request.max_new_tokens
-            if not request.prompt_ids:
-                raise ModelError("a prompt of no tokens cannot be continued")
-            if limit is not None and needed > limit:
-                raise ModelError(
-                    f"a prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} "
-                    f"new ones need {needed} positions, but the model has {limit}: "
-                    "lower max_new_tokens"
-                )
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy into the model. Not called where that is the one in training: it has them."""
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
 
-    def _batches(self, requests: list[Request]) -> list[list[tuple[int, Request]]]:
-        """Requests with their indices, alike in prompt length, up to `batch_size` rows a batch.
+    def sleep(self) -> None:
+        """Nothing to give back: the key-value cache is gone with each batch."""
+
+    def wake(self) -> None:
+        """Nothing to do: see `sleep`."""
+
+    def close(self) -> None:
+        """Nothing to free beyond the model, which is its owner's."""
+
+    def _batches(self, requests: list[Request]) -> list[list[tuple[int, int, Request]]]:
+        """(index, first seed, request), alike in prompt length, up to `batch_size` rows a batch.
 
         A request for more completions than that is split.
         """
         pieces = [
-            (index, replace(request, seeds=request.seeds[start : start + self.batch_size]))
+            (index, start, replace(request, seeds=request.seeds[start : start + self.batch_size]))
             for index, request in enumerate(requests)
             for start in range(0, len(request.seeds), self.batch_size)
         ]
-        batches: list[list[tuple[int, Request]]] = []
+        batches: list[list[tuple[int, int, Request]]] = []
         num_rows = self.batch_size
-        for index, request in sorted(pieces, key=lambda piece: len(piece[1].prompt_ids)):
+        for index, first, request in sorted(pieces, key=lambda piece: len(piece[2].prompt_ids)):
             if num_rows + len(request.seeds) > self.batch_size:
                 batches.append([])
                 num_rows = 0
-            batches[-1].append((index, request))
+            batches[-1].append((index, first, request))
             num_rows += len(request.seeds)
         return batches
 
@@ -170,21 +187,16 @@ class HfEngine:
             return self._completion(row, "stop")
         for stop in row.request.stop:
             # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
-            tail = self._text(row.token_ids[-len(stop.encode("utf-8")) - 1 :])
-            if stop in tail:
+            tail = row.token_ids[-len(stop.encode("utf-8")) - 1 :]
+            if stop in completion_text(self.tokenizer, tail, []):
                 return self._completion(row, "stop")
         if len(row.token_ids) == row.request.max_new_tokens:
             return self._completion(row, "length")
         return None
 
     def _completion(self, row: _Row, reason: FinishReason) -> Completion:
-        text = self._text(row.token_ids)
-        for stop in row.request.stop:  # one token can hold several: what is left has none
-            text = text.partition(stop)[0]
+        text = completion_text(self.tokenizer, row.token_ids, row.request.stop)
         return Completion(row.token_ids, row.log_probs, reason, text)
-
-    def _text(self, token_ids: list[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def _new_row(request: Request, seed: int) -> _Row:

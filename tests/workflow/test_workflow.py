@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import polars as pl
@@ -82,7 +83,7 @@ def workspace(tmp_path: Path) -> Path:
 
 def reproducible_csv(workspace: Path) -> pl.DataFrame:
     table = pl.read_csv(workspace / "artifacts" / "results" / "small" / "comparison.csv")
-    return table.drop([name for name in table.columns if "seconds" in name])
+    return table.drop([name for name in table.columns if "seconds" in name or "memory" in name])
 
 
 def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
@@ -97,8 +98,22 @@ def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
     trained = table.filter(pl.col("method") != "base")
     assert trained["train_seconds"].null_count() == 0
     for name in ("comparison.md", "comparison.parquet", "figures/accuracy.svg",
-                 "figures/accuracy.png", "figures/reward.svg", "figures/reward.png"):  # fmt: skip
+                 "figures/accuracy.png", "figures/reward.svg", "figures/reward.png",
+                 "report.html"):  # fmt: skip
         assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
+
+
+def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Path) -> None:
+    result = snakemake(finished, "--report", "snakemake-report.zip")
+    assert result.returncode == 0, result.stdout
+    with zipfile.ZipFile(finished / "snakemake-report.zip") as archive:
+        names = {Path(name).name for name in archive.namelist()}
+        (index,) = [name for name in archive.namelist() if name.count("/") == 1]
+        page = archive.read(index).decode("utf-8")
+    assert names >= {"report.html", "comparison.html", "accuracy.svg", "cost.svg", "reward.svg"}
+    assert "all completions with their grades" in page  # the report's caption
+    for category in ("Report", "Tables", "Figures"):
+        assert f'"{category}"' in page
 
 
 def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
@@ -146,7 +161,8 @@ def test_a_finished_study_has_nothing_to_do(finished: Path) -> None:
 def test_a_changed_learning_rate_reruns_that_method_and_what_follows(finished: Path) -> None:
     changed = overlay(finished, "lr.yaml", {"methods": {"grpo": {"learning_rate": 2e-4}}})
     assert planned_jobs(finished, overlays=(*SMALL_STUDY, changed)) == {
-        "train_grpo": 1, "generate": 1, "grade": 1, "compare": 1, "plot": 1, "all": 1, "total": 6,
+        "train_grpo": 1, "generate": 1, "grade": 1, "compare": 1, "plot": 1, "report": 1,
+        "all": 1, "total": 7,
     }  # fmt: skip
 
 
@@ -164,7 +180,9 @@ def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
         "suites": {"more": {"dataset": "arithmetic_debug", "limit": 10, "max_new_tokens": 16}},
     }
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "more.yaml", more)))
-    assert jobs == {"generate": 5, "grade": 5, "compare": 1, "plot": 1, "all": 1, "total": 13}
+    assert jobs == {
+        "generate": 5, "grade": 5, "compare": 1, "plot": 1, "report": 1, "all": 1, "total": 14,
+    }  # fmt: skip
 
 
 def test_code_triggers_reruns_only_where_the_study_asks_for_it(finished: Path) -> None:

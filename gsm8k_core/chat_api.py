@@ -1,0 +1,262 @@
+"""One request to an OpenAI-compatible chat API, and what may become of it.
+
+Requests do not stream. A whole JSON document is either there or not, so there is no half of a trace
+to piece together, and it always brings the `usage` that the budget is settled with, which a stream
+brings only from servers that know `stream_options`. DeepSeek keeps the connection of a waiting
+request alive with blank lines (with `: keep-alive` comments where it streams, as gateways do for
+both); what stands before the document is passed over. The price is that a server which stalls is
+noticed at the wall deadline and no earlier.
+
+The key stands in $DEEPSEEK_API_KEY and in the request's header. It is taken out of everything that
+comes back, since servers quote the key that they refuse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import json
+import os
+import random
+import re
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import dropwhile
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from gsm8k_core.config import ApiSettings
+from gsm8k_core.errors import ApiError, ConfigError
+from gsm8k_core.files import Json
+
+KEY_VARIABLE = "DEEPSEEK_API_KEY"
+CONNECT_SECONDS = 30.0
+EXCERPT_CHARACTERS = 300
+"""How much of a server's words goes into an error."""
+
+STATUS_HELP = {
+    400: "the server does not understand the request: see api.model and api.parameters",
+    401: f"the key is wrong or missing: set {KEY_VARIABLE}",
+    402: "the account has no balance left: top it up, then run the same command again",
+    403: "the key may not do this",
+    404: "there is no such address or model: see api.base_url and api.model",
+    422: "the server does not accept a parameter: see api.parameters, temperature, max_tokens",
+}
+UNFINISHED = ("insufficient_system_resource", "abort", "error")
+"""Finish reasons by which a server says that it gave up, not the model (DeepSeek, vLLM)."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a chat completion holds."""
+
+    model: str | None
+    reasoning: str
+    content: str
+    finish_reason: str | None
+    usage: Json | None
+
+
+class Fault(Exception):
+    """An attempt that gave no answer, and may be made again.
+
+    `billed`: the server may have done the work, and may ask money for it. `usage`: what it says it
+    did. `retry_after`: seconds that it asks to wait.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        billed: bool,
+        retry_after: float | None = None,
+        usage: Json | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.billed = billed
+        self.retry_after = retry_after
+        self.usage = usage
+
+
+class ChatClient:
+    """Asks one server. `async with ChatClient(settings) as client: await client.ask(messages)`."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        """Raises ConfigError when the key cannot be one."""
+        self.settings = settings
+        self._key = api_key(settings.base_url)
+        self._http = httpx.AsyncClient(
+            base_url=settings.base_url,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=settings.concurrency),
+            trust_env=not is_loopback(settings.base_url),  # no proxy reaches this machine's ports
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._http.__aexit__(*error)
+
+    async def ask(self, messages: list[dict[str, str]]) -> Reply:
+        """One completion of `messages`; one attempt.
+
+        Raises Fault where another attempt may do better, ApiError where none will.
+        """
+        body: Json = {**self.settings.parameters, "model": self.settings.model}
+        body |= {"messages": messages, "max_tokens": self.settings.max_tokens, "stream": False}
+        if self.settings.temperature is not None:
+            body["temperature"] = self.settings.temperature
+        try:
+            async with asyncio.timeout(self.settings.request_seconds):
+                response = await self._http.post("/chat/completions", json=body)
+        except TimeoutError:
+            seconds = self.settings.request_seconds
+            raise Fault(f"no whole answer within {seconds:g} s", billed=True) from None
+        except httpx.RequestError as error:
+            # What never left this machine costs nothing.
+            unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
+            reason = self._without_key(f"{type(error).__name__}: {error}")
+            raise Fault(reason, billed=not unsent) from None
+        if response.status_code != 200:
+            raise self._refusal(response)
+        return self._reply(response)
+
+    def _refusal(self, response: httpx.Response) -> Fault | ApiError:
+        """The error of a status other than 200."""
+        status = response.status_code
+        said = excerpt(self._without_key(response.text))
+        if status == 429 or 500 <= status < 600:
+            # 429 and 503 are refusals to begin. Any other 5xx may be the end of work that was done.
+            return Fault(
+                f"HTTP {status}: {said}",
+                billed=status not in (429, 503),
+                retry_after=retry_after_seconds(response.headers),
+            )
+        remedy = STATUS_HELP.get(status, "see api.base_url: is this an OpenAI-compatible server?")
+        return ApiError(f"{self.settings.base_url}: HTTP {status}, {remedy}; it says: {said}")
+
+    def _reply(self, response: httpx.Response) -> Reply:
+        """The Reply in the body of a response with status 200; Fault where there is none."""
+        kind = response.headers.get("content-type", "no content type")
+        try:
+            text = self._without_key(response.content.decode("utf-8"))
+            body = json.loads(without_keep_alives(text))
+        except (ValueError, RecursionError) as error:
+            problem = f"not a JSON document ({type(error).__name__}, {kind})"
+            raise Fault(f"{problem}: {excerpt(self._without_key(response.text))}", True) from None
+        try:
+            reply = parse_reply(body)
+        except ValueError as error:
+            usage = body.get("usage") if isinstance(body, dict) else None
+            reason = f"{error}: {excerpt(text)}"
+            raise Fault(reason, True, usage=usage if isinstance(usage, dict) else None) from None
+        if reply.finish_reason in UNFINISHED:
+            reason = f"the server gave up: finish reason {reply.finish_reason}"
+            raise Fault(reason, True, usage=reply.usage)
+        return reply
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def api_key(base_url: str) -> str | None:
+    """The key from the environment; None without one, or where it would travel in the clear.
+
+    Raises ConfigError, which does not quote it, when it holds what a header cannot.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key or not (base_url.startswith("https://") or is_loopback(base_url)):
+        return None
+    if re.fullmatch(r"[A-Za-z0-9._~+/=-]+", key) is None:  # RFC 6750, section 2.1
+        raise ConfigError(f"{KEY_VARIABLE}: not a key: it holds spaces or other odd characters")
+    return key
+
+
+def without_keep_alives(text: str) -> str:
+    """`text` from the first line on that is neither blank nor a comment (`: keep-alive`)."""
+
+    def fills(line: str) -> bool:
+        return not line.strip() or line.lstrip().startswith(":")
+
+    return "\n".join(dropwhile(fills, text.split("\n")))
+
+
+def parse_reply(body: Any) -> Reply:
+    """The Reply of a chat completion's JSON. Raises ValueError that says what is missing.
+
+    Reasoning stands in `reasoning_content` (DeepSeek) or `reasoning` (vLLM since 2026, OpenRouter).
+    """
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise ValueError("no choices")
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    if not isinstance(message, dict):
+        raise ValueError("a choice without a message")
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    content = message.get("content") or ""
+    if not isinstance(reasoning, str) or not isinstance(content, str):
+        raise ValueError("content that is not a text")
+    model, usage = body.get("model"), body.get("usage")
+    finish_reason = choices[0].get("finish_reason")
+    return Reply(
+        model=model if isinstance(model, str) else None,
+        reasoning=reasoning,
+        content=content,
+        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
+        usage=usage if isinstance(usage, dict) else None,
+    )
+
+
+def retry_after_seconds(headers: httpx.Headers) -> float | None:
+    """Seconds to wait by `Retry-After`: a number, or a date (RFC 9110, section 10.2.3).
+
+    A date counts from the server's own `Date`, where it gives one: clocks differ.
+    """
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+        return float(value)
+    then, now = http_date(value), http_date(headers.get("date", ""))
+    if then is None:
+        return None
+    return max(0.0, (then - (now or datetime.datetime.now(datetime.UTC))).total_seconds())
+
+
+def http_date(text: str) -> datetime.datetime | None:
+    """An HTTP date in UTC; None where `text` is none."""
+    try:
+        date = parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+
+
+def retry_delay(
+    attempt: int, retry_after: float | None, settings: ApiSettings, rng: random.Random
+) -> float:
+    """Seconds to wait after attempt number `attempt` (from 1).
+
+    Exponential backoff with full jitter (Brooker 2015, AWS Architecture Blog), on top of what the
+    server asks for: those who were sent away together must not come back together.
+    """
+    doubled = settings.backoff_seconds * 2.0 ** min(attempt - 1, 60)
+    return (retry_after or 0.0) + rng.uniform(0.0, min(settings.max_backoff_seconds, doubled))
+
+
+def excerpt(text: str) -> str:
+    """The beginning of `text` on one line."""
+    line = " ".join(text[: 4 * EXCERPT_CHARACTERS].split())
+    return line if len(line) <= EXCERPT_CHARACTERS else line[:EXCERPT_CHARACTERS] + " …"

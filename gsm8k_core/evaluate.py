@@ -1,0 +1,338 @@
+"""One number without a study: system → data → weights → completions → grades → lock and record.
+
+    python -m gsm8k_core.cli eval --limit 100
+    python -m gsm8k_core.cli eval --model artifacts/experiments/default/tiny-qwen2/grpo/seed0/model
+    python -m gsm8k_core.cli eval --model qwen2.5-0.5b-instruct --suite gsm8k --engine vllm
+
+The jobs are those of the workflow, as processes of their own (a model's memory is free again before
+the next begins), and leave the same files, in a folder of this call alone: two evaluations at once,
+or one beside snakemake, do not meet.
+
+    artifacts/runs/<UTCSTAMP>_<gitsha>/
+        run_manifest.json  sys/  locks/  changes.diff        as of every call
+        data/  model/                                        problems; starting weights
+        completions/{suite}.jsonl, {suite}.stats.json        metrics/{suite}.json
+        grades/{suite}.parquet  SHA256SUMS                   python scripts/verify.py --run FOLDER
+
+Problems and weights that the workflow or an earlier evaluation has prepared from the same settings
+are linked, once their hashes are right; nothing shared is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from gsm8k_core.cli import (
+    add_config_argument,
+    add_engine_arguments,
+    check_known,
+    settings_from,
+    with_engine_arguments,
+)
+from gsm8k_core.config import (
+    Config,
+    EvaluationSettings,
+    GradingSettings,
+    ModelSettings,
+    PromptSettings,
+    RunSettings,
+    SuiteSettings,
+    dump,
+    load_config,
+)
+from gsm8k_core.errors import ConfigError, DataError, Gsm8kError
+from gsm8k_core.files import Json, link_or_copy, read_json, sha256_file
+from gsm8k_core.layout import ARTIFACTS
+from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
+from gsm8k_core.metrics import mean_interval
+from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
+
+log = logging.getLogger(__name__)
+RUNS = Path(ARTIFACTS) / "runs"
+DEFAULT_MODEL = "tiny-qwen2"
+
+
+def add_arguments(arguments: argparse.ArgumentParser) -> None:
+    """The flags of `eval`."""
+    arguments.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME|FOLDER",
+        help=f"a model of the config, or a folder of weights (default: {DEFAULT_MODEL})",
+    )
+    arguments.add_argument("--suite", help="of the config (default: the study's first)")
+    arguments.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
+    arguments.add_argument("--prompt", help="of the config; a folder of weights may need it")
+    arguments.add_argument("--seed", type=int, help="of the samples (default: the run's own, or 0)")
+    add_config_argument(arguments)
+    add_engine_arguments(arguments)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: weights, and who they are."""
+
+    name: str
+    settings: ModelSettings
+    prompt: PromptSettings
+    method: str = "base"
+    parent: str | None = None
+    seed: int = 0
+    folder: Path | None = None  # of weights that are there; None: prepared from the settings
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what the flags of `add_arguments` say; writes the number to stdout."""
+    config = load_config(args.config[0], args.config[1:])
+    suite_name = args.suite or config.study.suites[0]
+    check_known("--suite", suite_name, config.suites)
+    suite = _limited(config.suites[suite_name], args.limit)
+    subject = find_subject(args.model, args.prompt or suite.prompt, config)
+    settings = EvaluationSettings(
+        study="eval",
+        model=subject.name,
+        method=subject.method,
+        parent=subject.parent,
+        seed=subject.seed if args.seed is None else args.seed,
+        suite=suite_name,
+        model_settings=with_engine_arguments(subject.settings, args),
+        suite_settings=suite,
+        prompt=subject.prompt,
+    )
+    invocation = Invocation(RUNS)
+    name = invocation.start(config, evaluation=settings.model_dump(mode="json", by_alias=True))
+    folder = RUNS / name
+    log.info("%s", folder)
+    try:
+        facts = _evaluate(config, subject, settings, folder)
+    except KeyboardInterrupt:
+        invocation.finish("interrupted")
+        raise
+    except BaseException:
+        invocation.finish("failed")
+        raise
+    invocation.finish("succeeded", **facts)
+    hash_folder(folder)
+    sys.stdout.write(_sentence(settings, facts["result"], config.study.confidence))
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def _limited(suite: SuiteSettings, limit: int | None) -> SuiteSettings:
+    if limit is None:
+        return suite
+    if limit < 1:
+        raise ConfigError(f"--limit: expected 1 or more, found {limit}")
+    return suite.model_copy(update={"limit": min(limit, suite.limit or limit)})
+
+
+def find_subject(model: str, prompt: str | None, config: Config) -> Subject:
+    """The model that `--model` names: of the config, a run's `model/` folder, or any other.
+
+    A run's own settings stand beside its folder and say how it was trained and prompted. Raises
+    ConfigError where nothing has that name, or nothing says which prompt to use.
+    """
+    if prompt is not None:
+        check_known("--prompt", prompt, config.prompts)
+    chosen = None if prompt is None else config.prompts[prompt]
+    if model in config.models:
+        settings = config.models[model]
+        return Subject(model, settings, chosen or config.prompts[settings.prompt])
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model: no '{model}' in the config and no such folder of weights; "
+            f"there are: {', '.join(config.models)}"
+        )
+    beside = folder.resolve().parent / "settings.json"
+    if beside.is_file():
+        of_run: RunSettings = settings_from(str(beside), RunSettings)
+        return Subject(
+            of_run.model,
+            of_run.model_settings,
+            chosen or of_run.prompt,
+            of_run.method,
+            of_run.parent,
+            of_run.seed,
+            folder,
+        )
+    if prompt is None or chosen is None:
+        raise ConfigError(
+            f"--model {model}: say which prompt it is asked with, --prompt NAME; "
+            f"there are: {', '.join(config.prompts)}"
+        )
+    settings = ModelSettings(source="path", path=model, prompt=prompt)
+    return Subject(folder.resolve().name, settings, chosen, folder=folder)
+
+
+def _evaluate(config: Config, subject: Subject, settings: EvaluationSettings, folder: Path) -> Json:
+    """Run every job; returns what the manifest says at the end."""
+    suite = settings.suite_settings
+    data = _prepare_data(config, suite.dataset, folder)
+    model, weights = _prepare_weights(config, subject, folder)
+    completions = folder / "completions" / f"{settings.suite}.jsonl"
+    stats = folder / "completions" / f"{settings.suite}.stats.json"
+    metrics = folder / "metrics" / f"{settings.suite}.json"
+    grades = folder / "grades" / f"{settings.suite}.parquet"
+    _run_job(
+        folder, "generate",
+        settings=dump(settings), model=model, data=data / f"{suite.split}.jsonl",
+        output=completions, stats=stats,
+    )  # fmt: skip
+    grading = GradingSettings(
+        grading=suite.grading,
+        marker=suite.marker or settings.prompt.answer_marker,
+        math_verify=suite.math_verify,
+    )
+    _run_job(
+        folder, "grade",
+        settings=dump(grading), completions=completions, stats=stats,
+        output=metrics, grades=grades,
+    )  # fmt: skip
+    manifest = read_json(data / "manifest.json")
+    return {
+        "result": summarize(pl.read_parquet(grades), config.study.confidence),
+        "datasets": {suite.dataset: manifest[suite.split]},
+        "models": {subject.name: weights},
+        **job_seconds([read_json(stats)]),
+    }
+
+
+def summarize(grades: pl.DataFrame, confidence: float) -> Json:
+    """Accuracy (greedy) and pass@1 (over samples) with intervals; null where not decoded so."""
+    result: Json = {"num_problems": grades["problem_id"].n_unique()}
+    for name, decoding in (("accuracy", "greedy"), ("pass_at_1", "sample")):
+        of_problem = (
+            grades.filter(pl.col("decoding") == decoding)
+            .group_by("problem_id")
+            .agg(pl.col("correct").cast(pl.Float64).mean())
+        )
+        result[name] = None
+        if of_problem.height:
+            # Sorted, so that the sum does not depend on how the rows were grouped.
+            found = mean_interval(of_problem["correct"].sort().to_numpy()[None, :], confidence)
+            result[name] = {"mean": found.mean, "low": found.low, "high": found.high}
+    return result
+
+
+def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> str:
+    who = settings.model if settings.method == "base" else f"{settings.model} {settings.method}"
+    parts = [
+        f"{label} {100 * part['mean']:.1f} % [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+        for name, label in (("accuracy", "accuracy"), ("pass_at_1", "pass@1"))
+        if (part := result[name]) is not None
+    ]
+    return (
+        f"{who} on {settings.suite}: {', '.join(parts)} "
+        f"({result['num_problems']} problems, {100 * confidence:.0f} % interval)\n"
+    )
+
+
+# ------------------------------------------------------------------------------- data and weights
+
+
+def _prepare_data(config: Config, dataset: str, folder: Path) -> Path:
+    settings = config.datasets[dataset]
+    target = folder / "data"
+    shared = Path(ARTIFACTS) / dataset
+    manifest = _manifest_of(shared, settings.model_dump(mode="json"))
+    files = {f"{split}.jsonl": part["sha256"] for split, part in split_digests(manifest).items()}
+    if not _link(shared, files, target):
+        _run_job(
+            folder, "prepare_data", dataset=dataset, settings=dump(settings), output_dir=target
+        )
+    return target
+
+
+def _prepare_weights(config: Config, subject: Subject, folder: Path) -> tuple[Path, Json]:
+    """The folder of the weights, and where they came from, with their hashes."""
+    if subject.folder is not None:
+        files = sorted(path for path in subject.folder.iterdir() if path.is_file())
+        hashes = {path.name: sha256_file(path) for path in files if path.name[0] != "."}
+        return subject.folder, {"from": f"folder {subject.folder.name}", "files": hashes}
+    target = folder / "model"
+    origin = config.starting_weights_settings(subject.name)
+    wanted = {key: value for key, value in json.loads(origin).items() if key != "prompt"}
+    if not any(_link_weights(place, wanted, target) for place in _prepared_weights(subject)):
+        _run_job(
+            folder, "prepare_model", model_name=subject.name, settings=origin, output_dir=target
+        )
+    return target, weights_origin(read_json(target / "manifest.json"))
+
+
+def _prepared_weights(subject: Subject) -> list[Path]:
+    """Where weights of these settings may lie; a folder on the disk may have changed since."""
+    if subject.settings.source == "path":
+        return []
+    return [Path(ARTIFACTS) / "models" / subject.name, *sorted(RUNS.glob("*/model"), reverse=True)]
+
+
+def _link_weights(place: Path, wanted: Json, target: Path) -> bool:
+    return _link(place, _manifest_of(place, wanted).get("files", {}), target)
+
+
+def _manifest_of(place: Path, settings: Json) -> Json:
+    """The manifest of what was prepared in `place`; {} unless it was from these settings."""
+    try:
+        manifest = read_json(place / "manifest.json")
+    except DataError:
+        return {}
+    return manifest if manifest.get("settings") == settings else {}
+
+
+def _link(place: Path, files: dict[str, str], target: Path) -> bool:
+    """Link `files` (name → SHA-256) and their manifest into `target`, if all are as they should be.
+
+    What is linked stays whatever happens to `place`; it is linked first, and then hashed.
+    """
+    if not files:
+        return False
+    target.mkdir(parents=True)
+    try:
+        for name in [*files, "manifest.json"]:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(place / name, target / name)
+        if all(sha256_file(target / name) == digest for name, digest in files.items()):
+            return True
+    except OSError as error:  # taken away meanwhile
+        log.info("%s: %s", place, error)
+    shutil.rmtree(target)
+    return False
+
+
+def _run_job(folder: Path, script: str, **options: Any) -> None:
+    """Run scripts/{script}.py as the workflow does. Raises Gsm8kError where it fails.
+
+    What it says goes to the terminal.
+    """
+    words = [str(word) for key, value in options.items() for word in (_flag(key), value)]
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
+        env={
+            **os.environ,
+            INVOCATION_VARIABLE: folder.name,
+            "PYTHONPATH": os.pathsep.join(search),
+        },
+        check=False,
+    )
+    if result.returncode != 0:
+        raise Gsm8kError(
+            f"{script} failed with exit code {result.returncode}, see above; {folder} holds what "
+            "there is"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,176 @@
+"""The grade of the package math-verify, taken in a process that can be killed.
+
+math-verify builds and simplifies sympy expressions, so a completion can make it compute for hours
+(`$9^{9^{9^{9}}}$`). Its own time limit is a signal, which works in a main thread alone and waits
+for arithmetic in C to end. Here one long-lived child process does the work; where an answer does
+not come in time it is killed, and another one is started. A completion that was not graded in time
+is wrong, and counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import signal
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gsm8k_core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SECONDS_PER_COMPLETION = 5.0
+"""math-verify's own limit; what is not hostile takes milliseconds."""
+SECONDS_TO_START = 120.0
+"""Importing sympy takes a second; a busy machine more."""
+MAX_MEMORY_BYTES = 4 * 2**30
+"""Address space of the child."""
+MAX_SHOWN = 200
+"""Characters of an extracted answer that are kept."""
+
+HOW_TO_INSTALL = "install the package with `uv sync --extra math-verify`"
+
+Verdict = tuple[bool, str | None]
+"""Whether it is right, and the answer that was found."""
+
+
+def is_installed() -> bool:
+    """Whether the package is there; does not import it."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+class MathVerifier:
+    """Grades completions one by one; leaving its `with` block ends the child process.
+
+    `num_killed` counts the completions that took longer than `seconds` or brought the child down.
+    """
+
+    def __init__(self, seconds: float = SECONDS_PER_COMPLETION) -> None:
+        self.seconds = seconds
+        self.num_killed = 0
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> MathVerifier:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def grade(self, text: str | None, gold: str) -> Verdict:
+        """Grade one completion against a number such as `18`, `-5` or `1/2`.
+
+        Raises ConfigError when the child cannot start.
+        """
+        if text is None:
+            return False, None
+        if self._connection is None:
+            self._connection = self._start()
+        try:
+            self._connection.send((text, gold))
+            if self._connection.poll(self.seconds):
+                verdict: Verdict = self._connection.recv()
+                return verdict
+        except (EOFError, OSError):  # it died: of memory, or of too deep a recursion in C
+            pass
+        self.close()
+        self.num_killed += 1
+        log.warning("math-verify gave no answer (limit %g s) to %.60r", self.seconds, text)
+        return False, None
+
+    def _start(self) -> Connection:
+        # Not forked: polars' threads may hold locks that the child would wait for.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self.seconds), name="math-verify", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            fault = ours.recv() if ours.poll(SECONDS_TO_START) else "it did not start in time"
+        except (EOFError, OSError):
+            fault = "it ended at once"
+        if fault is not None:
+            ours.close()
+            self.close()
+            raise ConfigError(f"math-verify cannot be used ({fault}); {HOW_TO_INSTALL}")
+        return ours
+
+    def close(self) -> None:
+        """End the child process; the next completion starts another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+            self._process = None
+
+
+# ------------------------------------------------------------------------------------ in the child
+
+
+def _serve(connection: Connection, seconds: float) -> None:
+    """Say None (or what is wrong), then answer each (text, gold) until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _limit_memory()
+    logging.disable(logging.CRITICAL)
+    try:
+        _verify("#### 1", "1")  # imports the package and builds its tables
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    connection.send(None)
+    while True:
+        try:
+            text, gold = connection.recv()
+        except EOFError:
+            return
+        # Should the parent die meanwhile, nobody would end this process: the system does.
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
+        verdict = _verify(text, gold)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(verdict)
+
+
+def _limit_memory() -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MAX_MEMORY_BYTES)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ValueError, OSError):  # macOS has no such limit
+        pass
+
+
+def _verify(text: str, gold: str) -> Verdict:
+    from math_verify import parse, verify
+
+    # No time limits of the package's own: it would take them from SIGALRM.
+    found = parse(text, parsing_timeout=None)
+    right = verify(_parse_gold(gold), found, timeout_seconds=None)
+    return right, _shown(found[0]) if found else None
+
+
+@lru_cache(maxsize=1024)
+def _parse_gold(gold: str) -> Any:
+    from math_verify import parse
+
+    return parse(gold, parsing_timeout=None)
+
+
+def _shown(value: Any) -> str:
+    """One text for equal numbers: 18, 18.0 and 36/2 are `18`, as a vote needs it."""
+    import sympy
+
+    if isinstance(value, str):
+        return value[:MAX_SHOWN].encode("utf-8", "replace").decode("utf-8")  # half surrogate pairs
+    done = value.doit()
+    if isinstance(done, sympy.Float):
+        done = sympy.Rational(str(done))
+    return str(done)[:MAX_SHOWN]

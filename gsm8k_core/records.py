@@ -1,0 +1,309 @@
+"""What a finished study leaves so that a stranger can rebuild and recheck it.
+
+    results/{study}/provenance.json   each row of the comparison → the files it was computed from
+                                      → the run manifests of the calls that made those
+    results/{study}/SHA256SUMS        every file of the study, by `sha256sum`; from the folder that
+                                      holds artifacts/, `sha256sum -c` checks it as well
+
+The files of a study are its experiments, its results, and the datasets, starting weights and run
+manifests that they came from. Not among them: `state/` (checkpoints of an unfinished run), `wandb/`
+(which `wandb sync` adds to) and hidden files (Snakemake's time stamps, what a kill has left).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gsm8k_core.config import BaseMethod
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, read_json, sha256_file, write_json, write_text
+from gsm8k_core.layout import ARTIFACTS, Layout
+
+log = logging.getLogger(__name__)
+
+SUMS = "SHA256SUMS"
+SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+LEFT_OUT_FOLDERS = {"state", "wandb"}
+ORIGIN_KEYS = ("from", "revision", "gguf_file", "gguf_sha256", "files")
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+
+def study_provenance(layout: Layout) -> Json:
+    """Each row of the comparison with the files that it was computed from; only what is there.
+
+    `made_by` lists the run manifests of the calls that trained and generated a run, its parents'
+    included; a stage that was run by hand has none.
+    """
+    config = layout.config
+    rows = []
+    for model in config.study.models:
+        for method in config.study.methods:
+            for suite in config.study.suites:
+                runs = [
+                    _run_sources(layout, model, method, seed, suite)
+                    for seed in config.seeds_of(method)
+                ]
+                found = [run for run in runs if "metrics" in run]
+                if found:
+                    rows.append({"model": model, "method": method, "suite": suite, "runs": found})
+    return {"study": config.study.name, "rows": rows}
+
+
+def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str) -> Json:
+    config = layout.config
+    run = layout.run(model, method, seed)
+    suite_settings = config.suites[suite]
+    files = {
+        "metrics": f"{run}/metrics/{suite}.json",
+        "grades": f"{run}/grades/{suite}.parquet",
+        "completions": f"{run}/completions/{suite}.jsonl",
+        "stats": f"{run}/completions/{suite}.stats.json",
+        "problems": f"{ARTIFACTS}/{suite_settings.dataset}/manifest.json",
+        "starting_weights": f"{layout.starting_weights(model)}/manifest.json",
+    }
+    summaries = [
+        f"{layout.run(model, stage, seed)}/train/summary.json"
+        for stage in config.method_chain(method)
+        if not isinstance(config.methods[stage], BaseMethod)
+    ]
+    names = [
+        (_record(Path(path)).get("provenance") or {}).get("invocation")
+        for path in [files["stats"], *reversed(summaries)]
+    ]
+    return {
+        "seed": seed,
+        **{name: path for name, path in files.items() if Path(path).exists()},
+        "summaries": [path for path in summaries if Path(path).exists()],
+        "made_by": [
+            f"{ARTIFACTS}/runs/{name}/run_manifest.json" for name in dict.fromkeys(names) if name
+        ],
+    }
+
+
+def _record(path: Path) -> Json:
+    """A JSON object; {} where there is none, or none that can be read."""
+    try:
+        record = read_json(path)
+    except DataError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def invocation_facts(layout: Layout, invocation: str | None) -> Json:
+    """What a call's manifest says at its end: digests of what went in, seconds that jobs held.
+
+    `seconds_cpu_jobs` and `seconds_gpu` add up the training and generating jobs of this call, on
+    whatever machines they ran; a job that shares a model over several GPUs counts each.
+    """
+    config = layout.config
+    files = [*layout.training_files(), *layout.suite_files()]
+    folders = dict.fromkeys(Path(path).parent for path in files)
+    own = [record for record in _job_records(layout) if _invocation_of(record) == invocation]
+    return {
+        "datasets": {
+            folder.name: split_digests(_record(folder / "manifest.json")) for folder in folders
+        },
+        "models": {
+            model: weights_origin(_record(Path(layout.starting_weights(model)) / "manifest.json"))
+            for model in config.study.models
+        },
+        **job_seconds(own),
+    }
+
+
+def split_digests(manifest: Json) -> Json:
+    """Of each split of a dataset: rows, content digest and SHA-256."""
+    return {name: part for name, part in manifest.items() if _is_split(part)}
+
+
+def _is_split(part: Any) -> bool:
+    return isinstance(part, dict) and "sha256" in part
+
+
+def weights_origin(manifest: Json) -> Json:
+    """Where starting weights came from, at which revision, and their hashes."""
+    return {key: manifest[key] for key in ORIGIN_KEYS if key in manifest}
+
+
+def _job_records(layout: Layout) -> list[Json]:
+    """What every training and generating job of the study wrote about itself."""
+    root = Path(layout.experiments)
+    paths = {
+        path
+        for pattern in ("summary.json", "*.stats.json")
+        for path in root.rglob(pattern)
+        if not LEFT_OUT_FOLDERS & set(path.relative_to(root).parts)
+    }
+    # finish_rounds adds up what its rounds have told already.
+    records = [_record(path) for path in sorted(paths)]
+    return [record for record in records if "num_rounds" not in record]
+
+
+def _invocation_of(record: Json) -> str | None:
+    return (record.get("provenance") or {}).get("invocation")
+
+
+def job_seconds(records: Iterable[Json]) -> Json:
+    """CPU and GPU seconds of jobs, from the records that they wrote."""
+    records = list(records)
+    cpu = sum((record.get("provenance") or {}).get("cpu_seconds") or 0.0 for record in records)
+    return {
+        "seconds_cpu_jobs": round(cpu, 1),
+        "seconds_gpu": round(sum(_gpu_seconds(record) for record in records), 1),
+    }
+
+
+def num_gpus(record: Json) -> int | None:
+    """GPUs that a stage held: none on the CPU, as many as vLLM shared the model over, else one."""
+    device = record.get("device")
+    if device is None:
+        return None
+    if device == "cpu":
+        return 0
+    settings = record.get("settings") or {}
+    vllm = settings.get("model_settings", {}).get("vllm", {})
+    return int(vllm.get("tensor_parallel", 1)) if record.get("engine") == "vllm" else 1
+
+
+def _gpu_seconds(record: Json) -> float:
+    # A round's or DPO's sampling is a job of its own, whose stats tell its seconds.
+    training = record.get("seconds_training", 0.0) - record.get("seconds_sampling", 0.0)
+    generating = record.get("seconds_loading", 0.0) + record.get("seconds_generating", 0.0)
+    return (num_gpus(record) or 0) * (training + generating)
+
+
+# ------------------------------------------------------------------------------------------- sums
+
+
+def record_study(layout: Layout, since_ns: int) -> None:
+    """Write provenance.json and SHA256SUMS of the study as it lies there.
+
+    A hash that is recorded already stays unless the file was written after `since_ns` (ns since
+    the epoch, by the file system's clock), that is by this call: what somebody else has changed
+    in between is for `verify` to find. It also spares reading the weights of a large study anew.
+    """
+    results = Path(layout.results)
+    provenance = study_provenance(layout)
+    write_json(results / "provenance.json", provenance)
+    known = read_sums(results / SUMS) if (results / SUMS).exists() else {}
+    sums = {
+        str(path): known[str(path)]
+        if str(path) in known and path.stat().st_ctime_ns < since_ns
+        else sha256_file(path)
+        for path in _files_below(_study_folders(layout, provenance))
+    }
+    for name in known.keys() - sums.keys():
+        if _nearest_folder(Path(name)).stat().st_ctime_ns < since_ns:
+            sums[name] = known[name]  # not this call removed it: it is missing
+    write_sums(results / SUMS, sums)
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The innermost folder above `path` that is there."""
+    return next(folder for folder in path.parents if folder.is_dir())
+
+
+def write_sums(path: Path, sums: dict[str, str]) -> None:
+    """Write file → hash in the form of `sha256sum`."""
+    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File → hash. Raises DataError that names the line (from 1) that is none."""
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; it is written when the study finishes") from error
+    sums = {}
+    for number, line in enumerate(lines[:-1], start=1):
+        match = SUMS_LINE.fullmatch(line)
+        if match is None:
+            raise DataError(f"{path}, row {number}: not a line of sha256sum; it was changed")
+        sums[match[2]] = match[1]
+    if lines[-1]:
+        raise DataError(f"{path}: ends without a newline: cut short?")
+    return sums
+
+
+def hash_folder(folder: Path) -> None:
+    """Write SHA256SUMS of everything in a folder (that of an `eval`) into it."""
+    write_sums(folder / SUMS, {str(path): sha256_file(path) for path in _files_below([folder])})
+
+
+def _study_folders(layout: Layout, provenance: Json) -> list[Path]:
+    files = [*layout.training_files(), *layout.suite_files()]
+    manifests = [
+        name for row in provenance["rows"] for run in row["runs"] for name in run["made_by"]
+    ]
+    folders = [
+        Path(layout.experiments),
+        Path(layout.results),
+        *(Path(path).parent for path in files),
+        *(Path(layout.starting_weights(model)) for model in layout.config.study.models),
+        *(Path(name).parent for name in manifests),
+    ]
+    return list(dict.fromkeys(folders))
+
+
+def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
+    """Every file that belongs to a record, in order of name within its folder."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            parts = path.relative_to(folder).parts
+            hidden = any(part.startswith(".") for part in parts)
+            if path.is_file() and not hidden and not LEFT_OUT_FOLDERS & set(parts):
+                if path.name != SUMS:
+                    yield path
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Files that are not as recorded, by name."""
+
+    changed: list[str]
+    missing: list[str]
+    new: list[str]
+    num_checked: int
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.missing or self.new)
+
+
+def verify_sums(
+    path: Path, on_file: Callable[[Iterable[str]], Iterable[str]] = lambda names: names
+) -> Differences:
+    """Read every file that `path` (a SHA256SUMS) lists, and look for others in their folders.
+
+    Names are relative to the working directory. `on_file` may wrap the names (a progress bar).
+    Raises DataError where the record itself is missing or damaged.
+    """
+    sums = read_sums(path)
+    changed, missing = [], []
+    for name in on_file(sums):
+        if not Path(name).is_file():
+            missing.append(name)
+        elif sha256_file(Path(name)) != sums[name]:
+            changed.append(name)
+    found = {str(file) for file in _files_below(_recorded_folders(sums, path))}
+    return Differences(changed, missing, sorted(found - sums.keys()), len(sums))
+
+
+def _recorded_folders(sums: Iterable[str], path: Path) -> list[Path]:
+    """The folders that a record covers whole: artifacts/{dataset}, …/experiments/{study}, ….
+
+    A folder of `artifacts/` that holds folders of several studies is covered one level deeper.
+    """
+    shared = {"experiments", "models", "results", "runs"}
+    folders = {path.parent}
+    for name in sums:
+        parts = Path(name).parts
+        if parts[0] == ARTIFACTS and len(parts) > 2:
+            folders.add(Path(*parts[: 3 if parts[1] in shared else 2]))
+    return sorted(folders)

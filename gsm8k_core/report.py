@@ -1,0 +1,1007 @@
+"""The report of a study: one HTML file that needs no network, from what the runs left behind.
+
+The answer in words, as a table and as a plot; learning curves, cost, repeated sampling, lengths and
+agreement; the completions themselves; where everything came from. Charts are Vega-Lite, whose
+library is put into the page. A content security policy forbids the page any request, and lets no
+script run but its own two, known by their hashes. What models wrote is data, shown as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gsm8k_core.config import Comparison
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file
+from gsm8k_core.metrics import Difference, Floats, paired_difference
+from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
+from gsm8k_core.report_charts import (
+    accuracy_chart,
+    agreement_chart,
+    cost_chart,
+    difference_chart,
+    learning_charts,
+    length_chart,
+    pass_at_k_chart,
+    themes,
+    truncation_chart,
+)
+from gsm8k_core.tables import (
+    COST_COLUMNS,
+    PASS_AT_K_SCHEMA,
+    notes_on,
+    p_text,
+    read_comparison,
+    read_metrics,
+    run_dir,
+)
+
+MINUS, SPACE = "\u2212", "\u00a0"
+SNIPPET = "window.vegaEmbed = vegaEmbed;"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a report reads."""
+
+    study_dir: Path
+    comparison: Path
+    problems: dict[str, Path]  # suite → problems, JSONL
+    runs_dir: Path | None = None  # manifests of the calls of snakemake
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one suite: a view of the page."""
+
+    study: Comparison
+    model: str
+    suite: str
+    rows: list[Json]  # of the comparison, most accurate first
+    graded: Graded
+    metrics: dict[str, list[Json]]  # method → a summary for each seed
+    pass_at_k: list[Json]  # rows of pass_at_k.csv
+    flag_notes: list[str]  # what its flags mean
+
+    @property
+    def num_problems(self) -> int:
+        return len(self.graded.problem_ids)
+
+
+def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
+    """The page. `max_bytes` bounds the problems and completions that it holds, shared by the views.
+
+    Raises DataError when a file that a study must have is missing or malformed.
+    """
+    comparison = read_comparison(sources.comparison)
+    curves = _read_curves(sources.comparison.with_name("pass_at_k.csv"))
+    problems = {suite: read_problems(path) for suite, path in sources.problems.items()}
+    pairs = [(model, suite) for model in study.models for suite in study.suites]
+    charts: Json = {}
+    learning = {
+        model: _add(charts, learning_charts(_training_logs(study, sources.study_dir, model),
+                                            study.methods))
+        for model in study.models
+    }  # fmt: skip
+    views, browsers = [], []
+    for model, suite in pairs:
+        subject = _read_subject(study, sources.study_dir, comparison, curves, model, suite)
+        by_id = {problem.id: problem for problem in problems.get(suite, [])}
+        browser = _browser(subject, sources.study_dir, by_id, max_bytes // len(pairs))
+        views.append(_view(subject, charts) | {"browser": browser.index, "kept": _kept(browser)})
+        views[-1]["charts"]["learning"] = learning[model]
+        browsers.append(browser)
+    data = {
+        "themes": themes(),
+        "charts": charts,
+        "views": [
+            {key: view[key] for key in ("model", "suite", "browser", "kept", "compared")}
+            for view in views
+        ],
+    }
+    records = [
+        (f"record-{place}-{number}", record)
+        for place, browser in enumerate(browsers)
+        for number, record in enumerate(browser.records)
+    ]
+    provenance = _provenance(study, sources)
+    return _render(study, views, charts, any(learning.values()), provenance, data, records)
+
+
+def _render(
+    study: Comparison,
+    views: list[Json],
+    charts: Json,
+    has_curves: bool,
+    provenance: Json,
+    data: Json,
+    records: list[tuple[str, str]],
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("gsm8k_core", "report_assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def asset(name: str) -> str:
+        source, _, _ = environment.loader.get_source(environment, name)  # type: ignore[union-attr]
+        return source
+
+    vega, javascript = script_text(vl_convert.javascript_bundle(SNIPPET)), asset("report.js")
+    css = asset("report.css")
+    html = environment.get_template("report.html.jinja").render(
+        study=study,
+        views=views,
+        charts=charts,
+        has_curves=has_curves,
+        provenance=provenance,
+        records=[(name, Markup(record)) for name, record in records],
+        data=Markup(json_for_script(data)),
+        vega=Markup(vega),
+        javascript=Markup(javascript),
+        css=Markup(css),
+        script_hashes=Markup(f"{_csp_hash(vega)} {_csp_hash(javascript)}"),
+        style_hash=Markup(_csp_hash(css)),
+    )
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def json_for_script(value: Any) -> str:
+    """JSON that cannot end the script element that holds it, nor open a comment in it."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def script_text(code: str) -> str:
+    """JavaScript that can stand in a script element, with the line ends that its hash will see."""
+    code = code.replace("\r\n", "\n").replace("\r", "\n")
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _csp_hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _add(charts: Json, made: list[Json]) -> list[str]:
+    """Give charts their ids on the page."""
+    ids = [f"chart-{len(charts) + place}" for place in range(len(made))]
+    charts |= dict(zip(ids, made, strict=True))
+    return ids
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def _read_curves(path: Path) -> pl.DataFrame:
+    """pass_at_k.csv, which lies beside the comparison. Raises DataError when it does not."""
+    try:
+        return pl.read_csv(path, schema=PASS_AT_K_SCHEMA)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run compare.py") from error
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path}: not what compare.py writes ({error}); run it again") from error
+
+
+def _read_subject(
+    study: Comparison,
+    study_dir: Path,
+    comparison: pl.DataFrame,
+    curves: pl.DataFrame,
+    model: str,
+    suite: str,
+) -> Subject:
+    is_here = (pl.col("model") == model) & (pl.col("suite") == suite)
+    here = comparison.filter(is_here)
+    rows = {row["method"]: row for row in here.iter_rows(named=True)}
+    missing = [method for method in study.methods if method not in rows]
+    if missing or here.height != len(rows):
+        raise DataError(
+            f"the comparison has not one row each for {model} on {suite} with "
+            f"{', '.join(missing or study.methods)}: it is of another study; run compare.py "
+            "again"
+        )
+    order = {method: place for place, method in enumerate(study.methods)}
+    ranked = sorted(
+        (rows[method] for method in study.methods),
+        key=lambda row: (-row["accuracy"], order[row["method"]]),
+    )
+    metrics = {
+        method: [
+            read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
+            for seed in study.seeds_of[method]
+        ]
+        for method in study.methods
+    }
+    graded = read_graded(study, study_dir, model, suite)
+    pass_at_k = curves.filter(is_here).to_dicts()
+    notes = [note for note in notes_on(here) if note.startswith("flag ")]
+    return Subject(study, model, suite, ranked, graded, metrics, pass_at_k, notes)
+
+
+def _training_logs(study: Comparison, study_dir: Path, model: str) -> dict[str, list[list[Json]]]:
+    """Method → rows of train/metrics.jsonl, a list for each seed."""
+    return {
+        method: [
+            read_jsonl(run_dir(study_dir, model, method, seed) / "train" / "metrics.jsonl")
+            for seed in study.seeds_of[method]
+        ]
+        for method in study.methods
+        if len(study.chains[method]) > 1
+    }
+
+
+def _browser(
+    subject: Subject, study_dir: Path, problems: dict[str, Problem], max_bytes: int
+) -> Browser:
+    summary = subject.metrics[subject.study.methods[0]][0]
+    grading = (summary.get("grading", "strict"), summary.get("marker", "####"))
+    return build_browser(
+        subject.study,
+        study_dir,
+        subject.model,
+        subject.suite,
+        subject.graded,
+        problems,
+        grading,
+        max_bytes,
+    )
+
+
+def _kept(browser: Browser) -> str:
+    num_kept = len(browser.records)
+    if num_kept == browser.num_problems:
+        return f"All {num_kept:,} problems, with every completion of every method and seed."
+    return (
+        f"To stay within its size this page holds {num_kept:,} of {browser.num_problems:,} "
+        f"problems: a sample stratified by which methods get a problem right "
+        f"({browser.num_groups:,} groups; one problem of each group first, then the same share of "
+        "each). Tables and charts above are of all problems. To hold more, raise "
+        "study.report_megabytes, or --max-megabytes of scripts/report.py."
+    )
+
+
+# --------------------------------------------------------------------------------------- the answer
+
+
+def _view(subject: Subject, charts: Json) -> Json:
+    study, rows = subject.study, subject.rows
+    methods = study.methods
+    lead = _lead(subject)
+    pairs = _pairs(subject)
+    return {
+        "model": subject.model,
+        "suite": subject.suite,
+        "headline": _headline(subject, lead),
+        "context": _context(subject),
+        "findings": _findings(subject, lead),
+        "table": _table(subject),
+        "cost_table": _cost_table(subject),
+        "flagged": any(_flags(row) for row in rows),
+        "flag_notes": [note.replace("`", "") for note in subject.flag_notes],
+        "table_note": _table_note(subject),
+        "compared": _compared(subject),
+        "cost_note": (
+            "Training time includes the stages that a method starts from; generating is for one "
+            "evaluation. Times are of the machines that ran: compare them within a study only. "
+            "The bands of pass@k are its intervals; those of maj@k go from the smallest to the "
+            "largest seed."
+        ),
+        "agreement_note": (
+            "Seeds are compared with the same seed of the other method, and shares are means over "
+            "seeds and problems. Intervals of B − A are paired and, as there are many pairs, not "
+            "corrected for their number: the tests that count stand at the top."
+        ),
+        "pairs": [_pair_cells(pair) for pair in pairs],
+        "charts": {
+            "accuracy": _add(charts, [_accuracy_chart(subject)])[0],
+            "differences": _add(charts, _difference_charts(subject)),
+            "cost": _add(charts, _cost_charts(subject)),
+            "sampling": _add(charts, _sampling_charts(subject)),
+            "length": _add(charts, [_length_chart(subject)])[0],
+            "truncation": _add(charts, [_truncation_chart(subject)])[0],
+            "agreement": _add(charts, [agreement_chart(_both_ways(pairs), methods)])[0]
+            if pairs
+            else None,
+        },
+        "rows": rows,
+    }
+
+
+def _headline(subject: Subject, lead: tuple[str, Difference] | None) -> str:
+    best = subject.rows[0]
+    name, score = best["method"], _percent(best["accuracy"])
+    if len(subject.rows) == 1:
+        return f"{name} gets {score} of {subject.suite} right"
+    if lead is None or _is_significant(lead[1].p_value, subject.study):
+        return f"{name} is best: {score} of {subject.suite} right"
+    return f"{name} comes first with {score} of {subject.suite} right, but its lead may be chance"
+
+
+def _context(subject: Subject) -> str:
+    row, summary = subject.rows[0], subject.metrics[subject.rows[0]["method"]][0]
+    decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
+    seeds = sorted({entry["num_seeds"] for entry in subject.rows})
+    level = f"{100 * subject.study.confidence:g} %"
+    return (
+        f"{subject.model}, {_count(row['num_problems'], 'problem')}, "
+        f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
+        f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
+        "over seeds and problems; differences are paired by both."
+    )
+
+
+def _lead(subject: Subject) -> tuple[str, Difference] | None:
+    """The runner-up, and how far the first method is ahead of it; None for one method."""
+    if len(subject.rows) < 2:
+        return None
+    first, second = subject.rows[0]["method"], subject.rows[1]["method"]
+    return second, _difference(subject, first, second)
+
+
+def _difference(subject: Subject, a: str, b: str) -> Difference:
+    """Accuracy of `a` minus that of `b`, paired by seed and problem."""
+    left, right = _paired(subject, a, b)
+    return paired_difference(left, right, subject.study.confidence)
+
+
+def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
+    """Accuracies `(S, P)` of two methods at the seeds that both have.
+
+    A method that was run once stands for every seed of the other.
+    """
+    graded, accuracy = subject.graded, subject.graded.accuracy
+    seeds_a, seeds_b = (subject.study.seeds_of[name] for name in (a, b))
+    seeds = [s for s in seeds_a if s in seeds_b or len(seeds_b) == 1]
+    if len(seeds_a) == 1:
+        seeds = list(seeds_b)
+    if not seeds:
+        raise DataError(f"{a} and {b} have no seed in common: they cannot be compared in pairs")
+    left, right = ([graded.at_seed(name, seed) for seed in seeds] for name in (a, b))
+    return accuracy[left], accuracy[right]
+
+
+def _findings(subject: Subject, lead: tuple[str, Difference] | None) -> list[Json]:
+    """Sentences, most accurate method first, each with how sure it is."""
+    findings = []
+    best = subject.rows[0]
+    if lead is not None and lead[0] != best["parent"] and best["parent"] is not None:
+        runner_up, difference = lead
+        words = _difference_words(
+            subject, best["method"], runner_up, _from_difference(difference), "uncorrected"
+        )
+        findings.append(words)
+    for row in subject.rows:
+        if row["parent"] is not None and row["delta_vs_parent"] is not None:
+            findings.append(_parent_finding(subject, row))
+    if any(row["num_seeds"] == 1 and row["parent"] is not None for row in subject.rows):
+        findings.append(
+            {
+                "kind": "caution",
+                "text": "Trained with one seed: intervals and tests say nothing of what another "
+                "seed would have given.",
+            }
+        )
+    flagged = [row["method"] for row in subject.rows if _flags(row)]
+    if flagged:
+        text = f"Not all was made alike: see the flags of {_list(flagged)} below the table."
+        findings.append({"kind": "caution", "text": text})
+    return findings
+
+
+def _parent_finding(subject: Subject, row: Json) -> Json:
+    low, high = row["delta_vs_parent_ci_low"], row["delta_vs_parent_ci_high"]
+    p_value, corrected = _p_value(row, "parent")
+    numbers = {"delta": row["delta_vs_parent"], "low": low, "high": high, "p": p_value}
+    if corrected:
+        numbers["p_alone"] = row["p_value_vs_parent"]
+    return _difference_words(
+        subject,
+        row["method"],
+        row["parent"],
+        numbers,
+        "Holm-corrected" if corrected else "uncorrected",
+        row.get("smallest_detectable_delta"),
+    )
+
+
+def _from_difference(difference: Difference) -> Json:
+    return {
+        "delta": difference.delta,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p_value,
+    }
+
+
+def _difference_words(
+    subject: Subject,
+    method: str,
+    other: str,
+    numbers: Json,
+    correction: str,
+    smallest: float | None = None,
+) -> Json:
+    """One difference in words; `kind` is `better`, `worse` or `open`."""
+    num_seeds = max(len(subject.study.seeds_of[name]) for name in (method, other))
+    evidence = (
+        f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
+        f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "
+        f"n = {_count(subject.num_problems, 'problem')} × {_count(num_seeds, 'seed')}"
+    )
+    name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
+    if not _is_significant(numbers["p"], subject.study):
+        text = Markup("{} against {}: not significant, {}.").format(name, reference, evidence)
+        if _is_significant(numbers.get("p_alone"), subject.study):
+            text += f" Alone, without the correction, it would be: {_p_text(numbers['p_alone'])}."
+        if smallest is not None:
+            text += (
+                " So few seeds and problems show no difference reliably."
+                if smallest > 1
+                else f" A true one of {_plain(smallest)} points would be found four times in five."
+            )
+        return {"kind": "open", "text": text}
+    better = numbers["delta"] > 0
+    verb = "beats" if better else "does worse than"
+    text = Markup("{} {} {} by {}.").format(name, verb, reference, evidence)
+    return {"kind": "better" if better else "worse", "text": text}
+
+
+def _p_value(row: Json, reference: str) -> tuple[float | None, bool]:
+    """The p-value against a reference, and whether Holm's correction is in it."""
+    corrected = row.get(f"p_value_vs_{reference}_holm")
+    if corrected is not None:
+        return corrected, True
+    return row.get(f"p_value_vs_{reference}"), False
+
+
+def _is_significant(p_value: float | None, study: Comparison) -> bool:
+    # The confidence level is a decimal number: 1 − 0.95 is a little more than 0.05.
+    return p_value is not None and p_value < round(1 - study.confidence, 9)
+
+
+def _flags(row: Json) -> list[str]:
+    """What of a row is not as in the rows that it is compared with."""
+    return row["flags"].split("; ") if row["flags"] else []
+
+
+def _compared(subject: Subject) -> list[int]:
+    """Which two methods the completions browser compares at first: the best and its parent."""
+    methods, best = subject.study.methods, subject.rows[0]
+    parent = best["parent"] if best["parent"] in methods else subject.rows[-1]["method"]
+    return [methods.index(parent), methods.index(best["method"])]
+
+
+def _table(subject: Subject) -> Json:
+    rows = subject.rows
+    columns: list[tuple[str, Any]] = [("right", _accuracy_cell)]
+    for reference, title in (("parent", "against its parent"), ("base", "against base")):
+        if any(row.get(f"delta_vs_{reference}") is not None for row in rows):
+            columns.append((f"{title}, points", _difference_cell(reference)))
+            columns.append(("p", _p_cell(reference)))
+    if any(row["num_samples"] for row in rows):
+        columns.append(("sampled pass@1", _pass_cell))
+    if any(row.get("smallest_detectable_delta") is not None for row in rows):
+        columns.append(("detectable from", _detectable_cell))
+    return {
+        "columns": [title for title, _ in columns],
+        "rows": [
+            {
+                "method": row["method"],
+                "flags": _flags(row),
+                "cells": [make(row) for _, make in columns],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _cell(main: str, detail: str = "") -> Json:
+    return {"main": main, "detail": detail}
+
+
+def _accuracy_cell(row: Json) -> Json:
+    return _cell(_percent(row["accuracy"]), _interval(row, "accuracy", _plain))
+
+
+def _pass_cell(row: Json) -> Json:
+    if not row["num_samples"]:
+        return _cell("")
+    return _cell(_percent(row["pass_at_1"]), _interval(row, "pass_at_1", _plain))
+
+
+def _difference_cell(reference: str) -> Any:
+    def make(row: Json) -> Json:
+        name = f"delta_vs_{reference}"
+        if row.get(name) is None:
+            return _cell("")
+        against = f" {row['parent']}" if reference == "parent" else ""
+        return _cell(_points(row[name]), f"{_interval(row, name, _points)}{against}")
+
+    return make
+
+
+def _p_cell(reference: str) -> Any:
+    def make(row: Json) -> Json:
+        p_value, _ = _p_value(row, reference)
+        return _cell(p_text(p_value))
+
+    return make
+
+
+def _detectable_cell(row: Json) -> Json:
+    value = row.get("smallest_detectable_delta")
+    if value is None:
+        return _cell("")
+    return _cell("over 100" if value > 1 else _plain(value))
+
+
+def _table_note(subject: Subject) -> str:
+    corrected = any(_p_value(row, "parent")[1] for row in subject.rows)
+    notes = [
+        "p-values are two-sided, "
+        + ("Holm-corrected within a model." if corrected else "not corrected for their number.")
+    ]
+    if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):
+        notes.append(
+            "“Detectable from”: the smallest difference to the parent, in points, that as many "
+            "problems and seeds would show four times in five."
+        )
+    return " ".join(notes)
+
+
+def _cost_table(subject: Subject) -> Json:
+    """The comparison's own columns of cost, without those that are empty here."""
+    columns = {
+        title: [render(row) for row in subject.rows]
+        for title, render in COST_COLUMNS.items()
+        if title not in ("model", "suite", "method")
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    rows = [
+        {"method": row["method"], "cells": [cells[place] for cells in columns.values()]}
+        for place, row in enumerate(subject.rows)
+    ]
+    return {"columns": list(columns), "rows": rows}
+
+
+# --------------------------------------------------------------------------------- charts' numbers
+
+
+def _accuracy_chart(subject: Subject) -> Json:
+    rows, seeds = [], []
+    greedy = subject.metrics[subject.rows[0]["method"]][0]["accuracy"] is not None
+    for row in subject.rows:
+        shown = [("greedy", "accuracy")] if greedy else []
+        if row["num_samples"]:
+            shown.append(("sampled, pass@1", "pass_at_1"))
+        for decoding, name in shown:
+            rows.append(
+                {"method": row["method"], "decoding": decoding}
+                | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+            )
+            runs = subject.metrics[row["method"]]
+            for seed, run in zip(subject.study.seeds_of[row["method"]], runs, strict=True):
+                if len(runs) > 1 and run[name] is not None:
+                    seeds.append(
+                        {
+                            "method": row["method"],
+                            "decoding": decoding,
+                            "seed": seed,
+                            "value": round(100 * run[name], 3),
+                        }
+                    )
+    return accuracy_chart(rows, seeds, subject.study.methods)
+
+
+def _difference_charts(subject: Subject) -> list[Json]:
+    """Against parents; and against the base model, where that is another comparison."""
+    titles = {"parent": "Differences to the parent", "base": "Differences to the base model"}
+    rows = {
+        reference: [
+            _difference_point(subject, row, reference)
+            for row in subject.rows
+            if row[f"delta_vs_{reference}"] is not None
+        ]
+        for reference in titles
+    }
+    if all(row["parent"] in (None, row["base"]) for row in subject.rows):
+        rows["base"] = []
+    return [
+        difference_chart(
+            rows[reference],
+            subject.study.methods,
+            f"{title}: filled where significant, hollow where not",
+        )
+        for reference, title in titles.items()
+        if rows[reference]
+    ]
+
+
+def _difference_point(subject: Subject, row: Json, reference: str) -> Json:
+    name = f"delta_vs_{reference}"
+    p_value, _ = _p_value(row, reference)
+    significant = _is_significant(p_value, subject.study)
+    words = "significant" if significant else "not significant"
+    return {
+        "label": f"{row['method']} {MINUS} {row[reference]}",
+        "method": row["method"],
+        "significant": significant,
+        "significance": f"{words}, {_p_text(p_value)}",
+    } | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+
+
+def _scaled(mean: float, low: float, high: float) -> Json:
+    return {
+        name: round(100 * value, 3)
+        for name, value in (("mean", mean), ("low", low), ("high", high))
+    }
+
+
+COSTS = (
+    ("train_seconds_with_parents", "Accuracy against training time", "training with its parents"),
+    (
+        "gpu_seconds_training_with_parents",
+        "Accuracy against GPU time",
+        "training with its parents, all GPUs",
+    ),
+)
+
+
+def _cost_charts(subject: Subject) -> list[Json]:
+    charts = []
+    for name, title, axis in COSTS:
+        values = [row.get(name) for row in subject.rows]
+        if any(value is None for value in values) or not any(values):
+            continue
+        unit, seconds = _time_unit(max(value for value in values if value is not None))
+        rows = [
+            {"method": row["method"], "cost": round(row[name] / seconds, 4)}
+            | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
+            for row in subject.rows
+        ]
+        charts.append(cost_chart(rows, subject.study.methods, title, f"{axis}, {unit}"))
+    return charts
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    if seconds < 180:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
+
+
+def _sampling_charts(subject: Subject) -> list[Json]:
+    methods = subject.study.methods
+    rows: dict[str, list[Json]] = {
+        "pass@k: one of k samples is right": [],
+        "maj@k: the most frequent answer is right": [],
+    }
+    passes, majorities = rows.values()
+    for row in subject.pass_at_k:
+        interval = (row["pass_at_k_ci_low"], row["pass_at_k_ci_high"])
+        passes.append(
+            {"method": row["method"], "k": row["k"]} | _scaled(row["pass_at_k"], *interval)
+        )
+    for method in methods:
+        runs = [run["maj_at_k"] for run in subject.metrics[method]]
+        for k in sorted(set.intersection(*map(set, runs)), key=int):
+            values = [run[k] for run in runs]
+            scaled = _scaled(float(np.mean(values)), min(values), max(values))
+            majorities.append({"method": method, "k": int(k)} | scaled)
+    titles = {
+        "pass@k: one of k samples is right": passes,
+        "maj@k: the most frequent of k answers is right": majorities,
+    }
+    return [
+        pass_at_k_chart(points, methods, title)
+        for title, points in titles.items()
+        if len({point["k"] for point in points}) > 1
+    ]
+
+
+def _main_completions(subject: Subject, method: str) -> pl.DataFrame:
+    """Greedy completions of all seeds, or the samples where there are no greedy ones."""
+    tables = [subject.graded.tables[place] for place in subject.graded.rows_of(method)]
+    table = pl.concat([each.select("decoding", "correct", "num_tokens", "truncated")
+                       for each in tables])  # fmt: skip
+    greedy = table.filter(pl.col("decoding") == "greedy")
+    return greedy if greedy.height else table
+
+
+def _length_chart(subject: Subject) -> Json:
+    rows = []
+    for method in subject.study.methods:
+        table = _main_completions(subject, method)
+        for outcome, right in (("right", True), ("wrong", False)):
+            tokens = table.filter(pl.col("correct") == right)["num_tokens"].to_numpy()
+            if tokens.size:
+                quantiles = np.quantile(tokens, (0.05, 0.25, 0.5, 0.75, 0.95))
+                names = ("q05", "q25", "q50", "q75", "q95")
+                rows.append(
+                    {"method": method, "outcome": outcome, "completions": int(tokens.size)}
+                    | dict(zip(names, map(float, quantiles), strict=True))
+                )
+    return length_chart(rows, subject.study.methods)
+
+
+def _truncation_chart(subject: Subject) -> Json:
+    rows = []
+    for method in subject.study.methods:
+        share = float(
+            _main_completions(subject, method)["truncated"].cast(pl.Float64).to_numpy().mean()
+        )
+        rows.append({"method": method, "value": round(100 * share, 3), "label": _percent(share)})
+    return truncation_chart(rows, subject.study.methods)
+
+
+# ---------------------------------------------------------------------------------------- agreement
+
+
+def _pairs(subject: Subject) -> list[Json]:
+    """How often two methods are both right, one only, or both wrong: shares of seeds × problems."""
+    pairs = []
+    for a, b in itertools.combinations(subject.study.methods, 2):
+        left, right = _paired(subject, a, b)
+        pairs.append(
+            {
+                "a": a,
+                "b": b,
+                "both_right": float((left * right).mean()),
+                "only_a": float((left * (1 - right)).mean()),
+                "only_b": float((right * (1 - left)).mean()),
+                "both_wrong": float(((1 - left) * (1 - right)).mean()),
+                "difference": _difference(subject, b, a),
+            }
+        )
+    return pairs
+
+
+def _pair_cells(pair: Json) -> Json:
+    shares = {
+        name: _percent(pair[name]) for name in ("both_right", "only_a", "only_b", "both_wrong")
+    }
+    difference = pair["difference"]
+    return {
+        "a": pair["a"],
+        "b": pair["b"],
+        **shares,
+        "difference": _points(difference.delta),
+        "interval": f"[{_points(difference.low)}, {_points(difference.high)}]",
+    }
+
+
+def _both_ways(pairs: Sequence[Json]) -> list[Json]:
+    rows = []
+    for pair in pairs:
+        percent = {
+            name: round(100 * pair[name], 3)
+            for name in ("both_right", "only_a", "only_b", "both_wrong")
+        }
+        swapped = {**percent, "only_a": percent["only_b"], "only_b": percent["only_a"]}
+        rows.append({"a": pair["a"], "b": pair["b"], **percent})
+        rows.append({"a": pair["b"], "b": pair["a"], **swapped})
+    return rows
+
+
+# --------------------------------------------------------------------------------------- provenance
+
+FACTS = (
+    ("engine", ("engine",)),
+    ("device", ("device",)),
+    ("data type", ("dtype",)),
+    ("grading", ("grading",)),
+    ("answer marker", ("marker",)),
+    ("commit", ("provenance", "git", "commit")),
+    ("uncommitted changes", ("provenance", "git", "diff_sha256")),
+    ("code digest", ("provenance", "code_digest")),
+    ("Python", ("provenance", "python")),
+    ("packages", ("provenance", "packages")),
+    ("platform", ("provenance", "platform")),
+    ("processor", ("provenance", "processor")),
+)
+MAX_VALUES = 6
+MAX_FILES = 200
+
+
+def _provenance(study: Comparison, sources: Sources) -> Json:
+    runs = [
+        (model, method, seed)
+        for model in study.models
+        for method in study.methods
+        for seed in study.seeds_of[method]
+    ]
+    metrics = [
+        read_json(run_dir(sources.study_dir, *run) / "metrics" / f"{suite}.json")
+        for run in runs
+        for suite in study.suites
+    ]
+    facts = [
+        _fact(name, [_dig(row, path) for row in metrics])
+        for name, path in FACTS
+        if any(_dig(row, path) is not None for row in metrics)
+    ]
+    written = [str(_dig(row, ("provenance", "written")) or "") for row in metrics]
+    facts.append(
+        {"name": "completions made", "shown": _span(sorted(filter(None, written))),
+         "differs": False}
+    )  # fmt: skip
+    details = [
+        ("Settings of training runs", _training_settings(study, sources.study_dir)),
+        ("Settings of evaluations", _evaluation_settings(study, sources.study_dir)),
+        ("Commands", _commands(study, sources.runs_dir)),
+        ("Files, by SHA-256", _hashes(study, sources, runs)),
+    ]
+    return {
+        "facts": [fact for fact in facts if fact["shown"]],
+        "details": [(title, items) for title, items in details if items],
+        "note": "This page was put together from the files of the study alone; it asks the network "
+        "for nothing. Charts: Vega-Lite, whose BSD-3-Clause library is part of this file.",
+    }
+
+
+def _dig(row: Json, path: tuple[str, ...]) -> Any:
+    value: Any = row
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _fact(name: str, values: list[Any]) -> Json:
+    """Distinct values of a fact over runs, with how many runs have each where they differ."""
+    texts = ["" if value is None else _fact_text(value) for value in values]
+    counts = {text: texts.count(text) for text in dict.fromkeys(texts)}
+    if len(counts) == 1:
+        return {"name": name, "shown": [text for text in counts if text], "differs": False}
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{text or 'none'} ({_count(n, 'evaluation')})" for text, n in ordered[:MAX_VALUES]]
+    if len(ordered) > MAX_VALUES:
+        shown.append(f"and {len(ordered) - MAX_VALUES} more")
+    return {"name": name, "shown": shown, "differs": True}
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in sorted(value.items()))
+    return str(value)
+
+
+def _span(sorted_times: list[str]) -> list[str]:
+    if not sorted_times:
+        return []
+    first, last = sorted_times[0], sorted_times[-1]
+    return [first if first == last else f"{first} to {last}"]
+
+
+def _training_settings(study: Comparison, study_dir: Path) -> list[tuple[str, str]]:
+    """Settings of every trained model × method, of its first seed."""
+    found = []
+    for model in study.models:
+        for method in study.methods:
+            run = run_dir(study_dir, model, method, study.seeds_of[method][0])
+            if (run / "settings.json").exists():
+                settings = read_json(run / "settings.json")
+                settings.pop("seed", None)
+                found.append((f"{model} / {method}", _pretty(settings)))
+    return found
+
+
+def _evaluation_settings(study: Comparison, study_dir: Path) -> list[tuple[str, str]]:
+    """Settings of every model × suite, of the first method and seed."""
+    found = []
+    first = study.methods[0]
+    for model in study.models:
+        for suite in study.suites:
+            run = run_dir(study_dir, model, first, study.seeds_of[first][0])
+            path = run / "completions" / f"{suite}.stats.json"
+            settings = read_json(path).get("settings") if path.exists() else None
+            if settings:
+                found.append((f"{model} / {suite}", _pretty(settings)))
+    return found
+
+
+def _commands(study: Comparison, runs_dir: Path | None) -> list[tuple[str, str]]:
+    """The calls of snakemake for this study, newest first."""
+    found = []
+    for path in sorted((runs_dir or Path()).glob("*/run_manifest.json") if runs_dir else []):
+        manifest = read_json(path)
+        if manifest.get("study") == study.name:
+            commit = _dig(manifest, ("git", "commit")) or "no commit"
+            state = manifest.get("state")
+            text = f"{' '.join(manifest.get('command', []))}\ncommit {commit}"
+            found.append(
+                (
+                    f"{manifest.get('started')}: "
+                    + (
+                        "not finished when this page was made" if state == "running" else str(state)
+                    ),
+                    text,
+                )
+            )
+    return found[::-1]
+
+
+def _hashes(
+    study: Comparison, sources: Sources, runs: list[tuple[str, str, int]]
+) -> list[tuple[str, str]]:
+    results = [sources.comparison, *dict.fromkeys(sources.problems.values())]
+    grades = [
+        run_dir(sources.study_dir, *run) / "grades" / f"{suite}.parquet"
+        for run in runs
+        for suite in study.suites
+    ]
+    texts = [("Tables and problems", _hash_lines(results)), ("Grades", _hash_lines(grades))]
+    weights = []
+    for model, method, seed in runs:
+        path = run_dir(sources.study_dir, model, method, seed) / "train" / "summary.json"
+        if path.exists():
+            summary = read_json(path)
+            weights.append(
+                f"{model} / {method} / seed {seed}: starting weights "
+                f"{summary.get('starting_weights')}, data {summary.get('data_sha256')}"
+            )
+    if weights:
+        texts.append(("Starting weights and training data", "\n".join(weights[:MAX_FILES])))
+    return texts
+
+
+def _hash_lines(paths: Sequence[Path]) -> str:
+    lines = [f"{sha256_file(path)}  {path}" for path in paths[:MAX_FILES]]
+    if len(paths) > MAX_FILES:
+        lines.append(f"and {len(paths) - MAX_FILES} more files")
+    return "\n".join(lines)
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------ wording
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}{SPACE}%"
+
+
+def _plain(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _points(value: float) -> str:
+    """Signed percentage points, with a minus sign and no negative zero."""
+    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", MINUS)
+
+
+def _interval(row: Json, name: str, form: Any) -> str:
+    low, high = row.get(f"{name}_ci_low"), row.get(f"{name}_ci_high")
+    return "" if low is None or high is None else f"[{form(low)},{SPACE}{form(high)}]"
+
+
+def _p_text(p_value: float | None) -> str:
+    if p_value is None:
+        return "no test"
+    text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+    return text.replace(" ", SPACE)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,444 @@
+"""The report's charts as Vega-Lite, and the looks that they take on in light and in dark.
+
+A chart holds no colours of its own: the page hands it one of `THEMES`, and again when the theme
+changes. Methods differ in colour and in shape or dash, for those who cannot tell the colours apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from gsm8k_core.files import Json
+
+# From the hues of Okabe and Ito (2008), moved until each has a contrast of 3:1 or more to the page
+# and every two keep a distance of 15 or more (CIE76) under every common colour blindness (tested).
+PALETTES = {
+    "light": ["#0c53a1", "#e02b12", "#078157", "#c3509d", "#ba8346", "#4092dc", "#20384d"],
+    "dark": ["#5fa9f1", "#ff8a4c", "#37daa3", "#f597ce", "#f0c93a", "#9bdeff", "#d3f3dd"],
+}
+SURFACES = {
+    "light": {"page": "#ffffff", "ink": "#1b1f24", "quiet": "#57606a", "line": "#d8dee4"},
+    "dark": {"page": "#12161b", "ink": "#e6e9ed", "quiet": "#a3adb8", "line": "#2e363f"},
+}
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
+DASHES = [[1, 0], [7, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3, 2, 3, 2, 3], [1, 3]]
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+SIGNED = "(datum.value > 0 ? '+' : '') + datum.label"
+MAX_POINTS = 120
+"""Points of a learning curve; more cannot be seen."""
+MAX_NAMED = 6
+"""Methods whose names stand beside their points; more would cover each other."""
+
+# What a training log may hold, in the order of the page: key, title, axis, factor.
+CURVES = (
+    ("reward_mean", "Reward", "mean reward of a step", 1.0),
+    ("validation_accuracy", "Validation accuracy", "% right", 100.0),
+    ("loss", "Loss of methods without a reward", "training loss", 1.0),
+    ("completion_length_mean", "Length of sampled completions", "tokens", 1.0),
+    ("entropy", "Entropy of sampled tokens", "nats", 1.0),
+)
+
+
+def themes() -> Json:
+    """Vega configurations by theme."""
+    return {name: _theme(PALETTES[name], SURFACES[name]) for name in PALETTES}
+
+
+def _theme(palette: list[str], surface: dict[str, str]) -> Json:
+    axis = {
+        "labelColor": surface["quiet"],
+        "titleColor": surface["quiet"],
+        "domainColor": surface["line"],
+        "tickColor": surface["line"],
+        "gridColor": surface["line"],
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "labelLimit": 150,
+    }
+    return {
+        "background": "transparent",
+        "font": FONT,
+        "axis": axis,
+        "legend": {
+            "labelColor": surface["ink"],
+            "titleColor": surface["quiet"],
+            "labelFontSize": 12,
+            "orient": "top",
+            "direction": "horizontal",
+            "title": None,
+            "columns": 4,
+            "symbolStrokeWidth": 2,
+            "symbolBaseFillColor": surface["ink"],
+            "symbolBaseStrokeColor": surface["ink"],
+            "symbolSize": 90,
+        },
+        "text": {"color": surface["ink"], "fontSize": 12},
+        "rule": {"color": surface["quiet"]},
+        "view": {"stroke": None},
+        "range": {"category": palette, "symbol": SHAPES},
+    }
+
+
+def _methods(methods: Sequence[str]) -> dict[str, alt.Scale]:
+    """Scales that give a method the same look in every chart."""
+    dashes = [DASHES[place % len(DASHES)] for place in range(len(methods))]
+    return {
+        "colour": alt.Scale(domain=list(methods)),
+        "shape": alt.Scale(domain=list(methods)),
+        "dash": alt.Scale(domain=list(methods), range=dashes),
+    }
+
+
+def _finish(chart: Any, rows: list[Json], title: str, height: int, axes: tuple[str, str]) -> Json:
+    """A specification without the colours of a theme, as wide as its place on the page."""
+    spec = chart.properties(
+        data=alt.Data(values=rows),
+        width="container",
+        height=height,
+        description=title,
+        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+    ).to_dict(validate=False)
+    spec.pop("config", None)
+    spec.pop("$schema", None)
+    return {"title": title, "x": axes[0], "y": axes[1], "spec": spec}
+
+
+def _percent(title: str) -> Any:
+    label = "datum.value > 100 ? '' : datum.label + ' %'"
+    return alt.Axis(title=title, labelExpr=label, tickCount=6)
+
+
+def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> Json:
+    """Accuracy with its interval by method, best first; small ticks are single seeds.
+
+    `rows`: method, decoding, mean, low, high in percent, best method first; `seeds`: method,
+    decoding, value.
+    """
+    ranked = list(dict.fromkeys(row["method"] for row in rows))
+    scales = _methods(methods)
+    y = alt.Y("method:N", sort=ranked, axis=alt.Axis(title=None, ticks=False, labelFontSize=13))
+    decodings = sorted({row["decoding"] for row in rows})
+    offset = alt.YOffset("decoding:N", scale=alt.Scale(domain=decodings))
+    colour = alt.Color("method:N", scale=scales["colour"], legend=None)
+    base = alt.Chart().encode(y=y, yOffset=offset, color=colour)
+    intervals = base.mark_rule(strokeWidth=3, strokeCap="round").encode(
+        x=alt.X("low:Q", scale=alt.Scale(zero=False, nice=True), axis=_percent("right answers")),
+        x2="high:Q",
+    )
+    points = base.mark_point(size=110, filled=True, opacity=1, strokeWidth=2).encode(
+        x="mean:Q",
+        shape=alt.Shape(
+            "decoding:N",
+            scale=alt.Scale(domain=decodings, range=["circle", "diamond"][: len(decodings)]),
+            legend=alt.Legend(title=None) if len(decodings) > 1 else None,
+        ),
+        tooltip=["method:N", "decoding:N", *_interval_tooltip("accuracy %")],
+    )
+    dots = (
+        alt.Chart(alt.Data(values=seeds))
+        .mark_tick(thickness=2, size=9, opacity=0.75)
+        .encode(
+            x="value:Q",
+            y=y,
+            yOffset=offset,
+            color=colour,
+            tooltip=["method:N", "decoding:N", "seed:N", alt.Tooltip("value:Q", format=".1f")],
+        )
+    )
+    height = 26 + len(ranked) * (22 + 14 * len(decodings))
+    return _finish(
+        intervals + dots + points, rows, "Accuracy by method", height, ("right answers", "method")
+    )
+
+
+def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
+    """Differences with their intervals around zero; hollow where they are not significant.
+
+    `rows`: label, method, mean, low, high in points, significant.
+    """
+    y = alt.Y(
+        "label:N",
+        sort=[row["label"] for row in rows],
+        axis=alt.Axis(title=None, ticks=False, labelFontSize=13, labelLimit=220),
+    )
+    colour = alt.Color("method:N", scale=_methods(methods)["colour"], legend=None)
+    base = alt.Chart().encode(y=y, color=colour)
+    zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q")
+    intervals = base.mark_rule(strokeWidth=3, strokeCap="round").encode(
+        x=alt.X("low:Q", axis=alt.Axis(title="difference in percentage points", labelExpr=SIGNED)),
+        x2="high:Q",
+    )
+    tooltip = ["label:N", *_interval_tooltip("points"), "significance:N"]
+    points = base.mark_point(size=110, strokeWidth=2, opacity=1).encode(
+        x="mean:Q",
+        fill=alt.condition(
+            "datum.significant",
+            alt.Color("method:N", scale=_methods(methods)["colour"], legend=None),
+            alt.value("transparent"),
+        ),
+        tooltip=tooltip,
+    )
+    return _finish(
+        zero + intervals + points, rows, title, 26 + 34 * len(rows), ("points", "comparison")
+    )
+
+
+def _interval_tooltip(name: str) -> list[Any]:
+    return [
+        alt.Tooltip("mean:Q", title=name, format=".1f"),
+        alt.Tooltip("low:Q", title="from", format=".1f"),
+        alt.Tooltip("high:Q", title="to", format=".1f"),
+    ]
+
+
+def _value_tooltip(name: str) -> list[Any]:
+    return [
+        alt.Tooltip("mean:Q", title=name, format=".4~g"),
+        alt.Tooltip("low:Q", title="from", format=".4~g"),
+        alt.Tooltip("high:Q", title="to", format=".4~g"),
+    ]
+
+
+def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> list[Json]:
+    """A chart for everything that a training log may hold and one does; `logs`: a list per seed."""
+    charts = []
+    for key, title, axis, factor in CURVES:
+        rows = []
+        for method in methods:
+            runs = logs.get(method, [])
+            if key == "loss" and any("reward_mean" in row for run in runs for row in run):
+                continue
+            rows += learning_curve(runs, key, method, factor)
+        if rows:
+            charts.append(_curves(rows, methods, title, axis))
+    return charts
+
+
+def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float) -> list[Json]:
+    """Mean over seeds of a running mean, with the smallest and the largest seed, by step.
+
+    Steps that a seed lacks are left out: beyond the end of one, the mean would be of others.
+    """
+    series = [{row["step"]: row[key] for row in run if row.get(key) is not None} for run in runs]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    if not steps:
+        return []
+    values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64) * factor
+    window = max(1, len(steps) // 25) if key != "validation_accuracy" else 1
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    ends = np.arange(1, len(steps) + 1)
+    starts = np.maximum(ends - window, 0)
+    means = (sums[:, ends] - sums[:, starts]) / (ends - starts)
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).astype(int))
+    return [
+        {
+            "method": method,
+            "x": steps[place],
+            "mean": float(f"{means[:, place].mean():.5g}"),
+            "low": float(f"{means[:, place].min():.5g}"),
+            "high": float(f"{means[:, place].max():.5g}"),
+        }
+        for place in shown
+        if np.isfinite(means[:, place]).all()
+    ]
+
+
+def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
+    present = {row["method"] for row in rows}
+    shown = [method for method in methods if method in present]
+    x_axis = alt.Axis(title="training step", grid=False, tickCount=6)
+    chart = _bands("x:Q", x_axis, axis, methods, shown, 0.16)
+    return _finish(chart, rows, title, 210, ("training step", axis))
+
+
+def _bands(
+    x: str, x_axis: Any, y_title: str, methods: list[str], shown: list[str], band_opacity: float
+) -> Any:
+    """Lines with bands; a click on the legend brings one forward."""
+    scales = _methods(methods)
+    legend = alt.Legend(
+        title=None, values=shown, symbolType="stroke", symbolSize=500, symbolOpacity=1.0
+    )
+    picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
+    # A band's colour is its fill, a line's its stroke: one legend entry shows both.
+    fill = alt.Fill("method:N", scale=scales["colour"], legend=legend)
+    base = alt.Chart().encode(x=alt.X(x, axis=x_axis, scale=alt.Scale(nice=False)))
+    y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(zero=False))
+    band = base.mark_area(clip=True).encode(
+        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)),
+        y2="high:Q",
+        fill=fill,
+        opacity=alt.condition(picked, alt.value(band_opacity), alt.value(0.02)),
+    )
+    tooltip = ["method:N", alt.Tooltip(x, title="at"), *_value_tooltip(y_title)]
+    line = base.mark_line(strokeWidth=2.2).encode(
+        y=y,
+        color=alt.Color("method:N", scale=scales["colour"], legend=legend),
+        strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=legend),
+        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.15)),
+    )
+    hits = base.mark_point(size=120, opacity=0, filled=True).encode(y=y, fill=fill, tooltip=tooltip)
+    return (band + line + hits).add_params(picked)
+
+
+def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
+    """Accuracy against cost; `rows`: method, cost, mean, low, high."""
+    scales = _methods(methods)
+    largest = max(row["cost"] for row in rows) or 1.0
+    x = alt.X(
+        "cost:Q",
+        axis=alt.Axis(title=axis, grid=False, values=_ticks(largest)),
+        scale=alt.Scale(domain=[-0.03 * largest, 1.18 * largest], nice=False),
+    )
+    few = len(rows) <= MAX_NAMED
+    legend = None if few else alt.Legend(title=None)
+    base = alt.Chart().encode(
+        x=x, color=alt.Color("method:N", scale=scales["colour"], legend=legend)
+    )
+    y_axis = _percent("right answers")
+    y_scale = alt.Scale(zero=False, padding=14)
+    intervals = base.mark_rule(strokeWidth=2, opacity=0.8).encode(
+        y=alt.Y("low:Q", axis=y_axis, scale=y_scale), y2="high:Q"
+    )
+    points = base.mark_point(size=130, filled=True, opacity=1).encode(
+        y=alt.Y("mean:Q", axis=y_axis, scale=y_scale),
+        shape=alt.Shape("method:N", scale=scales["shape"], legend=legend),
+        tooltip=[
+            "method:N",
+            alt.Tooltip("cost:Q", title=axis, format=",.1f"),
+            *_interval_tooltip("accuracy %"),
+        ],
+    )
+    # Methods of like cost stand close together: their names go above and below in turn.
+    names = [
+        base.transform_filter(f"datum.side == {side}")
+        .mark_text(align="left", dx=9, dy=dy, fontSize=12.5, fontWeight=600)
+        .encode(y="mean:Q", text="method:N")
+        for side, dy in ((0, -9), (1, 13))
+    ]
+    placed = sorted(rows, key=lambda row: row["mean"])
+    placed = [{**row, "side": place % 2} for place, row in enumerate(placed)]
+    chart = alt.layer(intervals, points, *(names if few else []))
+    return _finish(chart, placed, title, 300, (axis, "right answers"))
+
+
+def _ticks(largest: float) -> list[float]:
+    """Round numbers from 0 to `largest`, four or so: none below 0, where the axis begins."""
+    step = 10.0 ** np.floor(np.log10(largest / 4))
+    step = next(step * factor for factor in (1, 2, 5, 10) if step * factor * 5 >= largest)
+    return [round(place * step, 9) for place in range(int(largest / step) + 1)]
+
+
+def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
+    """`rows`: method, k, mean, low, high in percent."""
+    ks = sorted({row["k"] for row in rows})
+    axis = alt.Axis(title="samples k", values=ks, format="d", grid=False)
+    shown = [method for method in methods if any(row["method"] == method for row in rows)]
+    chart = _bands("k:Q", axis, "% of problems", methods, shown, 0.09)
+    # Doublings of k are equal steps.
+    for layer in chart.layer:
+        layer.encoding.x.scale = alt.Scale(type="log", base=2, nice=False)
+    return _finish(chart, rows, title, 270, ("samples k", "% of problems"))
+
+
+def length_chart(rows: list[Json], methods: list[str]) -> Json:
+    """Spread of completion lengths: 5 to 95 % as a line, quartiles as a bar, the median as a tick.
+
+    `rows`: method, outcome, q05, q25, q50, q75, q95 in tokens.
+    """
+    present = {row["outcome"] for row in rows}
+    outcomes = [outcome for outcome in ("right", "wrong") if outcome in present]
+    base = alt.Chart().encode(
+        y=alt.Y("method:N", sort=methods, axis=alt.Axis(title=None, ticks=False, labelFontSize=13)),
+        yOffset=alt.YOffset("outcome:N", scale=alt.Scale(domain=outcomes)),
+        color=alt.Color("method:N", scale=_methods(methods)["colour"], legend=None),
+    )
+    x_axis = alt.Axis(title="tokens of a completion")
+    tooltip = ["method:N", "outcome:N"] + [
+        alt.Tooltip(f"q{q}:Q", title=f"{int(q)} %", format=".0f")
+        for q in ("05", "25", "50", "75", "95")
+    ]
+    whole = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("q05:Q", axis=x_axis), x2="q95:Q")
+    opacity = alt.Opacity(
+        "outcome:N",
+        sort=outcomes,
+        scale=alt.Scale(domain=outcomes, range=[0.85, 0.35][: len(outcomes)]),
+        legend=alt.Legend(title=None, symbolType="square", values=outcomes),
+    )
+    middle = base.mark_bar(height=12, cornerRadius=2).encode(
+        x="q25:Q", x2="q75:Q", opacity=opacity, tooltip=tooltip
+    )
+    median = base.mark_tick(thickness=3, size=17).encode(x="q50:Q", tooltip=tooltip)
+    height = 40 + len(methods) * 22 * max(1, len(outcomes))
+    title = "Length of completions that are right and wrong"
+    return _finish(whole + middle + median, rows, title, height, ("tokens", "method"))
+
+
+def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
+    """Share of completions that were cut off; `rows`: method, value in percent."""
+    base = alt.Chart().encode(
+        y=alt.Y("method:N", sort=methods, axis=alt.Axis(title=None, ticks=False, labelFontSize=13)),
+        x=alt.X(
+            "value:Q",
+            axis=_percent("cut off at the token limit"),
+            scale=alt.Scale(domainMin=0, domainMax=max(1.0, *(1.2 * r["value"] for r in rows))),
+        ),
+    )
+    bars = base.mark_bar(height=16, cornerRadiusEnd=3).encode(
+        color=alt.Color("method:N", scale=_methods(methods)["colour"], legend=None),
+        tooltip=["method:N", alt.Tooltip("value:Q", title="cut off %", format=".2f")],
+    )
+    labels = base.mark_text(align="left", dx=5).encode(text=alt.Text("label:N"))
+    title = "Completions cut off at the token limit"
+    return _finish(bars + labels, rows, title, 40 + 28 * len(rows), ("share", "method"))
+
+
+def agreement_chart(rows: list[Json], methods: list[str]) -> Json:
+    """How often the method of a row is right where that of a column is wrong.
+
+    `rows`: a, b, both_right, only_a, only_b, both_wrong in percent.
+    """
+    base = alt.Chart().encode(
+        x=alt.X(
+            "b:N",
+            sort=methods,
+            axis=alt.Axis(
+                title="… where this one is wrong",
+                orient="top",
+                labelAngle=-30,
+                domain=False,
+                ticks=False,
+            ),
+        ),
+        y=alt.Y(
+            "a:N",
+            sort=methods,
+            axis=alt.Axis(title="this one is right …", domain=False, ticks=False),
+        ),
+    )
+    tooltip = [
+        alt.Tooltip("a:N", title="row"),
+        alt.Tooltip("b:N", title="column"),
+        *(
+            alt.Tooltip(f"{name}:Q", title=title, format=".1f")
+            for name, title in (
+                ("both_right", "both right %"),
+                ("only_a", "only the row %"),
+                ("only_b", "only the column %"),
+                ("both_wrong", "both wrong %"),
+            )
+        ),
+    ]
+    # Ink stays readable on it in both themes: the colour goes to 60 % of its strength only.
+    cells = base.mark_rect(cornerRadius=3, fill=PALETTES["dark"][0]).encode(
+        opacity=alt.Opacity("only_a:Q", scale=alt.Scale(range=[0.04, 0.6]), legend=None),
+        tooltip=tooltip,
+    )
+    text = base.mark_text(fontSize=13).encode(text=alt.Text("only_a:Q", format=".1f"))
+    title = "Share of problems that one method gets right and another wrong, %"
+    return _finish(cells + text, rows, title, 40 + 40 * len(methods), ("column", "row"))

@@ -1,0 +1,276 @@
+"""Two finished studies, yesterday's and today's: what changed, and is it more than chance?
+
+Cells that both have are paired by seed and by problem, where both graded the same ones; what only
+one has, and what differs in settings, code and environment, is listed. Shapes: `S` seeds, `P`
+problems that both graded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from gsm8k_core.differences import (
+    Facts,
+    differing,
+    evaluation_facts,
+    flag_text,
+    leaf_changes,
+    read_optional,
+    training_facts,
+    training_settings,
+)
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json
+from gsm8k_core.metrics import holm, paired_difference
+from gsm8k_core.tables import (
+    TextTable,
+    markdown_table,
+    p_text,
+    percent,
+    read_grades,
+    run_dir,
+    with_interval,
+)
+
+SCHEMA: dict[str, Any] = {
+    "model": pl.String,
+    "method": pl.String,
+    "suite": pl.String,
+    "num_seeds": pl.Int64,
+    "num_problems": pl.Int64,
+    "accuracy_old": pl.Float64,
+    "accuracy_new": pl.Float64,
+    "delta": pl.Float64,
+    "delta_ci_low": pl.Float64,
+    "delta_ci_high": pl.Float64,
+    "p_value": pl.Float64,
+    "p_value_holm": pl.Float64,
+    "smallest_detectable_delta": pl.Float64,
+    "verdict": pl.String,
+    "differs": pl.String,
+}
+
+Key = tuple[str, str, str]  # model, method, suite
+
+
+@dataclass(frozen=True)
+class StudyComparison:
+    """What `compare_studies` finds."""
+
+    rows: pl.DataFrame
+    """One row per cell that both studies have; columns of `SCHEMA`."""
+    changes: dict[str, list[str]]
+    """Each setting, version or commit that differs (`key: old → new`), with the cells it is of."""
+    left_out: list[str]
+    """What could not be compared, and why."""
+
+
+def find_cells(study_dir: Path) -> dict[Key, list[int]]:
+    """The seeds of every model × method × suite that has grades, sorted.
+
+    Raises DataError when the folder holds none.
+    """
+    cells: dict[Key, list[int]] = {}
+    for path in sorted(study_dir.glob("*/*/seed*/grades/*.parquet")):
+        seed_dir = path.parent.parent
+        seed = re.fullmatch(r"seed(\d+)", seed_dir.name)
+        if seed is not None:
+            key = (seed_dir.parent.parent.name, seed_dir.parent.name, path.stem)
+            cells.setdefault(key, []).append(int(seed[1]))
+    if not cells:
+        raise DataError(
+            f"{study_dir}: no grades below it; expected a study's folder, such as "
+            "artifacts/experiments/default"
+        )
+    return {key: sorted(seeds) for key, seeds in cells.items()}
+
+
+def compare_studies(old_dir: Path, new_dir: Path, confidence: float = 0.95) -> StudyComparison:
+    """New minus old for every cell that both have.
+
+    `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples. The
+    p-values are corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where
+    the corrected one is below 1 − `confidence`. Raises DataError when either folder has no grades
+    or a malformed file.
+    """
+    old_cells, new_cells = find_cells(old_dir), find_cells(new_dir)
+    left_out = [
+        f"{' / '.join(key)}: only in {folder}"
+        for folder, cells, others in (
+            (old_dir, old_cells, new_cells),
+            (new_dir, new_cells, old_cells),
+        )
+        for key in cells
+        if key not in others
+    ]
+    rows: list[Json] = []
+    changes: dict[str, list[str]] = {}
+    for key in sorted(
+        old_cells.keys() & new_cells.keys(), key=lambda key: (key[0], key[2], key[1])
+    ):
+        seeds = [seed for seed in old_cells[key] if seed in new_cells[key]]
+        name = " / ".join(key)
+        odd = sorted(set(old_cells[key]) ^ set(new_cells[key]))
+        if odd:
+            left_out.append(f"{name}: seeds {', '.join(map(str, odd))} are in one study only")
+        if not seeds:
+            continue
+        row, reason = _compare_cell(old_dir, new_dir, key, seeds, confidence)
+        if reason:
+            left_out.append(f"{name}: {reason}")
+        if row is None:
+            continue
+        for line in _facts_of_row(row, old_dir, new_dir, key, seeds):
+            changes.setdefault(line, []).append(name)
+        rows.append(row)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        _judge([row for row in rows if row["model"] == model], confidence)
+    return StudyComparison(pl.DataFrame(rows, schema=SCHEMA), changes, left_out)
+
+
+def _compare_cell(
+    old_dir: Path, new_dir: Path, key: Key, seeds: Sequence[int], confidence: float
+) -> tuple[Json | None, str]:
+    """The row of one cell (None where nothing is in common), and what was left out of it."""
+    model, method, suite = key
+    tables: list[pl.DataFrame] = []
+    graded: set[str] = set()
+    for seed in seeds:
+        old, new = (
+            read_grades(run_dir(folder, model, method, seed) / "grades" / f"{suite}.parquet")
+            for folder in (old_dir, new_dir)
+        )
+        tables.append(old.join(new, on="problem_id", suffix="_new").sort("problem_id"))
+        graded |= set(old["problem_id"]) | set(new["problem_id"])
+    common = set.intersection(*(set(table["problem_id"]) for table in tables))
+    if not common:
+        return None, "no problem was graded in both studies"
+    odd = len(graded) - len(common)
+    reason = f"{odd} of {len(graded)} problems are not in every run of both" if odd else ""
+    kept = [table.filter(pl.col("problem_id").is_in(list(common))) for table in tables]
+    joined = pl.concat(kept)
+    if joined["greedy"].null_count() + joined["greedy_new"].null_count() == 0:
+        columns = (pl.col("greedy"), pl.col("greedy_new"))
+    elif (joined["num_samples"] > 0).all() and (joined["num_samples_new"] > 0).all():
+        columns = (
+            pl.col("num_correct") / pl.col("num_samples"),
+            pl.col("num_correct_new") / pl.col("num_samples_new"),
+        )
+    else:
+        return None, "one study decoded greedily and the other sampled"
+    before, after = (
+        np.stack([table.select(column).to_series().to_numpy() for table in kept])
+        for column in columns
+    )
+    found = paired_difference(after, before, confidence)
+    row: Json = {
+        "model": model,
+        "method": method,
+        "suite": suite,
+        "num_seeds": before.shape[0],
+        "num_problems": before.shape[1],
+        "accuracy_old": float(before.mean()),
+        "accuracy_new": float(after.mean()),
+        "delta": found.delta,
+        "delta_ci_low": found.low,
+        "delta_ci_high": found.high,
+        "p_value": found.p_value,
+        "smallest_detectable_delta": found.smallest_detectable,
+    }
+    return row, reason
+
+
+def _facts_of_row(
+    row: Json, old_dir: Path, new_dir: Path, key: Key, seeds: Sequence[int]
+) -> list[str]:
+    """Name in `row` what differs between the studies; return every change in words."""
+    old, new = ([_facts(folder, key, seed) for seed in seeds] for folder in (old_dir, new_dir))
+    row["differs"] = flag_text("", differing(old, new)).removeprefix(": ") or None
+    was: dict[str, set[str]] = {}
+    now: dict[str, set[str]] = {}
+    for before, after in zip(old, new, strict=True):
+        for name in before.keys() & after.keys():
+            for where, values in leaf_changes(before[name], after[name], name).items():
+                was.setdefault(where, set()).add(_shown(values[0]))
+                now.setdefault(where, set()).add(_shown(values[1]))
+    return [
+        f"{where}: {' or '.join(sorted(was[where]))} → {' or '.join(sorted(now[where]))}"
+        for where in sorted(was)
+    ]
+
+
+def _facts(study_dir: Path, key: Key, seed: int) -> Facts:
+    model, method, suite = key
+    run = run_dir(study_dir, model, method, seed)
+    stats = read_optional(run / "completions" / f"{suite}.stats.json")
+    return {
+        **evaluation_facts(stats, read_optional(run / "metrics" / f"{suite}.json")),
+        **training_facts(read_optional(run / "train" / "summary.json")),
+        **training_settings(read_optional(run / "settings.json")),
+    }
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _judge(rows: list[Json], confidence: float) -> None:
+    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        assert p_value is not None
+        row["p_value_holm"] = p_value
+        significant = p_value < 1 - confidence
+        row["verdict"] = None if not significant else "better" if row["delta"] > 0 else "worse"
+
+
+def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence: float) -> str:
+    """The report: the table, what differs, what was left out."""
+    header = ["model", "suite", "method", "seeds", "problems", "old %", "new %"]
+    header += ["new − old, points", "p", "verdict", "flags"]
+    rows = [
+        [
+            row["model"],
+            row["suite"],
+            row["method"],
+            str(row["num_seeds"]),
+            str(row["num_problems"]),
+            percent(row["accuracy_old"], ".1f"),
+            percent(row["accuracy_new"], ".1f"),
+            with_interval(row, "delta", "+.1f"),
+            p_text(row["p_value_holm"]),
+            row["verdict"] or "",
+            row["differs"] or "",
+        ]
+        for row in found.rows.iter_rows(named=True)
+    ]
+    parts = [f"# {new_dir} against {old_dir}\n"]
+    if rows:
+        parts.append(markdown_table(TextTable("", header, rows)))
+        parts.append(
+            f"Differences are paired by seed and problem, with {100 * confidence:g} % intervals "
+            "over both; p is corrected (Holm) over all rows of a model. One seed: problems only. "
+            "Flags name what is not the same in both studies.\n"
+        )
+    else:
+        parts.append("No cell can be compared.\n")
+    if found.changes:
+        lines = [f"- {line} ({_of(cells, len(rows))})" for line, cells in found.changes.items()]
+        parts.append("## What differs\n\n" + "\n".join(lines) + "\n")
+    if found.left_out:
+        lines = [f"- {line}" for line in found.left_out]
+        parts.append("## What was left out\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _of(cells: list[str], num_rows: int) -> str:
+    if len(cells) == num_rows:
+        return "all rows"
+    return ", ".join(cells[:3]) + (f" and {len(cells) - 3} more" if len(cells) > 3 else "")

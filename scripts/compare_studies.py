@@ -1,0 +1,69 @@
+"""Compare two finished studies, yesterday's and today's: what changed, and is it more than chance?
+
+Needs only the two folders of runs: no models, no GPU. Every model × method × suite that both have
+is paired by seed and problem; writes studies.csv (full precision) and studies.md (to be read: the
+table, every setting, version and commit that differs, and what only one study has).
+
+    python scripts/compare_studies.py --old artifacts/experiments/default \\
+        --new /scratch/today/artifacts/experiments/default --output-dir /tmp/changes
+
+With --fail-if-worse the exit code is 3 when a cell got significantly worse (corrected p below
+1 − confidence), which is for checks by machines; 0 otherwise, 1 for an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import parser, run_script
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import write_text
+from gsm8k_core.studies import compare_studies, to_markdown
+
+log = logging.getLogger("compare_studies")
+
+EXIT_WORSE = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--old", type=Path, required=True, help="folder with a study's runs")
+    arguments.add_argument("--new", type=Path, required=True, help="the other study's")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
+    arguments.add_argument("--confidence", type=float, default=0.95, help="default: 0.95")
+    arguments.add_argument(
+        "--fail-if-worse", action="store_true", help="exit with 3 if a cell is significantly worse"
+    )
+    args = arguments.parse_args(argv)
+    if not 0.5 < args.confidence < 1:
+        raise ConfigError(f"--confidence: expected a level from 0.5 to 1, found {args.confidence}")
+
+    found = compare_studies(args.old, args.new, args.confidence)
+    write_text(args.output_dir / "studies.csv", found.rows.write_csv())
+    text = to_markdown(found, args.old, args.new, args.confidence)
+    write_text(args.output_dir / "studies.md", text)
+    worse = found.rows.filter(found.rows["verdict"] == "worse")
+    better = found.rows.filter(found.rows["verdict"] == "better")
+    for row in worse.iter_rows(named=True):
+        log.warning(
+            "%s / %s / %s got worse by %.1f points",
+            row["model"],
+            row["method"],
+            row["suite"],
+            -100 * row["delta"],
+        )
+    log.info(
+        "%s: %d rows compared, %d better, %d worse, %d things left out",
+        args.output_dir / "studies.md",
+        found.rows.height,
+        better.height,
+        worse.height,
+        len(found.left_out),
+    )
+    return EXIT_WORSE if args.fail_if_worse and worse.height else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,84 @@
+"""Write the report of a study: one HTML file that opens from disk and needs no network.
+
+First the answer: which method is best, by how much, how sure that is. Then learning curves, cost,
+pass@k, lengths, agreement between methods, and a browser of all completions with their grades; at
+the end where everything came from. Reads what the runs below --study-dir and compare.py wrote.
+
+    python scripts/report.py --study study.json --study-dir artifacts/experiments/demo \\
+        --comparison artifacts/results/demo/comparison.parquet \\
+        --problems test=artifacts/gsm8k/test.jsonl \\
+        --output artifacts/results/demo/report.html
+
+where study.json is the text that compare.py takes as --study. A completion's problem can be linked
+to: report.html#p/MODEL/SUITE/PROBLEM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.config import Comparison
+from gsm8k_core.files import write_text
+from gsm8k_core.report import Sources, build_report
+
+log = logging.getLogger("report")
+
+
+def suite_file(text: str) -> tuple[str, Path]:
+    """`SUITE=FILE` as its parts."""
+    suite, equals, path = text.partition("=")
+    if not (suite and equals and path):
+        raise argparse.ArgumentTypeError(f"expected SUITE=FILE, found {text!r}")
+    return suite, Path(path)
+
+
+def megabytes(text: str) -> float:
+    """A number of megabytes above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
+    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments.add_argument("--comparison", type=Path, required=True, help="comparison.parquet")
+    arguments.add_argument(
+        "--problems",
+        type=suite_file,
+        nargs="+",
+        default=[],
+        metavar="SUITE=FILE",
+        help="problems of each suite, JSONL, for questions and solutions (without: ids alone)",
+    )
+    arguments.add_argument(
+        "--runs-dir", type=Path, help="manifests of the calls of snakemake (artifacts/runs)"
+    )
+    arguments.add_argument(
+        "--max-megabytes",
+        type=megabytes,
+        default=20.0,
+        help="of problems and completions in the page; of more, a stratified sample is kept "
+        "(default: %(default)g)",
+    )
+    arguments.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    args = arguments.parse_args(argv)
+
+    study: Comparison = settings_from(args.study, Comparison)
+    sources = Sources(args.study_dir, args.comparison, dict(args.problems), args.runs_dir)
+    write_text(args.output, build_report(study, sources, int(args.max_megabytes * 1e6)))
+    log.info("%s: %.1f MB", args.output, args.output.stat().st_size / 1e6)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

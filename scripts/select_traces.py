@@ -1,0 +1,73 @@
+"""Make a dataset of collected reasoning traces: verify, filter, deduplicate, write demonstrations.
+
+An answer is kept when it is correct (against the problem's gold answer), has reasoning, is neither
+too short nor too long, and is not the same as one before. Each kept trace becomes a problem of its
+own in `<output-dir>/train.jsonl` whose demonstration is the trace in the think format, so SFT takes
+the file as it takes any dataset's; `manifest.json` beside it says what was left out and why.
+
+    python scripts/select_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
+        --answers artifacts/r1_traces/collected/answers.jsonl --output-dir artifacts/r1_traces
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import (
+    add_config_argument,
+    check_known,
+    parser,
+    run_script,
+    settings_from,
+)
+from gsm8k_core.config import TraceDatasetSettings, load_config
+from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.files import sha256_file, write_json
+from gsm8k_core.manifest import provenance
+from gsm8k_core.problems import read_problems, write_problems
+from gsm8k_core.traces import select_traces
+
+log = logging.getLogger("select_traces")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow gives them")
+    add_config_argument(arguments)
+    arguments.add_argument("--traces", help="their name in the config")
+    arguments.add_argument("--answers", type=Path, required=True, help="as collected, JSONL")
+    arguments.add_argument("--data", type=Path, required=True, help="the problems asked, JSONL")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the dataset's folder")
+    args = arguments.parse_args(argv)
+
+    if args.settings is not None:
+        settings = settings_from(args.settings, TraceDatasetSettings)
+    elif args.traces is not None:
+        config = load_config(args.config[0], args.config[1:])
+        check_known("--traces", args.traces, config.traces)
+        settings = config.trace_dataset_settings(args.traces)
+    else:
+        raise ConfigError("say what to select: --settings, or --traces")
+
+    traces, counts = select_traces(args.answers, read_problems(args.data), settings)
+    fates = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if not traces:
+        raise DataError(f"{args.answers}: no trace is left to learn from ({fates})")
+    train = args.output_dir / "train.jsonl"
+    write_problems(train, traces)
+    manifest = {
+        "dataset": settings.name,
+        "source": {"answers": str(args.answers), "sha256": sha256_file(args.answers)},
+        "settings": settings.model_dump(mode="json"),
+        "counts": counts,
+        "train": {"num_problems": len(traces), "sha256": sha256_file(train)},
+    }
+    write_json(args.output_dir / "manifest.json", {**manifest, "provenance": provenance()})
+    log.info("%s: %d traces (%s)", train, len(traces), fates)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,45 @@
+"""Recheck the hashes of a finished study: what has changed, what is missing, what is new.
+
+Every file of a study is hashed when it finishes (artifacts/results/NAME/SHA256SUMS): completions,
+grades, metrics, weights, tables, figures, logs, the datasets and starting weights they came from.
+Exits with 1 if anything differs. Run it in the folder that holds artifacts/; `eval` leaves the same
+record in its own folder.
+
+    python scripts/verify.py --study default
+    python scripts/verify.py --run artifacts/runs/20261123T054450Z_2fbb610d
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gsm8k_core.cli import parser, progress, run_script
+from gsm8k_core.layout import ARTIFACTS
+from gsm8k_core.records import SUMS, verify_sums
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    which = arguments.add_mutually_exclusive_group(required=True)
+    which.add_argument("--study", metavar="NAME", help="a study that has finished")
+    which.add_argument("--run", type=Path, metavar="FOLDER", help="the folder of an eval")
+    args = arguments.parse_args(argv)
+
+    folder = args.run or Path(ARTIFACTS) / "results" / args.study
+    differences = verify_sums(folder / SUMS, lambda names: progress(list(names), "hashing"))
+    for what in ("changed", "missing", "new"):
+        for name in getattr(differences, what):
+            sys.stdout.write(f"{what:8}{name}\n")
+    if differences:
+        sys.stdout.write(
+            f"{folder}: {len(differences.changed)} changed, {len(differences.missing)} missing, "
+            f"{len(differences.new)} new; {differences.num_checked} recorded\n"
+        )
+        return 1
+    sys.stdout.write(f"{folder}: all {differences.num_checked} files are as recorded\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

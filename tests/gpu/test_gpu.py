@@ -1,0 +1,146 @@
+"""Training and sampling on CUDA: agreement with the CPU, bf16, graphs, sleep and wake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.engines.vllm_engine import vllm_build
+from gsm8k_core.files import read_json, read_jsonl
+from gsm8k_core.models import autocast, load_model, load_tokenizer, plain_weights
+from gsm8k_core.problems import read_problems
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.tokenization import collate
+
+GIB = 2**30
+
+
+@pytest.fixture
+def prompts(sft_folder: Path, arithmetic_folder: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(sft_folder)
+    problems = read_problems(arithmetic_folder / "test.jsonl")[:16]
+    return [list(tokenizer(f"{problem.question}\n")["input_ids"]) for problem in problems]
+
+
+def sampled(prompts: list[list[int]]) -> list[Request]:
+    return [Request(ids, [2 * i, 2 * i + 1], 1.0, 32) for i, ids in enumerate(prompts)]
+
+
+def scores_of(
+    model: Any, requests: list[Request], groups: list[list[Completion]], dtype: str = "float32"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trainer's log-probs of the sampled tokens, and the engine's; one entry a token."""
+    pairs = [(r, c) for r, group in zip(requests, groups, strict=True) for c in group]
+    batch = collate([r.prompt_ids for r, _ in pairs], [c.token_ids for _, c in pairs], 0)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with torch.no_grad(), autocast(model.device, dtype):
+        scores = score_responses(model, batch["input_ids"], batch["labels"], batch["response_mask"])
+    said = torch.tensor([x for _, c in pairs for x in c.log_probs])
+    return scores["log_probs"][batch["response_mask"]].cpu().float(), said
+
+
+def test_scores_and_gradients_on_the_gpu_are_those_of_the_cpu(
+    sft_folder: Path, prompts: list[list[int]], cuda: torch.device
+) -> None:
+    batch = collate(prompts, [ids[:12] for ids in prompts], 0)
+    found = {}
+    for device in (torch.device("cpu"), cuda):
+        model = load_model(sft_folder, device)
+        here = {name: tensor.to(device) for name, tensor in batch.items()}
+        scores = score_responses(model, here["input_ids"], here["labels"], here["response_mask"])
+        scores["log_probs"].sum().backward()
+        gradient = model.model.embed_tokens.weight.grad
+        found[device.type] = scores["log_probs"].detach().cpu(), gradient.cpu()
+    torch.testing.assert_close(found["cpu"], found["cuda"], rtol=1e-3, atol=1e-3)
+
+
+def test_bf16_scores_stay_near_those_of_float32(
+    sft_folder: Path, prompts: list[list[int]], cuda: torch.device
+) -> None:
+    model = load_model(sft_folder, cuda)
+    requests = sampled(prompts)
+    groups = HfEngine(model, load_tokenizer(sft_folder)).generate(requests)
+    exact, _ = scores_of(model, requests, groups)
+    rounded, _ = scores_of(model, requests, groups, "bfloat16")
+    assert (exact - rounded).abs().mean() < 0.05
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_samples_from_what_the_trainer_scores(
+    start: Callable[..., Any],
+    sft_folder: Path,
+    prompts: list[list[int]],
+    cuda: torch.device,
+    dtype: str,
+    eager: bool,
+) -> None:
+    engine, model = start(sft_folder, dtype, eager=eager), load_model(sft_folder, cuda)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.03)  # weights that the engine learns of by the push alone
+    engine.load_weights(plain_weights(model))
+    requests = sampled(prompts)
+    scores, said = scores_of(model, requests, engine.generate(requests), dtype)
+    bound = 1e-3 if dtype == "float32" else 5e-2
+    assert (scores - said).abs().mean() < bound
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_gives_the_memory_back_and_wake_goes_on_with_pushed_weights(
+    start: Callable[..., Any],
+    sft_folder: Path,
+    prompts: list[list[int]],
+    cuda: torch.device,
+    level: int,
+) -> None:
+    engine = start(sft_folder, "float32", sleep_level=level, kv_cache_gib=4.0, eager=True)
+    model = load_model(sft_folder, cuda)
+    engine.load_weights(plain_weights(model))
+    requests = sampled(prompts)
+    before = engine.generate(requests)
+    awake, _ = torch.cuda.mem_get_info()
+    for _ in range(3):
+        engine.sleep()
+        asleep, _ = torch.cuda.mem_get_info()
+        assert asleep - awake > 3 * GIB
+        engine.load_weights(plain_weights(model))
+        engine.wake()
+        scores, said = scores_of(model, requests, engine.generate(requests))
+        assert (scores - said).abs().mean() < 1e-3
+    again = engine.generate(requests)
+    assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in before]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_grpo_trains_on_the_gpu(
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    engine: str,
+) -> None:
+    if engine == "vllm" and vllm_build() is None:
+        pytest.skip("vLLM is not installed (extra vllm)")
+    settings = json.loads(
+        run_json("grpo", num_steps=4, prompts_per_step=16, group_size=4, max_new_tokens=24)
+    )
+    settings["model_settings"]["gpus"] = 1
+    script("train_grpo").main(
+        ["--settings", json.dumps(settings), "--starting-model", str(sft_folder),
+         "--data", str(arithmetic_folder / "train.jsonl"), "--output-dir", str(tmp_path / "run"),
+         "--engine", engine, "--vllm-rollout-gpu-memory-fraction", "0.1"]
+    )  # fmt: skip
+    rows = read_jsonl(tmp_path / "run" / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["sampler_gap_mean"] < 1e-3 for row in rows)
+    assert read_json(tmp_path / "run" / "train" / "summary.json")["device"] != "cpu"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+from gsm8k_core.differences import (
+    differing,
+    evaluation_facts,
+    flag_text,
+    inconsistent,
+    leaf_changes,
+    meaning,
+    training_facts,
+)
+
+STATS: dict[str, Any] = {
+    "engine": "transformers",
+    "device": "cpu",
+    "dtype": "float32",
+    "seconds_generating": 1.5,
+    "settings": {
+        "method": "sft",
+        "seed": 3,
+        "suite_settings": {"max_new_tokens": 256},
+        "prompt": {"template": "{question}"},
+    },
+    "provenance": {
+        "written": "2026-01-01",
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0"},
+        "git": {"commit": "abc", "dirty": False, "diff_sha256": None},
+        "code_digest": "123",
+        "platform": "Linux",
+        "processor": "EPYC",
+        "environment": {"SLURM_JOB_ID": "17"},
+    },
+}
+METRICS = {"grading": "strict", "marker": "####", "accuracy": 0.5}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**STATS, **changes}
+
+
+def test_runs_that_were_made_alike_do_not_differ_by_seed_time_or_job() -> None:
+    provenance = {**STATS["provenance"], "written": "2026-02-02", "environment": {"X": "1"}}
+    settings = {**STATS["settings"], "seed": 4, "method": "grpo"}
+    other = changed(provenance=provenance, settings=settings, seconds_generating=9.0)
+    a, b = evaluation_facts(STATS, METRICS), evaluation_facts(other, {**METRICS, "accuracy": 0.1})
+    assert differing([a], [b]) == []
+    assert inconsistent([a, b]) == []
+
+
+def test_what_decided_the_completions_and_grades_is_named() -> None:
+    old = STATS["provenance"]
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("engine", {"engine": "vllm"}, {}),
+        ("device", {"device": "NVIDIA H200"}, {}),
+        ("dtype", {"dtype": "bfloat16"}, {}),
+        ("suite settings", {"settings": {"suite_settings": {"max_new_tokens": 1}}}, {}),
+        ("prompt", {"settings": {"prompt": {"template": "Q: {question}"}}}, {}),
+        ("grading", {}, {"grading": "flexible"}),
+        ("grading", {}, {"marker": "boxed"}),
+        ("packages", {"provenance": {**old, "packages": {"torch": "2.12.0"}}}, {}),
+        ("python", {"provenance": {**old, "python": "3.12.1"}}, {}),
+        ("machine", {"provenance": {**old, "processor": "Xeon"}}, {}),
+        ("commit", {"provenance": {**old, "git": {"commit": "def", "diff_sha256": None}}}, {}),
+        ("commit", {"provenance": {**old, "git": {"commit": "abc", "diff_sha256": "1"}}}, {}),
+        ("code", {"provenance": {**old, "code_digest": "456"}}, {}),
+    ]
+    first = evaluation_facts(STATS, METRICS)
+    for name, stats, metrics in cases:
+        other = evaluation_facts(changed(**stats), {**METRICS, **metrics})
+        assert differing([first], [other]) == [name], name
+        assert meaning(name) != "other settings", name
+
+
+def test_what_one_side_does_not_tell_is_not_compared() -> None:
+    known = evaluation_facts(STATS, METRICS)
+    assert differing([known], [evaluation_facts({}, {})]) == []
+    assert differing([{}], [known]) == []
+    assert differing([training_facts({})], [training_facts({"device": "cpu"})]) == []
+    assert evaluation_facts({"provenance": {"git": None}, "settings": None}, {}) == {}
+
+
+def test_seeds_count_as_alike_where_both_sides_have_the_same_mixture() -> None:
+    a, b = {"code": "1"}, {"code": "2"}
+    assert differing([a, b], [b, a]) == []
+    assert differing([a, b], [a, a]) == ["code"]
+    assert inconsistent([a, b]) == ["code"]
+
+
+def test_a_flag_does_not_name_the_commit_beside_the_code() -> None:
+    assert flag_text("parent", ["commit", "code", "engine"]) == "parent: code, engine"
+    assert flag_text("base", ["commit"]) == "base: commit"
+    assert flag_text("base", ["training commit", "training code"]) == "base: training code"
+    assert flag_text("base", ["training commit", "code"]) == "base: training commit, code"
+    assert flag_text("seeds", []) == ""
+
+
+def test_training_has_words_of_its_own() -> None:
+    facts = training_facts({"device": "cpu", "provenance": STATS["provenance"]})
+    assert set(facts) == {
+        "training device", "training commit", "training code", "training packages",
+        "training python", "training machine",
+    }  # fmt: skip
+    assert meaning("training code").endswith(", in training")
+
+
+def test_a_commit_with_changes_is_not_the_commit() -> None:
+    git = {"commit": "886377824fa663885", "diff_sha256": "e224f000f37"}
+    facts = evaluation_facts({"provenance": {"git": git}}, {})
+    assert facts == {"commit": "886377824fa6+e224f000"}
+    facts = evaluation_facts({"provenance": {"git": {**git, "diff_sha256": None}}}, {})
+    assert facts == {"commit": "886377824fa6"}
+
+
+def test_leaf_changes_are_told_by_key_with_both_values() -> None:
+    old = {"a": {"b": 1, "c": [1]}, "d": 1, "same": 0}
+    new = {"a": {"b": 2, "c": [2]}, "e": 1, "same": 0}
+    assert leaf_changes(old, new) == {
+        "a.b": (1, 2), "a.c": ([1], [2]), "d": (1, None), "e": (None, 1),
+    }  # fmt: skip
+    assert leaf_changes(1, 2, "code") == {"code": (1, 2)}

@@ -1,0 +1,199 @@
+"""`python -m gsm8k_core.cli eval`: one number without a study, by the workflow's own jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import polars as pl
+import pytest
+import yaml
+
+from gsm8k_core.cli import main as cli
+from gsm8k_core.config import Config, RunSettings, dump, load_config
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.evaluate import find_subject, summarize
+from gsm8k_core.files import read_json, read_jsonl, write_text
+from gsm8k_core.metrics import mean_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "datasets": {"arithmetic": {"num_train": 20, "num_val": 5, "num_test": 20}},
+    "suites": {"arithmetic": {"num_samples": 2, "max_new_tokens": 8}},
+}
+
+
+def eval_command(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """`eval` in `folder`, on SMALL."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    command = [sys.executable, "-m", "gsm8k_core.cli", "eval", *words]
+    command += ["--config", str(ROOT / "config.yaml"), "small.yaml"]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == code, error
+    return out, error
+
+
+# What is evaluated
+
+
+def folder_of_weights(folder: Path) -> Path:
+    write_text(folder / "config.json", "{}")
+    return folder
+
+
+def test_a_model_of_the_config_brings_its_prompt_unless_another_is_named(config: Config) -> None:
+    found = find_subject("tiny-qwen2", None, config)
+    assert (found.name, found.method, found.seed, found.folder) == ("tiny-qwen2", "base", 0, None)
+    assert found.prompt == config.prompts["plain"]
+    assert find_subject("tiny-qwen2", "chat_hash", config).prompt == config.prompts["chat_hash"]
+
+
+def test_the_model_of_a_run_brings_that_runs_settings(tmp_path: Path, config: Config) -> None:
+    run: RunSettings = config.run_settings("tiny-qwen2", "grpo", 2)
+    write_text(tmp_path / "seed2" / "settings.json", dump(run))
+    folder = folder_of_weights(tmp_path / "seed2" / "model")
+    found = find_subject(str(folder), None, config)
+    assert (found.name, found.method, found.parent, found.seed) == ("tiny-qwen2", "grpo", "sft", 2)
+    assert found.settings.gpus == 0 and found.folder == folder
+
+
+def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None:
+    folder = folder_of_weights(tmp_path / "my-weights")
+    with pytest.raises(ConfigError, match="say which prompt it is asked with, --prompt NAME"):
+        find_subject(str(folder), None, config)
+    found = find_subject(str(folder), "chat_hash", config)
+    assert (found.name, found.settings.source) == ("my-weights", "path")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "tiny-qwen3"], "--model: no 'tiny-qwen3' in the config and no such folder"),
+        (["--suite", "gsm9k"], "--suite: no 'gsm9k' in the config; there are: "),
+        (["--prompt", "plane"], "--prompt: no 'plane' in the config; there are: "),
+        (["--limit", "0"], "--limit: expected 1 or more, found 0"),
+        (["--vllm-max-sequences", "none"], "vllm.max_sequences"),
+        (["--config", "nothing.yaml"], "nothing.yaml: no such file"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        cli(["eval", "--config", str(ROOT / "config.yaml"), *words])
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The number
+
+
+def test_the_number_and_its_interval_are_those_of_the_comparison() -> None:
+    rows = [
+        {"problem_id": str(problem), "decoding": decoding, "sample_index": k, "correct": right}
+        for problem in range(30)
+        for decoding, k, right in [
+            ("greedy", 0, problem < 12),
+            ("sample", 0, problem < 6),
+            ("sample", 1, problem < 9),
+        ]
+    ]
+    found = summarize(pl.DataFrame(rows), 0.95)
+    expected = mean_interval([[1.0] * 12 + [0.0] * 18], 0.95)
+    assert found["num_problems"] == 30
+    assert found["accuracy"] == {
+        "mean": 0.4, "low": pytest.approx(expected.low), "high": pytest.approx(expected.high),
+    }  # fmt: skip
+    assert found["pass_at_1"]["mean"] == pytest.approx(0.25)
+    greedy_only = summarize(pl.DataFrame([row for row in rows if row["decoding"] == "greedy"]), 0.9)
+    assert greedy_only["pass_at_1"] is None
+
+
+@pytest.mark.slow
+def test_two_evaluations_at_once_do_not_meet_and_agree(tmp_path: Path) -> None:
+    processes = [eval_command(tmp_path, "--limit", "6") for _ in range(2)]
+    results = [finish(process)[0].split("\n") for process in processes]
+    assert results[0][0] == results[1][0]
+    assert results[0][0].startswith("tiny-qwen2 on arithmetic: accuracy 0.0 % [0.0, 39.0], pass@1 ")
+    assert results[0][0].endswith("(6 problems, 95 % interval)")
+    folders = [tmp_path / lines[1] for lines in results]
+    assert folders[0] != folders[1]
+    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["runs"]
+    first, second = (read_jsonl(folder / "completions" / "arithmetic.jsonl") for folder in folders)
+    assert first == second and len(first) == 6 * 3
+
+    folder = folders[0]
+    manifest = read_json(folder / "run_manifest.json")
+    assert (manifest["state"], manifest["study"], manifest["seeds"]) == ("succeeded", None, [0])
+    assert manifest["command"][:2] == ["cli.py", "eval"]
+    assert manifest["evaluation"]["suite_settings"]["limit"] == 6
+    assert manifest["result"]["accuracy"]["mean"] == 0.0
+    assert len(manifest["datasets"]["arithmetic"]["content_digest"]) == 64
+    assert len(manifest["models"]["tiny-qwen2"]["files"]["model.safetensors"]) == 64
+    assert manifest["seconds_cpu_jobs"] > 0
+    for name in ("sys/host.json", "locks/requirements.lock.txt", "grades/arithmetic.parquet"):
+        assert (folder / name).stat().st_size > 0
+    metrics = read_json(folder / "metrics" / "arithmetic.json")
+    assert metrics["provenance"]["invocation"] == folder.name
+    verify = [sys.executable, str(ROOT / "scripts" / "verify.py"), "--run"]
+    for one in folders:
+        command = [*verify, str(one.relative_to(tmp_path))]
+        assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+
+    # A third one links the weights that are there, if they are what their manifest says.
+    (folders[1] / "model" / "model.safetensors").write_bytes(b"damaged")
+    third = tmp_path / finish(eval_command(tmp_path, "--limit", "2"))[0].split("\n")[1]
+    weights = "model/model.safetensors"
+    assert (third / weights).samefile(folders[0] / weights)
+    assert not (third / weights).samefile(folders[1] / weights)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_trained_model_gives_the_completions_of_its_study(
+    tmp_path: Path, sft_folder: Path, script: Callable[[str], ModuleType]
+) -> None:
+    out, _ = finish(eval_command(tmp_path, "--model", str(sft_folder), "--limit", "10"))
+    assert out.startswith("tiny-qwen2 sft on arithmetic: accuracy ")
+    folder = tmp_path / out.split("\n")[1]
+    assert read_json(folder / "run_manifest.json")["evaluation"]["method"] == "sft"
+    assert not (folder / "model").exists()
+
+    overlay = {"suites": {"arithmetic": {"limit": 10}}}
+    (tmp_path / "ten.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    study = load_config(ROOT / "config.yaml", [tmp_path / "small.yaml", tmp_path / "ten.yaml"])
+    settings = dump(study.evaluation_settings("tiny-qwen2", "sft", 0, "arithmetic"))
+    script("generate").main(
+        ["--settings", settings, "--model", str(sft_folder),
+         "--data", str(folder / "data" / "test.jsonl"),
+         "--output", str(tmp_path / "study.jsonl"), "--stats", str(tmp_path / "stats.json")]
+    )  # fmt: skip
+    assert read_jsonl(tmp_path / "study.jsonl") == read_jsonl(
+        folder / "completions" / "arithmetic.jsonl"
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_ends_the_evaluation_with_one_more_line(tmp_path: Path) -> None:
+    folder = folder_of_weights(tmp_path / "broken")
+    process = eval_command(tmp_path, "--model", str(folder), "--prompt", "plain", "--limit", "1")
+    _, error = finish(process, code=1)
+    assert "error: generate failed with exit code 1, see above; artifacts/runs/" in error
+    assert "Traceback" not in error
+    (manifest,) = (tmp_path / "artifacts" / "runs").glob("*/run_manifest.json")
+    assert read_json(manifest)["state"] == "failed"

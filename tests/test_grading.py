@@ -1,0 +1,279 @@
+"""All grades of a completion, the one that counts, and what regrading a finished study redoes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import polars as pl
+import pytest
+
+from gsm8k_core.answers import Mode, extract_answer
+from gsm8k_core.config import Config, Grade, GradingSettings, RewardGrade, RewardSettings, dump
+from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.files import read_json, write_json, write_jsonl
+from gsm8k_core.grading import GRADES, Grader, is_right, read_gold
+from gsm8k_core.lm_eval_grades import LmEvalMode, lm_eval_correct
+from gsm8k_core.rewards import build_reward_fn
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST: tuple[RewardGrade, ...] = get_args(RewardGrade)
+Script = Callable[[str], ModuleType]
+
+# Every grade alone is right (or wrong) somewhere: text, then strict, flexible, lm_eval_strict,
+# lm_eval_flexible for gold 18.
+TABLE = [
+    ("#### 18", (True, True, True, True)),
+    ("#### 19", (False, False, False, False)),
+    ("It is 18", (False, True, False, True)),
+    ("#### 18.00", (True, True, False, False)),
+    ("It is 18.00", (False, True, False, False)),
+    ("#### 1,8", (False, False, True, True)),
+    ("#### 18 of 20", (False, False, True, False)),
+    ("####18, not 7", (False, False, False, False)),
+    ("####18", (True, True, False, True)),
+    ("#### 18\nQuestion: 3?\n#### 3", (True, False, True, False)),
+    ("nothing", (False, False, False, False)),
+    (None, (False, False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TABLE)
+def test_every_completion_carries_every_grade(text: str | None, expected: tuple[bool, ...]) -> None:
+    with Grader(GradingSettings()) as grader:
+        graded = grader.grade(text, read_gold("18"))
+    assert tuple(graded[grade] for grade in FAST) == expected
+    assert graded["math_verify"] is None
+    assert set(graded) == {*GRADES, "correct", "extracted", "has_format"}
+    if text is not None:
+        assert tuple(is_right(text, "18", grade, "####") for grade in FAST) == expected
+
+
+@pytest.mark.parametrize(
+    ("grading", "correct", "extracted"),
+    [
+        ("strict", True, "18"),
+        ("flexible", False, "37/2"),
+        ("lm_eval_strict", False, "18.00"),
+        ("lm_eval_flexible", False, "18.5"),
+        ("math_verify", False, "37/2"),
+    ],
+)
+def test_the_grade_that_counts_decides_what_is_correct_and_what_was_extracted(
+    grading: Grade, correct: bool, extracted: str
+) -> None:
+    if grading == "math_verify":
+        pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
+    with Grader(GradingSettings(grading=grading)) as grader:
+        graded = grader.grade("#### 18.00\nQuestion: half of 37?\nIt is 18.5", read_gold("18"))
+    assert (graded["correct"], graded["extracted"]) == (correct, extracted)
+    assert graded["correct"] == graded[grading]
+
+
+def test_the_marker_is_what_the_settings_say() -> None:
+    for marker, text in (("boxed", "\\boxed{18}"), ("The answer is", "The answer is 18.")):
+        with Grader(GradingSettings(marker=marker)) as grader:
+            graded = grader.grade(f"#### 7\n{text}", read_gold("18"))
+            assert graded["strict"] and graded["has_format"]
+            assert not grader.grade("#### 18", read_gold("18"))["has_format"]
+
+
+@pytest.mark.parametrize("text", ["1,000", "$1,000.00", "9 * 9\n#### 1,000", "####1000", "1000"])
+def test_a_gold_answer_may_be_a_number_or_a_worked_answer(text: str) -> None:
+    assert read_gold(text).value == 1000
+
+
+def test_a_gold_answer_that_is_no_number_is_an_error() -> None:
+    for text in ("eighteen", "", "#### ", "1, 18"):
+        with pytest.raises(DataError, match="is not a number"):
+            read_gold(text)
+
+
+def test_math_verify_runs_where_it_is_asked_for() -> None:
+    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
+    with Grader(GradingSettings(math_verify=True)) as grader:
+        assert grader.grade("\\boxed{\\frac{36}{2}}", read_gold("18"))["math_verify"] is True
+        assert grader.grade("#### 19", read_gold("18"))["math_verify"] is False
+        assert grader.grade(None, read_gold("18"))["math_verify"] is False
+        assert grader.num_killed == 0
+
+
+def test_without_the_package_its_grade_is_empty_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
+    with Grader(GradingSettings(math_verify=True)) as grader:
+        for _ in range(3):
+            assert grader.grade("#### 18", read_gold("18"))["math_verify"] is None
+        assert grader.num_killed is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "uv sync --extra math-verify" in caplog.text
+
+
+def test_without_the_package_it_cannot_be_the_grade_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match=r"needs the package math-verify: .*uv sync --extra"):
+        Grader(GradingSettings(grading="math_verify"))
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def test_regrading_generates_nothing(config: Config) -> None:
+    def with_suite(**changes: Any) -> Config:
+        suite = config.suites["arithmetic"].model_copy(update=changes)
+        return config.model_copy(update={"suites": {**config.suites, "arithmetic": suite}})
+
+    def generation(of: Config) -> str:
+        return dump(of.evaluation_settings("tiny-qwen2", "base", 0, "arithmetic"))
+
+    def grading(of: Config) -> str:
+        return dump(of.grading_settings("tiny-qwen2", "arithmetic"))
+
+    for change in (
+        {"grading": "flexible"},
+        {"grading": "lm_eval_strict"},
+        {"marker": "boxed"},
+        {"math_verify": True},
+    ):
+        # Snakemake redoes a job when its settings differ: grade is redone, generate is not.
+        assert generation(with_suite(**change)) == generation(config), change
+        assert grading(with_suite(**change)) != grading(config), change
+    assert generation(with_suite(max_new_tokens=7)) != generation(config)
+
+
+def test_a_suites_marker_goes_before_the_prompts(config: Config) -> None:
+    assert config.grading_settings("tiny-qwen2", "arithmetic").marker == "####"
+    suite = config.suites["arithmetic"].model_copy(update={"marker": "The answer is"})
+    changed = config.model_copy(update={"suites": {"arithmetic": suite}})
+    assert changed.grading_settings("tiny-qwen2", "arithmetic").marker == "The answer is"
+
+
+@pytest.mark.parametrize("grading", FAST)
+@pytest.mark.parametrize("text", [text for text, _ in TABLE if text is not None])
+def test_a_reward_is_what_the_grade_says(grading: RewardGrade, text: str) -> None:
+    reward_fn = build_reward_fn(RewardSettings(grading=grading), "####")
+    assert reward_fn(text, "18", 5)["answer_reward"] == float(is_right(text, "18", grading, "####"))
+
+
+# ---------------------------------------------------------------------------------------- grade.py
+
+
+def completion(problem: int, text: str, sample: int | None = None) -> dict[str, Any]:
+    return {
+        "problem_id": f"p{problem:04d}",
+        "decoding": "greedy" if sample is None else "sample",
+        "sample_index": sample or 0,
+        "gold": "1800",
+        "completion": text,
+        "token_ids": [1, 2, 3],
+        "num_tokens": 3,
+        "finish_reason": "stop",
+    }
+
+
+class Job:
+    """One call of scripts/grade.py."""
+
+    def __init__(self, module: ModuleType, folder: Path, rows: list[dict[str, Any]]) -> None:
+        self.module, self.folder = module, folder
+        write_jsonl(folder / "c.jsonl", rows)
+        identity = {"model": "m", "method": "base", "seed": 0, "suite": "s", "parent": None}
+        write_json(folder / "c.stats.json", identity)
+
+    def arguments(self, settings: dict[str, Any]) -> list[str]:
+        names = {"--completions": "c.jsonl", "--stats": "c.stats.json", "--output": "m.json",
+                 "--grades": "g.parquet"}  # fmt: skip
+        paths = [part for flag, name in names.items() for part in (flag, str(self.folder / name))]
+        return [*paths, "--settings", json.dumps(settings)]
+
+    def run(self, **settings: Any) -> tuple[dict[str, Any], pl.DataFrame]:
+        assert self.module.main(self.arguments(settings)) == 0
+        return read_json(self.folder / "m.json"), pl.read_parquet(self.folder / "g.parquet")
+
+
+MIXED = ["#### 1,800", "#### 1800.00", "It is $1,800.", "#### 7"]
+
+
+@pytest.fixture
+def job(script: Script, tmp_path: Path) -> Job:
+    return Job(script("grade"), tmp_path, [completion(i, text) for i, text in enumerate(MIXED)])
+
+
+def test_the_grades_file_has_a_column_for_each_grade(job: Job) -> None:
+    _, grades = job.run()
+    assert all(grades.schema[grade] == pl.Boolean for grade in GRADES)
+    for harness_mode in get_args(LmEvalMode):
+        expected = [lm_eval_correct(text, "1800", harness_mode) for text in MIXED]
+        assert grades[harness_mode].to_list() == expected
+    for mode in get_args(Mode):
+        assert grades[mode].to_list() == [extract_answer(text, mode) == 1800 for text in MIXED]
+    assert grades["math_verify"].null_count() == len(MIXED)
+    assert grades["correct"].equals(grades["strict"].alias("correct"))
+
+
+def test_the_summary_has_the_share_that_is_right_by_each_grade(job: Job) -> None:
+    summary, _ = job.run()
+    shares = {grade: summary[f"accuracy_{grade}"] for grade in GRADES}
+    # strict: 1, 2; flexible: 1, 2, 3; the harness does not know 1800.00 for 1800.
+    assert shares == {
+        "strict": 0.5,
+        "flexible": 0.75,
+        "lm_eval_strict": 0.25,
+        "lm_eval_flexible": 0.5,
+        "math_verify": None,
+    }
+    assert summary["accuracy"] == summary["accuracy_strict"]
+    assert summary["math_verify_killed"] is None
+
+
+@pytest.mark.parametrize("grading", FAST)
+def test_the_suite_names_the_grade_that_counts(job: Job, grading: str) -> None:
+    summary, grades = job.run(grading=grading)
+    assert summary["grading"] == grading
+    assert summary["accuracy"] == summary[f"accuracy_{grading}"] == grades["correct"].mean()
+    assert grades["correct"].to_list() == grades[grading].to_list()
+
+
+def test_math_verify_is_counted_beside_the_others(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
+    job = Job(script("grade"), tmp_path, [completion(0, "#### 1800"), completion(1, "#### 7")])
+    summary, grades = job.run(math_verify=True)
+    assert grades["math_verify"].to_list() == [True, False]
+    assert (summary["accuracy_math_verify"], summary["math_verify_killed"]) == (0.5, 0)
+    assert summary["accuracy"] == summary["accuracy_strict"] == 0.5
+
+
+def test_a_missing_package_is_one_line_on_the_command_line(job: Job, tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; sys.modules['math_verify'] = None;"
+        f"sys.argv[1:] = {job.arguments({'grading': 'math_verify'})!r};"
+        "runpy.run_path('scripts/grade.py', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: grading: math_verify needs the package math-verify")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_a_study_of_1319_problems_and_8_samples_is_graded_in_seconds(
+    script: Script, tmp_path: Path
+) -> None:
+    text = "She sells 9 + 9 eggs, so 18 of them at $100 each make 18 * 100 = $1,800. " * 4
+    rows = [completion(i, f"{text}\n#### {i + k}", k) for i in range(1319) for k in range(8)]
+    job = Job(script("grade"), tmp_path, rows)
+    started = time.process_time()
+    _, grades = job.run()
+    assert grades.height == 10_552
+    assert time.process_time() - started < 10.0  # it takes 1.5 s alone; the machine may be slow

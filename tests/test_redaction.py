@@ -1,0 +1,119 @@
+"""Secrets are refused in settings and struck out of what is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gsm8k_core.cli import settings_from
+from gsm8k_core.config import ModelSettings, load_config, merge, parse_config
+from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import read_json
+from gsm8k_core.redaction import redact
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB_KEY = "hf_" + "a1B2" * 6
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "planted-key")
+    monkeypatch.setenv("WANDB_API_KEY_OLD", "planted-key-and-more")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-as-it-were")
+    monkeypatch.setenv("SHORT_TOKEN", "on")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("key planted-key!", "key ***!"),
+        ("planted-key-and-more", "***"),  # the longer one first, or its end would stay
+        ("https://me:word@host/x and s3://bucket/y", "https://***@host/x and s3://bucket/y"),
+        ("https://token@host", "https://***@host"),
+        (f"with {HUB_KEY}.", "with ***."),
+        ("sk-" + "x" * 30, "***"),
+        ("false-as-it-were, on, a@b.c, task-and-some-more-words", None),
+    ],
+)
+def test_secrets_are_struck_out_and_nothing_else(text: str, expected: str | None) -> None:
+    assert redact(text) == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "line"),
+    [
+        (
+            {"datasets": {"gsm8k": {"path": "https://me:hunter22@host/gsm8k"}}},
+            "datasets.gsm8k.path: holds the user or password of a URL",
+        ),
+        (
+            {"prompts": {"plain": {"system": f"you are {HUB_KEY}"}}},
+            "prompts.plain.system: holds what looks like a key",
+        ),
+        (
+            {"tracking": {"project": "p", "entity": "planted-key"}},
+            "tracking.entity: holds the value of $WANDB_API_KEY",
+        ),
+        (
+            {"suites": {"gsm8k": {"stop": ["a", "planted-key"]}}},
+            "suites.gsm8k.stop: holds the value of $WANDB_API_KEY",
+        ),
+    ],
+)
+def test_settings_that_hold_a_secret_are_refused_without_repeating_it(
+    overlay: dict[str, Any], line: str
+) -> None:
+    raw = merge(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")), overlay)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    assert line in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in ("hunter22", HUB_KEY, "planted-key"))
+
+
+def test_settings_given_to_a_script_are_refused_too() -> None:
+    text = json.dumps({"source": "path", "path": "ftp://me:hunter22@host", "prompt": "plain"})
+    with pytest.raises(ConfigError, match="--settings: path: holds the user or password") as caught:
+        settings_from(text, ModelSettings)
+    assert "hunter22" not in str(caught.value)
+
+
+def test_the_configs_of_the_repository_hold_no_secret() -> None:
+    for study in (ROOT / "studies").glob("*.yaml"):
+        load_config(ROOT / "config.yaml", [study])
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "raise RuntimeError('no planted-key')",
+        "raise DataError('no planted-key')",
+        "raise OSError('no planted-key')",
+        "log.warning('no %s', 'planted-key')",
+    ],
+)
+def test_no_message_of_a_script_holds_a_secret(failure: str) -> None:
+    code = (
+        "import logging, sys; from gsm8k_core.cli import run_script\n"
+        "from gsm8k_core.errors import DataError\n"
+        "log = logging.getLogger('x')\n"
+        f"def main():\n    {failure}\n"
+        "sys.exit(run_script(main))\n"
+    )
+    # On standard input: a traceback quotes the line of a file, not what it computed.
+    result = subprocess.run(
+        [sys.executable, "-"], input=code, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "no ***" in result.stderr
+    assert "planted-key" not in result.stderr
+
+
+def test_a_saved_record_is_still_json_after_redaction(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(redact(json.dumps({"url": 'http://u:p@h/"x"', "k": "planted-key"})), "utf-8")
+    assert read_json(path) == {"url": 'http://***@h/"x"', "k": "***"}

@@ -1,0 +1,462 @@
+"""The report as a file: its words, numbers, bounds, and what keeps it shut."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from report_study import (
+    ATTACK,
+    HOSTILE,
+    HOSTILE_ID,
+    NUM_PROBLEMS,
+    make_study,
+    report_arguments,
+)
+
+from gsm8k_core.errors import DataError
+from gsm8k_core.report import json_for_script, script_text
+from gsm8k_core.report_browser import locate_answer, stratified_order
+from gsm8k_core.report_charts import PALETTES, SURFACES, learning_curve
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "gsm8k_core" / "report_assets"
+
+
+class Page(HTMLParser):
+    """The parts of a page, as a browser would take them apart."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.policy = self.style = self.text = ""
+        self._in = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._in = tag
+        if tag == "script":
+            self.scripts.append((found, ""))
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = "" if tag == self._in else self._in
+        if tag in ("p", "li", "td", "th", "h1", "h2"):
+            self.text += "\n"
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "script":
+            attributes, text = self.scripts.pop()
+            self.scripts.append((attributes, text + data))
+        elif self._in == "style":
+            self.style += data
+        else:
+            self.text += data.replace("\u00a0", " ")
+
+    @property
+    def data(self) -> Any:
+        return json.loads(next(text for found, text in self.scripts if found.get("id") == "data"))
+
+    @property
+    def records(self) -> list[Any]:
+        packed = [
+            json.loads(text)
+            for found, text in self.scripts
+            if (found.get("id") or "").startswith("record-")
+        ]
+        return [json.loads(gzip.decompress(base64.b64decode(record))) for record in packed]
+
+
+Paths = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], ModuleType]) -> Paths:
+    made = make_study(tmp_path_factory.mktemp("report"), script)
+    assert script("report").main(report_arguments(made)) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def html(paths: Paths) -> str:
+    return paths["output"].read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"[ \n]+", " ", text)
+
+
+# -------------------------------------------------------------------------------------- the answer
+
+
+def test_a_significant_difference_is_told_with_interval_p_and_n(page: Page) -> None:
+    assert re.search(
+        r"grpo beats sft by \+\d+\.\d points \[\+\d+\.\d, \+\d+\.\d\], p [<=] 0\.\d+ "
+        r"\(Holm-corrected\), n = 40 problems × 2 seeds\.",
+        squeezed(page.text),
+    )
+
+
+def test_a_difference_that_is_none_is_told_to_be_none(page: Page) -> None:
+    words = squeezed(page.text)
+    assert re.search(r"twin against sft: not significant, \+0\.0 points \[−\d", words)
+    assert "twin beats" not in words and "twin does worse" not in words
+
+
+def test_the_headline_names_the_best_method_and_the_table_is_ranked(page: Page) -> None:
+    assert "grpo is best: 87.5 % of test right" in squeezed(page.text)
+    order = [page.text.index(f"\n{place}\n{name}") for place, name in
+             ((1, "grpo"), (2, "sft"), (3, "twin"), (4, "base"))]  # fmt: skip
+    assert order == sorted(order)
+
+
+def test_agreement_adds_up_and_counts_what_only_one_gets_right(page: Page) -> None:
+    words = squeezed(page.text)
+    # sft is right on 0 to 15; twin on those but 3, and on 30.
+    assert "sft twin 37.5 % 2.5 % 2.5 % 57.5 % +0.0" in words
+
+
+def test_provenance_names_commit_command_settings_and_files(page: Page, paths: Paths) -> None:
+    digest = hashlib.sha256(paths["comparison"].read_bytes()).hexdigest()
+    for fact in ("abc123", "snakemake --cores 1", '"learning_rate": 0.1', digest, "transformers"):
+        assert fact in page.text
+
+
+def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() -> None:
+    runs = [
+        [{"step": step, "reward_mean": float(step)} for step in (1, 2, 3)],
+        [{"step": step, "reward_mean": step + 2.0} for step in (1, 2)],
+    ]
+    rows = learning_curve(runs, "reward_mean", "grpo", 1.0)
+    assert [(row["x"], row["mean"], row["low"], row["high"]) for row in rows] == [
+        (1, 2.0, 1.0, 3.0),
+        (2, 3.0, 2.0, 4.0),
+    ]
+    assert learning_curve([[], []], "reward_mean", "grpo", 1.0) == []
+
+
+# ------------------------------------------------------------------------------- shut, and the same
+
+
+def test_nothing_in_the_page_is_fetched_from_anywhere(page: Page) -> None:
+    assert page.policy.startswith("default-src 'none';")
+    assert "unsafe" not in page.policy and "http" not in page.policy
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "action", "data", "srcset", "poster"):
+            assert value.startswith("#") or (tag, value) == ("link", "data:,"), (tag, name, value)
+        assert not name.startswith("on") and name != "style"
+    assert "@import" not in page.style and "url(" not in page.style
+
+
+def test_the_policy_lets_the_two_scripts_run_and_no_other(page: Page) -> None:
+    running = [text for found, text in page.scripts if found.get("type") != "application/json"]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in running]
+    assert len(running) == 2
+    allowed = re.search(r"script-src ([^;]*);", page.policy)
+    assert allowed is not None
+    assert allowed.group(1).split() == [f"'sha256-{each}'" for each in hashes]
+
+
+def test_hostile_texts_are_data_and_come_back_character_by_character(page: Page) -> None:
+    assert page.tags["img"] == page.tags["iframe"] == 0
+    assert page.tags["script"] == 3 + NUM_PROBLEMS
+    (view,) = page.data["views"]
+    index = view["browser"]
+    place = {problem["id"]: number for number, problem in enumerate(index["problems"])}
+    run = index["runs"].index([2, 0])
+    for number, text in enumerate(HOSTILE.values()):
+        problem = HOSTILE_ID if number == 0 else f"test-{number}"
+        assert page.records[place[problem]]["runs"][run][0][2] == text
+    assert index["problems"][place["test-1"]]["question"].startswith(ATTACK)
+
+
+def test_json_cannot_end_its_script_element() -> None:
+    text = json_for_script({"a": "</script><!--<script>", "b": "\u2028\ud800é"})
+    assert "<" not in text and text.isascii()
+    assert json.loads(text) == {"a": "</script><!--<script>", "b": "\u2028\ud800é"}
+    assert "</script" not in script_text('x = "</script>"; y = "<!--"\r\n')
+
+
+def test_the_same_study_gives_the_same_bytes(
+    paths: Paths, html: str, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    again = {**paths, "output": tmp_path / "again.html"}
+    assert script("report").main(report_arguments(again)) == 0
+    assert again["output"].read_text(encoding="utf-8") == html
+
+
+# --------------------------------------------------------------------------------------- size bound
+
+
+def test_past_its_bound_the_page_keeps_a_part_of_every_group_and_says_so(
+    paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    small = {**paths, "output": tmp_path / "small.html"}
+    arguments = [*report_arguments(small), "--max-megabytes", "0.012"]
+    assert script("report").main(arguments) == 0
+    part = Page(small["output"].read_text(encoding="utf-8"))
+    (view,) = part.data["views"]
+    kept = view["browser"]["problems"]
+    assert 5 <= len(kept) < NUM_PROBLEMS
+    assert f"holds {len(kept)} of {NUM_PROBLEMS} problems" in view["kept"]
+    assert "stratified" in view["kept"]
+    size = sum(len(text) for found, text in part.scripts if str(found.get("id"))[:3] == "rec")
+    assert size <= 12_000
+    # Right by: all; base, sft, grpo; sft, grpo, twin; grpo; grpo and twin; none.
+    groups = {tuple(np.mean(problem["greedy"][1:]) > 0 for _ in "x") for problem in kept}
+    assert len(groups) == 2
+    assert "grpo is best: 87.5 %" in squeezed(part.text)  # tables are of all problems
+
+
+def test_every_beginning_of_the_stratified_order_is_in_proportion() -> None:
+    groups = ["common"] * 600 + ["some"] * 300 + ["rare"] * 100 + ["single"]
+    random.Random(0).shuffle(groups)
+    names = [f"p{number}" for number in range(len(groups))]
+    group_of = dict(zip(names, groups, strict=True))
+    order = stratified_order(names, groups)
+    assert sorted(order) == sorted(names)
+    assert {group_of[name] for name in order[:4]} == {"common", "some", "rare", "single"}
+    for size in (50, 200, 500, 900):
+        counts = Counter(group_of[name] for name in order[:size])
+        assert counts["common"] == pytest.approx(0.6 * size, abs=4)
+        assert counts["rare"] == pytest.approx(0.1 * size, abs=4)
+    assert order == stratified_order(list(names), list(groups))
+
+
+def test_a_problem_of_huge_completions_does_not_keep_the_others_out(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=0)
+    path = made["study_dir"] / "m1" / "sft" / "seed0" / "completions" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    noise = random.Random(0).randbytes(60_000).hex()
+    rows[0]["completion"] = noise
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert script("report").main([*report_arguments(made), "--max-megabytes", "0.06"]) == 0
+    (view,) = Page(made["output"].read_text(encoding="utf-8")).data["views"]
+    kept = {problem["id"] for problem in view["browser"]["problems"]}
+    assert len(kept) == NUM_PROBLEMS - 1 and HOSTILE_ID not in kept
+
+
+# -------------------------------------------------------------------------- where the answer stands
+
+
+@pytest.mark.parametrize(
+    ("text", "extracted", "grading", "marker", "marked"),
+    [
+        ("5 + 13 = 18.\n#### 18", "18", "strict", "####", "18"),
+        ("#### $1,000.00 dollars", "1000", "strict", "####", "$1,000.00"),
+        ("#### 5 + 13 = 18", "18", "strict", "####", "18"),
+        ("#### heading\ntext\n#### 7\n#### 8", "7", "strict", "####", "7"),
+        ("#### −5", "-5", "strict", "####", "−5"),
+        ("so -$5 it is", "-5", "flexible", "####", "-$5"),
+        (r"thus \boxed{\frac{1}{2}}", "1/2", "strict", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{3} and \boxed{\$1{,}000}", "1000", "strict", "boxed", r"\$1{,}000"),
+        ("The answer is 36/2.", "18", "strict", "The answer is", "36/2"),
+        ("7, then 18. And 7.", "7", "lm_eval_flexible", "####", "7"),
+        ("😀 #### 7", "7", "strict", "####", "7"),
+    ],
+)
+def test_the_place_of_an_answer_is_found(
+    text: str, extracted: str, grading: str, marker: str, marked: str
+) -> None:
+    place = locate_answer(text, extracted, grading, marker)
+    assert place is not None
+    assert text[slice(*place)] == marked
+
+
+def test_the_place_is_the_one_that_the_grade_reads() -> None:
+    assert locate_answer("7 apples\n#### 7", "7", "strict", "####") == (14, 15)
+    assert locate_answer("7 or 7 or 7", "7", "flexible", "####") == (10, 11)
+    assert locate_answer("#### 8", "7", "strict", "####") is None
+    assert locate_answer("7", None, "strict", "####") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 1_000_000, "#### x " * 150_000, "1," * 500_000, "{" * 10**6]
+)
+def test_a_megabyte_is_searched_at_once(text: str) -> None:
+    started = time.perf_counter()
+    for grading, marker in (("strict", "####"), ("strict", "boxed"), ("flexible", "####")):
+        locate_answer(text, "7", grading, marker)
+    assert time.perf_counter() - started < 2.0
+
+
+def test_marks_are_counted_as_javascript_counts(page: Page) -> None:
+    (view,) = page.data["views"]
+    index = view["browser"]
+    place = [problem["id"] for problem in index["problems"]].index("test-5")  # the emoji
+    row = page.records[place]["runs"][index["runs"].index([2, 0])][0]
+    units = row[2].encode("utf-16-le")
+    start, end = row[8]
+    assert units[2 * start : 2 * end].decode("utf-16-le") == "7"
+
+
+# -------------------------------------------------------------------------------------------- looks
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2.2's contrast ratio."""
+    bright, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_texts_and_marks_stand_out_from_the_page(theme: str) -> None:
+    css = (ASSETS / "report.css").read_text(encoding="utf-8")
+    pairs = dict(re.findall(r"--([a-z]+): light-dark\((#\w{6}, #\w{6})\)", css))
+    colours = {name: pair.split(", ")[theme == "dark"] for name, pair in pairs.items()}
+    assert colours["page"] == SURFACES[theme]["page"]
+    for name in ("ink", "quiet", "accent", "right", "wrong"):
+        assert contrast(colours[name], colours["page"]) >= 4.5, name
+    assert contrast(colours["ink"], colours["mark"]) >= 4.5
+    assert contrast(colours["quiet"], colours["tint"]) >= 4.5
+    assert contrast(colours["control"], colours["page"]) >= 3.0
+    for colour in PALETTES[theme]:
+        assert contrast(colour, colours["page"]) >= 3.0, colour
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0; applied to linear RGB.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protan": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                        [-0.003882, -0.048116, 1.051998]]),
+    "deutan": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                        [-0.011820, 0.042940, 0.968881]]),
+    "tritan": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                        [0.004733, 0.691367, 0.303900]]),
+}  # fmt: skip
+
+
+def lab(colour: str, seen_as: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65) of a colour as an eye sees it."""
+    channels = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(seen_as @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
+                    [0.0193, 0.1192, 0.9505]]) @ linear  # fmt: skip
+    scaled = xyz / np.array([0.9505, 1.0, 1.089])
+    f = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_methods_can_be_told_apart_with_every_common_colour_blindness(
+    theme: str, blindness: str
+) -> None:
+    seen = [lab(colour, BLINDNESS[blindness]) for colour in PALETTES[theme]]
+    distances = {
+        (PALETTES[theme][a], PALETTES[theme][b]): float(np.linalg.norm(seen[a] - seen[b]))
+        for a in range(len(seen))
+        for b in range(a)
+    }
+    nearest = min(distances, key=lambda pair: distances[pair])
+    assert distances[nearest] >= 15, (nearest, distances[nearest])
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def test_help_tells_what_the_script_does() -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "report.py"), "--help"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    for words in ("opens from disk and needs no network", "--max-megabytes", "SUITE=FILE"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--problems", "file.jsonl"), ("--max-megabytes", "0")]
+)
+def test_a_bad_option_is_named(
+    paths: Paths, script: Callable[[str], ModuleType], option: str, value: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit):
+        script("report").main([*report_arguments(paths), option, value])
+    assert f"{option}: expected" in capsys.readouterr().err
+
+
+def test_a_missing_completion_is_named(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    made = make_study(tmp_path, script, num_samples=0)
+    path = made["study_dir"] / "m1" / "sft" / "seed0" / "completions" / "test.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join(lines[:-2]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no completion of problem 'test-39'.*grade.py again"):
+        script("report").main(report_arguments(made))
+    path.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        script("report").main(report_arguments(made))
+
+
+def test_without_problems_the_ids_stand_for_the_questions(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=0)
+    arguments = report_arguments(made)
+    at = arguments.index("--problems")
+    assert script("report").main(arguments[:at] + arguments[at + 2 :]) == 0
+    (view,) = Page(made["output"].read_text(encoding="utf-8")).data["views"]
+    assert {problem["question"] for problem in view["browser"]["problems"]} == {""}
+
+
+def test_a_suite_of_samples_alone_has_a_report(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=2, greedy=False)
+    assert script("report").main(report_arguments(made)) == 0
+    page = Page(made["output"].read_text(encoding="utf-8"))
+    assert "grpo is best: 90.0 % of test right" in squeezed(page.text)
+    assert "sampled completions" in page.text
+    (problem, *_) = page.data["views"][0]["browser"]["problems"]
+    assert problem["greedy"] is None and problem["sampled"] == [1.0] * 7
+
+
+def test_a_study_of_the_base_model_alone_has_a_report(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script)
+    study = json.loads(made["study"].read_text(encoding="utf-8")) | {"methods": ["base"]}
+    study |= {name: {"base": study[name]["base"]} for name in ("seeds_of", "parent_of", "chains")}
+    made["study"].write_text(json.dumps(study), encoding="utf-8")
+    arguments = report_arguments(made)
+    compare = [*arguments[:4], "--output-dir", str(made["comparison"].parent)]
+    assert script("compare").main(compare) == 0
+    assert script("report").main(arguments) == 0
+    words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
+    assert "base gets 10.0 % of test right" in words
+    assert "The study has one method only." in words and "Learning curves" not in words

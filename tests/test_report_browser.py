@@ -1,0 +1,333 @@
+"""The report in headless Chromium: it is quiet, asks for nothing, and does what it says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import quote
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from report_study import HOSTILE, NUM_PROBLEMS, is_right, make_study, problem_id, report_arguments
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+THEMES = ["light", "dark"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)"),
+]
+
+
+@dataclass
+class Opened:
+    """A page with all that it said and asked for."""
+
+    page: Page
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def go(self, report: Path, fragment: str = "") -> None:
+        self.page.goto(f"{report.as_uri()}{fragment}")
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], ModuleType]) -> Path:
+    paths = make_study(tmp_path_factory.mktemp("report"), script)
+    assert script("report").main(report_arguments(paths)) == 0
+    return paths["output"]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # Chromium's sandbox refuses root, as which containers run.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser, report: Path) -> Iterator[Open]:
+    contexts = []
+
+    def open_one(theme: str = "light", width: int = 1280, fragment: str = "") -> Opened:
+        context = chromium.new_context(
+            viewport={"width": width, "height": 800},
+            color_scheme="dark" if theme == "dark" else "light",
+        )
+        contexts.append(context)
+        opened = Opened(context.new_page())
+        page = opened.page
+        page.on("console", lambda message: opened.said.append(message.text))
+        page.on("pageerror", lambda error: opened.said.append(str(error)))
+        page.on("dialog", lambda dialog: opened.said.append(dialog.message))
+        page.on("request", lambda request: opened.asked.append(request.url))
+        opened.go(report, fragment)
+        return opened
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+def draw_all(page: Page) -> int:
+    """Scroll every chart into view and wait for it; returns how many there are."""
+    boxes = page.locator(".chart-box:visible")
+    for number in range(boxes.count()):
+        boxes.nth(number).scroll_into_view_if_needed()
+        expect(boxes.nth(number).locator("svg").first).to_be_visible()
+    return boxes.count()
+
+
+def listed(page: Page) -> list[str]:
+    return page.locator("#problems .row-id").all_text_contents()
+
+
+def background(page: Page) -> str:
+    return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("theme", THEMES)
+def test_it_draws_every_chart_without_a_word_or_a_request(
+    open_page: Open, report: Path, theme: str, width: int
+) -> None:
+    opened = open_page(theme, width)
+    assert draw_all(opened.page) >= 9
+    for details in opened.page.locator("details:visible").all():
+        details.locator("summary").click()
+    assert opened.page.locator("details[open] table").count() >= 9
+    opened.page.locator(".chart-box svg path").first.hover()
+    assert opened.said == []
+    assert opened.asked == [report.as_uri()]
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert opened.page.evaluate(overflow) <= 0
+
+
+def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:
+    light, dark = open_page("light"), open_page("dark")
+    assert background(light.page) == "rgb(255, 255, 255)"
+    assert background(dark.page) == "rgb(18, 22, 27)"
+    draw_all(light.page)
+    label = light.page.locator(".chart-box svg text").first
+    before = label.get_attribute("fill")
+    light.page.select_option("#theme", "dark")
+    assert background(light.page) == "rgb(18, 22, 27)"
+    expect(light.page.locator(".chart-box svg text").first).not_to_have_attribute(
+        "fill", str(before)
+    )
+    draw_all(light.page)
+    light.page.reload()
+    light.page.wait_for_selector("html[data-ready]", state="attached")
+    assert background(light.page) == "rgb(18, 22, 27)"
+    assert light.said == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "a", "b", "wanted"),
+    [
+        ("gained", "sft", "twin", [30]),
+        ("lost", "sft", "twin", [3]),
+        ("changed", "sft", "twin", [3, 30]),
+        ("a-right", "base", "", [0, 1, 2, 3]),
+        ("both-right", "base", "twin", [0, 1, 2]),
+        ("a-mixed", "grpo", "", [1, 6]),
+        ("a-wrong", "grpo", "", [36, 37, 38, 39]),
+    ],
+)
+def test_the_list_is_filtered_by_what_methods_get_right(
+    open_page: Open, outcome: str, a: str, b: str, wanted: list[int]
+) -> None:
+    page = open_page().page
+    page.select_option("#outcome", outcome)
+    page.select_option("#method-a", label=a)
+    if b:
+        page.select_option("#method-b", label=b)
+    assert sorted(listed(page)) == sorted(map(problem_id, wanted))
+    expect(page.locator("#count")).to_have_text(f"{len(wanted)} of {NUM_PROBLEMS} problems")
+
+
+def test_one_seed_and_the_samples_can_be_asked_for(open_page: Open) -> None:
+    page = open_page().page
+    page.select_option("#outcome", "a-wrong")
+    page.select_option("#method-a", label="grpo")
+    page.select_option("#seed", label="seed 0")
+    assert sorted(listed(page)) == sorted(map(problem_id, [1, 6, 36, 37, 38, 39]))
+    page.select_option("#decoding", "sampled")
+    assert sorted(listed(page)) == sorted(map(problem_id, [36, 37, 38, 39]))
+
+
+def test_words_are_searched_in_problems_and_when_asked_in_completions(open_page: Open) -> None:
+    page = open_page().page
+    page.fill("#search", "PEARS question 12:")
+    expect(page.locator("#count")).to_have_text(f"1 of {NUM_PROBLEMS} problems")
+    assert listed(page) == ["test-12"]
+    page.fill("#search", "sft thinks of 33")
+    expect(page.locator("#count")).to_have_text(f"0 of {NUM_PROBLEMS} problems")
+    page.check("#in-completions")
+    expect(page.locator("#count")).to_have_text(f"1 of {NUM_PROBLEMS} problems")
+    assert listed(page) == ["test-33"]
+
+
+def test_the_order_can_begin_with_what_methods_disagree_on(open_page: Open) -> None:
+    page = open_page().page
+    assert listed(page)[1:4] == ["test-1", "test-2", "test-3"]
+    page.select_option("#order", "hardest")
+    wrong = [n for n in range(NUM_PROBLEMS) if not any(is_right(m, n) for m in ("grpo", "twin"))]
+    assert set(listed(page)[: len(wrong)]) == set(map(problem_id, wrong))
+
+
+def test_a_fragment_opens_its_problem_and_the_address_follows(open_page: Open) -> None:
+    opened = open_page(fragment="#p/m1/test/test-12")
+    page = opened.page
+    expect(page.locator("#problem-id")).to_have_text("test-12")
+    expect(page.locator("#position")).to_have_text(f"13 of {NUM_PROBLEMS}")
+    page.locator("#problems button", has_text="test-20").click()
+    assert page.evaluate("location.hash") == "#p/m1/test/test-20"
+    assert page.locator("#permalink").get_attribute("href") == "#p/m1/test/test-20"
+    page.evaluate("location.hash = '#p/m1/test/test-5'")
+    expect(page.locator("#problem-id")).to_have_text("test-5")
+    assert opened.said == []
+
+
+@pytest.mark.parametrize("fragment", ["#p/m1/test/nothing", "#p/no/such/view", "#p/%", "#p/"])
+def test_a_fragment_of_no_problem_is_told_so(open_page: Open, fragment: str) -> None:
+    opened = open_page(fragment=fragment)
+    if fragment != "#p/%":
+        expect(opened.page.locator("#missing")).to_contain_text("holds no problem")
+    assert len(listed(opened.page)) == NUM_PROBLEMS
+    assert opened.said == []
+
+
+def test_everything_can_be_done_from_the_keyboard(open_page: Open) -> None:
+    opened = open_page()
+    page = opened.page
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    expect(page.locator("#problem-id")).to_have_text("test-2")
+    page.keyboard.press("k")
+    expect(page.locator("#problem-id")).to_have_text("test-1")
+    page.keyboard.press("/")
+    page.keyboard.type("question apples")  # s and t are letters here
+    expect(page.locator("#count")).to_have_text(f"20 of {NUM_PROBLEMS} problems")
+    page.keyboard.press("Escape")
+    page.locator("#problems button[tabindex='0']").focus()
+    page.keyboard.press("End")
+    expect(page.locator("#problem-id")).to_have_text("test-39")
+    assert page.evaluate("document.activeElement.dataset.place") == "39"
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#problem-id")).to_have_text("test-37")
+    page.keyboard.press("s")
+    expect(page.locator("#decoding")).to_have_value("sampled")
+    page.keyboard.press("t")
+    expect(page.locator("#theme")).to_have_value("light")
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+    assert opened.said == []
+
+
+def test_one_row_of_the_list_takes_part_in_the_tab_order(open_page: Open) -> None:
+    page = open_page().page
+    assert page.locator("#problems button[tabindex='0']").count() == 1
+    page.select_option("#outcome", "a-wrong")
+    assert page.locator("#problems button[tabindex='0']").count() == 1
+
+
+def test_completions_stand_side_by_side_with_grades_and_marks(open_page: Open) -> None:
+    page = open_page(fragment="#p/m1/test/test-20").page
+    columns = page.locator(".column")
+    expect(columns).to_have_count(4)
+    expect(columns.nth(2).locator("h4")).to_contain_text("2 of 2 right")
+    expect(columns.nth(1).locator("h4")).to_contain_text("0 of 2 right")
+    expect(columns.nth(2).locator(".card").first).to_contain_text("✓ right")
+    expect(columns.nth(1).locator(".card").first).to_contain_text("✗ wrong")
+    expect(columns.nth(2).locator("mark").first).to_have_text("7")
+    expect(columns.nth(1).locator("mark").first).to_have_text("8")
+    page.locator("#key label", has_text="base").locator("input").uncheck()
+    expect(columns).to_have_count(3)
+    page.select_option("#decoding", "sampled")
+    expect(columns.nth(0).locator(".card")).to_have_count(6)
+    page.goto(page.url.replace("test-20", "test-19"))
+    expect(page.locator(".cut").first).to_have_text("cut off")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_completion_is_text_and_runs_nothing(open_page: Open, name: str) -> None:
+    number = list(HOSTILE).index(name)
+    opened = open_page(fragment=f"#p/m1/test/{quote(problem_id(number), safe='')}")
+    page = opened.page
+    expect(page.locator("#problem-id")).to_have_text(problem_id(number))
+    text = page.locator(".column[aria-label=grpo] .card .text").first
+    if name == "long":
+        expect(text).to_contain_text("characters …")
+        text.locator("button.more").click()
+    expected = HOSTILE[name] or "(empty)"
+    for char in ("\x00", "\u202e", "\u202c", "\u2028"):
+        expected = expected.replace(char, f"U+{ord(char):04X}")
+    expected = expected.replace("\ud83d,", "U+D83D,").replace("\n" * 40, "40 line ends\n")
+    assert text.evaluate("node => node.textContent") == expected
+    if HOSTILE[name].endswith("#### 7"):
+        expect(text.locator("mark")).to_have_text("7")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.locator("main img, main iframe, main b").count() == 0
+    assert opened.said == [] and len(opened.asked) == 1
+
+
+def test_the_policy_stops_what_would_get_in_all_the_same(open_page: Open) -> None:
+    opened = open_page()
+    failures: list[str | None] = []
+    opened.page.on("requestfailed", lambda request: failures.append(request.failure))
+    opened.page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "window.hacked = 1";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<img src='http://127.0.0.1:9/x.png'>");
+            document.body.insertAdjacentHTML("beforeend", "<p onclick='window.hacked = 1'>x</p>");
+            document.body.lastElementChild.click();
+        }"""
+    )
+    fetched = "fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')"
+    assert opened.page.evaluate(fetched) == "refused"
+    assert opened.page.evaluate("typeof window.hacked") == "undefined"
+    assert len([text for text in opened.said if "Content Security Policy" in text]) >= 3
+    assert failures == ["csp"]  # the image: refused before it reached the network
+
+
+def test_every_control_has_a_name(open_page: Open) -> None:
+    page = open_page().page
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, a, [role=region]")]
+            .filter((item) => item.checkVisibility())
+            .filter((item) => !(item.getAttribute("aria-label") || item.textContent.trim()
+                && item.tagName !== "SELECT" || item.labels?.[0]?.textContent.trim()))
+            .map((item) => item.outerHTML.slice(0, 100))"""
+    )
+    assert nameless == []
+
+
+def test_views_of_models_and_suites_can_be_changed_and_linked_to(
+    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(paths)) == 0
+    page = chromium.new_page()
+    page.goto(f"{paths['output'].as_uri()}#p/m2/test/test-7")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    expect(page.locator("#view")).to_have_value("1")
+    expect(page.locator("#problem-id")).to_have_text("test-7")
+    expect(page.locator("#answer table:visible")).to_have_count(1)
+    page.locator("[data-show-view='0']").click()
+    expect(page.locator("#view")).to_have_value("0")
+    expect(page.locator("#answer [data-view='0'] svg").first).to_be_visible()
+    page.close()

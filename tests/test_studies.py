@@ -1,0 +1,183 @@
+"""scripts/compare_studies.py and what it stands on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import polars as pl
+import pytest
+
+from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.files import write_json
+from gsm8k_core.metrics import Floats, holm, paired_difference
+from gsm8k_core.studies import SCHEMA, compare_studies, find_cells
+
+RUNS = {("base", 0), ("sft", 0), ("sft", 1), ("sft", 2)}
+
+
+def load_compare_studies() -> ModuleType:
+    path = Path(__file__).parent.parent / "scripts" / "compare_studies.py"
+    spec = importlib.util.spec_from_file_location("script_compare_studies", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare_studies_script = load_compare_studies()
+
+
+def write_run(
+    run: Path, right: Floats, suite: str = "test", decoding: str = "greedy", first: int = 0
+) -> None:
+    """Grades of one completion per problem, or of several where `right` is (P, samples)."""
+    rows = np.atleast_2d(right.T).T
+    num_problems, num_samples = rows.shape
+    names = [f"p{i + first:03d}" for i in range(num_problems)]
+    frame = pl.DataFrame(
+        {
+            "problem_id": np.repeat(names, num_samples),
+            "decoding": [decoding] * rows.size,
+            "correct": rows.ravel().astype(bool),
+        }
+    )
+    (run / "grades").mkdir(parents=True, exist_ok=True)
+    frame.write_parquet(run / "grades" / f"{suite}.parquet")
+
+
+def outcomes(chance: float, seed: int, num_problems: int = 200) -> Floats:
+    random = np.random.default_rng(seed)
+    return (random.random(num_problems) < chance).astype(np.float64)
+
+
+Maker = Callable[[str, float], Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Maker:
+    """Write a study whose sft has this accuracy; returns its folder."""
+
+    def write(name: str, chance: float) -> Path:
+        for method, seed in RUNS:
+            run = tmp_path / name / "m" / method / f"seed{seed}"
+            write_run(run, outcomes(chance if method == "sft" else 0.2, seed))
+        return tmp_path / name
+
+    return write
+
+
+def test_a_study_is_the_same_as_itself(make: Maker) -> None:
+    folder = make("old", 0.5)
+    found = compare_studies(folder, folder)
+    assert dict(found.rows.schema) == SCHEMA
+    assert found.rows.select("method", "delta", "p_value", "verdict").rows() == [
+        ("base", 0.0, 1.0, None),
+        ("sft", 0.0, 1.0, None),
+    ]
+    assert (found.changes, found.left_out) == ({}, [])
+
+
+def test_cells_are_paired_by_seed_and_problem_and_corrected_within_the_model(make: Maker) -> None:
+    old, new = make("old", 0.6), make("new", 0.4)
+    # Another order of rows, as another version might write them.
+    path = new / "m" / "sft" / "seed1" / "grades" / "test.parquet"
+    pl.read_parquet(path).reverse().write_parquet(path)
+    base, sft = compare_studies(old, new).rows.iter_rows(named=True)
+    right = [np.stack([outcomes(chance, seed) for seed in range(3)]) for chance in (0.4, 0.6)]
+    expected = paired_difference(right[0], right[1])
+    assert [sft["delta"], sft["delta_ci_low"], sft["delta_ci_high"], sft["p_value"]] == (
+        pytest.approx(list(expected[:4]))
+    )
+    assert [base["p_value_holm"], sft["p_value_holm"]] == holm([base["p_value"], sft["p_value"]])
+    assert (base["verdict"], sft["verdict"]) == (None, "worse")
+    assert compare_studies(new, old).rows["verdict"].to_list() == [None, "better"]
+
+
+def test_only_problems_and_seeds_that_both_have_are_compared(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    for seed in range(3):  # problems 50 to 249 instead of 0 to 199
+        write_run(new / "m" / "sft" / f"seed{seed}", outcomes(0.5, seed), first=50)
+    (new / "m" / "sft" / "seed2").rename(new / "m" / "sft" / "seed7")
+    row = compare_studies(old, new).rows.row(1, named=True)
+    assert (row["num_seeds"], row["num_problems"]) == (2, 150)
+    right = [np.stack([outcomes(0.5, seed)[part] for seed in (0, 1)])
+             for part in (slice(0, 150), slice(50, 200))]  # fmt: skip
+    assert row["delta"] == pytest.approx(right[0].mean() - right[1].mean())
+    assert compare_studies(old, new).left_out == [
+        "m / sft / test: seeds 2, 7 are in one study only",
+        "m / sft / test: 100 of 250 problems are not in every run of both",
+    ]
+
+
+def test_what_only_one_study_has_is_listed(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    write_run(new / "m" / "grpo" / "seed0", outcomes(0.5, 0))
+    write_run(old / "m" / "base" / "seed0", outcomes(0.5, 0), suite="other", first=0)
+    write_run(new / "m" / "base" / "seed0", outcomes(0.5, 0), suite="other", first=900)
+    assert compare_studies(old, new).left_out == [
+        f"m / grpo / test: only in {new}",
+        "m / base / other: no problem was graded in both studies",
+    ]
+
+
+def test_samples_are_compared_by_their_share_and_not_with_greedy(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    samples = np.array([[1, 1, 0, 0], [1, 0, 0, 0.0]])
+    write_run(old / "m" / "base" / "seed0", samples, "s", "sample")
+    write_run(new / "m" / "base" / "seed0", 1 - samples, "s", "sample")
+    row = compare_studies(old, new).rows.row(by_predicate=pl.col("suite") == "s", named=True)
+    assert (row["accuracy_old"], row["accuracy_new"], row["num_problems"]) == (0.375, 0.625, 2)
+    write_run(new / "m" / "base" / "seed0", outcomes(0.5, 0, 2), "s")
+    found = compare_studies(old, new)
+    assert "one study decoded greedily and the other sampled" in found.left_out[0]
+
+
+def test_what_differs_is_told_with_both_values_and_named_in_the_row(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    for folder, rate, torch in ((old, 1e-5, "2.12.0"), (new, 2e-5, "2.13.0")):
+        for method, seed in RUNS:
+            run = folder / "m" / method / f"seed{seed}"
+            provenance = {"packages": {"torch": torch, "numpy": "2.0"}}
+            write_json(run / "completions" / "test.stats.json", {"provenance": provenance})
+            if method == "sft":
+                settings = {"seed": seed, "method_settings": {"learning_rate": rate}}
+                write_json(run / "settings.json", settings)
+    found = compare_studies(old, new)
+    assert found.rows["differs"].to_list() == ["packages", "packages, training settings"]
+    assert found.changes == {
+        "packages.torch: 2.12.0 → 2.13.0": ["m / base / test", "m / sft / test"],
+        "training settings.method_settings.learning_rate: 1e-05 → 2e-05": ["m / sft / test"],
+    }
+
+
+def test_the_script_writes_both_files_and_fails_only_when_asked_and_worse(
+    make: Maker, tmp_path: Path
+) -> None:
+    old, new = make("old", 0.6), make("new", 0.4)
+
+    def run(a: Path, b: Path, *options: str) -> int:
+        arguments = ["--old", str(a), "--new", str(b), "--output-dir", str(tmp_path / "out")]
+        return int(compare_studies_script.main([*arguments, *options]))
+
+    assert run(old, new) == 0
+    text = (tmp_path / "out" / "studies.md").read_text(encoding="utf-8")
+    assert "| worse   |" in text and "95 % intervals" in text
+    assert pl.read_csv(tmp_path / "out" / "studies.csv").height == 2
+    assert run(old, new, "--fail-if-worse") == 3
+    assert run(new, old, "--fail-if-worse") == 0
+    assert run(old, old, "--fail-if-worse") == 0
+    with pytest.raises(ConfigError, match="--confidence"):
+        run(old, new, "--confidence", "95")
+
+
+def test_a_folder_without_grades_is_named(make: Maker, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing: no grades below it"):
+        compare_studies(make("old", 0.5), tmp_path / "nothing")
+    assert find_cells(tmp_path / "old") == {
+        ("m", "base", "test"): [0],
+        ("m", "sft", "test"): [0, 1, 2],
+    }

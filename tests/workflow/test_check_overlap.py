@@ -1,0 +1,36 @@
+"""The overlap report as a target of the workflow: data is prepared for it, nothing is trained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gsm8k_core.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_report_of_a_study_covers_what_it_trains_on_and_is_tested_on(tmp_path: Path) -> None:
+    for name in LINKED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    target = "artifacts/results/debug/overlap.md"
+    result = subprocess.run(
+        [sys.executable, "-m", "snakemake", target, "--cores", "1", "--resources", "gpu=1",
+         "--configfile", "studies/debug.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = read_json(tmp_path / "artifacts/results/debug/overlap.json")
+    train = {"file": "artifacts/arithmetic_debug/train.jsonl", "num_rows": 2000}
+    assert report["training"] == [train]
+    (test,) = report["tests"]
+    assert (test["file"], test["num_problems"]) == ("artifacts/arithmetic_debug/test.jsonl", 500)
+    assert test["num_near"] > 0  # the embedded families share their wording
+    assert "`artifacts/arithmetic_debug/test.jsonl`" in (tmp_path / target).read_text("utf-8")
+    assert not (tmp_path / "artifacts/models").exists()

@@ -1,0 +1,241 @@
+"""Real runs of Snakemake: provenance, hashes, W&B offline, secrets, two calls at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gsm8k_core.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
+STUDY = {
+    "study": {"name": "followed", "methods": ["base", "grpo"]},
+    "datasets": {"arithmetic_debug": {"num_train": 200, "num_val": 10, "num_test": 20}},
+    "methods": {"grpo": {"from": "base"}},
+    "suites": {"debug": {"limit": 5, "max_new_tokens": 8}},
+    "tracking": {"project": "maths", "mode": "offline"},
+}
+GRPO = "artifacts/experiments/followed/tiny-qwen2/grpo/seed0"
+RESULTS = "artifacts/results/followed"
+PLANTED = {
+    "HF_TOKEN": "hf_plantedPLANTED0123456789",
+    "WANDB_API_KEY": "planted00000000000000000000000000000wandb",
+    "DEEPSEEK_API_KEY": "sk-planted-deepseek-0123456789",
+    "OPENAI_API_KEY": "sk-planted-openai-0123456789",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws/secret/0123456789",
+}
+IN_SETTINGS = "-".join(["planted", "password"])  # this file stands in changes.diff as it is
+REWARD = """
+import os
+
+def fails(completion, gold):
+    raise RuntimeError("the server refused " + os.environ["OPENAI_API_KEY"])
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def make_workspace(folder: Path) -> Path:
+    folder.mkdir()
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    write_overlay(folder, "study.yaml", STUDY)
+    return folder
+
+
+def write_overlay(workspace: Path, name: str, settings: dict[str, Any]) -> str:
+    (workspace / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return name
+
+
+def command(*words: str, overlays: tuple[str, ...] = ()) -> list[str]:
+    files = ("studies/debug.yaml", "study.yaml", *overlays)
+    return [
+        sys.executable, "-m", "snakemake", *words, "--cores", "1", "--configfile", *files,
+    ]  # fmt: skip
+
+
+def run(workspace: Path, words: list[str]) -> tuple[int, str]:
+    result = subprocess.run(
+        words,
+        cwd=workspace,
+        env={**os.environ, **PLANTED, "PYTHONPATH": str(workspace)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def verify(workspace: Path) -> tuple[int, str]:
+    return run(workspace, [sys.executable, "scripts/verify.py", "--study", "followed"])
+
+
+def secrets_below(folder: Path) -> list[str]:
+    """Files below `folder` (hidden ones too, links not followed) that hold a planted secret."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            found += [
+                f"{path}: {secret}"
+                for secret in (*PLANTED.values(), IN_SETTINGS)
+                if secret.encode() in content
+            ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which a small study has been run to its end, followed by W&B offline."""
+    workspace = make_workspace(tmp_path_factory.mktemp("provenance") / "workspace")
+    code, output = run(workspace, command())
+    assert code == 0, output
+    return workspace
+
+
+def test_a_row_leads_to_the_call_that_made_it(finished: Path) -> None:
+    rows = read_json(finished / RESULTS / "provenance.json")["rows"]
+    assert [row["method"] for row in rows] == ["base", "grpo"]
+    (path,) = rows[1]["runs"][0]["made_by"]
+    manifest = read_json(finished / path)
+    assert manifest["state"] == "succeeded"
+    assert manifest["command"][0] == "snakemake"
+    assert manifest["datasets"]["arithmetic_debug"]["train"]["num_problems"] == 200
+    assert manifest["seconds_cpu_jobs"] > 0
+    summary = read_json(finished / GRPO / "train" / "summary.json")
+    assert Path(path).parent.name == summary["provenance"]["invocation"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{GRPO}/completions/debug.jsonl",
+        f"{GRPO}/grades/debug.parquet",
+        f"{GRPO}/metrics/debug.json",
+        f"{GRPO}/model/model.safetensors",
+        f"{GRPO}/train/metrics.jsonl",
+        f"{RESULTS}/comparison.csv",
+        f"{RESULTS}/report.html",
+        f"{RESULTS}/figures/accuracy.svg",
+        "artifacts/arithmetic_debug/test.jsonl",
+        "artifacts/models/tiny-qwen2/model.safetensors",
+    ],
+)
+def test_verify_finds_one_flipped_byte(finished: Path, name: str) -> None:
+    assert verify(finished)[0] == 0
+    before = (finished / name).read_bytes()
+    times = (finished / name).stat()
+    flipped = bytearray(before)
+    flipped[len(before) // 2] ^= 1
+    (finished / name).write_bytes(flipped)
+    code, output = verify(finished)
+    (finished / name).write_bytes(before)
+    os.utime(finished / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert code == 1
+    assert output.startswith(f"changed {name}\n")
+
+
+def test_wandb_followed_the_run_in_its_own_folder(finished: Path) -> None:
+    run_files = list((finished / GRPO / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(run_files) == 1, (finished / GRPO / "logs" / "train_grpo.log").read_text("utf-8")
+    assert run_files[0].stat().st_size > 1000
+    (table,) = (finished / RESULTS / "wandb").glob("offline-run-*/files/media/table/*.json")
+    assert read_json(table)["columns"][:3] == ["model", "method", "suite"]
+    assert [row[1] for row in read_json(table)["data"]] == ["base", "grpo"]
+    assert not (finished / "wandb").exists()
+
+
+def test_following_a_run_or_not_is_no_reason_to_do_it_again(finished: Path) -> None:
+    for tracking in ({"project": None}, {"project": "other", "mode": "disabled"}):
+        other = write_overlay(finished, "other.yaml", {"tracking": tracking})
+        code, output = run(finished, command("-n", overlays=(other,)))
+        assert code == 0 and "Nothing to be done" in output
+
+
+def test_planted_secrets_are_in_no_file_and_no_output(finished: Path) -> None:
+    (finished / "my_reward.py").write_text(REWARD, encoding="utf-8")
+    crash = {
+        "study": {"name": "crashed", "methods": ["grpo"]},
+        "methods": {"grpo": {"reward": {"custom": "my_reward:fails"}}},
+    }
+    code, output = run(finished, command(overlays=(write_overlay(finished, "c.yaml", crash),)))
+    assert code == 1 and "the server refused ***" in output
+    assert not any(secret in output for secret in PLANTED.values())
+
+    url = f"https://me:{IN_SETTINGS}@host/gsm8k"
+    path = write_overlay(finished, "s.yaml", {"datasets": {"gsm8k": {"path": url}}})
+    code, output = run(finished, command(overlays=(path,)))
+    assert code == 1 and "datasets.gsm8k.path: holds the user or password of a URL" in output
+    assert IN_SETTINGS not in output
+    code, output = run(
+        finished,
+        [sys.executable, "-m", "gsm8k_core.cli", "eval", "--limit", "2", "--config",
+         "config.yaml", "studies/debug.yaml", "study.yaml"],
+    )  # fmt: skip
+    assert code == 0, output
+    (finished / path).unlink()  # where it was planted
+    assert secrets_below(finished) == []
+
+
+def test_the_check_for_secrets_sees_one(finished: Path) -> None:
+    planted = finished / "artifacts" / ".hidden"
+    planted.write_text(f"x{PLANTED['HF_TOKEN']}x", encoding="utf-8")
+    assert len(secrets_below(finished)) >= 1
+    planted.unlink()
+
+
+def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothing(
+    tmp_path: Path,
+) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    target = "artifacts/arithmetic_debug/train.jsonl"
+    with subprocess.Popen(
+        command(target), cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as first:
+        deadline = time.monotonic() + 120
+        while not list((workspace / "artifacts").glob("runs/*/run_manifest.json")):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        code, output = run(workspace, command(target))
+        first.send_signal(signal.SIGCONT)
+        assert code == 1
+        assert "Error: Directory cannot be locked." in output and "--unlock" in output
+        assert "Traceback" not in output
+        first.communicate(timeout=120)
+        assert first.returncode == 0
+    (manifest,) = (workspace / "artifacts" / "runs").glob("*/run_manifest.json")
+    assert read_json(manifest)["state"] == "succeeded"
+    assert (workspace / target).exists()
+
+
+def test_after_a_kill_of_snakemake_unlocking_goes_on_and_says_what_was_killed(
+    tmp_path: Path,
+) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    target = "artifacts/arithmetic_debug/train.jsonl"
+    with subprocess.Popen(
+        command(target), cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        deadline = time.monotonic() + 120
+        while not list((workspace / "artifacts").glob("runs/*/run_manifest.json")):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.02)
+        first.kill()
+    assert run(workspace, command(target))[0] == 1
+    assert run(workspace, command("--unlock"))[0] == 0
+    code, output = run(workspace, command(target))
+    assert code == 0, output
+    manifests = sorted((workspace / "artifacts" / "runs").glob("*/run_manifest.json"))
+    assert [read_json(path)["state"] for path in manifests] == ["killed", "succeeded"]

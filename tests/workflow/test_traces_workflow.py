@@ -1,0 +1,115 @@
+"""The rules for reasoning traces, in real runs of Snakemake against a server on loopback."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chat_server import ChatServer
+
+from gsm8k_core.files import read_json, read_jsonl
+from gsm8k_core.problems import read_problems
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
+KEY = "sk-planted0123456789abcdef"
+
+pytestmark = pytest.mark.slow
+
+
+class WordProblemServer(ChatServer):
+    """Answers the embedded word problems: it has their solutions."""
+
+    answers: dict[str, str] = {}
+
+    def completion(self, body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        question = body["messages"][-1]["content"].split("\n")[0]
+        message = {"content": f"\\boxed{{{self.answers[question]}}}"} | changes.pop("message", {})
+        return super().completion(body, message=message, **changes)
+
+
+def snakemake(workspace: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    command += ["--cores", "1", "--configfile", "studies/debug.yaml", "traces.yaml"]
+    result = subprocess.run(
+        command,
+        cwd=workspace,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def planned(output: str) -> dict[str, int]:
+    table = output.partition("Job stats:")[2]
+    return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", table, re.M)}
+
+
+def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(tmp_path: Path) -> None:
+    for name in LINKED:
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def study(url: str, **budget: Any) -> None:
+        api = {"base_url": url, "model": "m", "max_tokens": 50, "concurrency": 2}
+        traces = {"dataset": "arithmetic_debug", "num_questions": 12, "api": api}
+        overlay = {
+            "study": {"name": "traced", "methods": ["base", "sft_r1", "sft_r1_grpo"]},
+            "datasets": {"arithmetic_debug": {"num_train": 100}},
+            "methods": {"sft_r1": {"dataset": "tiny_traces", "num_steps": 2}},
+            "traces": {"tiny_traces": {**traces, "prompt": "chat_boxed", "budget": budget}},
+        }
+        (tmp_path / "traces.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+
+    train = "artifacts/tiny_traces/train.jsonl"
+    answers = tmp_path / "artifacts" / "tiny_traces" / "collected" / "answers.jsonl"
+    requests: list[str] = []
+
+    def out_of_balance_after_five(question: str, _: int) -> str:
+        requests.append(question)
+        return "402" if len(requests) > 5 else "answer"
+
+    with WordProblemServer(out_of_balance_after_five) as server:
+        study(server.url)
+        code, said = snakemake(tmp_path, "artifacts/arithmetic_debug/train.jsonl")
+        assert code == 0, said
+        problems = read_problems(tmp_path / "artifacts" / "arithmetic_debug" / "train.jsonl")
+        server.answers = {problem.question: problem.gold for problem in problems}
+
+        code, said = snakemake(tmp_path, train, DEEPSEEK_API_KEY=KEY)
+        assert code == 1
+        assert "HTTP 402, the account has no balance left" in said and "Traceback" not in said
+        assert len(read_jsonl(answers)) == 5  # Snakemake has removed nothing of them
+        assert not (tmp_path / "artifacts" / "tiny_traces" / "collected.json").exists()
+
+        server.behave = lambda *_: "answer"
+        code, said = snakemake(tmp_path, train, DEEPSEEK_API_KEY=KEY)
+        assert code == 0, said
+        assert server.asked_again == []
+        assert server.delivered.total() == 12 == len(read_problems(tmp_path / train))
+        num_requests = len(server.requests)
+
+        # More of the budget, or of the patience, asks for nothing that is there.
+        study(server.url, tokens=10**6)
+        code, said = snakemake(tmp_path, train, DEEPSEEK_API_KEY=KEY)
+        assert code == 0 and planned(said)["collect_traces"] == 1, said
+        assert len(server.requests) == num_requests
+
+    _, said = snakemake(tmp_path, "-n")
+    jobs = planned(said)
+    assert (jobs["train_sft"], jobs["train_grpo"]) == (1, 1) and "collect_traces" not in jobs
+    run = "artifacts/experiments/traced/tiny-qwen2/sft_r1/seed0"
+    code, said = snakemake(tmp_path, f"{run}/train/summary.json")
+    assert code == 0, said
+    assert read_json(tmp_path / run / "train" / "summary.json")["num_examples"] == 12
+    for path in (tmp_path / "artifacts").rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
