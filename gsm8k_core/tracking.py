@@ -225,7 +225,7 @@ class Tracker:
         for attempt in range(1, MAX_START_ATTEMPTS):
             try:
                 return wandb.init(**settings)
-            except (wandb.Error, OSError) as error:
+            except Exception as error:  # the last attempt is not caught
                 log.info("W&B: start %d failed: %s; again", attempt, redact(str(error)))
         return wandb.init(**settings)
 
