@@ -4,13 +4,15 @@
 #   snakemake --cores 2 --resources gpu=1 --configfile studies/NAME.yaml     another study
 #   snakemake PATH/OF/A/FILE --cores 1 --resources gpu=1                     one file
 
+import os
+
 
 configfile: "config.yaml"
 
 
-# `snakemake --lint` asks for it. The image is not published yet, so `--sdm apptainer` has nothing to
-# pull; the environment that runs snakemake is used (uv.lock).
-container: "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest"
+# For `--sdm apptainer`: an image that was built from the Dockerfile (docs/cluster.md). None is published
+# yet, so $GSM8K_IMAGE has to name one. Without --sdm the environment that runs snakemake is used.
+container: os.environ.get("GSM8K_IMAGE", "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest")
 
 
 include: "rules/common.smk"

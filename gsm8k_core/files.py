@@ -6,16 +6,17 @@ question holds, and would tear that row in two.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,29 +26,41 @@ from gsm8k_core.errors import BusyError, DataError
 Json = dict[str, Any]
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` if the block succeeds.
 
     Works for a file or a directory (the block creates either). On any exception the temporary is
-    removed and `path` is left as it was.
+    removed and `path` is left as it was. Of several processes that write `path` at once each
+    succeeds, and what the last one wrote remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary, replaced = holder / path.name, holder / "replaced"
+    temporary = holder / path.name
     try:
         yield temporary
         _sync(temporary)
-        if path.is_dir() and not path.is_symlink():
-            os.rename(path, replaced)  # rename cannot replace a directory that has files
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, path)
-            raise
+        for attempt in itertools.count():
+            if _moved_into_place(temporary, path, holder / f"replaced{attempt}"):
+                break
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _moved_into_place(temporary: Path, path: Path, replaced: Path) -> bool:
+    """Whether `temporary` is now `path`; not if another process has just put a folder there."""
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, replaced)  # rename cannot replace a directory that has files
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        if replaced.exists():
+            os.rename(replaced, path)
+        raise
+    return True
 
 
 def _sync(path: Path) -> None:

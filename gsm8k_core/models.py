@@ -12,7 +12,7 @@ import importlib.metadata
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gsm8k_core import distributed
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
-from gsm8k_core.errors import ModelError
+from gsm8k_core.errors import ConfigError, ModelError
 from gsm8k_core.files import sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
@@ -235,9 +236,21 @@ def find_in_wheel(wheel: str, name: str) -> Path:
 
 
 def resolve_device(gpus: int) -> torch.device:
-    """CUDA where the model asks for GPUs and there is one; otherwise the CPU, with a warning."""
+    """CUDA where the model asks for GPUs and there is one; otherwise the CPU, with a warning.
+
+    Of several ranks (`gsm8k_core.distributed`), each has a GPU of its own. Raises ConfigError where
+    there are fewer.
+    """
     if gpus > 0 and torch.cuda.is_available():
-        return torch.device("cuda")
+        if distributed.world_size() == 1:
+            return torch.device("cuda")
+        number, num_visible = distributed.local_rank(), torch.cuda.device_count()
+        if number >= num_visible:
+            raise ConfigError(
+                f"models.<name>.gpus: more processes than the {num_visible} GPUs that this job sees"
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     if gpus > 0:
         log.warning("no GPU found: running on the CPU, which is slow for all but small models")
     return torch.device("cpu")
@@ -356,7 +369,8 @@ def _stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenize
 def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and weights of the transformers model, LoRA's adapters merged in; tied ones once.
 
-    The model itself is not changed: merging and taking it back would leave rounding behind.
+    The model itself is not changed: merging and taking it back would leave rounding behind. One
+    that is spread over ranks is gathered a parameter at a time, by all ranks together.
     """
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -368,4 +382,13 @@ def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if hasattr(layer, "get_delta_weight") and name.endswith(".base_layer.weight"):
             for adapter in layer.active_adapters:
                 tensor = tensor + layer.get_delta_weight(adapter)
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+        plain_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        yield plain_name, distributed.whole(tensor)
+
+
+@torch.no_grad()
+def load_plain_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy weights, named as `plain_weights` names them, into a transformers model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        parameters[name].copy_(tensor)

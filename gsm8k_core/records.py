@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 LEFT_OUT_FOLDERS = {"state", "wandb"}
+ROUND_FOLDER = re.compile(r"round\d+")
 ORIGIN_KEYS = ("from", "revision", "gguf_file", "gguf_sha256", "files")
 
 
@@ -53,7 +54,22 @@ def study_provenance(layout: Layout) -> Json:
                 found = [run for run in runs if "metrics" in run]
                 if found:
                     rows.append({"model": model, "method": method, "suite": suite, "runs": found})
-    return {"study": config.study.name, "rows": rows}
+    return {"study": config.study.name, "rows": rows, "dropped_weights": dropped_weights(layout)}
+
+
+def dropped_weights(layout: Layout) -> list[str]:
+    """Folders of trained weights that are gone because the study does not keep them."""
+    keep = layout.config.study.keep_models
+    folders = [
+        summary.parents[1] / "model"
+        for summary in sorted(Path(layout.experiments).rglob("train/summary.json"))
+    ]
+    return [
+        str(folder)
+        for folder in folders
+        if not folder.exists()
+        and (keep == "none" or (keep == "final" and ROUND_FOLDER.fullmatch(folder.parent.name)))
+    ]
 
 
 def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str) -> Json:
@@ -161,12 +177,17 @@ def job_seconds(records: Iterable[Json]) -> Json:
 
 
 def num_gpus(record: Json) -> int | None:
-    """GPUs that a stage held: none on the CPU, as many as vLLM shared the model over, else one."""
+    """GPUs that a stage held.
+
+    None on the CPU, one for each rank of training, as many as vLLM shared the model over, else one.
+    """
     device = record.get("device")
     if device is None:
         return None
     if device == "cpu":
         return 0
+    if "num_ranks" in record:
+        return int(record["num_ranks"])
     settings = record.get("settings") or {}
     vllm = settings.get("model_settings", {}).get("vllm", {})
     return int(vllm.get("tensor_parallel", 1)) if record.get("engine") == "vllm" else 1
@@ -199,7 +220,10 @@ def record_study(layout: Layout, since_ns: int) -> None:
         else sha256_file(path)
         for path in _files_below(_study_folders(layout, provenance))
     }
+    dropped = set(provenance["dropped_weights"])
     for name in known.keys() - sums.keys():
+        if str(Path(name).parent) in dropped:
+            continue
         if _nearest_folder(Path(name)).stat().st_ctime_ns < since_ns:
             sums[name] = known[name]  # not this call removed it: it is missing
     write_sums(results / SUMS, sums)

@@ -4,7 +4,8 @@ Shapes: `B` rows, `T` positions, `V` vocabulary, `H` hidden width, `M` positions
 
 With a vocabulary of 150 000, the logits of one batch take more memory than the rest of a training
 step. So the output layer runs inside the model's own forward, but only on the positions that count
-and a chunk of them at a time, and its logits are computed again for the backward pass.
+and a chunk of them at a time, and its logits are computed again for the backward pass (unless they
+are a single chunk).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-DEFAULT_CHUNK_SIZE = 1024
+# 128 MiB in float32. Fewer make the matrix products slow, more take memory (docs/benchmarks.md).
+LOGITS_PER_CHUNK = 2**25
 
 
 def compute_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,7 @@ def score_responses(
     entropy_gradient: bool = False,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Log-probability of the labels where `response_mask` is true, 0 elsewhere.
 
@@ -76,7 +79,7 @@ def score_responses(
     `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, no more than
-    `chunk_size` × V logits exist at once. Any other module, and any model that changes its logits
+    `chunk_size` × V logits (without one, `LOGITS_PER_CHUNK`) exist at once. Any other module, and any model that changes its logits
     after the output layer (Gemma's soft-capping, Cohere's scale), is asked for plain logits.
     """
     if temperature <= 0.0:
@@ -134,7 +137,7 @@ def _scoring_in_place_of_logits(
     temperature: float,
     with_entropy: bool,
     entropy_gradient: bool,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Iterator[list[torch.Tensor]]:
     """Let `head` return scores (B, T, 1 or 2) instead of logits (B, T, V) within the block.
 
@@ -152,15 +155,22 @@ def _scoring_in_place_of_logits(
 
     def score(hidden_states: torch.Tensor) -> torch.Tensor:
         mask = response_mask.bool()
-        chunks = zip(
-            hidden_states[mask].split(chunk_size), labels[mask].split(chunk_size), strict=True
-        )
-        selected = torch.cat(
-            [
-                checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-                for chunk in chunks
-            ]
-        )
+        hidden, targets = hidden_states[mask], labels[mask]
+        size = chunk_size or max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+        if len(hidden) <= size:
+            selected = score_chunk(hidden, targets)
+        elif type(head) is torch.nn.Linear and head.bias is None and replaced is None:
+            selected = _LinearScores.apply(
+                hidden, head.weight, targets, temperature, with_entropy, entropy_gradient, size
+            )
+        else:
+            chunks = zip(hidden.split(size), targets.split(size), strict=True)
+            selected = torch.cat(
+                [
+                    checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+                    for chunk in chunks
+                ]
+            )
         computed.append(_scatter(selected, mask))
         return computed[-1]
 
@@ -172,6 +182,85 @@ def _scoring_in_place_of_logits(
             del head.forward
         else:
             head.forward = replaced
+
+
+class _LinearScores(torch.autograd.Function):
+    """`_score_logits(hidden @ weight.T, …)`, chunk by chunk, with its gradient written out.
+
+    With p the softmax and H its entropy, the gradient of the log-prob of y with respect to the
+    scaled logits is onehot(y) - p, that of H is -p·(log p + H). What autograd would add for every
+    chunk, a gradient of `weight` of its own, is here added up in place, in `weight`'s precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        with_entropy: bool,
+        entropy_gradient: bool,
+        size: int,
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        ctx.dtype = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            ctx.dtype = torch.get_autocast_dtype(device)
+        ctx.temperature, ctx.size = temperature, size
+        ctx.entropy_gradient = with_entropy and entropy_gradient
+        columns = []
+        matrix = weight.to(ctx.dtype)
+        for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
+            log_probs = _log_probs(rows.to(ctx.dtype), matrix, temperature)
+            found = [log_probs.gather(-1, targets[:, None]).squeeze(-1)]
+            if with_entropy:
+                log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
+                found.append(-log_probs.exp().mul_(log_probs).sum(dim=-1))
+            columns.append(torch.stack(found, dim=-1))
+        scores = torch.cat(columns)
+        ctx.save_for_backward(hidden, weight, labels, scores)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, labels, scores = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        matrix = weight.to(ctx.dtype)
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.size):
+            part = slice(start, start + ctx.size)
+            rows = hidden[part].to(ctx.dtype)
+            log_probs = _log_probs(rows, matrix, ctx.temperature)
+            of_log_prob = gradient[part, 0, None]
+            probs = log_probs.exp()
+            if ctx.entropy_gradient:
+                of_entropy = gradient[part, 1, None]
+                log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
+                log_probs.add_(scores[part, 1, None]).mul_(of_entropy).add_(of_log_prob)
+                of_logits = probs.mul_(log_probs).neg_()
+            else:
+                of_logits = probs.mul_(-of_log_prob)
+            of_logits.scatter_add_(-1, labels[part, None], of_log_prob)
+            of_logits = of_logits.to(ctx.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[part] = of_logits @ matrix
+            if weight_gradient is not None:
+                if weight_gradient.dtype == ctx.dtype:
+                    weight_gradient.addmm_(of_logits.T, rows)
+                else:
+                    weight_gradient += of_logits.T @ rows
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-softmax of the scaled logits (M, V), in float32 at least, of which nothing else exists."""
+    logits = _at_least_float32(hidden @ weight.T)
+    if temperature != 1.0:
+        logits /= temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def _score_logits(

@@ -464,7 +464,12 @@ def _seconds_training(summary: Json) -> float | None:
 
 
 def _gpu_seconds_training(summary: Json) -> float | None:
-    return _times(num_gpus(summary), _seconds_training(summary))
+    number, seconds = num_gpus(summary), _seconds_training(summary)
+    if not number or seconds is None:
+        return _times(number, seconds)
+    # A round's or DPO's completions were sampled before, by a job of one GPU.
+    sampling = summary.get("seconds_sampling", 0.0)
+    return number * (seconds - sampling) + sampling
 
 
 def _times(number: int | None, seconds: float | None) -> float | None:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from gsm8k_core import checkpoints
+from gsm8k_core import checkpoints, distributed
 from gsm8k_core.answers import is_correct
 from gsm8k_core.cli import progress
 from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
@@ -54,6 +54,7 @@ from gsm8k_core.models import (
     autocast,
     compute_dtype,
     load_model,
+    load_plain_weights,
     load_tokenizer,
     plain_weights,
     resolve_device,
@@ -165,18 +166,21 @@ class TrainingRun:
         self.num_updates = num_updates
         self.num_steps = num_steps
         self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
-        # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name.
-        torch.manual_seed(seed_from(settings.seed, settings.method, settings.round))
+        # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name. Ranks have
+        # other examples, and need other draws.
+        part = (distributed.rank(),) if distributed.rank() else ()
+        torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.device = resolve_device(settings.model_settings.gpus)
+        distributed.start(self.device)
         self.starting_model = starting_model
         self.tokenizer = load_tokenizer(starting_model)
-        model = load_model(starting_model, self.device)
+        model = self._load_starting_model()
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(settings.seed, "lora"))
-            self.model = add_lora(model, self.settings)
+            self.model = distributed.shard(add_lora(model, self.settings), self.device)
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
             "settings": sha256_json(settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)),
@@ -188,7 +192,10 @@ class TrainingRun:
             "best_validation": None,
         }
         self.started = time.perf_counter()
+        self._has_resumed = False
         self.metrics: MetricsLog | None = None
+        """Of rank 0, which logs for all; and so are `samples` and `tracker`."""
+        self.samples: MetricsLog | None = None
         self.tracker: Tracker | None = None
         self._engine: Engine | None = None
         self._num_updates_sampled_with = 0
@@ -209,6 +216,16 @@ class TrainingRun:
             val_problems=read_problems(arguments.val_data) if arguments.val_data else None,
         )
 
+    def _load_starting_model(self) -> PreTrainedModel:
+        # To be spread over ranks layer by layer, it need not fit on one GPU.
+        whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
+        return load_model(self.starting_model, whole)
+
+    def load_reference(self) -> PreTrainedModel:
+        """The starting model, not to be trained, spread over the ranks as the trained one is."""
+        reference = self._load_starting_model().requires_grad_(False)
+        return distributed.shard(reference, self.device)
+
     # ------------------------------------------------------------------------------------ resume
 
     @property
@@ -224,9 +241,10 @@ class TrainingRun:
 
         Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
         """
-        # A job goes on when snakemake itself is killed, and must not meet the one that redoes it.
-        self._lock = lock(self._lock_path, str(self.output_dir))
-        found = checkpoints.list_checkpoints(self.state_dir)
+        if distributed.is_main():
+            # A job goes on when snakemake is killed, and must not meet the one that redoes it.
+            self._lock = lock(self._lock_path, str(self.output_dir))
+        found = distributed.broadcast(checkpoints.list_checkpoints(self.state_dir))
         extra: checkpoints.Tensors = {}
         step = 0
         if found:
@@ -241,12 +259,16 @@ class TrainingRun:
                 log.info(
                     "%s is of other settings, weights or data: starting afresh", self.state_dir
                 )
-                shutil.rmtree(self.state_dir)
-        self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
-        self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
+                distributed.wait_for_all()  # who has read it
+                if distributed.is_main():
+                    shutil.rmtree(self.state_dir)
+        if distributed.is_main():
+            self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
+            self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
+            self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
         self.tracking = tracking_settings()
-        self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
         self.started = time.perf_counter() - self.progress["seconds"]
+        self._has_resumed = True
         return step, extra
 
     def _tracked_run(self, metrics: MetricsLog) -> TrackedRun:
@@ -287,7 +309,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(checkpoints.trained_parameters(self.model).values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+        norm = clip_gradient(parameters, self.settings.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient of update {self.progress['num_updates_done'] + 1} is not finite "
@@ -310,7 +332,7 @@ class TrainingRun:
 
         `completions` gives what the step was trained on; a sample is kept now and then.
         """
-        assert self.metrics is not None, "call resume() before the first step"
+        assert self._has_resumed, "call resume() before the first step"
         every = self.settings.validate_every_steps
         if every and self.val_problems and (step % every == 0 or step == self.num_steps):
             row = {**row, "validation_accuracy": self._validate(step)}
@@ -320,12 +342,13 @@ class TrainingRun:
             **row,
             "num_tokens_total": self.progress["num_tokens"],
             "seconds_total": round(self.progress["seconds"], 3),
-            "peak_memory_mb": peak_memory_mb(self.device),
+            "peak_memory_mb": max(distributed.gather(peak_memory_mb(self.device))),
         }
-        self.metrics.append(row)
+        if self.metrics is not None:
+            self.metrics.append(row)
         if self.tracker is not None:
             self.tracker.log(row)
-        if completions is not None and completions_due(self.tracking, step):
+        if self.samples and completions is not None and completions_due(self.tracking, step):
             sample = completions()[: self.tracking.num_completions]
             self.samples.append({"step": step, "completions": sample})
             if self.tracker is not None:
@@ -340,7 +363,8 @@ class TrainingRun:
                 extra=extra() if extra else None,
                 keep=self.settings.keep_checkpoints,
             )
-            self._drop_older_bests()
+            if distributed.is_main():
+                self._drop_older_bests()
 
     def _drop_older_bests(self) -> None:
         """Keep the best weights that a kept checkpoint names."""
@@ -354,14 +378,18 @@ class TrainingRun:
                 shutil.rmtree(folder)
 
     def _validate(self, step: int) -> float:
+        own = self.val_problems[distributed.rank() :: distributed.world_size()]
         with self.sampling() as engine:
             accuracy = greedy_accuracy(
                 engine,
-                self.val_problems,
+                own,
                 self.run_settings.prompt,
                 self.tokenizer,
                 max_new_tokens=self.settings.validation_max_new_tokens,
             )
+        if distributed.world_size() > 1:
+            num_right = distributed.add({"right": round(accuracy * len(own))})["right"]
+            accuracy = num_right / len(self.val_problems)
         best = self.progress["best_validation"]
         if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
@@ -386,7 +414,7 @@ class TrainingRun:
                     self._engine.name,
                 )
         engine = self._engine
-        if engine.name != HfEngine.name:
+        if getattr(engine, "model", None) is not self.model:
             dropped = self.run_settings.model_settings.vllm.sleep_level == 2
             if dropped or self._num_updates_sampled_with != self._num_updates:
                 engine.load_weights(plain_weights(self.model))
@@ -402,8 +430,13 @@ class TrainingRun:
     def _start_engine(self) -> Engine:
         model_settings = self.run_settings.model_settings
         if choose_engine(model_settings, self.starting_model, self.device) == "transformers":
+            # A sharded model decodes badly: every token would gather every layer. What samples is a
+            # plain copy then, which fits where vLLM's would.
+            plain = self.model
+            if distributed.world_size() > 1:
+                plain = load_model(self.starting_model, self.device).requires_grad_(False)
             return HfEngine(
-                self.model,
+                plain,
                 self.tokenizer,
                 model_settings.completions_per_batch,
                 forward_context=self.autocast,
@@ -424,10 +457,17 @@ class TrainingRun:
     # -------------------------------------------------------------------------------------- finish
 
     def _save_weights(self, folder: Path) -> None:
+        if not distributed.is_main():
+            for _ in plain_weights(self.model):
+                pass  # this rank's rows of each are handed in
+            return
         model = self.model
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            if self.settings.lora is not None:
+            if distributed.world_size() > 1:
+                model = load_model(self.starting_model, torch.device("cpu"))
+                load_plain_weights(model, plain_weights(self.model))
+            elif self.settings.lora is not None:
                 import copy
 
                 model = copy.deepcopy(model).merge_and_unload()
@@ -436,21 +476,36 @@ class TrainingRun:
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
         best = self.progress["best_validation"]
-        if self._engine is not None:
+        if self._engine is not None and distributed.world_size() == 1:
             self._engine.close()
         if best is None:
             self._save_weights(self.output_dir / "model")
-        else:
+        measured = distributed.gather(
+            {"peak_memory_mb": peak_memory_mb(self.device), "provenance": provenance()}
+        )
+        if distributed.is_main():
+            self._write_results(summary, measured)
+        distributed.wait_for_all()
+        if self._engine is not None and distributed.world_size() > 1:
+            self._engine.close()  # vLLM takes the process group down with it
+
+    def _write_results(self, summary: Json, measured: list[Json]) -> None:
+        """All files of a finished run but the weights; `measured` by each rank."""
+        assert self.metrics is not None and self.samples is not None
+        best = self.progress["best_validation"]
+        if best is not None:
             log.info("keeping step %d: validation accuracy %.3f", best["step"], best["accuracy"])
             with atomic_path(self.output_dir / "model") as temporary:
                 shutil.copytree(self.state_dir / f"best-{best['step']}", temporary)
         with atomic_path(self.output_dir / "train" / "metrics.jsonl") as temporary:
-            shutil.copyfile(self.state_dir / "metrics.jsonl", temporary)
+            shutil.copyfile(self.metrics.path, temporary)
         if self.samples.path.stat().st_size > 0:
             with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
                 shutil.copyfile(self.samples.path, temporary)
         settings = self.run_settings
         write_json(self.output_dir / "settings.json", settings.model_dump(by_alias=True))
+        made_by = measured[0]["provenance"]
+        made_by["cpu_seconds"] = sum(one["provenance"]["cpu_seconds"] for one in measured)
         summary = {
             "model": settings.model,
             "method": settings.method,
@@ -464,20 +519,29 @@ class TrainingRun:
             "seconds_training": round(
                 time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
             ),
-            "peak_memory_mb": peak_memory_mb(self.device),
+            "peak_memory_mb": max(one["peak_memory_mb"] for one in measured),
             "device": device_name(self.device),
+            "num_ranks": len(measured),
             "engine": self._engine.name if self._engine else None,
             "best_validation": best,
             "data_sha256": self.progress["data"],
             "starting_weights": self.progress["starting_weights"],
             **summary,
-            "provenance": provenance(),
+            "provenance": made_by,
         }
         write_json(self.output_dir / "train" / "summary.json", summary)
         shutil.rmtree(self.state_dir)
         if self.tracker is not None:
             self.tracker.finish(summary)
         unlock(self._lock_path, self._lock)
+
+
+def clip_gradient(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale the gradient down to `max_norm`; returns its norm from before, over all ranks."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = distributed.whole(torch.nn.utils.get_total_norm(gradients))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -499,6 +563,8 @@ def greedy_accuracy(
     max_new_tokens: int,
 ) -> float:
     """Share of `problems` whose greedy completion is right by the strict grade."""
+    if not problems:
+        return 0.0
     texts = [render_prompt(problem.question, prompt, tokenizer) for problem in problems]
     requests = [
         Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)

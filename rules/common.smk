@@ -1,12 +1,14 @@
 # What all rules share: the checked settings, the layout of artifacts/, and input functions.
 
 import os
+import platform
 import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from gsm8k_core.cli import SNAKEMAKE_VARIABLE
 from gsm8k_core.config import dump, parse_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.layout import Layout, one_of
@@ -40,10 +42,23 @@ CODE = code_digest() if CONFIG.study.rerun_on_code_change else "any"
 # setting of it, and changing it is no reason to do it again.
 if CONFIG.tracking.project is not None:
     os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
+# The process that reads this starts the jobs' shells, on a cluster too. They end when it has gone.
+os.environ[SNAKEMAKE_VARIABLE] = f"{platform.node()} {os.getpid()}"
 
 
 def begin_invocation():
+    check_gpu_limit()
     os.environ[INVOCATION_VARIABLE] = INVOCATION.start(CONFIG)
+
+
+def check_gpu_limit():
+    """profiles/default is for one machine, but Snakemake reads it beside any `--profile` too."""
+    if not workflow.local_exec and workflow.global_resources.get("gpu").value == 1:
+        raise WorkflowError(
+            "`--resources gpu=1` would let one GPU of the whole cluster work at a time. It stands in "
+            "profiles/default, which is read beside `--profile`; name the cluster's profile with "
+            "`--workflow-profile` instead."
+        )
 
 
 def end_invocation(state):
@@ -76,8 +91,38 @@ def model_gpus(wildcards):
     return CONFIG.models[wildcards.model].gpus
 
 
-def model_memory(wildcards):
-    return CONFIG.models[wildcards.model].mem_mb
+def generation_gpus(wildcards):
+    """vLLM shares a model over `tensor_parallel` GPUs; nothing else uses more than one."""
+    settings = CONFIG.models[wildcards.model]
+    return min(settings.gpus, settings.vllm.tensor_parallel)
+
+
+def training_python(wildcards, resources):
+    """What runs a training script: torchrun where it has several GPUs, one process for each.
+
+    That it asks for the resources keeps it out of what Snakemake compares: more GPUs are no new run.
+    """
+    if resources.gpu <= 1:
+        return "python"
+    return (
+        "python -m torch.distributed.run --standalone --max-restarts 0 "
+        f"--nproc-per-node {resources.gpu}"
+    )
+
+
+# A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
+
+
+def model_memory(wildcards, attempt):
+    return CONFIG.models[wildcards.model].mem_mb * attempt
+
+
+def training_minutes(wildcards):
+    return CONFIG.models[wildcards.model].training_minutes
+
+
+def generation_minutes(wildcards):
+    return CONFIG.models[wildcards.model].generation_minutes
 
 
 def trained_model(wildcards):
@@ -111,6 +156,12 @@ def every_round(name):
 def last_round(name):
     """An input function: `name` of the last round."""
     return lambda wildcards: every_round(name)(wildcards)[-1]
+
+
+def weights(path, kept_by):
+    """A folder of trained weights: Snakemake removes it after its last use unless the study keeps it."""
+    folder = directory(path)
+    return folder if CONFIG.study.keep_models in kept_by else temp(folder)
 
 
 def study_dir(wildcards):

@@ -1,4 +1,5 @@
-# Tables and figures of the study.
+# Tables and figures of the study. In no group: for each finished job Snakemake counts all inputs of a
+# group anew, and of these there are thousands in a large study.
 
 
 rule compare:

@@ -1,4 +1,5 @@
-# Datasets as train.jsonl, val.jsonl and test.jsonl, the same form for all.
+# Datasets as train.jsonl, val.jsonl and test.jsonl, the same form for all. They may come from the
+# network, so they are prepared where snakemake runs, also on a cluster.
 
 
 rule prepare_data:
@@ -11,6 +12,7 @@ rule prepare_data:
         "artifacts/logs/prepare_data/{dataset}.log",
     benchmark:
         "artifacts/benchmarks/prepare_data/{dataset}.tsv"
+    localrule: True
     params:
         settings=lambda wildcards: dump(CONFIG.datasets[wildcards.dataset]),
         code=CODE,

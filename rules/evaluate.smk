@@ -14,8 +14,9 @@ rule generate:
         f"{RUN}/benchmarks/generate_{{suite}}.tsv"
     threads: model_threads
     resources:
-        gpu=model_gpus,
+        gpu=generation_gpus,
         mem_mb=model_memory,
+        runtime=generation_minutes,
     params:
         settings=evaluation_settings,
         code=CODE,
@@ -35,6 +36,8 @@ rule grade:
         f"{RUN}/logs/grade_{{suite}}.log",
     benchmark:
         f"{RUN}/benchmarks/grade_{{suite}}.tsv"
+    group:
+        "grades"
     params:
         settings=grading_settings,
         code=CODE,

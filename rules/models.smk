@@ -1,4 +1,5 @@
-# Pinned starting weights, prepared once and shared by all studies.
+# Pinned starting weights, prepared once and shared by all studies, where snakemake runs: on most
+# clusters no other machine reaches the hub.
 
 
 rule prepare_model:
@@ -8,6 +9,7 @@ rule prepare_model:
         "artifacts/logs/prepare_model/{model}.log",
     benchmark:
         "artifacts/benchmarks/prepare_model/{model}.tsv"
+    localrule: True
     resources:
         mem_mb=model_memory,
     params:

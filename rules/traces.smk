@@ -43,6 +43,7 @@ rule select_traces:
         "artifacts/benchmarks/select_traces/{traces}.tsv"
     wildcard_constraints:
         traces=one_of(CONFIG.traces),
+    localrule: True
     params:
         settings=lambda wildcards: dump(CONFIG.trace_dataset_settings(wildcards.traces)),
         answers="artifacts/{traces}/collected/answers.jsonl",

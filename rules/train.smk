@@ -8,7 +8,7 @@ rule train_sft:
         data=lambda wildcards: LAYOUT.train_data(wildcards.method),
         val=LAYOUT.train_problems("val"),
     output:
-        model=directory(f"{RUN}/model"),
+        model=weights(f"{RUN}/model", ("all", "final")),
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
@@ -22,11 +22,13 @@ rule train_sft:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+        runtime=training_minutes,
     params:
         settings=run_settings,
+        python=training_python,
         code=CODE,
     shell:
-        "python scripts/train_sft.py --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -37,7 +39,7 @@ rule train_grpo:
         data=LAYOUT.train_problems(),
         val=LAYOUT.train_problems("val"),
     output:
-        model=directory(f"{RUN}/model"),
+        model=weights(f"{RUN}/model", ("all", "final")),
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
@@ -51,11 +53,13 @@ rule train_grpo:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+        runtime=training_minutes,
     params:
         settings=run_settings,
+        python=training_python,
         code=CODE,
     shell:
-        "python scripts/train_grpo.py --settings {params.settings:q} "
+        "{params.python} scripts/train_grpo.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -77,8 +81,9 @@ rule generate_round:
         f"{ROUND}/benchmarks/generate.tsv"
     threads: model_threads
     resources:
-        gpu=model_gpus,
+        gpu=generation_gpus,
         mem_mb=model_memory,
+        runtime=generation_minutes,
     params:
         settings=round_generation_settings,
         code=CODE,
@@ -97,6 +102,7 @@ rule select_completions:
         f"{ROUND}/logs/select_completions.log",
     benchmark:
         f"{ROUND}/benchmarks/select_completions.tsv"
+    localrule: True
     params:
         settings=run_settings,
         code=CODE,
@@ -112,7 +118,7 @@ rule train_round:
         data=f"{ROUND}/demonstrations.jsonl",
         val=LAYOUT.train_problems("val"),
     output:
-        model=directory(f"{ROUND}/model"),
+        model=weights(f"{ROUND}/model", ("all",)),
         metrics=f"{ROUND}/train/metrics.jsonl",
         summary=f"{ROUND}/train/summary.json",
         settings=f"{ROUND}/settings.json",
@@ -124,11 +130,13 @@ rule train_round:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+        runtime=training_minutes,
     params:
         settings=run_settings,
+        python=training_python,
         code=CODE,
     shell:
-        "python scripts/train_sft.py --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -141,7 +149,7 @@ rule finish_rounds:
         stats=every_round("completions.stats.json"),
         settings=last_round("settings.json"),
     output:
-        model=directory(f"{RUN}/model"),
+        model=weights(f"{RUN}/model", ("all", "final")),
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
@@ -151,6 +159,7 @@ rule finish_rounds:
         f"{RUN}/benchmarks/finish_rounds.tsv"
     wildcard_constraints:
         method=methods_of_kind("expert_iteration"),
+    localrule: True
     params:
         code=CODE,
     shell:
@@ -167,6 +176,7 @@ rule select_pairs:
         f"{ROUND}/logs/select_pairs.log",
     benchmark:
         f"{ROUND}/benchmarks/select_pairs.tsv"
+    localrule: True
     params:
         settings=run_settings,
         code=CODE,
@@ -183,7 +193,7 @@ rule train_dpo:
         stats=f"{RUN}/round1/completions.stats.json",
         val=LAYOUT.train_problems("val"),
     output:
-        model=directory(f"{RUN}/model"),
+        model=weights(f"{RUN}/model", ("all", "final")),
         metrics=f"{RUN}/train/metrics.jsonl",
         summary=f"{RUN}/train/summary.json",
         settings=f"{RUN}/settings.json",
@@ -197,10 +207,12 @@ rule train_dpo:
     resources:
         gpu=model_gpus,
         mem_mb=model_memory,
+        runtime=training_minutes,
     params:
         settings=run_settings,
+        python=training_python,
         code=CODE,
     shell:
-        "python scripts/train_dpo.py --settings {params.settings:q} --sampling-stats {input.stats:q} "
+        "{params.python} scripts/train_dpo.py --settings {params.settings:q} --sampling-stats {input.stats:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"

@@ -6,7 +6,8 @@ own completions, not from people; no SFT on the chosen completions comes before.
     python scripts/train_dpo.py --model-name tiny-qwen2 --method dpo --seed 0 \\
         --starting-model /tmp/sft/model --data /tmp/dpo/round1/pairs.jsonl --output-dir /tmp/dpo
 
-Started again after a kill, it goes on from its last checkpoint.
+Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+`torchrun --standalone --nproc-per-node 4 scripts/train_dpo.py …`
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import torch
 
 from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import DpoMethod, PromptSettings
+from gsm8k_core.distributed import add, own_microbatches
 from gsm8k_core.dpo import dpo_loss
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
-from gsm8k_core.models import load_model
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.scoring import score_responses
-from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
+from gsm8k_core.tokenization import collate, pad_token_id
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
 
 log = logging.getLogger("train_dpo")
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not dpo")
     run = TrainingRun.from_arguments(args, run_settings)
     disable_dropout(run.model)
-    reference = load_model(args.starting_model, run.device).requires_grad_(False)
+    reference = run.load_reference()
     pad_id = pad_token_id(run.tokenizer)
     pairs = load_pairs(args.data, run_settings.prompt, run.tokenizer)
     steps_done, _ = run.resume()
@@ -99,18 +100,18 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         chosen_pairs = take(pairs, order, settings.batch_size)
         sums: dict[str, float] = {}
-        groups = split_by_token_budget(
-            [pair.length for pair in chosen_pairs], settings.tokens_per_microbatch
-        )
-        for group in groups:
-            part = [chosen_pairs[index] for index in group]
+        lengths = [pair.length for pair in chosen_pairs]
+        for group in own_microbatches(lengths, settings.tokens_per_microbatch):
+            part = [chosen_pairs[index] for index in group or [lengths.index(min(lengths))]]
             with torch.no_grad():
                 ref_chosen, ref_rejected = sequence_log_probs(run, reference, part, pad_id)
             chosen, rejected = sequence_log_probs(run, run.model, part, pad_id)
             losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)
-            (losses.sum() / len(chosen_pairs)).backward()
+            # Of a group that is empty, the pair that stands in for it has no part in the loss.
+            (losses[: len(group)].sum() / len(chosen_pairs)).backward()
             for name, values in {"loss": losses, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(values.detach().sum())
+                sums[name] = sums.get(name, 0.0) + float(values.detach()[: len(group)].sum())
+        sums = add(sums)
         updated = run.update()
         num_tokens = sum(
             2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)

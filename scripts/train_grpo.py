@@ -11,7 +11,8 @@ answer alone, groups with equal rewards have advantage exactly 0.
         --starting-model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\
         --output-dir /tmp/grpo
 
-Started again after a kill, it goes on from its last checkpoint.
+Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+`torchrun --standalone --nproc-per-node 4 scripts/train_grpo.py …`
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from typing import Any
 
 import torch
 
+from gsm8k_core import distributed
 from gsm8k_core.advantages import compute_advantages
 from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
+from gsm8k_core.distributed import own_microbatches
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import Json, seed_from
@@ -42,7 +45,7 @@ from gsm8k_core.grpo import (
 )
 from gsm8k_core.losses import kl_estimate, mask_truncated, soft_overlong_penalty, step_normalizer
 from gsm8k_core.masking import masked_sum
-from gsm8k_core.models import compute_dtype, load_model
+from gsm8k_core.models import compute_dtype
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import RewardFn, build_reward_fn
@@ -66,6 +69,8 @@ class Group:
     has_spread: bool
     """Whether rewards differ, the overlong penalty left aside."""
     gold: str
+    sampled_by: int
+    """The rank whose engine it was."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Rollouts:
     """(N, T)"""
     rewards: torch.Tensor
     """(N,)"""
+    own_rows: list[int]
+    """Those that this rank's engine sampled."""
     old_log_probs: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
 
@@ -97,7 +104,10 @@ def sample_groups(
     tokenizer: Any,
     step: int,
 ) -> list[Group]:
-    """One group a problem. Seeds come from (run seed, step, place in the step, sample)."""
+    """One group a problem. Seeds come from (run seed, step, place in the step, sample).
+
+    Each rank samples its share of them; all get all.
+    """
     settings = run.method_settings
     assert isinstance(settings, GrpoMethod)
     texts = [render_prompt(problem.question, run.prompt, tokenizer) for problem in problems]
@@ -112,9 +122,10 @@ def sample_groups(
             prompt_token_ids(texts, run.prompt, tokenizer), start=first_draw
         )
     ]
+    own = slice(distributed.rank(), None, distributed.world_size())
     groups = []
     for problem, request, completions in zip(
-        problems, requests, engine.generate(requests), strict=True
+        problems[own], requests[own], engine.generate(requests[own]), strict=True
     ):
         rewards = [reward_fn(c.text, problem.gold, len(c.token_ids)) for c in completions]
         has_spread = len({reward["reward"] for reward in rewards}) > 1
@@ -128,8 +139,18 @@ def sample_groups(
                 {**reward, "overlong_reward": penalty, "reward": reward["reward"] + penalty}
                 for reward, penalty in zip(rewards, penalties, strict=True)
             ]
-        groups.append(Group(request.prompt_ids, completions, rewards, has_spread, problem.gold))
-    return groups
+        groups.append(
+            Group(
+                request.prompt_ids,
+                completions,
+                rewards,
+                has_spread,
+                problem.gold,
+                distributed.rank(),
+            )
+        )
+    by_rank = distributed.gather(groups)
+    return [by_rank[n % len(by_rank)][n // len(by_rank)] for n in range(len(problems))]
 
 
 def collect_groups(
@@ -185,13 +206,25 @@ def to_tensors(
         lengths=[len(p) + len(c.token_ids) - 1 for p, c in zip(prompts, completions, strict=True)],
         sampler_log_probs=sampled.to(device),
         rewards=torch.tensor(rewards, device=device),
+        own_rows=[
+            row
+            for row in range(len(completions))
+            if groups[row // settings.group_size].sampled_by == distributed.rank()
+        ],
     )
 
 
 def score_rows(
     run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts, rows: list[int], **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Scores of some rows, cut to their own width: each (len(rows), width)."""
+    """Scores of some rows, cut to their own width: each (len(rows), width).
+
+    Of no rows, (0, width), from a forward that other ranks wait for; its gradient is 0.
+    """
+    if not rows:
+        shortest = [rollouts.lengths.index(min(rollouts.lengths))]
+        scores = score_rows(run, model, rollouts, shortest, **options)
+        return {name: values[:0] for name, values in scores.items()}
     width = max(rollouts.lengths[row] for row in rows)
     settings = run.run_settings.method_settings
     assert isinstance(settings, GrpoMethod)
@@ -210,17 +243,18 @@ def score_rows(
 def score_all(run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor:
     """Log-probs (N, T) of every completion under `model`, without gradients."""
     log_probs = torch.zeros_like(rollouts.sampler_log_probs)
-    for rows in split_by_token_budget(rollouts.lengths, run.settings.tokens_per_microbatch):
+    for rows in own_microbatches(rollouts.lengths, run.settings.tokens_per_microbatch):
         scores = score_rows(run, model, rollouts, rows)["log_probs"]
         log_probs[rows, : scores.shape[1]] = scores
-    return log_probs
+    return distributed.add_tensor(log_probs)
 
 
 @torch.no_grad()
 def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
     """Raise TrainingError where the sampler's log-probs are not the trainer's, before an update.
 
-    One microbatch tells: weights that did not reach the engine are wrong for every completion.
+    One microbatch tells: weights that did not reach the engine are wrong for every completion. Each
+    rank looks at its own engine, and all stop if one must.
     """
     settings = run.run_settings.method_settings
     assert isinstance(settings, GrpoMethod)
@@ -228,14 +262,20 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
         settings.max_sampler_gap
         or MAX_SAMPLER_GAP[compute_dtype(run.device, run.run_settings.model_settings.dtype)]
     )
-    rows = split_by_token_budget(rollouts.lengths, run.settings.tokens_per_microbatch)[0]
+    own = rollouts.own_rows
+    groups = split_by_token_budget(
+        [rollouts.lengths[row] for row in own], run.settings.tokens_per_microbatch
+    )
+    rows = [own[place] for place in groups[0]] if groups else []
     log_probs = score_rows(run, run.model, rollouts, rows)["log_probs"]
     width = log_probs.shape[1]
     mask = rollouts.response_mask[rows, :width]
-    if not bool(mask.any()):
-        return
-    gap = sampler_gap(log_probs, rollouts.sampler_log_probs[rows, :width], mask)
-    if not gap["sampler_gap_mean"] <= bound:
+    gap = None
+    if bool(mask.any()):
+        gap = sampler_gap(log_probs, rollouts.sampler_log_probs[rows, :width], mask)
+    for gap in distributed.gather(gap):
+        if gap is None or gap["sampler_gap_mean"] <= bound:
+            continue
         raise TrainingError(
             f"the sampler's log-probs differ from the trainer's by {gap['sampler_gap_mean']:.2g} "
             f"nats on average (at most {gap['sampler_gap_max']:.2g}), the bound is {bound:g}: the "
@@ -268,7 +308,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
             lengths = [rollouts.lengths[row] for row in minibatch]
-            for group in split_by_token_budget(lengths, settings.tokens_per_microbatch):
+            for group in own_microbatches(lengths, settings.tokens_per_microbatch):
                 rows = [minibatch[i] for i in group]
                 scores = score_rows(
                     run,
@@ -292,7 +332,10 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 loss.backward()
                 parts.append(metrics)
             updates.append(run.update())
-    summary = summarize_metrics(add_metrics(parts)) if parts else {}
+    if rollouts.old_log_probs is None:
+        distributed.add_tensor(before)
+    by_rank = distributed.gather(add_metrics(parts))
+    summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
         summary["loss"] /= len(updates)
         summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
@@ -373,10 +416,10 @@ def main(argv: list[str] | None = None) -> int:
     disable_dropout(run.model)
     reference = None
     if settings.kl_coefficient > 0:
-        reference = load_model(args.starting_model, run.device).requires_grad_(False)
+        reference = run.load_reference()
     steps_done, extra = run.resume()
     if reference is not None and extra:
-        reference.load_state_dict(extra, strict=False)  # tied weights are stored once
+        distributed.load_whole_tensors(reference, extra)
 
     def refreshed_reference() -> dict[str, torch.Tensor]:
         """What a checkpoint must hold of the reference: nothing, unless it has moved."""

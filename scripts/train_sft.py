@@ -8,7 +8,8 @@ tokens of the whole optimizer step, so it does not depend on the microbatch size
         --starting-model artifacts/models/tiny-qwen2 --data artifacts/arithmetic/train.jsonl \\
         --output-dir /tmp/sft
 
-Started again after a kill, it goes on from its last checkpoint.
+Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+`torchrun --standalone --nproc-per-node 4 scripts/train_sft.py …`
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
+from gsm8k_core.distributed import gather, own_work
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import iter_jsonl, seed_from
 from gsm8k_core.problems import read_problems
@@ -84,16 +86,32 @@ def load_examples(path: Path, run: RunSettings, tokenizer: Any) -> list[Example]
 
 
 def microbatches(examples: list[Example], settings: SftSettings, pad_id: int) -> list[Batch]:
-    """One optimizer step's examples, cut (or packed) to the token budget."""
+    """This rank's part of one optimizer step's examples, cut (or packed) to the token budget."""
     prompts, responses = [e[0] for e in examples], [e[1] for e in examples]
     lengths = [len(p) + len(r) - 1 for p, r in examples]
-    if not settings.packing:
-        groups = split_by_token_budget(lengths, settings.tokens_per_microbatch)
-        return [collate([prompts[i] for i in g], [responses[i] for i in g], pad_id) for g in groups]
-    rows = pack_examples(lengths, settings.max_length)
-    widths = [sum(lengths[i] for i in row) for row in rows]
-    groups = split_by_token_budget(widths, settings.tokens_per_microbatch)
-    return [collate_packed(prompts, responses, [rows[i] for i in g], pad_id) for g in groups]
+
+    def cut(share: list[int]) -> list[list[list[int]]]:
+        """The microbatches of some examples, as rows of one or (packed) several of them."""
+        rows = [[place] for place in range(len(share))]
+        if settings.packing:
+            rows = pack_examples([lengths[index] for index in share], settings.max_length)
+        rows = [[share[place] for place in row] for row in rows]
+        widths = [sum(lengths[index] for index in row) for row in rows]
+        groups = split_by_token_budget(widths, settings.tokens_per_microbatch)
+        return [[rows[place] for place in group] for group in groups]
+
+    batches = []
+    for rows in own_work(lengths, cut):
+        has_work = bool(rows)
+        rows = rows or [[lengths.index(min(lengths))]]
+        if settings.packing:
+            batch = collate_packed(prompts, responses, rows, pad_id)
+        else:
+            own = [index for row in rows for index in row]
+            batch = collate([prompts[i] for i in own], [responses[i] for i in own], pad_id)
+        batch["response_mask"] &= has_work
+        batches.append(batch)
+    return batches
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         chosen = take(examples, order, settings.batch_size)
         batches = microbatches(chosen, settings, pad_id)
-        num_response_tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
+        num_own_tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
+        num_response_tokens = sum(gather(num_own_tokens))
         loss = 0.0
         for batch in batches:
             on_device = {name: tensor.to(run.device) for name, tensor in batch.items()}
@@ -126,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             share = sft_loss(log_probs, on_device["response_mask"], num_response_tokens)
             share.backward()
             loss += float(share.detach())
+        loss = sum(gather(loss))
         updated = run.update()
         num_tokens = sum(len(prompt) + len(response) for prompt, response in chosen)
         run.progress["num_tokens"] += num_tokens

@@ -18,6 +18,7 @@ from gsm8k_core.checkpoints import (
     trained_parameters,
 )
 from gsm8k_core.errors import TrainingError
+from gsm8k_core.files import read_json, write_json
 
 
 class Model(torch.nn.Module):
@@ -179,6 +180,15 @@ def test_a_checkpoint_of_another_model_is_refused(
     optimizer = torch.optim.AdamW(trained_parameters(stranger).values())
     with pytest.raises(TrainingError, match="step-00000001: holds other parameters .* delete"):
         load_checkpoint(tmp_path / "step-00000001", stranger, optimizer)
+
+
+def test_a_checkpoint_that_lacks_the_file_of_a_rank_is_named(tmp_path: Path) -> None:
+    model, optimizer = new()
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    progress = tmp_path / "step-00000001" / "progress.json"
+    write_json(progress, {**read_json(progress), "num_ranks": 2})
+    with pytest.raises(TrainingError, match=r"weights\.rank1\.safetensors: damaged .* delete"):
+        load_checkpoint(tmp_path / "step-00000001", model, optimizer)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -376,6 +376,18 @@ def test_settings_cannot_be_changed_after_checking() -> None:
         parse_config(small()).study.name = "other"
 
 
+def test_more_gpus_than_one_are_no_reason_to_train_again_but_one_instead_of_none_is() -> None:
+    dumps = {
+        gpus: dump(
+            parse_config(merge(RAW, {"models": {"tiny-qwen2": {"gpus": gpus}}})).run_settings(
+                "tiny-qwen2", "sft", 0
+            )
+        )
+        for gpus in (0, 1, 4)
+    }
+    assert dumps[0] != dumps[1] == dumps[4]
+
+
 def test_more_memory_or_threads_is_no_reason_to_train_again(config: Config) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"] |= {"mem_mb": 9000, "threads": 7}

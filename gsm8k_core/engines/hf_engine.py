@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from gsm8k_core.engines.base import (
     Completion,
@@ -27,12 +28,63 @@ from gsm8k_core.engines.base import (
     completion_text,
     in_order,
 )
-from gsm8k_core.models import stop_token_ids
+from gsm8k_core.models import load_plain_weights, stop_token_ids
 
 log = logging.getLogger(__name__)
 
 # Dropping finished rows copies the key-value cache, so it waits until it saves this share of rows.
 COMPACT_BELOW = 0.8
+# Tokens that the key-value cache has room for before it is copied to a larger place.
+CACHE_ROOM = 64
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's key-value cache with room for more tokens: DynamicLayer copies it for each.
+
+    `keys` and `values` (R, heads, T, width) are views of the part in use.
+    """
+
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (R, heads, new, width) each; returns all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        length = before + key_states.shape[-2]
+        if self.room is None or length > self.room[0].shape[-2]:
+            self.room = (
+                self._larger(self.keys, key_states, length),
+                self._larger(self.values, value_states, length),
+            )
+        keys, values = self.room
+        keys[:, :, before:length] = key_states
+        values[:, :, before:length] = value_states
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self.room = None
+
+    def _larger(self, old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+        rows, heads, _, width = new.shape
+        larger = new.new_empty((rows, heads, length + CACHE_ROOM, width))
+        if old.numel():
+            larger[:, :, : old.shape[-2]] = old
+        return larger
+
+
+def _new_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own cache, with room in the layers that keep every token."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
 
 
 @dataclass
@@ -40,8 +92,7 @@ class _Row:
     """One completion while it is being decoded."""
 
     request: Request
-    uniforms: np.ndarray | None
-    """(max_new_tokens,) one draw from [0, 1) a token; None when greedy."""
+    seed: int
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finished: Completion | None = None
@@ -88,12 +139,9 @@ class HfEngine:
             self.model.train(was_training)
         return [in_order(group) for group in done]
 
-    @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy into the model. Not called where that is the one in training: it has them."""
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            parameters[name].copy_(tensor)
+        load_plain_weights(self.model, weights)
 
     def sleep(self) -> None:
         """Nothing to give back: the key-value cache is gone with each batch."""
@@ -125,7 +173,7 @@ class HfEngine:
         return batches
 
     def _decode_batch(self, requests: list[Request]) -> list[list[_Row]]:
-        rows = [[_new_row(request, seed) for seed in request.seeds] for request in requests]
+        rows = [[_Row(request, seed) for seed in request.seeds] for request in requests]
         with torch.no_grad(), self.forward_context():
             self._decode(requests, [row for group in rows for row in group])
         return rows
@@ -134,7 +182,7 @@ class HfEngine:
         device = self.model.device
         input_ids, mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)  # (P, T)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = _new_cache(self.model)
         logits = self.model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -151,10 +199,11 @@ class HfEngine:
             cache.batch_select_indices(expand)
         logits, mask, position = logits[expand], mask[expand], positions[expand, -1]
         temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
+        uniforms = _uniforms(rows).to(device)
         active = rows
 
-        for step in range(max(row.request.max_new_tokens for row in rows)):
-            tokens, log_probs = _sample(logits, temperatures, active, step)
+        for step in range(uniforms.shape[1]):
+            tokens, log_probs = _sample(logits, temperatures, uniforms[:, step])
             for row, token, log_prob in zip(
                 active, tokens.tolist(), log_probs.tolist(), strict=True
             ):
@@ -170,7 +219,7 @@ class HfEngine:
                 cache.batch_select_indices(kept)
                 active = [active[i] for i in keep]
                 tokens, mask, position = tokens[kept], mask[kept], position[kept]
-                temperatures = temperatures[kept]
+                temperatures, uniforms = temperatures[kept], uniforms[kept]
             position = position + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self.model(
@@ -199,11 +248,15 @@ class HfEngine:
         return Completion(row.token_ids, row.log_probs, reason, text)
 
 
-def _new_row(request: Request, seed: int) -> _Row:
-    if request.temperature == 0.0:
-        return _Row(request, None)
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    return _Row(request, generator.random(request.max_new_tokens))
+def _uniforms(rows: list[_Row]) -> torch.Tensor:
+    """Draws from [0, 1) by each row's seed, one a token, (R, longest limit), float64."""
+    uniforms = np.zeros((len(rows), max(row.request.max_new_tokens for row in rows)))
+    for row, of_row in zip(rows, uniforms, strict=True):
+        if row.request.temperature > 0.0:
+            generator = np.random.Generator(np.random.Philox(key=row.seed))
+            limit = row.request.max_new_tokens
+            of_row[:limit] = generator.random(limit)
+    return torch.from_numpy(uniforms)
 
 
 def _left_pad(
@@ -217,9 +270,9 @@ def _left_pad(
 
 
 def _sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, rows: list[_Row], step: int
+    logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next token and its log-prob for each row, both (R,).
+    """Next token and its log-prob for each row, both (R,), by its draw in `uniforms` (R,).
 
     Inverse-CDF sampling with the row's own draw: the same seed takes the same token whatever the
     batch. Greedy rows take the argmax; their log-prob is that of the unscaled distribution.
@@ -230,14 +283,11 @@ def _sample(
     if bool(greedy.all()):
         tokens = log_probs.argmax(-1)
     else:
-        draws = [
-            0.0 if r.uniforms is None else r.uniforms[min(step, len(r.uniforms) - 1)] for r in rows
-        ]
         cumulative = log_probs.double().exp().cumsum(-1)
-        target = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
         # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
-        sampled = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
-        tokens = torch.where(
-            greedy, log_probs.argmax(-1), sampled[:, 0].clamp(max=log_probs.shape[-1] - 1)
-        )
+        target = uniforms[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        tokens = tokens.clamp(max=log_probs.shape[-1] - 1)
+        if bool(greedy.any()):
+            tokens = torch.where(greedy, log_probs.argmax(-1), tokens)
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]

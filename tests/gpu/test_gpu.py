@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -21,6 +25,7 @@ from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import collate
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -144,3 +149,62 @@ def test_grpo_trains_on_the_gpu(
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row["sampler_gap_mean"] < 1e-3 for row in rows)
     assert read_json(tmp_path / "run" / "train" / "summary.json")["device"] != "cpu"
+
+
+def test_chunked_scores_are_those_of_whole_logits_in_less_memory(cuda: torch.device) -> None:
+    settings = Qwen2Config(
+        vocab_size=100_000, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = Qwen2ForCausalLM(settings)
+    model.to(cuda).eval()
+    input_ids, labels = torch.randint(100_000, (2, 8, 512), device=cuda)
+    mask = torch.arange(512, device=cuda).expand(8, -1) >= 128
+
+    def whole() -> torch.Tensor:
+        logits = model(input_ids=input_ids).logits
+        return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0] * mask
+
+    def chunked() -> torch.Tensor:
+        return score_responses(model, input_ids, labels, mask, chunk_size=256)["log_probs"]
+
+    peaks, found = [], []
+    for score in (whole, chunked):
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        log_probs = score()
+        log_probs.sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append((log_probs.detach(), model.model.embed_tokens.weight.grad.clone()))
+        del log_probs
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert peaks[1] < peaks[0] / 4
+
+
+def test_sft_on_two_gpus_has_the_losses_of_one(
+    run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    rows = []
+    for ranks in (1, 2):
+        settings = json.loads(run_json("sft", num_steps=5, batch_size=16, learning_rate=1e-3))
+        settings["model_settings"]["gpus"] = ranks
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--max-restarts", "0", "--nproc-per-node", str(ranks)]
+        command += [str(ROOT / "scripts" / "train_sft.py"), "--settings", json.dumps(settings)]
+        command += [
+            "--starting-model",
+            str(tiny_folder),
+            "--output-dir",
+            str(tmp_path / f"{ranks}"),
+        ]
+        command += ["--data", str(arithmetic_folder / "train.jsonl")]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        rows.append(read_jsonl(tmp_path / f"{ranks}" / "train" / "metrics.jsonl"))
+    assert len(rows[0]) == 5
+    for one, two in zip(*rows, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)

@@ -87,6 +87,20 @@ def test_a_push_that_does_not_arrive_stops_the_run_before_it_trains_on_it(
     assert [row["step"] for row in rows] == [1]
 
 
+def test_each_of_two_ranks_has_an_engine_with_the_weights_that_they_train_together(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", "--max-restarts", "0", str(ROOT / "scripts" / "train_grpo.py")]
+    command += arguments(lora={"rank": 4}, num_steps=2, learning_rate=1e-2)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert job.returncode == 0, job.stderr
+    rows = read_jsonl(tmp_path / "grpo" / "train" / "metrics.jsonl")
+    assert len(rows) == 2
+    assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+
+
 def test_a_job_killed_within_a_rollout_leaves_nothing_and_goes_on(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:

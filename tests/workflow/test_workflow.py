@@ -36,11 +36,15 @@ def make_workspace(folder: Path) -> Path:
 
 
 def snakemake(
-    workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, **environment: str
+    workspace: Path,
+    *arguments: str,
+    overlays: tuple[str, ...] = SMALL_STUDY,
+    gpus: int = 1,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     # Targets come first: `--resources` would take a path behind it for one more resource.
     command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--cores", "2", "--resources", "gpu=1"]
+    command += ["--cores", "2", "--resources", f"gpu={gpus}"]
     if overlays:
         command += ["--configfile", *overlays]
     return subprocess.run(
@@ -79,6 +83,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     return make_workspace(tmp_path / "workspace")
+
+
+def test_a_model_with_several_gpus_is_trained_under_torchrun_as_far_as_there_are_gpus(
+    workspace: Path,
+) -> None:
+    two = overlay(workspace, "two.yaml", {"models": {"tiny-qwen2": {"gpus": 2}}})
+    torchrun = "python -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2"
+    for gpus, python in ((2, torchrun), (1, "python")):
+        result = snakemake(workspace, "-n", "-p", overlays=(*SMALL_STUDY, two), gpus=gpus)
+        assert result.returncode == 0, result.stdout
+        for script in ("train_sft", "train_dpo", "train_grpo"):
+            assert f"command: {python} scripts/{script}.py " in result.stdout
+        assert "command: python scripts/generate.py " in result.stdout
 
 
 def reproducible_csv(workspace: Path) -> pl.DataFrame:

@@ -1,0 +1,148 @@
+"""What all comparisons share: two sides in processes of their own that take turns, and the table.
+
+A side is a Python program that reads a line before each turn and writes one JSON object after it.
+While one works, the other waits on a pipe and uses no processor, so both see the same machine; each
+has its own peak of memory, and may have its own environment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+Json = dict[str, Any]
+
+
+def environment_line(packages: Sequence[str], threads: int, device: str) -> str:
+    """Date, machine, threads, and versions of the packages that are installed."""
+    versions = []
+    for name in packages:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {device_name(device)}, {threads} "
+        f"threads, load {os.getloadavg()[0]:.1f} at the start; python "
+        f"{platform.python_version()}, {', '.join(versions)}"
+    )
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with the number of cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if os.name == "posix" else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({psutil.cpu_count()} cores)"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and the range in brackets."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times as long they took, turn by turn."""
+    return [t / o for t, o in zip(theirs, ours, strict=True)]
+
+
+class Side:
+    """One of the two: a process that does a turn when told to."""
+
+    def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
+        self.name = name
+        self.seconds: list[float] = []
+        self.turns: list[Json] = []
+        started = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
+            },
+        )
+        self.ready = self._read()
+        self.seconds_to_start = time.perf_counter() - started
+
+    def _read(self) -> Json:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}, see above")
+        return json.loads(line)
+
+    def turn(self, keep: bool = True) -> Json:
+        """One turn, timed from here; what is not kept was a warm-up."""
+        assert self.process.stdin is not None
+        started = time.perf_counter()
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        told = self._read()
+        seconds = time.perf_counter() - started
+        if keep:
+            self.seconds.append(seconds)
+            self.turns.append(told)
+        return told
+
+    def end(self) -> None:
+        """Let the process finish."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(sides: Sequence[Side], rounds: int, warm_up: int = 1) -> None:
+    """Every side once a round; who begins changes from round to round."""
+    for turn in range(-warm_up, rounds):
+        first = turn % len(sides)
+        for side in [*sides[first:], *sides[:first]]:
+            side.turn(keep=turn >= 0)
+
+
+class Turns:
+    """The other end of `Side`, in its process: standard output is kept for what is told."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # what libraries print goes to standard error
+
+    def tell(self, **facts: Any) -> None:
+        """Say that it is ready, or what the turn did."""
+        self._out.write(json.dumps(facts) + "\n")
+        self._out.flush()
+
+    def wait(self) -> bool:
+        """Until told to go; False where there is no further turn."""
+        return bool(sys.stdin.readline())
+
+
+def run_turns(turns: Turns, work: Callable[[], Json], **ready: Any) -> None:
+    """Serve turns of a function until there are no more."""
+    turns.tell(**ready)
+    while turns.wait():
+        turns.tell(**work())

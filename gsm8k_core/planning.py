@@ -1,0 +1,343 @@
+"""What a study will cost, before anything runs: jobs, files, bytes and seconds.
+
+Seconds are measured where a finished run of the same model and method (or suite) left its records
+below artifacts/experiments, in whatever study, and are scaled by steps or completions. Else they are
+arithmetic: 6·N FLOPs for each token that is trained on and 2·N for each that is read or sampled
+(Kaplan et al. 2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation.
+Where N is not known nor is the time: it is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import struct
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gsm8k_core.config import (
+    ArithmeticDataset,
+    BaseMethod,
+    Config,
+    DpoMethod,
+    ExpertIterationMethod,
+    Gsm8kDataset,
+    SftMethod,
+    SuiteSettings,
+)
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, read_json
+from gsm8k_core.layout import ARTIFACTS, Layout
+
+# Counted in finished runs of the default study: files of a run, and of each of its suites and rounds.
+# A model is config.json, generation_config.json, tokenizer (2), weights and Snakemake's time stamp.
+FILES_OF_MODEL = 6
+FILES_OF_RUN = 5  # settings, metrics, summary, log, benchmark
+FILES_OF_SUITE = 8  # completions, stats, metrics, grades, two logs, two benchmarks
+FILES_OF_SAMPLING = 7  # a round's completions, stats, selection, two logs, two benchmarks
+FILES_OF_RESULTS = 24
+BYTES_PER_PARAMETER = 4  # weights are saved in float32
+STATE_BYTES_PER_PARAMETER = 12  # weights and AdamW's two moments
+# A row of completions.jsonl (token ids, text, finish reason) and of grades in Parquet, as measured.
+BYTES_OF_COMPLETION, BYTES_OF_TOKEN, BYTES_OF_GRADES = 180, 6, 4
+BYTES_OF_RUN = 200_000  # metrics, logs, settings, tokenizer
+# benchmarks/plan_scale.py, on two cores: 17,625 jobs in 41 s.
+SECONDS_OF_START, SECONDS_PER_JOB = 3.0, 0.0022
+# Problems that a suite reads where its dataset does not say how many (GSM8K's test split).
+GSM8K_TEST_PROBLEMS = 1319
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the arithmetic stands on where nothing was measured."""
+
+    gpu_flops: float = 312e12
+    """Peak of one GPU: bfloat16 of an A100, by its data sheet."""
+    cpu_flops: float = 50e9
+    """Peak of a job without a GPU."""
+    training_utilisation: float = 0.3
+    sampling_utilisation: float = 0.03
+    """Share of the peak that is reached. Decoding waits for memory."""
+    prompt_tokens: int = 150
+    completion_tokens: int = 250
+    """Mean lengths; no completion is longer than its `max_new_tokens`."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Parameters of models that are not on this machine, by name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work for one model and method: so many runs of so many seconds."""
+
+    model: str
+    method: str
+    suite: str | None
+    runs: int
+    finished: int
+    seconds: float | None
+    """Of one run; None: not known."""
+    source: str
+    gpus: int
+
+
+def stages(config: Config) -> dict[str, int]:
+    """Every method that runs for each model, with its number of seeds; parents outside the study too."""
+    chains = [
+        (stage, method) for method in config.study.methods for stage in config.method_chain(method)
+    ]
+    return {stage: len(config.seeds_of(stage)) for stage, _ in chains}
+
+
+def jobs_by_rule(config: Config) -> dict[str, int]:
+    """Jobs of the study from nothing to its report, as `snakemake -n` counts them."""
+    jobs: Counter[str] = Counter({"compare": 1, "plot": 1, "report": 1, "all": 1})
+    models, suites = len(config.study.models), len(config.study.suites)
+    jobs["prepare_model"] = models
+    datasets = {config.study.dataset} | {
+        config.suites[name].dataset for name in config.study.suites
+    }
+    traces = set()
+    for method, seeds in stages(config).items():
+        settings = config.methods[method]
+        runs = models * seeds
+        if isinstance(settings, SftMethod):
+            jobs["train_sft"] += runs
+            (traces if settings.dataset in config.traces else datasets).add(
+                settings.dataset or config.study.dataset
+            )
+        elif isinstance(settings, ExpertIterationMethod):
+            for rule in ("generate_round", "select_completions", "train_round"):
+                jobs[rule] += runs * settings.rounds
+            jobs["finish_rounds"] += runs
+        elif isinstance(settings, DpoMethod):
+            for rule in ("generate_round", "select_pairs", "train_dpo"):
+                jobs[rule] += runs
+        elif not isinstance(settings, BaseMethod):
+            jobs["train_grpo"] += runs
+    for method in config.study.methods:
+        runs = models * len(config.seeds_of(method)) * suites
+        jobs["generate"] += runs
+        jobs["grade"] += runs
+    for rule in ("collect_traces", "select_traces"):
+        jobs[rule] = len(traces)
+    jobs["prepare_data"] = len(datasets | {config.traces[name].dataset for name in traces})
+    return {rule: count for rule, count in jobs.items() if count}
+
+
+def num_parameters(folder: Path) -> int | None:
+    """Parameters of a model's folder, from the headers of its safetensors; None where it has none."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for extent in tensor["shape"]:
+                    size *= extent
+                total += size
+    return total or None
+
+
+@dataclass
+class Records:
+    """What finished runs of all studies below artifacts/ tell of their time and length."""
+
+    training: dict[tuple[str, str], list[Json]] = field(default_factory=lambda: defaultdict(list))
+    generating: dict[tuple[str, str], list[Json]] = field(default_factory=lambda: defaultdict(list))
+
+    @staticmethod
+    def read() -> Records:
+        records = Records()
+        root = Path(ARTIFACTS) / "experiments"
+        for path in sorted(root.glob("*/*/*/seed*/train/summary.json")):
+            if summary := _record(path):
+                records.training[summary["model"], summary["method"]].append(summary)
+        for path in sorted(root.glob("*/*/*/seed*/completions/*.stats.json")):
+            if stats := _record(path):
+                records.generating[stats["model"], stats["suite"]].append(stats)
+        return records
+
+
+def _record(path: Path) -> Json | None:
+    try:
+        return read_json(path)
+    except DataError:
+        return None
+
+
+def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float | None:
+    """Parameters of a model: as given, or counted in artifacts/models or in a local folder."""
+    if model in assumptions.parameters:
+        return assumptions.parameters[model]
+    path = config.models[model].path
+    counted = num_parameters(Path(Layout(config).starting_weights(model)))
+    return counted or (num_parameters(Path(path)) if path else None)
+
+
+def suite_size(config: Config, suite: SuiteSettings) -> tuple[int, int]:
+    """Problems and completions of a suite."""
+    dataset = config.datasets[suite.dataset]
+    if not isinstance(dataset, Gsm8kDataset):
+        problems = {"train": dataset.num_train, "val": dataset.num_val, "test": dataset.num_test}
+        num_problems = problems[suite.split]
+    else:
+        sizes = {"train": 7473 - dataset.num_val, "val": dataset.num_val}
+        test = GSM8K_TEST_PROBLEMS - (110 if dataset.platinum else 0)
+        num_problems = sizes.get(suite.split, test)
+    num_problems = min(num_problems, suite.limit or num_problems)
+    return num_problems, num_problems * (suite.greedy + suite.num_samples)
+
+
+def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[Work]:
+    """Training of every stage and generation of every cell, by model and method."""
+    layout = Layout(config)
+    work = []
+    for model in config.study.models:
+        gpus = config.models[model].gpus
+        for method in stages(config):
+            if isinstance(config.methods[method], BaseMethod):
+                continue
+            seeds = config.seeds_of(method)
+            seconds, source = _training_seconds(config, records, assumptions, model, method)
+            done = sum(
+                Path(layout.run(model, method, seed), "train", "summary.json").exists()
+                for seed in seeds
+            )
+            work.append(Work(model, method, None, len(seeds), done, seconds, source, gpus))
+        for method in config.study.methods:
+            for suite in config.study.suites:
+                seeds = config.seeds_of(method)
+                seconds, source = _generation_seconds(config, records, assumptions, model, suite)
+                done = sum(
+                    Path(layout.run(model, method, seed), "metrics", f"{suite}.json").exists()
+                    for seed in seeds
+                )
+                work.append(Work(model, method, suite, len(seeds), done, seconds, source, gpus))
+    return work
+
+
+def _training_seconds(
+    config: Config, records: Records, assumptions: Assumptions, model: str, method: str
+) -> tuple[float | None, str]:
+    settings = config.trained(method)
+    rounds = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+    num_steps = settings.num_steps * rounds
+    if measured := records.training.get((model, method)):
+        seconds = [one["seconds_training"] * num_steps / one["num_steps"] for one in measured]
+        return statistics.median(seconds), f"measured, {len(measured)} runs"
+    size = parameters_of(config, model, assumptions)
+    if size is None:
+        return None, "parameters unknown"
+    a = assumptions
+    trained = sampled = 0.0  # tokens; what is only scored counts a third of what is trained on
+    if isinstance(settings, SftMethod | ExpertIterationMethod):
+        trained = num_steps * settings.batch_size * (a.prompt_tokens + a.completion_tokens)
+    if isinstance(settings, DpoMethod):  # two completions, and as often the reference
+        pairs = num_steps * settings.batch_size
+        trained = pairs * 2 * (a.prompt_tokens + a.completion_tokens) * 4 / 3
+    if isinstance(settings, ExpertIterationMethod | DpoMethod):
+        completions = rounds * settings.prompts_per_round * settings.completions_per_prompt
+        sampled = completions * min(a.completion_tokens, settings.max_new_tokens)
+    elif not isinstance(settings, SftMethod):
+        completions = num_steps * settings.prompts_per_step * settings.group_size
+        length = min(a.completion_tokens, settings.max_new_tokens)
+        scored = 1 + (settings.kl_coefficient > 0)
+        passes = settings.epochs_per_batch + scored / 3
+        trained = completions * (a.prompt_tokens + length) * passes
+        sampled = completions * length
+    flops = _flops(config, a, model)
+    seconds = 6 * size * trained / (flops * a.training_utilisation)
+    return seconds + 2 * size * sampled / (flops * a.sampling_utilisation), "arithmetic"
+
+
+def _generation_seconds(
+    config: Config, records: Records, assumptions: Assumptions, model: str, suite: str
+) -> tuple[float | None, str]:
+    _, completions = suite_size(config, config.suites[suite])
+    if measured := records.generating.get((model, suite)):
+        seconds = [
+            one["seconds_loading"]
+            + one["seconds_generating"] * completions / one["num_completions"]
+            for one in measured
+        ]
+        return statistics.median(seconds), f"measured, {len(measured)} runs"
+    size = parameters_of(config, model, assumptions)
+    if size is None:
+        return None, "parameters unknown"
+    length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
+    reached = _flops(config, assumptions, model) * assumptions.sampling_utilisation
+    return 2 * size * completions * length / reached, "arithmetic"
+
+
+def _flops(config: Config, assumptions: Assumptions, model: str) -> float:
+    gpus = config.models[model].gpus
+    return gpus * assumptions.gpu_flops if gpus else assumptions.cpu_flops
+
+
+def disk_use(
+    config: Config, assumptions: Assumptions, num_parallel: int
+) -> dict[str, float | None]:
+    """Bytes by what they are, and files. `while running` goes with the run that made it."""
+    sizes = [parameters_of(config, model, assumptions) for model in config.study.models]
+    known = [size for size in sizes if size is not None]
+    rounds = runs = sampled = state = 0
+    for method, seeds in stages(config).items():
+        settings = config.methods[method]
+        if isinstance(settings, BaseMethod):
+            continue
+        runs += seeds
+        state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
+        if isinstance(settings, ExpertIterationMethod):
+            rounds += seeds * (settings.rounds - 1)  # the last one is linked, not copied
+        if isinstance(settings, ExpertIterationMethod | DpoMethod):
+            times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+            length = min(assumptions.completion_tokens, settings.max_new_tokens)
+            rows = times * settings.prompts_per_round * settings.completions_per_prompt
+            sampled += seeds * rows * (BYTES_OF_COMPLETION + BYTES_OF_TOKEN * length)
+    all_known = len(known) == len(sizes)
+    weights = sum(known) * BYTES_PER_PARAMETER
+    keep = config.study.keep_models
+    evaluations = sum(len(config.seeds_of(method)) for method in config.study.methods)
+    completions = grades = 0
+    for name in config.study.suites:
+        suite = config.suites[name]
+        length = min(assumptions.completion_tokens, suite.max_new_tokens)
+        rows = suite_size(config, suite)[1] * evaluations
+        completions += rows * (BYTES_OF_COMPLETION + BYTES_OF_TOKEN * length)
+        grades += rows * BYTES_OF_GRADES
+    models = len(config.study.models)
+    kept = {"none": 0, "final": runs, "all": runs + rounds}[keep]
+    return {
+        "starting weights": weights if all_known else None,
+        "trained weights kept": weights * kept if all_known else (0.0 if keep == "none" else None),
+        "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
+        "checkpoints while running": (
+            max(known) * STATE_BYTES_PER_PARAMETER * state * num_parallel if all_known else None
+        ),
+        "completions": models * completions,
+        "completions trained on": models * sampled,
+        "grades": models * grades,
+        "records and logs": models * runs * BYTES_OF_RUN,
+    }
+
+
+def num_files(config: Config) -> int:
+    """Files below artifacts/ at the end, about; Snakemake keeps one more for each output itself."""
+    models, keep = len(config.study.models), config.study.keep_models
+    total = FILES_OF_RESULTS + models * FILES_OF_MODEL
+    for method, seeds in stages(config).items():
+        settings = config.methods[method]
+        runs = models * seeds
+        if isinstance(settings, BaseMethod):
+            continue
+        total += runs * (FILES_OF_RUN + (FILES_OF_MODEL if keep != "none" else 0))
+        if isinstance(settings, ExpertIterationMethod):
+            of_model = FILES_OF_MODEL if keep == "all" else 0
+            total += runs * settings.rounds * (FILES_OF_SAMPLING + FILES_OF_RUN + of_model)
+        elif isinstance(settings, DpoMethod):
+            total += runs * FILES_OF_SAMPLING
+    cells = sum(len(config.seeds_of(method)) for method in config.study.methods)
+    return total + models * cells * len(config.study.suites) * FILES_OF_SUITE

@@ -1,0 +1,60 @@
+"""Several training runs in one process, one after the other: to start Python takes longer.
+
+    torchrun … run_scripts.py JOBS.json    [["train_sft", ["--settings", …], null or a step], …]
+
+A run with a step is stopped after it, as a kill would, and leaves its checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gsm8k_core.cli import run_script
+from gsm8k_core.training import TrainingRun
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process."""
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_until(module: ModuleType, arguments: list[str], last_step: int | None) -> None:
+    """`main` of a training script, stopped after `last_step`."""
+    end_step = TrainingRun.end_step
+
+    def end_step_or_stop(self: TrainingRun, step: int, row: Any, **options: Any) -> None:
+        end_step(self, step, row, **options)
+        if step == last_step:
+            raise Stopped
+
+    TrainingRun.end_step = end_step_or_stop  # type: ignore[method-assign,assignment]
+    try:
+        module.main(arguments)
+    except Stopped:
+        pass
+    finally:
+        TrainingRun.end_step = end_step  # type: ignore[method-assign]
+
+
+def main() -> int:
+    for name, arguments, last_step in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        run_until(sys.modules.get(name) or load_script(name), arguments, last_step)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

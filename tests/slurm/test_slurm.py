@@ -1,0 +1,292 @@
+"""profiles/slurm on a real SLURM: a small study waits, is cancelled, resumes, ends as elsewhere.
+
+One study is submitted once and looked at from many sides: each job of it costs about ten seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+import yaml
+from slurm_cluster import Cluster, loopback_cluster, wait_for
+
+from gsm8k_core.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
+STUDY = {
+    "study": {"name": "submitted", "methods": ["base", "sft"]},
+    "models": {
+        "tiny-qwen2": {
+            "gpus": 1, "mem_mb": 700, "training_minutes": 7, "generation_minutes": 3,
+        },
+    },
+    "datasets": {"arithmetic_debug": {"num_train": 200, "num_val": 10, "num_test": 20}},
+    "methods": {"sft": {"num_steps": 300, "checkpoint_every_steps": 10}},
+    "suites": {"debug": {"limit": 5, "max_new_tokens": 8}},
+    "tracking": {"project": "maths", "mode": "disabled"},
+}  # fmt: skip
+COMPARISON = "artifacts/results/submitted/comparison.csv"
+SFT = "artifacts/experiments/submitted/tiny-qwen2/sft/seed0"
+PLANTED = {
+    "WANDB_API_KEY": "planted00000000000000000000000000000wandb",
+    "HF_TOKEN": "hf_plantedPLANTED0123456789",
+}
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@dataclass
+class Story:
+    """What was seen while the study went through the cluster."""
+
+    workspace: Path
+    elsewhere: Path
+    waiting: dict[str, tuple[str, str, str]]
+    facts: dict[str, dict[str, str]]
+    scripts: str
+    environment: dict[str, str]
+    checkpoint: int
+    cancelled: tuple[int, str]
+    left_after_cancel: list[str]
+    resumed: tuple[int, str]
+    jobs: dict[str, tuple[str, str, str]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with loopback_cluster() as running:
+        yield running
+
+
+def make_workspace(folder: Path) -> Path:
+    folder.mkdir()
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+    # The profile as its reader edits it.
+    profile = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
+    for partition in ("cpu", "gpu"):
+        assert profile.count(f"# slurm_partition: {partition}\n") == 1
+        profile = profile.replace(
+            f"# slurm_partition: {partition}\n", f"slurm_partition: {partition}\n"
+        )
+    (folder / "edited").mkdir()
+    (folder / "edited" / "config.yaml").write_text(profile, encoding="utf-8")
+    return folder
+
+
+def start(
+    workspace: Path, environment: dict[str, str], *words: str, log: str
+) -> subprocess.Popen[bytes]:
+    with (workspace / log).open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", COMPARISON, *words,
+             "--configfile", "studies/debug.yaml", "study.yaml"],
+            cwd=workspace,
+            env={**environment, **PLANTED, "PYTHONPATH": str(workspace)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def submit(cluster: Cluster, workspace: Path, *words: str, log: str) -> subprocess.Popen[bytes]:
+    profile = [
+        "--workflow-profile", "edited",
+        "--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "1",
+        "--latency-wait", "5",
+    ]  # fmt: skip
+    return start(workspace, cluster.environment, *profile, *words, log=log)
+
+
+def finished(process: subprocess.Popen[bytes], workspace: Path, log: str) -> tuple[int, str]:
+    code = process.wait(300)
+    return code, (workspace / log).read_text(encoding="utf-8")
+
+
+def training_environment(workspace: Path) -> dict[str, str]:
+    """What the training process itself was given."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if "scripts/train_sft.py" in words and process.cwd() == str(workspace):
+                return process.environ()
+        except psutil.Error:
+            continue
+    raise AssertionError("no training process")
+
+
+def checkpoints(workspace: Path) -> list[int]:
+    numbers = (re.search(r"(\d+)$", path.name) for path in (workspace / SFT / "state").glob("*"))
+    return sorted(int(number[1]) for number in numbers if number)
+
+
+@pytest.fixture(scope="module")
+def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    folder = tmp_path_factory.mktemp("slurm")
+    workspace = make_workspace(folder / "workspace")
+    elsewhere = make_workspace(folder / "elsewhere")
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        cluster.call("scontrol", "update", f"NodeName={cluster.node}", "State=DRAIN", "Reason=test")
+        local = start(elsewhere, dict(os.environ), "--cores", "1", log="local.log")
+        first = submit(cluster, workspace, "--retries", "0", log="first.log")
+        running += [local, first]
+        wait_for(lambda: len(cluster.jobs()) == 2 or first.poll() is not None, "two jobs")
+        assert first.poll() is None, finished(first, workspace, "first.log")[1]
+        ids = list(cluster.jobs())
+        wait_for(lambda: all(job[2] != "None" for job in cluster.jobs().values()), "reasons")
+        waiting = cluster.jobs()
+        facts = {waiting[job][0]: cluster.facts(job) for job in ids}
+        scripts = "".join(
+            cluster.call("scontrol", "write", "batch_script", job, "-") for job in ids
+        )
+
+        cluster.call("scontrol", "update", f"NodeName={cluster.node}", "State=RESUME")
+        (training,) = (job for job in ids if waiting[job][0] == "rule_train_sft")
+        wait_for(lambda: bool(checkpoints(workspace)), "a checkpoint")
+        environment = training_environment(workspace)
+        cluster.call("scancel", training)
+        cancelled = finished(first, workspace, "first.log")
+        left = [path.name for path in (workspace / SFT).iterdir()]
+        checkpoint = checkpoints(workspace)[-1]
+
+        second = submit(cluster, workspace, log="second.log")
+        running.append(second)
+        resumed = finished(second, workspace, "second.log")
+        assert finished(local, elsewhere, "local.log")[0] == 0
+        jobs = cluster.jobs()
+        facts |= {jobs[job][0]: cluster.facts(job) for job in jobs if job not in ids}
+        yield Story(
+            workspace, elsewhere, waiting, facts, scripts, environment, checkpoint, cancelled, left,
+            resumed, jobs,
+        )  # fmt: skip
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+
+
+def test_jobs_of_a_drained_node_wait_and_say_why(story: Story) -> None:
+    assert {job[1] for job in story.waiting.values()} == {"PENDING"}
+    reasons = [job[2] for job in story.waiting.values()]
+    assert all("DRAINED" in reason or "NotAvail" in reason for reason in reasons), reasons
+
+
+def test_a_job_asks_for_what_the_settings_of_its_model_say(story: Story) -> None:
+    training = story.facts["rule_train_sft"]
+    assert training["TresPerJob"] == "gres:gpu:1"
+    assert training["MinMemoryNode"] == "700M"
+    assert training["TimeLimit"] == "00:07:00"
+    assert training["NumNodes"] in ("1", "1-1")
+    assert training["CPUs/Task"] == "1"
+    assert training["Partition"] == "gpu"
+
+
+def test_generation_asks_for_a_gpu_and_its_own_time(story: Story) -> None:
+    generation = story.facts["rule_generate"]
+    assert generation["TresPerJob"] == "gres:gpu:1"
+    assert generation["TimeLimit"] == "00:03:00"
+    assert generation["Partition"] == "gpu"
+
+
+def test_runs_are_graded_together_one_after_the_other_and_without_a_gpu(story: Story) -> None:
+    grading = story.facts["rule_grades_grade"]
+    assert "TresPerJob" not in grading
+    assert grading["CPUs/Task"] == "1"
+    assert grading["TimeLimit"] == "00:20:00"  # two times ten minutes
+    assert grading["MinMemoryNode"] == "4000M"
+    assert grading["Partition"] == "cpu"
+    assert len(list(story.workspace.glob("artifacts/experiments/*/*/*/*/metrics/*.json"))) == 2
+
+
+def test_a_cancelled_job_is_named_and_what_needs_it_is_not_run(story: Story) -> None:
+    code, output = story.cancelled
+    assert code == 1
+    assert "Error in rule train_sft:" in output
+    assert "SLURM status is: 'CANCELLED'" in output
+    assert "model" not in story.left_after_cancel and "state" in story.left_after_cancel
+    # What did not need it went on.
+    base = story.workspace / "artifacts/experiments/submitted/tiny-qwen2/base/seed0"
+    assert (base / "completions" / "debug.jsonl").exists()
+    assert len(list((story.workspace / "artifacts" / "runs").iterdir())) == 2
+
+
+def test_a_second_call_goes_on_from_the_last_checkpoint(story: Story) -> None:
+    code, output = story.resumed
+    assert code == 0, output
+    log = (story.workspace / SFT / "logs" / "train_sft.log").read_text(encoding="utf-8")
+    assert f"resuming after step {story.checkpoint} of 300" in log
+
+
+def test_small_jobs_do_not_go_to_the_cluster_by_themselves(story: Story) -> None:
+    assert sorted(job[0] for job in story.jobs.values()) == [
+        "rule_compare",
+        "rule_generate",  # base
+        "rule_generate",  # sft
+        "rule_grades_grade",
+        "rule_train_sft",
+        "rule_train_sft",
+    ]
+
+
+def test_the_results_are_those_of_a_run_without_a_cluster(story: Story) -> None:
+    tables = []
+    for workspace in (story.workspace, story.elsewhere):
+        table = pl.read_csv(workspace / COMPARISON)
+        measured = [name for name in table.columns if "seconds" in name or "memory" in name]
+        tables.append(table.drop(measured))
+    assert tables[0].equals(tables[1])
+    assert tables[0]["method"].to_list() == ["base", "sft"]
+
+
+def test_jobs_get_keys_and_the_call_they_belong_to(story: Story) -> None:
+    environment = story.environment
+    assert environment["WANDB_API_KEY"] == PLANTED["WANDB_API_KEY"]
+    calls = sorted(path.name for path in (story.workspace / "artifacts" / "runs").iterdir())
+    assert environment["GSM8K_INVOCATION"] == calls[0]
+    assert '"project": "maths"' in environment["GSM8K_TRACKING"]
+    summary = read_json(story.workspace / SFT / "train" / "summary.json")
+    assert summary["provenance"]["invocation"] == calls[1]
+
+
+def test_no_key_is_in_a_job_script_a_log_or_a_result(story: Story) -> None:
+    assert "scripts" not in story.scripts and "train_sft" in story.scripts
+    texts = [story.scripts.encode()] + [
+        path.read_bytes()
+        for path in story.workspace.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
+    assert len(texts) > 30
+    for key in PLANTED.values():
+        assert not any(key.encode() in text for text in texts)
+
+
+def test_a_profile_that_would_let_one_gpu_work_at_a_time_is_refused(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    process = start(workspace, cluster.environment, "--profile", "profiles/slurm", log="log")
+    code, output = finished(process, workspace, "log")
+    assert code == 1
+    assert "name the cluster's profile with `--workflow-profile`" in output
+    assert "has been submitted" not in output
+
+
+def test_a_retry_asks_for_more_memory(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    process = start(workspace, dict(os.environ), "-n", "--cores", "1", "--attempt", "2", log="log")
+    code, output = finished(process, workspace, "log")
+    assert code == 0, output
+    (training,) = re.findall(r"^rule train_sft:\n(?:    .*\n)+", output, re.M)
+    assert "mem_mb=1400" in training

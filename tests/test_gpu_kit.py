@@ -1,0 +1,121 @@
+"""tests/gpu/check.sh and pack.sh: what of them needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+kit: Any = importlib.import_module("kit")
+kit_report: Any = importlib.import_module("kit_report")
+pack: Any = importlib.import_module("pack")
+
+OVERLAY = {
+    "study": {"name": "kit", "methods": ["sft"]},
+    "datasets": {"arithmetic_debug": {"num_train": 50, "num_val": 2, "num_test": 5}},
+    "defaults": {"sft": {"num_steps": 3, "batch_size": 4}},
+    "suites": {"debug": {"limit": 5, "num_samples": 0, "max_new_tokens": 4}},
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Three files, one of them larger than a piece of 1,000 bytes."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, size in (("large.whl", 2500), ("small.whl", 300), ("train.jsonl", 600)):
+        (folder / name).write_bytes(bytes(i * size % 251 for i in range(size)))
+    return sorted(folder.iterdir())
+
+
+def test_files_travel_in_pieces_of_a_bounded_size_and_arrive_whole(
+    files: list[Path], tmp_path: Path
+) -> None:
+    pieces = pack.write_pieces(files, tmp_path / "pack", 1000)
+    for piece in pieces:
+        sizes = [path.stat().st_size for path in piece.iterdir() if path.name != "pack.json"]
+        assert 0 < sum(sizes) <= 1000
+    missing = [kit.receive(tmp_path / "there", piece) for piece in reversed(pieces)]
+    assert len(pieces) == 4 and missing[-1] == [] and "large.whl.part00" in missing[0]
+    joined = kit.join(tmp_path / "there", tmp_path / "joined")
+    assert {p.name: p.read_bytes() for p in joined} == {p.name: p.read_bytes() for p in files}
+
+
+def test_a_pack_with_a_piece_missing_or_changed_is_refused_by_name(
+    files: list[Path], tmp_path: Path
+) -> None:
+    pieces = pack.write_pieces(files, tmp_path / "pack", 1000)
+    there = tmp_path / "there"
+    for piece in pieces[:-1]:
+        kit.receive(there, piece)
+    left = next(path.name for path in pieces[-1].iterdir() if path.name != "pack.json")
+    with pytest.raises(kit.Failed, match=left):
+        kit.join(there, tmp_path / "joined")
+    kit.receive(there, pieces[-1])
+    (there / "large.whl.part01").write_bytes(b"x" * 1000)
+    with pytest.raises(kit.Failed, match="large.whl did not arrive"):
+        kit.join(there, tmp_path / "joined")
+
+
+def test_the_pack_asks_for_packages_that_the_lock_names() -> None:
+    assert set(pack.LOCKED) <= set(pack.locked_versions(ROOT / "uv.lock"))
+
+
+def test_operations_a_token_are_six_a_parameter_and_those_of_causal_attention() -> None:
+    model = {"num_parameters": 1000, "num_layers": 2, "hidden_size": 8}
+    # A token sees half of T others on average: 2·2·H·T/2 forward a layer, twice that backward.
+    assert kit_report.flops_per_token(model, 10) == 6 * 1000 + 2 * 3 * (2 * 2 * 8 * 10 / 2)
+
+
+def test_rates_of_training_are_medians_of_the_warm_steps(tmp_path: Path) -> None:
+    run = tmp_path / "experiments" / "m" / "sft" / "seed0"
+    (run / "train").mkdir(parents=True)
+    (run / "settings.json").write_text('{"method_settings": {"kind": "sft", "batch_size": 4}}')
+    rows = [
+        {"step": step, "num_tokens_total": 400 * step, "loss": 2.0 - step / 10, "peak_memory_mb": 7,
+         "seconds_updating": 9.0 if step <= 4 else 0.5}
+        for step in range(1, 11)
+    ]  # fmt: skip
+    metrics = run / "train" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"num_parameters": 10**9, "num_layers": 0, "hidden_size": 1}
+    found = kit_report.training_rates(metrics, tmp_path, model, product=9.6)
+    assert found["tokens_per_second"] == 800 and found["mean_length"] == 100
+    assert found["model_tflops"] == pytest.approx(4.8) and found["utilisation"] == pytest.approx(
+        0.5
+    )
+
+
+@pytest.mark.slow
+def test_the_kit_trains_evaluates_and_reports_and_a_second_call_has_nothing_to_do(
+    tmp_path: Path,
+) -> None:
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(json.dumps(OVERLAY))
+    state, output = tmp_path / "state", tmp_path / "output"
+    command = ["bash", "tests/gpu/check.sh", "--state", str(state), "--output", str(output)]
+    command += ["--device", "cpu", "--minutes", "10", "--study", "studies/debug.yaml", str(overlay)]
+    command += ["--phase", "prepare", "sft", "grpo", "evaluate", "report"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    calls = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        calls.append(len(json.loads((state / "kit.json").read_text())["commands"]))
+    assert calls[0] == calls[1]
+    report = (output / "report.md").read_text(encoding="utf-8")
+    (row,) = [line for line in report.split("\n") if line.startswith("| sft | 5 |")]
+    assert "[" in row
+    facts = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert facts["training"]["sft"]["num_steps"] == 3
+    assert facts["phases"]["evaluate"]["status"] == "done"
