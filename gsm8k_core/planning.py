@@ -1,8 +1,8 @@
 """What a study will cost, before anything runs: jobs, files, bytes and seconds.
 
 Seconds are measured where a finished run of the same model and method (or suite) left its records
-below artifacts/experiments, in whatever study, and are scaled by steps or completions. Else they are
-arithmetic: 6·N FLOPs for each token that is trained on and 2·N for each that is read or sampled
+below artifacts/experiments, in whatever study, and are scaled by steps or completions. Else they
+are arithmetic: 6·N FLOPs for each token that is trained on and 2·N for each that is read or sampled
 (Kaplan et al. 2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation.
 Where N is not known nor is the time: it is None, never a guess.
 """
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gsm8k_core.config import (
-    ArithmeticDataset,
     BaseMethod,
     Config,
     DpoMethod,
@@ -30,7 +29,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json
 from gsm8k_core.layout import ARTIFACTS, Layout
 
-# Counted in finished runs of the default study: files of a run, and of each of its suites and rounds.
+# Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
 # A model is config.json, generation_config.json, tokenizer (2), weights and Snakemake's time stamp.
 FILES_OF_MODEL = 6
 FILES_OF_RUN = 5  # settings, metrics, summary, log, benchmark
@@ -82,7 +81,7 @@ class Work:
 
 
 def stages(config: Config) -> dict[str, int]:
-    """Every method that runs for each model, with its number of seeds; parents outside the study too."""
+    """Every method that runs for each model, with its seeds; parents outside the study too."""
     chains = [
         (stage, method) for method in config.study.methods for stage in config.method_chain(method)
     ]
@@ -94,18 +93,17 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
     jobs: Counter[str] = Counter({"compare": 1, "plot": 1, "report": 1, "all": 1})
     models, suites = len(config.study.models), len(config.study.suites)
     jobs["prepare_model"] = models
-    datasets = {config.study.dataset} | {
-        config.suites[name].dataset for name in config.study.suites
-    }
-    traces = set()
+    datasets = {config.suites[name].dataset for name in config.study.suites}
+    traces: set[str] = set()
     for method, seeds in stages(config).items():
         settings = config.methods[method]
         runs = models * seeds
+        if not isinstance(settings, BaseMethod):
+            datasets.add(config.study.dataset)
         if isinstance(settings, SftMethod):
             jobs["train_sft"] += runs
-            (traces if settings.dataset in config.traces else datasets).add(
-                settings.dataset or config.study.dataset
-            )
+            if settings.dataset is not None:
+                (traces if settings.dataset in config.traces else datasets).add(settings.dataset)
         elif isinstance(settings, ExpertIterationMethod):
             for rule in ("generate_round", "select_completions", "train_round"):
                 jobs[rule] += runs * settings.rounds
@@ -126,7 +124,7 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
 
 
 def num_parameters(folder: Path) -> int | None:
-    """Parameters of a model's folder, from the headers of its safetensors; None where it has none."""
+    """Parameters of a model's folder, by the headers of its safetensors; None without any."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as handle:
@@ -226,8 +224,8 @@ def _training_seconds(
     rounds = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
     num_steps = settings.num_steps * rounds
     if measured := records.training.get((model, method)):
-        seconds = [one["seconds_training"] * num_steps / one["num_steps"] for one in measured]
-        return statistics.median(seconds), f"measured, {len(measured)} runs"
+        scaled = [one["seconds_training"] * num_steps / one["num_steps"] for one in measured]
+        return statistics.median(scaled), f"measured, {len(measured)} runs"
     size = parameters_of(config, model, assumptions)
     if size is None:
         return None, "parameters unknown"
@@ -280,10 +278,11 @@ def _flops(config: Config, assumptions: Assumptions, model: str) -> float:
 def disk_use(
     config: Config, assumptions: Assumptions, num_parallel: int
 ) -> dict[str, float | None]:
-    """Bytes by what they are, and files. `while running` goes with the run that made it."""
+    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once."""
     sizes = [parameters_of(config, model, assumptions) for model in config.study.models]
     known = [size for size in sizes if size is not None]
-    rounds = runs = sampled = state = 0
+    rounds = runs = state = 0
+    sampled = 0.0
     for method, seeds in stages(config).items():
         settings = config.methods[method]
         if isinstance(settings, BaseMethod):
@@ -296,7 +295,8 @@ def disk_use(
             times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
             length = min(assumptions.completion_tokens, settings.max_new_tokens)
             rows = times * settings.prompts_per_round * settings.completions_per_prompt
-            sampled += seeds * rows * (BYTES_OF_COMPLETION + BYTES_OF_TOKEN * length)
+            # The rows that are selected of them are written once more, without their tokens.
+            sampled += 1.5 * seeds * rows * (BYTES_OF_COMPLETION + BYTES_OF_TOKEN * length)
     all_known = len(known) == len(sizes)
     weights = sum(known) * BYTES_PER_PARAMETER
     keep = config.study.keep_models

@@ -1,8 +1,8 @@
 """What a study will cost, before anything runs: jobs, files, bytes, hours.
 
 Seconds come from the records of finished runs of the same model and method below artifacts/ where
-there are any, else from arithmetic on tokens and parameters; each row says which. Of a model that is
-not prepared yet, say how large it is.
+there are any, else from arithmetic on tokens and parameters; each row says which. Of a model that
+is not prepared yet, say how large it is.
 
     python scripts/plan_study.py
     python scripts/plan_study.py --config config.yaml studies/qwen2.5-gsm8k.yaml --gpus 8 \\
@@ -194,8 +194,8 @@ def markdown(plan: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"What is left takes at least {_hours(plan['wall_hours'])} hours with {plan['gpus']} GPUs "
-        f"and {plan['cpu_jobs']} jobs without one at a time.",
+        f"Hours for what is left: {_hours(plan['wall_hours'])}, if {plan['gpus']} GPUs and "
+        f"{plan['cpu_jobs']} jobs without one are never idle.",
     ]
     if any("arithmetic" in row["sources"] for row in plan["hours"]):
         a = plan["assumptions"]

@@ -92,6 +92,7 @@ class Rollouts:
     own_rows: list[int]
     """Those that this rank's engine sampled."""
     old_log_probs: torch.Tensor | None = None
+    """(N, T), zeros for the first minibatch: its update is on policy; None where that is all"""
     ref_log_probs: torch.Tensor | None = None
 
 
@@ -240,10 +241,14 @@ def score_rows(
 
 
 @torch.no_grad()
-def score_all(run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor:
-    """Log-probs (N, T) of every completion under `model`, without gradients."""
+def score_all(
+    run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts, first_row: int = 0
+) -> torch.Tensor:
+    """Log-probs (N, T) of the completions from `first_row` on under `model`, without gradients."""
     log_probs = torch.zeros_like(rollouts.sampler_log_probs)
-    for rows in own_microbatches(rollouts.lengths, run.settings.tokens_per_microbatch):
+    lengths = rollouts.lengths[first_row:]
+    for group in own_microbatches(lengths, run.settings.tokens_per_microbatch):
+        rows = [first_row + place for place in group]
         scores = score_rows(run, model, rollouts, rows)["log_probs"]
         log_probs[rows, : scores.shape[1]] = scores
     return distributed.add_tensor(log_probs)
@@ -298,8 +303,10 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     before = rollouts.old_log_probs
     if before is None:
         before = torch.zeros_like(rollouts.sampler_log_probs)
-    for _ in range(settings.epochs_per_batch):
+    before[:minibatch_size] = 0.0
+    for epoch in range(settings.epochs_per_batch):
         for start in range(0, num_rows, minibatch_size):
+            on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
             minibatch = list(range(start, start + minibatch_size))
             normalizer = step_normalizer(
                 settings.aggregation, rollouts.response_mask[minibatch], settings.max_new_tokens
@@ -320,20 +327,20 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 )
                 log_probs = scores["log_probs"]
                 width = log_probs.shape[1]
-                if rollouts.old_log_probs is None:
+                if on_policy:
                     before[rows, :width] = log_probs.detach()
                 loss, metrics = policy_loss(
                     log_probs,
                     scores["token_entropy"],
-                    _cut(rollouts, rows, width, advantages),
+                    _cut(rollouts, rows, width, advantages, None if on_policy else before),
                     settings,
                     normalizer,
                 )
                 loss.backward()
                 parts.append(metrics)
             updates.append(run.update())
-    if rollouts.old_log_probs is None:
-        distributed.add_tensor(before)
+            if on_policy:
+                distributed.add_tensor(before[:minibatch_size])
     by_rank = distributed.gather(add_metrics(parts))
     summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
@@ -344,14 +351,20 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     return summary
 
 
-def _cut(rollouts: Rollouts, rows: list[int], width: int, advantages: torch.Tensor) -> PolicyBatch:
+def _cut(
+    rollouts: Rollouts,
+    rows: list[int],
+    width: int,
+    advantages: torch.Tensor,
+    old_log_probs: torch.Tensor | None,
+) -> PolicyBatch:
     def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[rows, :width]
 
     return PolicyBatch(
         advantages=advantages[rows],
         response_mask=rollouts.response_mask[rows, :width],
-        old_log_probs=part(rollouts.old_log_probs),
+        old_log_probs=part(old_log_probs),
         sampler_log_probs=part(rollouts.sampler_log_probs),
         ref_log_probs=part(rollouts.ref_log_probs),
     )
@@ -445,15 +458,17 @@ def main(argv: list[str] | None = None) -> int:
         every = settings.check_sampler_every_steps
         if every and (step == steps_done + 1 or step % every == 0):
             check_sampler(run, rollouts)
-        if updates_per_step > 1:
-            rollouts = replace(rollouts, old_log_probs=score_all(run, run.model, rollouts))
+        in_reward = reference is not None and settings.kl_placement == "reward"
+        if updates_per_step > 1 or in_reward:
+            first_row = 0 if in_reward else len(rollouts.lengths) // settings.minibatches
+            old = score_all(run, run.model, rollouts, first_row)
+            rollouts = replace(rollouts, old_log_probs=old)
         if reference is not None:
             rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
-        if rollouts.ref_log_probs is not None and settings.kl_placement == "reward":
-            policy = rollouts.old_log_probs
-            policy = score_all(run, run.model, rollouts) if policy is None else policy
-            kl = kl_estimate(policy, rollouts.ref_log_probs, settings.kl_estimator)
+        if in_reward:
+            assert rollouts.old_log_probs is not None and rollouts.ref_log_probs is not None
+            kl = kl_estimate(rollouts.old_log_probs, rollouts.ref_log_probs, settings.kl_estimator)
             rewards = rewards - settings.kl_coefficient * masked_sum(
                 kl, rollouts.response_mask, dim=-1
             )

@@ -2,8 +2,9 @@
 
 Every file of a study is hashed when it finishes (artifacts/results/NAME/SHA256SUMS): completions,
 grades, metrics, weights, tables, figures, logs, the datasets and starting weights they came from.
-Weights that the study does not keep (`study.keep_models`) are no difference. Exits with 1 if anything
-differs. Run it in the folder that holds artifacts/; `eval` leaves the same record in its own folder.
+Weights that the study does not keep (`study.keep_models`) are no difference. Exits with 1 if
+anything differs. Run it in the folder that holds artifacts/; `eval` leaves the same record in its
+own folder.
 
     python scripts/verify.py --study default
     python scripts/verify.py --run artifacts/runs/20261123T054450Z_2fbb610d
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     sys.stdout.write(f"{folder}: all {differences.num_checked} files are as recorded\n")
     if args.study and (dropped := read_json(folder / "provenance.json").get("dropped_weights")):
-        count = "1 run was" if len(dropped) == 1 else f"{len(dropped)} runs were"
-        sys.stdout.write(f"weights of {count} dropped, as study.keep_models says\n")
+        count = "1 run" if len(dropped) == 1 else f"{len(dropped)} runs"
+        sys.stdout.write(f"dropped: the weights of {count}, as study.keep_models says\n")
     return 0
 
 

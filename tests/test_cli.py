@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from gsm8k_core.cli import (
+    SNAKEMAKE_VARIABLE,
     add_run_arguments,
     parser,
     progress,
@@ -216,3 +219,50 @@ def test_an_error_of_a_script_is_one_line_and_exit_code_1(tmp_path: Path) -> Non
     assert result.stderr.startswith("error: arithmetic: no more than about ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+# Jobs end with snakemake
+
+JOB = (
+    "import sys, time\nfrom gsm8k_core.cli import run_script\n"
+    "run_script(lambda: print('at work', flush=True) or time.sleep(60))\n"
+)
+
+
+def start_job(pid: int, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", JOB],
+        cwd=ROOT,
+        env={**os.environ, SNAKEMAKE_VARIABLE: f"{platform.node()} {pid}", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_job_ends_when_its_snakemake_is_killed_even_where_nobody_has_waited_for_that() -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(120)", "snakemake"]
+    with subprocess.Popen(sleeper) as snakemake, start_job(snakemake.pid) as job:
+        assert job.stdout is not None and job.stdout.readline() == "at work\n"
+        assert job.poll() is None
+        os.kill(snakemake.pid, signal.SIGKILL)  # a zombie until it is waited for
+        _, log = job.communicate(timeout=60)
+        assert job.returncode == -signal.SIGTERM
+        assert f"snakemake (process {snakemake.pid}) has gone" in log
+
+
+def test_a_job_whose_snakemake_has_gone_before_it_began_does_not_begin() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as snakemake:
+        pass
+    with start_job(snakemake.pid) as job:
+        output, log = job.communicate(timeout=60)
+    assert job.returncode == -signal.SIGTERM
+    assert output == "" and "has gone" in log
+
+
+def test_a_container_that_does_not_see_snakemake_goes_on() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    with start_job(gone.pid, GSM8K_CONTAINER="1") as job:
+        assert job.stdout is not None and job.stdout.readline() == "at work\n"
+        job.kill()

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers.cache_utils import DynamicLayer
 
+from gsm8k_core.engines import hf_engine
 from gsm8k_core.engines.base import Completion, Request
-from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.engines.hf_engine import CACHE_ROOM, HfEngine, RoomyLayer
 from gsm8k_core.errors import ModelError
 from gsm8k_core.models import plain_weights, tiny_model, tiny_tokenizer
 
@@ -360,3 +362,40 @@ def test_loaded_weights_are_those_that_it_samples_from(tokenizer: Any) -> None:
     assert engine.generate(requests) != wanted
     engine.load_weights(plain_weights(source))
     assert engine.generate(requests) == wanted
+
+
+# The key-value cache with room
+
+
+def test_the_cache_with_room_holds_what_transformers_own_holds(model: Qwen2ForCausalLM) -> None:
+    theirs, ours = DynamicLayer(), RoomyLayer()
+    generator = torch.Generator().manual_seed(0)
+    num_rows = 6
+    # A prompt, single tokens past the room that there is, a prompt in pieces, rows that leave.
+    for new, kept in [(5, None), *[(1, None)] * (CACHE_ROOM + 3), (9, [4, 0, 0, 2]), (1, None)]:
+        shape = (num_rows, model.config.num_key_value_heads, new, 32)
+        keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+        for found, expected in zip(
+            ours.update(keys, values), theirs.update(keys, values), strict=True
+        ):
+            assert torch.equal(found, expected)
+        if kept is not None:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor(kept))
+            num_rows = len(kept)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_completions_and_log_probs_are_those_with_transformers_own_cache(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = sampled([1, 2], max_new_tokens=CACHE_ROOM + 8)
+    found = engine.generate(requests)
+    monkeypatch.setattr(
+        hf_engine, "_new_cache", lambda model: DynamicCache(config=model.config), raising=True
+    )
+    expected = engine.generate(requests)
+    assert tokens(found) == tokens(expected)
+    for group, other in zip(found, expected, strict=True):
+        for one, two in zip(group, other, strict=True):
+            assert one.log_probs == pytest.approx(two.log_probs, abs=1e-6)

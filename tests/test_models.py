@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gsm8k_core.config import LoraSettings, ModelSettings, TrainSettings
-from gsm8k_core.errors import ModelError
+from gsm8k_core.errors import ConfigError, ModelError
 from gsm8k_core.models import (
     autocast,
     find_in_wheel,
@@ -434,6 +434,17 @@ def test_a_model_that_could_never_end_is_an_error(folder: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token"):
         stop_token_ids(model, tokenizer)
+
+
+def test_a_process_without_a_gpu_of_its_own_says_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="more processes than the 2 GPUs"):
+        resolve_device(4)
 
 
 def test_plain_weights_of_adapters_are_the_merged_ones_and_leave_the_model_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from gsm8k_core.files import read_json, write_json, write_text
 from gsm8k_core.layout import Layout
 from gsm8k_core.records import (
     SUMS,
+    dropped_weights,
     hash_folder,
     invocation_facts,
     job_seconds,
@@ -241,6 +243,8 @@ def test_a_call_tells_its_inputs_and_the_seconds_of_its_own_jobs(layout: Layout)
         ({"device": "cpu", "seconds_training": 5.0}, 0.0),
         ({"seconds_training": 5.0}, 0.0),
         ({"device": "NVIDIA", "seconds_training": 5.0, "seconds_sampling": 2.0}, 3.0),
+        ({"device": "NVIDIA", "num_ranks": 4, "seconds_training": 5.0}, 20.0),
+        ({"device": "cpu", "num_ranks": 4, "seconds_training": 5.0}, 0.0),
         ({"device": "NVIDIA", "seconds_loading": 1.0, "seconds_generating": 4.0}, 5.0),
         (
             {
@@ -302,3 +306,28 @@ def test_the_folder_of_an_eval_is_verified_alone(script: Callable[[str], ModuleT
     assert script("verify").main(["--run", str(run)]) == 0
     os.rename(run / "run_manifest.json", run / "other.json")
     assert script("verify").main(["--run", str(run)]) == 1
+
+
+def test_weights_that_the_study_does_not_keep_are_dropped_and_not_missing(
+    study: Path, layout: Layout
+) -> None:
+    settings = layout.config.study.model_copy(update={"keep_models": "none"})
+    dropping = Layout(layout.config.model_copy(update={"study": settings}))
+    model = EXPERIMENTS / "sft" / "seed0" / "model"
+    shutil.rmtree(model)
+    assert verify_sums(RESULTS / SUMS).missing == [str(model / "model.safetensors")]
+    record_study(layout, now_ns(study))  # a study that keeps them does not forget them
+    assert verify_sums(RESULTS / SUMS).missing == [str(model / "model.safetensors")]
+    record_study(dropping, now_ns(study))
+    assert not verify_sums(RESULTS / SUMS)
+    assert read_json(RESULTS / "provenance.json")["dropped_weights"] == [str(model)]
+
+
+def test_a_study_of_final_models_drops_those_between_rounds(study: Path, layout: Layout) -> None:
+    for name in ("round1", "seed7"):
+        write_json(EXPERIMENTS / "sft" / name / "train" / "summary.json", {})
+    for keep, names in (("all", []), ("final", ["round1"]), ("none", ["round1", "seed7"])):
+        settings = layout.config.study.model_copy(update={"keep_models": keep})
+        dropped = dropped_weights(Layout(layout.config.model_copy(update={"study": settings})))
+        assert dropped == [str(EXPERIMENTS / "sft" / name / "model") for name in names]
+    assert study.exists()

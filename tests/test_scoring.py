@@ -252,6 +252,62 @@ def test_get_response_log_probs_scores_every_position() -> None:
     assert set(get_response_log_probs(model, batch["input_ids"], batch["labels"])) == {"log_probs"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_the_written_out_gradient_is_that_of_autograd_also_under_autocast(
+    dtype: torch.dtype, entropy_gradient: bool
+) -> None:
+    model = tiny_qwen2(tie_word_embeddings=False)
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = []
+    for chunk_size in (3, 1024):  # a single chunk goes through autograd
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            scores = score_responses(
+                model,
+                **batch,
+                temperature=0.7,
+                with_entropy=True,
+                entropy_gradient=entropy_gradient,
+                chunk_size=chunk_size,
+            )
+        weights = torch.linspace(-1.0, 2.0, scores["log_probs"].numel()).view(3, -1)
+        loss = (scores["log_probs"] * weights).sum()
+        if entropy_gradient:
+            loss = loss + (scores["token_entropy"] * weights**2).sum()
+        found.append((scores, gradients(model, loss)))
+    (scores, ours), (twin_scores, twins) = found
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name in scores:
+        torch.testing.assert_close(scores[name], twin_scores[name], atol=tolerance, rtol=tolerance)
+    for name in twins:
+        scale = float(twins[name].abs().max())
+        torch.testing.assert_close(
+            ours[name], twins[name], atol=tolerance * max(scale, 1.0), rtol=tolerance, msg=name
+        )
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_passes_on_the_same_one() -> None:
+    model = tiny_qwen2(tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    assert_same_scores(model, 0.7, 3)
+    assert model.lm_head.weight.grad is None
+
+
+def test_the_logits_of_a_single_chunk_are_made_once() -> None:
+    model = tiny_qwen2()
+    made: list[int] = []
+    head_forward = model.lm_head.forward
+
+    def counted(hidden_states: torch.Tensor) -> torch.Tensor:
+        made.append(hidden_states[..., 0].numel())
+        return head_forward(hidden_states)
+
+    model.lm_head.forward = counted
+    scores = score_responses(model, **collate(PROMPTS, RESPONSES, 0), chunk_size=8)["log_probs"]
+    scores.sum().backward()
+    assert made == [8]
+
+
 # ----------------------------------------------------------------------------------------- entropy
 
 

@@ -342,6 +342,13 @@ def test_cost_is_that_of_the_stage_and_of_what_came_before_it(study_dir: Path) -
     assert (base["gpu_seconds_generating"], grpo["gpu_seconds_generating"]) == (5.0, 5.0)
     assert (grpo["num_generated_tokens"], grpo["peak_memory_mb_generating"]) == (400.0, 4096.0)
     assert (sft["gpu_seconds_generating"], sft["peak_memory_mb_generating"]) == (None, None)
+    # Each rank holds a GPU; what was sampled before held one.
+    for summary in (study_dir / "m1" / "grpo").glob("seed*/train/summary.json"):
+        write_json(summary, {**read_json(summary), "num_ranks": 4, "seconds_sampling": 100.0})
+    four = row_of(build(make_study(), study_dir), "grpo")
+    assert four["gpu_seconds_training"] == 4 * 904.0 + 100.0
+    for summary in (study_dir / "m1" / "grpo").glob("seed*/train/summary.json"):
+        write_json(summary, {**read_json(summary), "num_ranks": 1})
     # On the CPU no GPU is held.
     for summary in (study_dir / "m1" / "sft").glob("seed*/train/summary.json"):
         write_json(summary, {**read_json(summary), "device": "cpu"})

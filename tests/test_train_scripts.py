@@ -161,6 +161,43 @@ def test_every_preset_trains_and_logs_the_same_metrics(
     assert summary["seconds_training"] > 0 and summary["provenance"]["packages"]["torch"]
 
 
+def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The first minibatch is on policy and gives its own; only the others are scored beforehand.
+    module = script("train_grpo")
+    update_policy, cut = module.update_policy, module._cut
+    whole: list[torch.Tensor] = []
+    used: list[tuple[list[int], torch.Tensor | None]] = []
+
+    def score_and_update(run: TrainingRun, rollouts: Any, advantages: torch.Tensor) -> Any:
+        whole.append(module.score_all(run, run.model, rollouts))
+        return update_policy(run, rollouts, advantages)
+
+    def note(rollouts: Any, rows: list[int], width: int, advantages: Any, old: Any) -> Any:
+        used.append((rows, None if old is None else old[rows].clone()))
+        return cut(rollouts, rows, width, advantages, old)
+
+    monkeypatch.setattr(module, "update_policy", score_and_update)
+    monkeypatch.setattr(module, "_cut", note)
+    small = {**SMALL, "num_steps": 1, "minibatches": 2, "epochs_per_batch": 2}
+    module.main(
+        ["--settings", run_json("grpo", **small, learning_rate=3e-3),
+         "--starting-model", str(sft_folder), "--data", str(arithmetic_folder / "train.jsonl"),
+         "--output-dir", str(tmp_path / "run")]
+    )  # fmt: skip
+    first, *later = used
+    assert first[1] is None and sorted(first[0]) == list(range(16))
+    assert len(later) == 3
+    for rows, old in later:
+        torch.testing.assert_close(old, whole[0][rows], atol=1e-5, rtol=1e-5)
+
+
 def test_grpo_raises_the_reward(train: Callable[..., Path]) -> None:
     rows = metrics_of(train("train_grpo", "grpo", **{**SMALL, "num_steps": 12}, learning_rate=3e-3))
     first = sum(row["reward_mean"] for row in rows[:3]) / 3

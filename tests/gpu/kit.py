@@ -226,7 +226,8 @@ class Kit:
         if code is None:
             raise Stopped("call" if end == self.call_end else "box")
         if code != 0:
-            raise Failed(f"{record['command'][:200]} gave {code}: {last_line(log)} ({log.name})")
+            name = " ".join(arguments[: 2 if arguments[0] == "-m" else 1])
+            raise Failed(f"{name} gave {code}: {last_line(log)} (logs/{log.name})")
         return seconds
 
     # ------------------------------------------------------------------------------------- phases
@@ -502,28 +503,33 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
     """Name and command line of each. They print Markdown."""
     small = kit.settings["device"] == "cpu"
     device = ["--device", kit.settings["device"]]
-    ceilings = ["--sizes", 256, 512, "--copy-mib", 64, "--rounds", 2] if small else []
-    ceilings += ["--output", kit.folder / "ceilings.json"]
     model = ["--model", study.weights, "--model-name", study.model]
-    engines = ["--config", *study.files, "--data", study.data / "test.jsonl"]
-    engines += (
-        ["--num-problems", 4, "--max-new-tokens", 8, "--batch-size", 2]
+    ceilings, scoring, engines, grpo = (
+        (
+            ["--sizes", 256, 512, "--copy-mib", 64, "--rounds", 2],
+            ["--hidden", 32, "--vocabulary", 500, "--rows", 2, "--tokens", 16, "--rounds", 1],
+            ["--num-problems", 4, "--max-new-tokens", 8, "--batch-size", 2],
+            ["--prompts", 2, "--group-size", 2, "--max-new-tokens", 4, "--rounds", 1],
+        )
         if small
-        else ["--num-problems", 512, "--max-new-tokens", 256, "--batch-size", 256]
+        else (
+            [],
+            ["--dtype", "bfloat16"],
+            ["--num-problems", 512, "--max-new-tokens", 256, "--batch-size", 256],
+            ["--prompts", 16, "--group-size", 16, "--max-new-tokens", 128, "--rounds", 4]
+            + ["--dtype", "bfloat16"],
+        )
     )
-    grpo = ["--data", study.data / "train.jsonl", *device]
-    grpo += (
-        ["--prompts", 2, "--group-size", 2, "--max-new-tokens", 4, "--rounds", 1]
-        if small
-        else ["--prompts", 16, "--group-size", 16, "--max-new-tokens", 128, "--rounds", 4]
-        + ["--dtype", "bfloat16"]
-    )
+    engines += ["--config", *study.files, "--data", study.data / "test.jsonl"]
     commands = {
-        "ceilings": ["ceilings.py", *device, *ceilings],
+        "ceilings": ["ceilings.py", *device, *ceilings, "--output", kit.folder / "ceilings.json"],
+        "scoring": ["scoring.py", *device, *scoring],
+        "scoring without entropy": ["scoring.py", *device, *scoring, "--without-entropy"],
         "engines": ["engines.py", *model, *engines],
     }
     if importlib.util.find_spec("trl") is not None:
-        commands["grpo against TRL"] = ["grpo.py", *model, *grpo]
+        data = study.data / "train.jsonl"
+        commands["grpo against TRL"] = ["grpo.py", *model, "--data", data, *device, *grpo]
     return commands
 
 

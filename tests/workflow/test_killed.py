@@ -18,9 +18,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 STUDY = {
-    "study": {"name": "killed", "methods": ["sft", "grpo"], "keep_models": "none"},
+    "study": {"name": "killed", "methods": ["sft"], "keep_models": "none"},
     "datasets": {"arithmetic_debug": {"num_train": 400, "num_val": 10, "num_test": 20}},
-    "defaults": {"sft": {"num_steps": 60, "checkpoint_every_steps": 10}},
+    "defaults": {"sft": {"num_steps": 100, "checkpoint_every_steps": 10}},
     "suites": {"debug": {"limit": 10, "max_new_tokens": 16}},
 }
 RUNS = "artifacts/experiments/killed/tiny-qwen2"
@@ -80,8 +80,10 @@ def wait_for_first_job(workspace: Path, process: subprocess.Popen[str], calls: i
 
 
 def comparison(workspace: Path) -> pl.DataFrame:
+    """The table but for what varies, and for flags: an edit of the code shows there."""
     table = pl.read_csv(workspace / RESULTS / "comparison.csv")
-    return table.drop([name for name in table.columns if "seconds" in name or "memory" in name])
+    varying = [name for name in table.columns if "seconds" in name or "memory" in name]
+    return table.drop([*varying, "flags"])
 
 
 def kept_weights(workspace: Path) -> list[str]:
@@ -105,19 +107,18 @@ def test_a_study_killed_five_times_ends_as_if_nobody_had_disturbed_it(
     for call in range(1, NUM_KILLS + 1):
         with start_study(workspace) as process:
             wait_for_first_job(workspace, process, call)
-            time.sleep(moments.uniform(0.5, 6.0))
+            time.sleep(moments.uniform(0.5, 4.0))
             process.kill()
-        deadline = time.monotonic() + 60  # about two seconds where the machine has time
+        deadline = time.monotonic() + 120  # two seconds; more while torch is being loaded
         while orphans := processes_in(workspace):
             assert time.monotonic() < deadline, orphans
             time.sleep(0.1)
         finish(start_study(workspace, "--unlock"))
     output = finish(start_study(workspace))
     assert comparison(workspace).equals(comparison(undisturbed))
-    for name in ("sft", "grpo"):
-        # Whole, and the same to the last bit: nothing that a kill had cut short was counted.
-        completions = f"{RUNS}/{name}/seed0/completions/debug.jsonl"
-        assert (workspace / completions).read_bytes() == (undisturbed / completions).read_bytes()
+    # Whole, and the same to the last bit: nothing that a kill had cut short was counted.
+    completions = f"{RUNS}/sft/seed0/completions/debug.jsonl"
+    assert (workspace / completions).read_bytes() == (undisturbed / completions).read_bytes()
     assert processes_in(workspace) == [], output
     finish(start(workspace, "scripts/verify.py", "--study", "killed"))
 
@@ -131,13 +132,4 @@ def test_a_study_that_keeps_no_weights_keeps_all_else_and_has_nothing_left_to_do
         assert (undisturbed / RUNS / "sft" / "seed0" / name).exists()
     assert "Nothing to be done" in finish(start_study(undisturbed))
     output = finish(start(undisturbed, "scripts/verify.py", "--study", "killed"))
-    assert "weights of 2 runs were dropped, as study.keep_models says" in output
-
-
-def test_a_dropped_model_that_is_asked_for_is_trained_again_and_stays(undisturbed: Path) -> None:
-    before = (undisturbed / RESULTS / "comparison.csv").read_bytes()
-    finish(start_study(undisturbed, f"{RUNS}/sft/seed0/model"))
-    assert kept_weights(undisturbed) == ["sft/seed0/model"]
-    assert (undisturbed / RESULTS / "comparison.csv").read_bytes() == before
-    output = finish(start(undisturbed, "scripts/verify.py", "--study", "killed"))
-    assert "weights of 1 run was dropped" in output
+    assert "dropped: the weights of 1 run, as study.keep_models says" in output

@@ -296,7 +296,8 @@ def test_what_needs_a_gpu_asks_for_one(workspace: Path) -> None:
     plan = snakemake(workspace, "-n", overlays=("studies/qwen2.5-gsm8k.yaml",)).stdout
 
     def jobs_of(rule: str) -> list[str]:
-        return re.findall(rf"^rule {rule}:\n(?:    .*\n)+", plan, re.M)
+        # Jobs of a group stand indented below it.
+        return re.findall(rf"^ *rule {rule}:\n(?:    .*\n)+", plan, re.M)
 
     for rule in ("train_grpo", "train_sft", "generate", "generate_round", "train_round"):
         assert jobs_of(rule) and all("gpu=1" in job for job in jobs_of(rule))

@@ -1,0 +1,50 @@
+"""Every comparison of benchmarks/ runs, at the smallest size: what they print is not judged here."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from gsm8k_core.arithmetic import make_arithmetic
+from gsm8k_core.config import ArithmeticDataset
+from gsm8k_core.files import write_jsonl
+
+SCORING = "--hidden 16 --vocabulary 300 --rows 2 --tokens 9 --rounds 1"
+
+
+@pytest.mark.slow
+def test_scoring_is_compared_with_whole_logits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module("benchmarks.scoring").main(SCORING.split()) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-3:] == ["| ours", "| whole logits", "| TRL's head"]
+
+
+@pytest.mark.slow
+def test_grpo_and_trl_do_the_same_work_with_the_same_loss(
+    sft_folder: Path, arithmetic_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--model {sft_folder} --model-name tiny-qwen2 --data {arithmetic_folder}/train.jsonl"
+    sizes = "--prompts 2 --group-size 2 --max-new-tokens 4 --rounds 1 --updates 2"
+    assert importlib.import_module("benchmarks.grpo").main(f"{words} {sizes}".split()) == 0
+    written = capsys.readouterr().out
+    found = re.search(r"loss (\S+) \(TRL\) and (\S+) \(ours\), gradients differ by (\S+)", written)
+    assert found is not None, written
+    theirs, ours, error = map(float, found.groups())
+    assert ours == pytest.approx(theirs, abs=1e-5) and error < 1e-4
+
+
+@pytest.mark.slow
+def test_evaluation_and_lm_eval_write_the_same_completions(
+    sft_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded = make_arithmetic(ArithmeticDataset(kind="arithmetic", num_train=40, num_test=15))
+    for split in ("train", "test"):
+        rows = [{"question": one.question, "answer": one.answer} for one in embedded[split]]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    words = f"--model {sft_folder} --gsm8k {tmp_path} --limit 4 --rounds 1 --max-new-tokens 4"
+    assert importlib.import_module("benchmarks.evaluation").main(words.split()) == 0
+    written = capsys.readouterr().out
+    assert "; 0 completions differ" in written and written.count("/4 |") == 4

@@ -1,0 +1,104 @@
+"""What a study will cost, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gsm8k_core.config import load_config
+from gsm8k_core.files import write_json
+from gsm8k_core.planning import jobs_by_rule, num_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+SFT = "artifacts/experiments/other/tiny-qwen2/sft/seed0"
+
+
+@pytest.fixture
+def plan(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., dict]:
+    """Run plan_study in an empty folder; its JSON."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> dict:
+        config = ["--config", str(ROOT / "config.yaml")]
+        assert script("plan_study").main([*words, "--json", *config]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def hours_of(plan: dict, method: str, work: str) -> dict:
+    (row,) = [row for row in plan["hours"] if row["method"] == method and row["work"] == work]
+    return row
+
+
+def test_nothing_is_guessed_of_a_model_whose_size_is_not_known(plan: Callable[..., dict]) -> None:
+    found = plan()
+    assert found["bytes"]["trained weights kept"] is None
+    assert found["wall_hours"] is None
+    assert hours_of(found, "sft", "training")["sources"] == ["parameters unknown"]
+
+
+def test_weights_of_a_given_size_are_counted_for_each_run(plan: Callable[..., dict]) -> None:
+    found = plan("--parameters", "tiny-qwen2=1e6")
+    assert found["training_runs"] == 12
+    assert found["bytes"]["trained weights kept"] == 12 * 4e6
+    assert found["bytes"]["checkpoints while running"] == 12e6 * 3
+
+
+def test_arithmetic_is_six_flops_a_parameter_and_token(plan: Callable[..., dict]) -> None:
+    found = plan(
+        "--parameters", "tiny-qwen2=1e6", "--prompt-tokens", "30", "--completion-tokens", "20",
+        "--cpu-flops", "1e9", "--training-utilisation", "0.5",
+    )  # fmt: skip
+    row = hours_of(found, "sft", "training")
+    seconds = 6 * 1e6 * (1000 * 32 * 50) / (1e9 * 0.5)
+    assert row["cpu_hours"] == pytest.approx(3 * seconds / 3600)
+    assert row["gpu_hours"] == 0
+
+
+def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
+    plan: Callable[..., dict], tmp_path: Path
+) -> None:
+    summary = {"model": "tiny-qwen2", "method": "sft", "num_steps": 500, "seconds_training": 30.0}
+    write_json(tmp_path / SFT / "train" / "summary.json", summary)
+    row = hours_of(plan(), "sft", "training")
+    assert row["sources"] == ["measured, 1 runs"]
+    assert row["cpu_hours"] == pytest.approx(3 * 60.0 / 3600)
+    assert row["finished"] == 0
+    own = SFT.replace("other", "default")
+    write_json(tmp_path / own / "train" / "summary.json", summary)
+    assert hours_of(plan(), "sft", "training")["finished"] == 1
+
+
+def test_parameters_are_counted_in_the_files(tiny_folder: Path) -> None:
+    size = (tiny_folder / "model.safetensors").stat().st_size
+    counted = num_parameters(tiny_folder)
+    assert counted is not None and 0 < size - 4 * counted < 10_000
+    assert num_parameters(tiny_folder / "nothing") is None
+
+
+@pytest.mark.slow
+def test_snakemake_plans_the_jobs_that_the_plan_counts_for_four_hundred_runs(
+    tmp_path: Path,
+) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import plan_scale
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    plan_scale.make_workspace(tmp_path, plan_scale.large_study(4, 10, 10))
+    _, jobs = plan_scale.plan(tmp_path)
+    config = load_config(ROOT / "config.yaml", [tmp_path / "large.yaml"])
+    counted = jobs_by_rule(config)
+    assert {**counted, "total": sum(counted.values())} == jobs
+    assert jobs["train_sft"] + jobs["train_grpo"] + jobs["train_dpo"] + jobs["finish_rounds"] == 400
