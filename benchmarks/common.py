@@ -118,9 +118,10 @@ class Side:
 
     def end(self) -> None:
         """Let the process finish."""
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def take_turns(sides: Sequence[Side], rounds: int, warm_up: int = 1) -> None:

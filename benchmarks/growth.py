@@ -1,7 +1,7 @@
 """Time and memory of scoring, a GRPO step, grading and compare against their size, as a plot.
 
-Each is done at several sizes up to ten times the smallest, in turns, in a process of its own. Memory
-is what a turn takes above what was there before it. The exponent is the slope of a straight line
+Each is done at several sizes up to ten times the smallest, in a process of its own. Memory is what
+a turn takes above what was there before it. The exponent is the slope of a straight line
 through the logarithms: 1 is linear growth, less than that shows a fixed share.
 
     python benchmarks/growth.py --model artifacts/models/tiny-qwen2 --output docs/figures/growth.svg

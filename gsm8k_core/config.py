@@ -102,7 +102,7 @@ class ArithmeticDataset(Settings):
     """Problems for validation during training."""
     num_test: PositiveInt = 500
     """Problems for the comparison; their operands are in no other split."""
-    wrong_plan_fraction: Fraction01 = 0.45
+    wrong_plan_fraction: Fraction01 = 0.55
     """Share of train demonstrations that follow a wrong plan with correct arithmetic."""
 
 

@@ -79,8 +79,9 @@ def score_responses(
     `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, no more than
-    `chunk_size` × V logits (without one, `LOGITS_PER_CHUNK`) exist at once. Any other module, and any model that changes its logits
-    after the output layer (Gemma's soft-capping, Cohere's scale), is asked for plain logits.
+    `chunk_size` × V logits (without one, `LOGITS_PER_CHUNK`) are scored at once. Any other module,
+    and any model that changes its logits after the output layer (Gemma's soft-capping, Cohere's
+    scale), is asked for plain logits.
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
@@ -156,7 +157,8 @@ def _scoring_in_place_of_logits(
     def score(hidden_states: torch.Tensor) -> torch.Tensor:
         mask = response_mask.bool()
         hidden, targets = hidden_states[mask], labels[mask]
-        size = chunk_size or max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+        vocabulary = len(head.weight)  # type: ignore[arg-type]  # a tensor, in any output layer
+        size = chunk_size or max(1, LOGITS_PER_CHUNK // vocabulary)
         if len(hidden) <= size:
             selected = score_chunk(hidden, targets)
         elif type(head) is torch.nn.Linear and head.bias is None and replaced is None:
@@ -256,7 +258,7 @@ class _LinearScores(torch.autograd.Function):
 
 
 def _log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-softmax of the scaled logits (M, V), in float32 at least, of which nothing else exists."""
+    """Log-softmax of the scaled logits (M, V), in float32 at least."""
     logits = _at_least_float32(hidden @ weight.T)
     if temperature != 1.0:
         logits /= temperature

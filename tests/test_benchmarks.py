@@ -1,4 +1,4 @@
-"""Every comparison of benchmarks/ runs, at the smallest size: what they print is not judged here."""
+"""Every comparison of benchmarks/ runs, at the smallest size; what it prints is not judged."""
 
 from __future__ import annotations
 

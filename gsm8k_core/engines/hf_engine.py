@@ -70,10 +70,10 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.room = None
 
-    def _larger(self, old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    def _larger(self, old: torch.Tensor | None, new: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = new.shape
         larger = new.new_empty((rows, heads, length + CACHE_ROOM, width))
-        if old.numel():
+        if old is not None and old.numel():
             larger[:, :, : old.shape[-2]] = old
         return larger
 
