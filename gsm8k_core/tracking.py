@@ -188,6 +188,7 @@ class Tracker:
     def finish(self, summary: Json) -> None:
         """Set the run's summary, and wait until W&B has all that is queued, or for long enough."""
         if self._has_failed:
+            self._thread.join(FINISH_SECONDS)  # it may still be saying so
             return
         deadline = time.monotonic() + FINISH_SECONDS
         try:
@@ -236,7 +237,7 @@ class Tracker:
             project=self.settings.project,
             entity=self.settings.entity,
             mode=mode,
-            dir=str(folder),
+            dir=str(folder.resolve()),  # a W&B service started elsewhere may write the files
             id=run.id,
             name=run.name,
             group=run.group,

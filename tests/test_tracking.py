@@ -106,7 +106,7 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_key_and_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_key_and_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     # The tracker sets these if nobody has; undone after the test.
@@ -116,6 +116,8 @@ def no_key_and_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    yield
+    os.environ.pop("WANDB_SERVICE", None)  # W&B's own: children of this process would take it over
 
 
 @pytest.mark.parametrize(

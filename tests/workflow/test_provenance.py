@@ -68,7 +68,12 @@ def run(workspace: Path, words: list[str]) -> tuple[int, str]:
     result = subprocess.run(
         words,
         cwd=workspace,
-        env={**os.environ, **PLANTED, "PYTHONPATH": str(workspace)},
+        # W&B leaves variables behind where a test of it has run in this process.
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
+            **PLANTED,
+            "PYTHONPATH": str(workspace),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
