@@ -16,13 +16,11 @@ from pathlib import Path
 import polars as pl
 import psutil
 import pytest
-import yaml
 from slurm_cluster import Cluster, loopback_cluster, wait_for
+from workspace import ROOT, make_workspace
 
 from gsm8k_core.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 STUDY = {
     "study": {"name": "submitted", "methods": ["base", "sft"]},
     "models": {
@@ -68,11 +66,8 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def make_workspace(folder: Path) -> Path:
-    folder.mkdir()
-    for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+def edited_workspace(folder: Path) -> Path:
+    make_workspace(folder, STUDY)
     # The profile as its reader edits it.
     profile = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
     for partition in ("cpu", "gpu"):
@@ -133,8 +128,8 @@ def checkpoints(workspace: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("slurm")
-    workspace = make_workspace(folder / "workspace")
-    elsewhere = make_workspace(folder / "elsewhere")
+    workspace = edited_workspace(folder / "workspace")
+    elsewhere = edited_workspace(folder / "elsewhere")
     running: list[subprocess.Popen[bytes]] = []
     try:
         cluster.call("scontrol", "update", f"NodeName={cluster.node}", "State=DRAIN", "Reason=test")
@@ -275,7 +270,7 @@ def test_no_key_is_in_a_job_script_a_log_or_a_result(story: Story) -> None:
 def test_a_profile_that_would_let_one_gpu_work_at_a_time_is_refused(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
+    workspace = edited_workspace(tmp_path / "workspace")
     process = start(workspace, cluster.environment, "--profile", "profiles/slurm", log="log")
     code, output = finished(process, workspace, "log")
     assert code == 1
@@ -284,7 +279,7 @@ def test_a_profile_that_would_let_one_gpu_work_at_a_time_is_refused(
 
 
 def test_a_retry_asks_for_more_memory(tmp_path: Path) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
+    workspace = edited_workspace(tmp_path / "workspace")
     process = start(workspace, dict(os.environ), "-n", "--cores", "1", "--attempt", "2", log="log")
     code, output = finished(process, workspace, "log")
     assert code == 0, output

@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from workspace import make_workspace
 
 from gsm8k_core.files import read_json
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_report_of_a_study_covers_what_it_trains_on_and_is_tested_on(tmp_path: Path) -> None:
-    for name in LINKED:
-        (tmp_path / name).symlink_to(ROOT / name)
+    make_workspace(tmp_path)
     target = "artifacts/results/debug/overlap.md"
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", target, "--cores", "1", "--resources", "gpu=1",

@@ -13,10 +13,8 @@ from pathlib import Path
 import polars as pl
 import psutil
 import pytest
-import yaml
+from workspace import make_workspace
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 STUDY = {
     "study": {"name": "killed", "methods": ["sft"], "keep_models": "none"},
     "datasets": {"arithmetic_debug": {"num_train": 400, "num_val": 10, "num_test": 20}},
@@ -28,14 +26,6 @@ RESULTS = "artifacts/results/killed"
 NUM_KILLS = 5
 
 pytestmark = pytest.mark.slow
-
-
-def make_workspace(folder: Path) -> Path:
-    folder.mkdir()
-    for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
-    return folder
 
 
 def start(workspace: Path, *words: str) -> subprocess.Popen[str]:
@@ -94,7 +84,7 @@ def kept_weights(workspace: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the study has been run to its end."""
-    workspace = make_workspace(tmp_path_factory.mktemp("undisturbed") / "workspace")
+    workspace = make_workspace(tmp_path_factory.mktemp("undisturbed") / "workspace", STUDY)
     finish(start_study(workspace))
     return workspace
 
@@ -102,7 +92,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_killed_five_times_ends_as_if_nobody_had_disturbed_it(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
+    workspace = make_workspace(tmp_path / "workspace", STUDY)
     moments = random.Random(0)
     for call in range(1, NUM_KILLS + 1):
         with start_study(workspace) as process:

@@ -8,15 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from workspace import make_workspace, write_overlay
 
 from gsm8k_core.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 STUDY = {
     "study": {"name": "followed", "methods": ["base", "grpo"]},
     "datasets": {"arithmetic_debug": {"num_train": 200, "num_val": 10, "num_test": 20}},
@@ -42,19 +39,6 @@ def fails(completion, gold):
 """
 
 pytestmark = pytest.mark.slow
-
-
-def make_workspace(folder: Path) -> Path:
-    folder.mkdir()
-    for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
-    write_overlay(folder, "study.yaml", STUDY)
-    return folder
-
-
-def write_overlay(workspace: Path, name: str, settings: dict[str, Any]) -> str:
-    (workspace / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return name
 
 
 def command(*words: str, overlays: tuple[str, ...] = ()) -> list[str]:
@@ -103,7 +87,7 @@ def secrets_below(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which a small study has been run to its end, followed by W&B offline."""
-    workspace = make_workspace(tmp_path_factory.mktemp("provenance") / "workspace")
+    workspace = make_workspace(tmp_path_factory.mktemp("provenance") / "workspace", STUDY)
     code, output = run(workspace, command())
     assert code == 0, output
     return workspace
@@ -203,7 +187,7 @@ def test_the_check_for_secrets_sees_one(finished: Path) -> None:
 def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothing(
     tmp_path: Path,
 ) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
+    workspace = make_workspace(tmp_path / "workspace", STUDY)
     target = "artifacts/arithmetic_debug/train.jsonl"
     with subprocess.Popen(
         command(target), cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -228,7 +212,7 @@ def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothin
 def test_after_a_kill_of_snakemake_unlocking_goes_on_and_says_what_was_killed(
     tmp_path: Path,
 ) -> None:
-    workspace = make_workspace(tmp_path / "workspace")
+    workspace = make_workspace(tmp_path / "workspace", STUDY)
     target = "artifacts/arithmetic_debug/train.jsonl"
     with subprocess.Popen(
         command(target), cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

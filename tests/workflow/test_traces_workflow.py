@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import ChatServer
+from workspace import make_workspace
 
 from gsm8k_core.files import read_json, read_jsonl
 from gsm8k_core.problems import read_problems
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 KEY = "sk-planted0123456789abcdef"
 
 pytestmark = pytest.mark.slow
@@ -55,8 +54,7 @@ def planned(output: str) -> dict[str, int]:
 
 
 def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(tmp_path: Path) -> None:
-    for name in LINKED:
-        (tmp_path / name).symlink_to(ROOT / name)
+    make_workspace(tmp_path)
 
     def study(url: str, **budget: Any) -> None:
         api = {"base_url": url, "model": "m", "max_tokens": 50, "concurrency": 2}

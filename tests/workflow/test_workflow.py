@@ -13,24 +13,20 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.files import read_json, read_jsonl
 from gsm8k_core.problems import read_problems
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINKED = ("Snakefile", "config.yaml", "rules", "scripts", "gsm8k_core", "studies", "profiles")
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
 CELLS = "artifacts/experiments/small/tiny-qwen2"
 
 pytestmark = pytest.mark.slow
 
 
-def make_workspace(folder: Path) -> Path:
-    """A folder where the repository's workflow runs and writes its own artifacts/."""
-    folder.mkdir()
-    for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
+def small_workspace(folder: Path) -> Path:
+    make_workspace(folder)
     shutil.copyfile(ROOT / "tests" / "workflow" / "small.yaml", folder / "small.yaml")
     return folder
 
@@ -74,7 +70,7 @@ def overlay(workspace: Path, name: str, settings: dict) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the small study has been run to its end."""
-    workspace = make_workspace(tmp_path_factory.mktemp("workflow") / "finished")
+    workspace = small_workspace(tmp_path_factory.mktemp("workflow") / "finished")
     result = snakemake(workspace)
     assert result.returncode == 0, result.stdout
     return workspace
@@ -82,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    return make_workspace(tmp_path / "workspace")
+    return small_workspace(tmp_path / "workspace")
 
 
 def test_a_model_with_several_gpus_is_trained_under_torchrun_as_far_as_there_are_gpus(
