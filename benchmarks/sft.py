@@ -44,6 +44,9 @@ def arguments() -> argparse.ArgumentParser:
     found.add_argument("--tokens-per-microbatch", type=int, default=4096, help="ours")
     found.add_argument("--packing", action="store_true")
     found.add_argument("--trl-rows", type=int, default=8, help="packed rows of a step of TRL")
+    found.add_argument(
+        "--trl-accumulation", type=int, default=1, help="microbatches of a step of TRL, not packed"
+    )
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     found.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -142,11 +145,15 @@ def trl_side(args: argparse.Namespace) -> None:
     # Packed rows hold several examples each; how many is not known beforehand.
     each = args.trl_rows * 8 if args.packing else args.batch_size
     chosen = take(examples, order, num_steps * each)
+    accumulation = 1 if args.packing else args.trl_accumulation
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
         use_cpu=args.device == "cpu",
         bf16=args.dtype == "bfloat16",
-        per_device_train_batch_size=args.trl_rows if args.packing else args.batch_size,
+        per_device_train_batch_size=(
+            args.trl_rows if args.packing else args.batch_size // accumulation
+        ),
+        gradient_accumulation_steps=accumulation,
         max_steps=num_steps,
         max_length=args.max_length,
         packing=args.packing,
@@ -176,7 +183,7 @@ def trl_side(args: argparse.Namespace) -> None:
         }
         for prompt, response in chosen
     ]
-    tokens_of_step: list[int] = []
+    tokens_of_microbatch: list[int] = []
     trainer: Any = SFTTrainer(
         load_model(args.model, resolve_device(run.model_settings.gpus)),
         args=settings,
@@ -188,7 +195,9 @@ def trl_side(args: argparse.Namespace) -> None:
 
     def training_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         mask = inputs.get("attention_mask")
-        tokens_of_step.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+        tokens_of_microbatch.append(
+            int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        )
         return step(model, inputs, *rest, **more)
 
     trainer.training_step = training_step
@@ -208,7 +217,8 @@ def trl_side(args: argparse.Namespace) -> None:
             if state.global_step % num_steps_of_turn:
                 return
             count = slice(-num_steps_of_turn, None)
-            turns.tell(tokens=sum(tokens_of_step[count]), losses=self.losses[count])
+            tokens = sum(tokens_of_microbatch[-num_steps_of_turn * accumulation :])
+            turns.tell(tokens=tokens, losses=self.losses[count])
             if not turns.wait():
                 os._exit(0)
 

@@ -108,13 +108,12 @@ def finished(process: subprocess.Popen[bytes], workspace: Path, log: str) -> tup
     return code, (workspace / log).read_text(encoding="utf-8")
 
 
-def training_environment(workspace: Path) -> dict[str, str]:
-    """What the training process itself was given."""
+def training_process(workspace: Path) -> psutil.Process:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
             if "scripts/train_sft.py" in words and process.cwd() == str(workspace):
-                return process.environ()
+                return process
         except psutil.Error:
             continue
     raise AssertionError("no training process")
@@ -149,7 +148,9 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         cluster.call("scontrol", "update", f"NodeName={cluster.node}", "State=RESUME")
         (training,) = (job for job in ids if waiting[job][0] == "rule_train_sft")
         wait_for(lambda: bool(checkpoints(workspace)), "a checkpoint")
-        environment = training_environment(workspace)
+        trained = training_process(workspace)
+        trained.suspend()  # it could be done before it is cancelled
+        environment = trained.environ()
         cluster.call("scancel", training)
         cancelled = finished(first, workspace, "first.log")
         left = [path.name for path in (workspace / SFT).iterdir()]
