@@ -52,8 +52,14 @@ def begin_invocation():
 
 
 def check_gpu_limit():
-    """profiles/default is for one machine, but Snakemake reads it beside any `--profile` too."""
-    if not workflow.local_exec and workflow.global_resources.get("gpu").value == 1:
+    """What Snakemake makes of `--resources gpu=…` (profiles/default says 1), it does not say."""
+    limit = workflow.global_resources.get("gpu").value
+    wanted = max(CONFIG.models[name].gpus for name in CONFIG.study.models)
+    if workflow.local_exec and limit is not None and wanted > limit:
+        logger.warning(
+            f"A model's jobs ask for {wanted} GPUs and get {limit}: `--resources gpu={wanted}` gives all."
+        )
+    if not workflow.local_exec and limit == 1:
         raise WorkflowError(
             "`--resources gpu=1` would let one GPU of the whole cluster work at a time. It stands in "
             "profiles/default, which is read beside `--profile`; name the cluster's profile with "
