@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from gsm8k_core import distributed
+from gsm8k_core import distributed, ranks
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import Json, read_json, write_json
 
@@ -58,18 +58,18 @@ def save_checkpoint(
         _save(_own(_optimizer_tensors(optimizer)), temporary, "optimizer")
         _save(_generator_states(), temporary, "generators")
         _save(_own(extra or {}), temporary, "extra")
-        if distributed.is_main():
+        if ranks.is_main():
             python_state = random.getstate()
             write_json(
                 temporary / "progress.json",
                 {
                     **progress,
                     "step": step,
-                    "num_ranks": distributed.world_size(),
+                    "num_ranks": ranks.world_size(),
                     "python_generator": [python_state[0], list(python_state[1]), python_state[2]],
                 },
             )
-    if distributed.is_main():
+    if ranks.is_main():
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
@@ -108,7 +108,7 @@ def load_checkpoint(
     with _opened(path, "extra", num_ranks) as tensors:
         device = next(model.parameters()).device
         extra = {name: tensors.whole(name).to(device) for name in tensors.names()}
-    if (generators := _file(path, "generators", distributed.rank())).exists():
+    if (generators := _file(path, "generators", ranks.rank())).exists():
         _restore_generators(_load(generators))
     version, state, gauss = progress.pop("python_generator")
     random.setstate((version, tuple(state), gauss))
@@ -120,7 +120,7 @@ def _file(folder: Path, kind: str, rank: int) -> Path:
 
 
 def _save(tensors: Tensors, folder: Path, kind: str) -> None:
-    path = _file(folder, kind, distributed.rank())
+    path = _file(folder, kind, ranks.rank())
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -200,7 +200,7 @@ def _own(tensors: dict[str, Any]) -> Tensors:
     return {
         name: distributed.own_rows(tensor).detach().contiguous()
         for name, tensor in tensors.items()
-        if distributed.is_main() or distributed.is_sharded(tensor)
+        if ranks.is_main() or distributed.is_sharded(tensor)
     }
 
 

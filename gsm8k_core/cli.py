@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from gsm8k_core import ranks
 from gsm8k_core.config import (
     EngineName,
     ModelSettings,
@@ -47,7 +48,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives 130. Secrets are
     struck out of all of it. Under torchrun, rank 0 logs, and the others no more than warnings.
     """
-    level = "INFO" if _rank() == 0 else "WARNING"
+    level = "INFO" if ranks.is_main() else "WARNING"
     logging.basicConfig(
         level=os.environ.get("GSM8K_LOG_LEVEL", level).upper(), handlers=[_redacting_handler()]
     )
@@ -74,7 +75,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         sys.stderr.write(f"{_rank_prefix()}interrupted\n")
         return 130
     except RuntimeError as error:
-        if _num_ranks() == 1 or not any(word in str(error) for word in ("gloo", "NCCL")):
+        if ranks.world_size() == 1 or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
         sys.stderr.write(f"{_rank_prefix()}lost contact with another rank\n")
         # torchrun takes the first to end for the cause, and is about to end this one.
@@ -122,17 +123,8 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
         end()
 
 
-def _rank() -> int:
-    """Which of the processes that torchrun has started this is."""
-    return int(os.environ.get("RANK", "0")) if _num_ranks() > 1 else 0
-
-
-def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _rank_prefix() -> str:
-    return f"[rank {_rank()}] " if _num_ranks() > 1 else ""
+    return f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -173,7 +165,7 @@ def progress_bar(what: str, total: int, start: int = 0) -> Any:
 
 
 def _shows_bars() -> bool:
-    return sys.stderr.isatty() and _rank() == 0
+    return sys.stderr.isatty() and ranks.is_main()
 
 
 def settings_from(text: str, schema: Any) -> Any:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from gsm8k_core.files import atomic_path
+from gsm8k_core.ranks import is_main, rank, world_size
 from gsm8k_core.tokenization import split_by_token_budget
 
 Value = TypeVar("Value")
@@ -33,26 +34,6 @@ Work = TypeVar("Work")
 # A rank that is through with its rollouts waits so long for the slowest. One that has died is seen
 # at once by torchrun, which ends the others.
 TIMEOUT = datetime.timedelta(minutes=30)
-
-
-def rank() -> int:
-    """Number of this process among those of the job, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
-
-
-def local_rank() -> int:
-    """Number of this process on its machine: which of the GPUs is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, which logs and writes files for all."""
-    return rank() == 0
 
 
 def start(device: torch.device) -> None:

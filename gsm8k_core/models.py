@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gsm8k_core import distributed
+from gsm8k_core import distributed, ranks
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
 from gsm8k_core.errors import ConfigError, ModelError
@@ -242,9 +242,9 @@ def resolve_device(gpus: int) -> torch.device:
     there are fewer.
     """
     if gpus > 0 and torch.cuda.is_available():
-        if distributed.world_size() == 1:
+        if ranks.world_size() == 1:
             return torch.device("cuda")
-        number, num_visible = distributed.local_rank(), torch.cuda.device_count()
+        number, num_visible = ranks.local_rank(), torch.cuda.device_count()
         if number >= num_visible:
             raise ConfigError(
                 f"models.<name>.gpus: more processes than the {num_visible} GPUs that this job sees"

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from gsm8k_core import checkpoints, distributed
+from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
 from gsm8k_core.cli import progress
 from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
@@ -168,7 +168,7 @@ class TrainingRun:
         self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
         # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name. Ranks have
         # other examples, and need other draws.
-        part = (distributed.rank(),) if distributed.rank() else ()
+        part = (ranks.rank(),) if ranks.rank() else ()
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.device = resolve_device(settings.model_settings.gpus)
         distributed.start(self.device)
@@ -218,7 +218,7 @@ class TrainingRun:
 
     def _load_starting_model(self) -> PreTrainedModel:
         # To be spread over ranks layer by layer, it need not fit on one GPU.
-        whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
+        whole = self.device if ranks.world_size() == 1 else torch.device("cpu")
         return load_model(self.starting_model, whole)
 
     def load_reference(self) -> PreTrainedModel:
@@ -241,7 +241,7 @@ class TrainingRun:
 
         Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
         """
-        if distributed.is_main():
+        if ranks.is_main():
             # A job goes on when snakemake is killed, and must not meet the one that redoes it.
             self._lock = lock(self._lock_path, str(self.output_dir))
         found = distributed.broadcast(checkpoints.list_checkpoints(self.state_dir))
@@ -260,9 +260,9 @@ class TrainingRun:
                     "%s is of other settings, weights or data: starting afresh", self.state_dir
                 )
                 distributed.wait_for_all()  # who has read it
-                if distributed.is_main():
+                if ranks.is_main():
                     shutil.rmtree(self.state_dir)
-        if distributed.is_main():
+        if ranks.is_main():
             self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
             self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
             self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
@@ -363,7 +363,7 @@ class TrainingRun:
                 extra=extra() if extra else None,
                 keep=self.settings.keep_checkpoints,
             )
-            if distributed.is_main():
+            if ranks.is_main():
                 self._drop_older_bests()
 
     def _drop_older_bests(self) -> None:
@@ -378,7 +378,7 @@ class TrainingRun:
                 shutil.rmtree(folder)
 
     def _validate(self, step: int) -> float:
-        own = self.val_problems[distributed.rank() :: distributed.world_size()]
+        own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
             accuracy = greedy_accuracy(
                 engine,
@@ -387,7 +387,7 @@ class TrainingRun:
                 self.tokenizer,
                 max_new_tokens=self.settings.validation_max_new_tokens,
             )
-        if distributed.world_size() > 1:
+        if ranks.world_size() > 1:
             num_right = distributed.add({"right": round(accuracy * len(own))})["right"]
             accuracy = num_right / len(self.val_problems)
         best = self.progress["best_validation"]
@@ -433,7 +433,7 @@ class TrainingRun:
             # A sharded model decodes badly: every token would gather every layer. What samples is a
             # plain copy then, which fits where vLLM's would.
             plain = self.model
-            if distributed.world_size() > 1:
+            if ranks.world_size() > 1:
                 plain = load_model(self.starting_model, self.device).requires_grad_(False)
             return HfEngine(
                 plain,
@@ -457,14 +457,14 @@ class TrainingRun:
     # -------------------------------------------------------------------------------------- finish
 
     def _save_weights(self, folder: Path) -> None:
-        if not distributed.is_main():
+        if not ranks.is_main():
             for _ in plain_weights(self.model):
                 pass  # this rank's rows of each are handed in
             return
         model = self.model
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            if distributed.world_size() > 1:
+            if ranks.world_size() > 1:
                 model = load_model(self.starting_model, torch.device("cpu"))
                 load_plain_weights(model, plain_weights(self.model))
             elif self.settings.lora is not None:
@@ -476,17 +476,17 @@ class TrainingRun:
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
         best = self.progress["best_validation"]
-        if self._engine is not None and distributed.world_size() == 1:
+        if self._engine is not None and ranks.world_size() == 1:
             self._engine.close()
         if best is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
             {"peak_memory_mb": peak_memory_mb(self.device), "provenance": provenance()}
         )
-        if distributed.is_main():
+        if ranks.is_main():
             self._write_results(summary, measured)
         distributed.wait_for_all()
-        if self._engine is not None and distributed.world_size() > 1:
+        if self._engine is not None and ranks.world_size() > 1:
             self._engine.close()  # vLLM takes the process group down with it
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core import distributed
+from gsm8k_core import distributed, ranks
 from gsm8k_core.advantages import compute_advantages
 from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
@@ -123,7 +123,7 @@ def sample_groups(
             prompt_token_ids(texts, run.prompt, tokenizer), start=first_draw
         )
     ]
-    own = slice(distributed.rank(), None, distributed.world_size())
+    own = slice(ranks.rank(), None, ranks.world_size())
     groups = []
     for problem, request, completions in zip(
         problems[own], requests[own], engine.generate(requests[own]), strict=True
@@ -147,7 +147,7 @@ def sample_groups(
                 rewards,
                 has_spread,
                 problem.gold,
-                distributed.rank(),
+                ranks.rank(),
             )
         )
     by_rank = distributed.gather(groups)
@@ -210,7 +210,7 @@ def to_tensors(
         own_rows=[
             row
             for row in range(len(completions))
-            if groups[row // settings.group_size].sampled_by == distributed.rank()
+            if groups[row // settings.group_size].sampled_by == ranks.rank()
         ],
     )
 

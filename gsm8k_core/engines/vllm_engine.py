@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from gsm8k_core import distributed
+from gsm8k_core import ranks
 from gsm8k_core.config import VllmSettings
 from gsm8k_core.engines.base import (
     Completion,
@@ -100,7 +100,7 @@ class VllmEngine:
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
         }
-        if distributed.world_size() > 1:
+        if ranks.world_size() > 1:
             # Each rank has an engine of its own, on its own GPU: without this, all take the first.
             options["distributed_executor_backend"] = "external_launcher"
         if settings.max_model_length is not None:
