@@ -18,9 +18,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_scripts import load_script, run_until
+from run_scripts import LOGITS_PER_CHUNK, load_script, run_until
 from safetensors.torch import load_file
 
+from gsm8k_core import scoring
 from gsm8k_core.distributed import own_microbatches, shares
 from gsm8k_core.files import lock, read_json, read_jsonl, unlock, write_json, write_jsonl
 
@@ -154,7 +155,9 @@ def runs(
 
     def on_one(name: str, at: Path, stop: int | None = None) -> None:
         script_name, arguments, _ = job(name, at)
-        run_until(load_script(script_name), arguments, stop)
+        with pytest.MonkeyPatch.context() as patched:  # as in the processes of several ranks
+            patched.setattr(scoring, "LOGITS_PER_CHUNK", LOGITS_PER_CHUNK)
+            run_until(load_script(script_name), arguments, stop)
 
     for name in RUNS:
         on_one(name, one / name)

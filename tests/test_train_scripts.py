@@ -241,7 +241,8 @@ def test_dynamic_sampling_refills_groups_without_spread(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "parity.py").write_text(
-        "def reward(completion, gold):\n    return len(completion) % 2\n", encoding="utf-8"
+        "def reward(completion, gold):\n    return sum(completion.encode()) % 2\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
     settings = {**SMALL, "group_size": 2, "reward": {"answer": 0.0, "custom": "parity:reward"}}

@@ -19,8 +19,8 @@ from gsm8k_core.cli import run_script
 from gsm8k_core.training import TrainingRun
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# So that a small batch of a small model takes several chunks, whose gradient is written by hand.
-scoring.LOGITS_PER_CHUNK = 2**15
+# So few that a small batch of a small model takes several chunks, whose gradient is written by hand.
+LOGITS_PER_CHUNK = 2**15
 
 
 class Stopped(BaseException):
@@ -54,6 +54,7 @@ def run_until(module: ModuleType, arguments: list[str], last_step: int | None) -
 
 
 def main() -> int:
+    scoring.LOGITS_PER_CHUNK = LOGITS_PER_CHUNK
     for name, arguments, last_step in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_until(sys.modules.get(name) or load_script(name), arguments, last_step)
     return 0
