@@ -19,7 +19,7 @@ from gsm8k_core.cli import run_script
 from gsm8k_core.training import TrainingRun
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# So few that a small batch of a small model takes several chunks, whose gradient is written by hand.
+# So few that a small batch of a small model takes several chunks, with a gradient written by hand.
 LOGITS_PER_CHUNK = 2**15
 
 
