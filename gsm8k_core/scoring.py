@@ -4,8 +4,9 @@ Shapes: `B` rows, `T` positions, `V` vocabulary, `H` hidden width, `M` positions
 
 With a vocabulary of 150 000, the logits of one batch take more memory than the rest of a training
 step. So the output layer runs inside the model's own forward, but only on the positions that count
-and a chunk of them at a time, and its logits are computed again for the backward pass (unless they
-are a single chunk).
+and for a block of the vocabulary at a time, small enough for the processor's cache; unless they are
+few, its logits are computed again for the backward pass. That is faster than whole logits, which
+are read and written in main memory many times (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# 128 MiB in float32. Fewer make the matrix products slow, more take memory (docs/benchmarks.md).
-LOGITS_PER_CHUNK = 2**25
+# Of all positions and a block of the vocabulary: 8 MiB in float32, for a CPU's cache. Other devices
+# want fewer and larger products: as many as may be kept, a guess so far.
+LOGITS_PER_BLOCK = {"cpu": 2**21}
+# So narrow a block makes the matrix products slow, and takes no more than the hidden states do.
+MIN_BLOCK_WIDTH = 256
+# Up to so many logits (128 MiB in float32) are kept for the backward pass.
+LOGITS_KEPT = 2**25
 
 
 def compute_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,6 @@ def score_responses(
     entropy_gradient: bool = False,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    chunk_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Log-probability of the labels where `response_mask` is true, 0 elsewhere.
 
@@ -79,9 +84,10 @@ def score_responses(
     `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, no more than
-    `chunk_size` × V logits (without one, `LOGITS_PER_CHUNK`) are scored at once. Any other module,
-    and any model that changes its logits after the output layer (Gemma's soft-capping, Cohere's
-    scale), is asked for plain logits.
+    `LOGITS_KEPT` logits exist at once (more only where there are over 100 000 positions). Any other
+    module, and any model that changes its logits after the output layer (Gemma's soft-capping,
+    Cohere's scale), is asked for plain logits. Raises ValueError for a label outside the
+    vocabulary.
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
@@ -96,7 +102,7 @@ def score_responses(
         # A cache is useless here, and with one transformers does not read packing off position_ids.
         inputs["use_cache"] = False
         with _scoring_in_place_of_logits(
-            head, labels, response_mask, temperature, with_entropy, entropy_gradient, chunk_size
+            head, labels, response_mask, temperature, with_entropy, entropy_gradient
         ) as computed:
             scores = model(**inputs).logits
         if not _same_tensor(scores, computed):
@@ -138,7 +144,6 @@ def _scoring_in_place_of_logits(
     temperature: float,
     with_entropy: bool,
     entropy_gradient: bool,
-    chunk_size: int | None,
 ) -> Iterator[list[torch.Tensor]]:
     """Let `head` return scores (B, T, 1 or 2) instead of logits (B, T, V) within the block.
 
@@ -158,14 +163,19 @@ def _scoring_in_place_of_logits(
         mask = response_mask.bool()
         hidden, targets = hidden_states[mask], labels[mask]
         vocabulary = len(head.weight)  # type: ignore[arg-type]  # a tensor, in any output layer
-        size = chunk_size or max(1, LOGITS_PER_CHUNK // vocabulary)
-        if len(hidden) <= size:
-            selected = score_chunk(hidden, targets)
-        elif type(head) is torch.nn.Linear and head.bias is None and replaced is None:
-            selected = _LinearScores.apply(
-                hidden, head.weight, targets, temperature, with_entropy, entropy_gradient, size
+        if bool(((targets < 0) | (targets >= vocabulary)).any()):
+            raise ValueError(
+                f"labels go from {int(targets.min())} to {int(targets.max())}, "
+                f"but the vocabulary has {vocabulary} tokens"
             )
+        if type(head) is torch.nn.Linear and head.bias is None and replaced is None:
+            selected = _LinearScores.apply(
+                hidden, head.weight, targets, temperature, with_entropy, entropy_gradient
+            )
+        elif hidden.shape[0] * vocabulary <= LOGITS_KEPT:
+            selected = score_chunk(hidden, targets)
         else:
+            size = max(1, LOGITS_KEPT // vocabulary)
             chunks = zip(hidden.split(size), targets.split(size), strict=True)
             selected = torch.cat(
                 [
@@ -187,11 +197,15 @@ def _scoring_in_place_of_logits(
 
 
 class _LinearScores(torch.autograd.Function):
-    """`_score_logits(hidden @ weight.T, …)`, chunk by chunk, with its gradient written out.
+    """`_score_logits(hidden @ weight.T, …)`, one block of the vocabulary after the other.
 
-    With p the softmax and H its entropy, the gradient of the log-prob of y with respect to the
-    scaled logits is onehot(y) - p, that of H is -p·(log p + H). What autograd would add for every
-    chunk, a gradient of `weight` of its own, is here added up in place, in `weight`'s precision.
+    Within a block b, let Z_b be the sum of exp(logit) and H_b the entropy of softmax(logits of b).
+    With w_b = Z_b / ΣZ, the log-prob of y is its logit - log ΣZ and the entropy Σ w_b·(H_b -
+    log w_b). With p the softmax of all logits, the gradient of the log-prob with respect to the
+    scaled logits is onehot(y) - p, that of the entropy H is -p·(log p + H).
+
+    The gradient of a block's rows of `weight` is written once, that of `hidden` (M, H) is added up
+    over the blocks, in float32 at least.
     """
 
     @staticmethod
@@ -203,66 +217,101 @@ class _LinearScores(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         entropy_gradient: bool,
-        size: int,
     ) -> torch.Tensor:
         device = hidden.device.type
         ctx.dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             ctx.dtype = torch.get_autocast_dtype(device)
-        ctx.temperature, ctx.size = temperature, size
+        ctx.temperature = temperature
         ctx.entropy_gradient = with_entropy and entropy_gradient
-        columns = []
-        matrix = weight.to(ctx.dtype)
-        for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
-            log_probs = _log_probs(rows.to(ctx.dtype), matrix, temperature)
-            found = [log_probs.gather(-1, targets[:, None]).squeeze(-1)]
+        ctx.blocks = _blocks(len(weight), len(hidden), device)
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_KEPT
+        rows = hidden.to(ctx.dtype)
+        kept, largest, log_sums, entropies = [], [], [], []
+        chosen = torch.zeros_like(labels, dtype=_at_least_float32(rows[:0]).dtype)
+        for block in ctx.blocks:
+            logits = _scaled_logits(rows, weight[block].to(ctx.dtype), temperature)
+            largest.append(logits.amax(dim=-1))
+            logits -= largest[-1][:, None]
+            places = labels - block.start
+            here = (places >= 0) & (places < logits.shape[-1])
+            found = logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+            chosen = torch.where(here, found + largest[-1], chosen)
+            exponentials = logits.exp()
+            total = exponentials.sum(dim=-1)
+            log_sums.append(total.log() + largest[-1])
             if with_entropy:
-                log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
-                found.append(-log_probs.exp().mul_(log_probs).sum(dim=-1))
-            columns.append(torch.stack(found, dim=-1))
-        scores = torch.cat(columns)
-        ctx.save_for_backward(hidden, weight, labels, scores)
+                mean_logit = exponentials.mul_(logits).sum(dim=-1) / total
+                entropies.append(total.log() - mean_logit)
+            if keep:
+                kept.append(logits)
+        log_weights = torch.stack(log_sums, dim=-1)  # (M, blocks)
+        log_sum = log_weights.logsumexp(dim=-1)
+        columns = [chosen - log_sum]
+        if with_entropy:
+            log_weights -= log_sum[:, None]
+            of_blocks = torch.stack(entropies, dim=-1) - log_weights
+            columns.append((log_weights.exp() * of_blocks).sum(dim=-1))
+        scores = torch.stack(columns, dim=-1)
+        shifts = [] if not keep else [of_block - log_sum for of_block in largest]
+        ctx.save_for_backward(hidden, weight, labels, scores, log_sum, *kept, *shifts)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, labels, scores = ctx.saved_tensors
-        gradient = gradient / ctx.temperature
-        matrix = weight.to(ctx.dtype)
-        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.size):
-            part = slice(start, start + ctx.size)
-            rows = hidden[part].to(ctx.dtype)
-            log_probs = _log_probs(rows, matrix, ctx.temperature)
-            of_log_prob = gradient[part, 0, None]
-            probs = log_probs.exp()
-            if ctx.entropy_gradient:
-                of_entropy = gradient[part, 1, None]
-                log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
-                log_probs.add_(scores[part, 1, None]).mul_(of_entropy).add_(of_log_prob)
-                of_logits = probs.mul_(log_probs).neg_()
+        hidden, weight, labels, scores, log_sum, *rest = ctx.saved_tensors
+        kept, shifts = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        rows = hidden.to(ctx.dtype)
+        hidden_gradient = torch.zeros_like(_at_least_float32(hidden))
+        weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_label = gradient[:, 0, None] / ctx.temperature
+        # p times this is minus the gradient of the logits, but for the label's own entry.
+        constant, slope = of_label, torch.zeros_like(of_label)
+        if ctx.entropy_gradient:
+            slope = gradient[:, 1, None] / ctx.temperature
+            constant = of_label + slope * scores[:, 1, None]
+        for number, block in enumerate(ctx.blocks):
+            matrix = weight[block].to(ctx.dtype)
+            if kept:
+                log_probs = kept[number] + shifts[number][:, None]
             else:
-                of_logits = probs.mul_(-of_log_prob)
-            of_logits.scatter_add_(-1, labels[part, None], of_log_prob)
+                log_probs = _scaled_logits(rows, matrix, ctx.temperature).sub_(log_sum[:, None])
+            of_logits = log_probs.exp()
+            if ctx.entropy_gradient:
+                of_logits *= log_probs.mul_(-slope).sub_(constant)
+            else:
+                of_logits *= -constant
+            places = labels - block.start
+            here = (places >= 0) & (places < of_logits.shape[-1])
+            of_logits.scatter_add_(
+                -1,
+                places.clamp(0, of_logits.shape[-1] - 1)[:, None],
+                torch.where(here[:, None], of_label, 0.0),
+            )
             of_logits = of_logits.to(ctx.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[part] = of_logits @ matrix
+            if hidden_gradient.dtype == ctx.dtype:
+                hidden_gradient.addmm_(of_logits, matrix)
+            else:
+                hidden_gradient += of_logits @ matrix
             if weight_gradient is not None:
-                if weight_gradient.dtype == ctx.dtype:
-                    weight_gradient.addmm_(of_logits.T, rows)
-                else:
-                    weight_gradient += of_logits.T @ rows
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+                weight_gradient[block] = of_logits.T @ rows
+        return hidden_gradient.to(hidden.dtype), weight_gradient, None, None, None, None
 
 
-def _log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-softmax of the scaled logits (M, V), in float32 at least."""
+def _blocks(vocabulary: int, num_positions: int, device: str) -> list[slice]:
+    """The vocabulary, cut into blocks of `LOGITS_PER_BLOCK` logits of all positions."""
+    width = LOGITS_PER_BLOCK.get(device, LOGITS_KEPT) // max(1, num_positions)
+    width = max(width, MIN_BLOCK_WIDTH)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over the temperature, (M, width of the block), in float32 at least."""
     logits = _at_least_float32(hidden @ weight.T)
     if temperature != 1.0:
         logits /= temperature
-    return torch.log_softmax(logits, dim=-1)
+    return logits
 
 
 def _score_logits(

@@ -18,10 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_scripts import LOGITS_PER_CHUNK, load_script, run_until
+from run_scripts import cut_vocabulary, load_script, run_until
 from safetensors.torch import load_file
 
-from gsm8k_core import scoring
 from gsm8k_core.distributed import own_microbatches, shares
 from gsm8k_core.files import lock, read_json, read_jsonl, unlock, write_json, write_jsonl
 
@@ -156,7 +155,7 @@ def runs(
     def on_one(name: str, at: Path, stop: int | None = None) -> None:
         script_name, arguments, _ = job(name, at)
         with pytest.MonkeyPatch.context() as patched:  # as in the processes of several ranks
-            patched.setattr(scoring, "LOGITS_PER_CHUNK", LOGITS_PER_CHUNK)
+            cut_vocabulary(patched.setattr)
             run_until(load_script(script_name), arguments, stop)
 
     for name in RUNS:

@@ -1,8 +1,9 @@
-"""Log-probs and entropies: the chunked path against plain logits, values and gradients."""
+"""Log-probs and entropies: block by block against plain logits, values and gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -45,6 +47,18 @@ def tiny_qwen2(**changes: Any) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **changes})).eval()
 
 
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`cut(width, kept)`: score blocks of `width` tokens; keep up to `kept` logits for backward."""
+
+    def set_sizes(width: int, kept: int) -> None:
+        monkeypatch.setattr(scoring, "LOGITS_PER_BLOCK", {"cpu": 0})
+        monkeypatch.setattr(scoring, "MIN_BLOCK_WIDTH", width)
+        monkeypatch.setattr(scoring, "LOGITS_KEPT", kept)
+
+    return set_sizes
+
+
 def naive_scores(
     model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +83,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     }
 
 
-def assert_same_scores(model: Any, temperature: float, chunk_size: int) -> None:
+def assert_same_scores(model: Any, temperature: float) -> None:
     """Values and gradients of score_responses and of its naive twin, in float32."""
     batch = collate(PROMPTS, RESPONSES, 0)
     found = score_responses(
@@ -78,7 +92,6 @@ def assert_same_scores(model: Any, temperature: float, chunk_size: int) -> None:
         temperature=temperature,
         with_entropy=True,
         entropy_gradient=True,
-        chunk_size=chunk_size,
     )
     log_probs, entropies = naive_scores(model, batch, temperature)
     torch.testing.assert_close(found["log_probs"], log_probs, atol=1e-5, rtol=1e-5)
@@ -94,21 +107,41 @@ def assert_same_scores(model: Any, temperature: float, chunk_size: int) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 1), (0.7, 3), (1.5, 1024)])
-def test_chunked_scores_and_gradients_equal_those_of_plain_logits(
-    tied: bool, temperature: float, chunk_size: int
+@pytest.mark.parametrize("kept", [0, 2**25])
+@pytest.mark.parametrize(("temperature", "width"), [(1.0, 1), (0.7, 10), (1.5, 37), (1.0, 50)])
+def test_scores_and_gradients_by_block_equal_those_of_plain_logits(
+    tied: bool, temperature: float, width: int, kept: int, cut: Callable[[int, int], None]
 ) -> None:
-    assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature, chunk_size)
+    cut(width, kept)
+    assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature)
+
+
+def test_blocks_of_very_different_logits_add_up(cut: Callable[[int, int], None]) -> None:
+    model = tiny_qwen2(tie_word_embeddings=False)
+    with torch.no_grad():  # logits of up to a thousand: whole blocks with probabilities of 0
+        model.lm_head.weight *= torch.linspace(0.0, 300.0, 37)[:, None]
+    cut(5, 0)
+    batch = collate(PROMPTS, RESPONSES, 0)
+    found = score_responses(model, **batch, with_entropy=True, entropy_gradient=True)
+    log_probs, entropies = naive_scores(model, batch)
+    assert log_probs.min() < -200
+    torch.testing.assert_close(found["log_probs"], log_probs, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(found["token_entropy"], entropies, atol=1e-5, rtol=1e-4)
+    loss = (found["log_probs"] + found["token_entropy"]).sum()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "lm_head"]])
-def test_a_model_with_lora_adapters_is_scored_with_them(modules: str | list[str]) -> None:
+def test_a_model_with_lora_adapters_is_scored_with_them(
+    modules: str | list[str], cut: Callable[[int, int], None]
+) -> None:
+    cut(10, 3 * 37)
     base = tiny_qwen2(tie_word_embeddings=False)
     plain = score_responses(base, **collate(PROMPTS, RESPONSES, 0))["log_probs"]
     adapted = get_peft_model(
         base, LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
     ).eval()
-    assert_same_scores(adapted, 0.7, 3)
+    assert_same_scores(adapted, 0.7)
     with_adapters = score_responses(adapted, **collate(PROMPTS, RESPONSES, 0))["log_probs"]
     assert (with_adapters - plain).abs().max() > 0.01
 
@@ -119,7 +152,7 @@ def test_logits_changed_after_the_output_layer_are_not_scored_as_if_they_were_no
     ).eval()
     scaled = CohereForCausalLM(CohereConfig(**{**SIZES, "logit_scale": 0.25})).eval()
     for model in (capped, scaled):
-        assert_same_scores(model, 1.0, 3)
+        assert_same_scores(model, 1.0)
 
 
 class BigramModel(torch.nn.Module):
@@ -136,10 +169,39 @@ class BigramModel(torch.nn.Module):
 
 
 def test_any_module_that_returns_logits_can_be_scored() -> None:
-    assert_same_scores(BigramModel(), 0.7, 3)
+    assert_same_scores(BigramModel(), 0.7)
 
 
-def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation gives, views aside."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage().nbytes() // result.element_size()
+            self.num_elements = max(self.num_elements, min(result.numel(), storage))
+        return result
+
+
+def test_no_tensor_is_as_large_as_the_logits(cut: Callable[[int, int], None]) -> None:
+    model = tiny_qwen2(vocab_size=1000)  # weights of 16,000 numbers
+    batch = collate([[1, 2, 3]] * 4, [list(range(4, 14))] * 4, 0)  # 40 positions: 40,000 logits
+    largest = []
+    for width, kept in ((100, 0), (1000, 2**25)):
+        cut(width, kept)
+        with LargestTensor() as seen:
+            found = score_responses(model, **batch, with_entropy=True, entropy_gradient=True)
+            (found["log_probs"] + found["token_entropy"]).sum().backward()
+        largest.append(seen.num_elements)
+    assert largest == [16_000, 40_000]
+
+
+def test_an_output_layer_that_is_wrapped_makes_no_more_than_a_chunk_of_logits(
+    cut: Callable[[int, int], None],
+) -> None:
+    cut(37, 3 * 37)
     model = tiny_qwen2()
     made: list[int] = []
     head_forward = model.lm_head.forward
@@ -149,7 +211,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
         return head_forward(hidden_states)
 
     model.lm_head.forward = counted
-    scores = score_responses(model, **collate(PROMPTS, RESPONSES, 0), chunk_size=3)["log_probs"]
+    scores = score_responses(model, **collate(PROMPTS, RESPONSES, 0))["log_probs"]
     scores.sum().backward()
     # 4 + 1 + 3 response tokens in chunks of 3, forward and again for the backward
     assert made[:3] == [3, 3, 2]
@@ -162,7 +224,7 @@ def test_the_model_returns_logits_again_after_being_scored_even_after_an_error()
     batch = collate(PROMPTS, RESPONSES, 0)
     before = model(batch["input_ids"]).logits
     score_responses(model, **batch)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="labels go from 1007 to 1014, .* has 37 tokens"):
         score_responses(model, **{**batch, "labels": batch["labels"] + 1000})
     assert torch.equal(model(batch["input_ids"]).logits, before)
 
@@ -254,13 +316,17 @@ def test_get_response_log_probs_scores_every_position() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy_gradient", [True, False])
+@pytest.mark.parametrize("kept", [0, 2**25])
 def test_the_written_out_gradient_is_that_of_autograd_also_under_autocast(
-    dtype: torch.dtype, entropy_gradient: bool
+    dtype: torch.dtype, entropy_gradient: bool, kept: int, cut: Callable[[int, int], None]
 ) -> None:
     model = tiny_qwen2(tie_word_embeddings=False)
     batch = collate(PROMPTS, RESPONSES, 0)
+    cut(10, kept)
     found = []
-    for chunk_size in (3, 1024):  # a single chunk goes through autograd
+    for wrapped in (False, True):
+        if wrapped:  # another's forward goes through autograd
+            model.lm_head.forward = model.lm_head.forward
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             scores = score_responses(
                 model,
@@ -268,7 +334,6 @@ def test_the_written_out_gradient_is_that_of_autograd_also_under_autocast(
                 temperature=0.7,
                 with_entropy=True,
                 entropy_gradient=entropy_gradient,
-                chunk_size=chunk_size,
             )
         weights = torch.linspace(-1.0, 2.0, scores["log_probs"].numel()).view(3, -1)
         loss = (scores["log_probs"] * weights).sum()
@@ -286,26 +351,33 @@ def test_the_written_out_gradient_is_that_of_autograd_also_under_autocast(
         )
 
 
-def test_a_frozen_output_layer_gets_no_gradient_and_passes_on_the_same_one() -> None:
+def test_a_frozen_output_layer_gets_no_gradient_and_passes_on_the_same_one(
+    cut: Callable[[int, int], None],
+) -> None:
+    cut(10, 0)
     model = tiny_qwen2(tie_word_embeddings=False)
     model.lm_head.requires_grad_(False)
-    assert_same_scores(model, 0.7, 3)
+    assert_same_scores(model, 0.7)
     assert model.lm_head.weight.grad is None
 
 
-def test_the_logits_of_a_single_chunk_are_made_once() -> None:
-    model = tiny_qwen2()
+def test_few_logits_are_made_once_and_many_again_for_the_backward_pass(
+    cut: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
-    head_forward = model.lm_head.forward
+    scaled_logits = scoring._scaled_logits
 
-    def counted(hidden_states: torch.Tensor) -> torch.Tensor:
-        made.append(hidden_states[..., 0].numel())
-        return head_forward(hidden_states)
+    def counted(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+        made.append(len(weight))
+        return scaled_logits(hidden, weight, temperature)
 
-    model.lm_head.forward = counted
-    scores = score_responses(model, **collate(PROMPTS, RESPONSES, 0), chunk_size=8)["log_probs"]
-    scores.sum().backward()
-    assert made == [8]
+    monkeypatch.setattr(scoring, "_scaled_logits", counted)
+    for kept, times in ((8 * 37, 1), (8 * 37 - 1, 2)):  # 8 response tokens
+        cut(20, kept)
+        made.clear()
+        found = score_responses(tiny_qwen2(), **collate(PROMPTS, RESPONSES, 0))["log_probs"]
+        found.sum().backward()
+        assert made == [20, 17] * times
 
 
 # ----------------------------------------------------------------------------------------- entropy

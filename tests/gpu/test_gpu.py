@@ -166,11 +166,11 @@ def test_chunked_scores_are_those_of_whole_logits_in_less_memory(cuda: torch.dev
         logits = model(input_ids=input_ids).logits
         return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0] * mask
 
-    def chunked() -> torch.Tensor:
-        return score_responses(model, input_ids, labels, mask, chunk_size=256)["log_probs"]
+    def in_blocks() -> torch.Tensor:
+        return score_responses(model, input_ids, labels, mask)["log_probs"]
 
     peaks, found = [], []
-    for score in (whole, chunked):
+    for score in (whole, in_blocks):
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

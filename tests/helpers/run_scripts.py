@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,13 @@ from gsm8k_core.cli import run_script
 from gsm8k_core.training import TrainingRun
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# So few that a small batch of a small model takes several chunks, with a gradient written by hand.
-LOGITS_PER_CHUNK = 2**15
+
+
+def cut_vocabulary(patch: Callable[[object, str, object], None]) -> None:
+    """Let a small batch of a small model take several blocks, with no logits kept for backward."""
+    patch(scoring, "LOGITS_PER_BLOCK", {"cpu": 0})
+    patch(scoring, "MIN_BLOCK_WIDTH", 64)
+    patch(scoring, "LOGITS_KEPT", 0)
 
 
 class Stopped(BaseException):
@@ -54,7 +60,7 @@ def run_until(module: ModuleType, arguments: list[str], last_step: int | None) -
 
 
 def main() -> int:
-    scoring.LOGITS_PER_CHUNK = LOGITS_PER_CHUNK
+    cut_vocabulary(setattr)
     for name, arguments, last_step in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_until(sys.modules.get(name) or load_script(name), arguments, last_step)
     return 0
