@@ -63,6 +63,12 @@ def run_script(main: Callable[[], int | None]) -> int:
         # Who has not imported it has no other ranks to leave, nor torch to import for it.
         if "gsm8k_core.distributed" in sys.modules:
             sys.modules["gsm8k_core.distributed"].end()
+        if ranks.world_size() > 1:
+            # What threads of gloo are left can abort an interpreter that shuts down, after all the
+            # work is done: torchrun would call the job failed.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         return code
     except Gsm8kError as error:
         sys.stderr.write(redact(f"{_rank_prefix()}error: {error}\n"))
