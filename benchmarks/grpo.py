@@ -57,6 +57,11 @@ def arguments() -> argparse.ArgumentParser:
         "--trl-accumulation", type=int, default=1, help="microbatches of TRL's optimizer step"
     )
     found.add_argument(
+        "--trl-checkpointing",
+        action="store_true",
+        help="gradient checkpointing in TRL: its default, and slower",
+    )
+    found.add_argument(
         "--trl-cache", help="TRL's cache_implementation (its default: a growing one)"
     )
     found.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -212,7 +217,7 @@ def trl_side(args: argparse.Namespace) -> None:
         adam_epsilon=method.adam_epsilon,
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.trl_checkpointing,
         shuffle_dataset=False,
         seed=SEED,
         report_to=[],

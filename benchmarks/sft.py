@@ -47,6 +47,11 @@ def arguments() -> argparse.ArgumentParser:
     found.add_argument(
         "--trl-accumulation", type=int, default=1, help="microbatches of a step of TRL, not packed"
     )
+    found.add_argument(
+        "--trl-checkpointing",
+        action="store_true",
+        help="gradient checkpointing in TRL: its default, and slower",
+    )
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     found.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -165,7 +170,7 @@ def trl_side(args: argparse.Namespace) -> None:
         adam_epsilon=method.adam_epsilon,
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.trl_checkpointing,
         train_sampling_strategy="sequential",
         seed=SEED,
         report_to=[],
