@@ -37,6 +37,11 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
 # Settings of a model that only the scheduler reads.
 SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
+# Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
+VLLM_MEMORY_KEYS = (
+    "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
+    "kv_cache_gib", "sleep_level",
+)  # fmt: skip
 SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
@@ -164,7 +169,7 @@ class VllmSettings(Settings):
     """How vLLM generates, where it does. The attention backend is left to it."""
 
     tensor_parallel: PositiveInt = 1
-    """GPUs that share one model in evaluation; rollouts of a trainer use its own GPU."""
+    """GPUs that share one model in evaluation, at most `gpus`; rollouts use the trainer's own."""
     gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
     """Share of the GPU's memory for weights and key-value cache in evaluation."""
     rollout_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
@@ -187,6 +192,12 @@ class VllmSettings(Settings):
     """The engine's own seed; each completion has one of its own besides."""
     sleep_level: Literal[0, 1, 2] = 1
     """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them."""
+
+
+def without_memory(settings: VllmSettings) -> VllmSettings:
+    """With the defaults of everything that decides memory and GPUs alone."""
+    fields = VllmSettings.model_fields
+    return settings.model_copy(update={name: fields[name].default for name in VLLM_MEMORY_KEYS})
 
 
 class ModelSettings(Settings):
@@ -472,7 +483,8 @@ class GrpoMethod(TrainSettings):
     """At most so many further rounds of sampling in one step."""
 
     check_sampler_every_steps: NonNegativeInt = 10
-    """Compare the sampler's log-probs with the trainer's at step 1 and every so many; 0 never."""
+    """Compare the sampler's log-probs with the trainer's every so many steps, and in the first two
+    of a call (the second is the first with pushed weights); 0 never."""
     max_sampler_gap: PositiveFloat | None = None
     """Stop where they differ by more on average, in nats; unset: 0.001, or 0.05 in bfloat16."""
     importance_correction: Literal["none", "token", "sequence"] = "none"
@@ -806,12 +818,24 @@ class Config(Settings):
     def _unscheduled(self, model: str) -> ModelSettings:
         """A model's settings without what only the scheduler reads: more memory is no new run.
 
-        Nor are more GPUs than one; that it is the GPU or the CPU stays in.
+        Nor are more GPUs than one, or another share of one for vLLM (`vllm_memory` tells a job of
+        them); that it is the GPU or the CPU stays in.
         """
         fields = ModelSettings.model_fields
         settings = self.models[model]
         defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
-        return settings.model_copy(update={**defaults, "gpus": min(settings.gpus, 1)})
+        vllm = without_memory(settings.vllm)
+        return settings.model_copy(update={**defaults, "gpus": min(settings.gpus, 1), "vllm": vllm})
+
+    def vllm_memory(self, model: str) -> dict[str, Any]:
+        """What `_unscheduled` takes from a model's vLLM settings, where it is not the default."""
+        settings = self.models[model].vllm
+        defaults = VllmSettings()
+        return {
+            name: getattr(settings, name)
+            for name in VLLM_MEMORY_KEYS
+            if getattr(settings, name) != getattr(defaults, name)
+        }
 
     def _ungraded(self, suite: str) -> SuiteSettings:
         """A suite's settings without what only the grader reads: regrading generates nothing."""
@@ -1029,6 +1053,12 @@ def parse_config(raw: dict[str, Any]) -> Config:
         problems += _check_references(raw)
         raise _config_error(problems) from None
     problems = _check_references(raw)
+    for name, model in config.models.items():
+        if 0 < model.gpus < model.vllm.tensor_parallel:
+            problems.append(
+                f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, more than "
+                f"its gpus, {model.gpus}"
+            )
     if problems:
         raise _config_error(problems)
     return config

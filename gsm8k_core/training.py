@@ -31,12 +31,12 @@ from transformers import PreTrainedModel
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
 from gsm8k_core.cli import progress
-from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
+from gsm8k_core.config import VLLM_MEMORY_KEYS, PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine
 from gsm8k_core.engines.vllm_engine import VllmEngine
-from gsm8k_core.errors import ConfigError, TrainingError
+from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -79,7 +79,10 @@ Item = TypeVar("Item")
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
 # Settings that may change between a stop and the resume: they do not touch the result.
-FREE_TO_CHANGE = {"method_settings": {"checkpoint_every_steps", "keep_checkpoints"}}
+FREE_TO_CHANGE = {
+    "method_settings": {"checkpoint_every_steps", "keep_checkpoints"},
+    "model_settings": {"vllm": set(VLLM_MEMORY_KEYS)},
+}
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -441,13 +444,10 @@ class TrainingRun:
                 model_settings.completions_per_batch,
                 forward_context=self.autocast,
             )
-        if model_settings.vllm.tensor_parallel > 1:
-            raise ConfigError(
-                "vllm.tensor_parallel above 1 is for evaluation: a trainer samples on its own GPU"
-            )
         return VllmEngine(
             self.starting_model,
-            model_settings.vllm,
+            # Shared GPUs are for evaluation: a rank of a trainer samples on its own.
+            model_settings.vllm.model_copy(update={"tensor_parallel": 1}),
             compute_dtype(self.device, model_settings.dtype),
             self.device,
             model_settings.vllm.rollout_gpu_memory_fraction,

@@ -116,6 +116,15 @@ def training_python(wildcards, resources):
     )
 
 
+def vllm_memory(wildcards, resources):
+    """Flags for what vLLM may take; out of what Snakemake compares, as in `training_python`."""
+    del resources
+    return " ".join(
+        f"--vllm-{name.replace('_', '-')} {value}"
+        for name, value in CONFIG.vllm_memory(wildcards.model).items()
+    )
+
+
 # A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
 
 

@@ -19,9 +19,10 @@ rule generate:
         runtime=generation_minutes,
     params:
         settings=evaluation_settings,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "python scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "python scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 

@@ -26,9 +26,10 @@ rule train_sft:
     params:
         settings=run_settings,
         python=training_python,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "{params.python} scripts/train_sft.py --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py {params.memory} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -57,9 +58,10 @@ rule train_grpo:
     params:
         settings=run_settings,
         python=training_python,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "{params.python} scripts/train_grpo.py --settings {params.settings:q} "
+        "{params.python} scripts/train_grpo.py {params.memory} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -86,9 +88,10 @@ rule generate_round:
         runtime=generation_minutes,
     params:
         settings=round_generation_settings,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "python scripts/generate.py --settings {params.settings:q} --model {input.model:q} "
+        "python scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
@@ -134,9 +137,10 @@ rule train_round:
     params:
         settings=run_settings,
         python=training_python,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "{params.python} scripts/train_sft.py --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py {params.memory} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -211,8 +215,9 @@ rule train_dpo:
     params:
         settings=run_settings,
         python=training_python,
+        memory=vllm_memory,
         code=CODE,
     shell:
-        "{params.python} scripts/train_dpo.py --settings {params.settings:q} --sampling-stats {input.stats:q} "
+        "{params.python} scripts/train_dpo.py {params.memory} --settings {params.settings:q} --sampling-stats {input.stats:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"

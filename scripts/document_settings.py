@@ -26,6 +26,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("datasets.*, kind: gsm_symbolic", config.GsmSymbolicDataset),
     ("prompts.*", config.PromptSettings),
     ("models.*", config.ModelSettings),
+    ("vllm, and models.*.vllm", config.VllmSettings),
     ("methods.*, kind: base", config.BaseMethod),
     ("methods.*, every kind that trains", config.TrainSettings),
     ("methods.*, kind: sft", config.SftMethod),
@@ -46,6 +47,7 @@ HEADER = """# Settings
 
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own win.
+`engine` and `vllm` hold for every model; a model's own win.
 """
 
 

@@ -30,9 +30,15 @@ from gsm8k_core.cli import (
     settings_from,
     with_engine_arguments,
 )
-from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump, load_config
+from gsm8k_core.config import (
+    EvaluationSettings,
+    SuiteSettings,
+    dump,
+    load_config,
+    without_memory,
+)
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.engines.start import start_engine
+from gsm8k_core.engines.start import choose_engine, start_engine
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
@@ -193,16 +199,19 @@ def main(argv: list[str] | None = None) -> int:
         update={"model_settings": with_engine_arguments(settings.model_settings, args)}
     )
     problems = select_problems(args.data, settings.suite_settings)
-    started = time.perf_counter()
     device = resolve_device(settings.model_settings.gpus)
-    engine = start_engine(args.model, settings.model_settings, device)
-    seconds_loading = time.perf_counter() - started
+    made_by = provenance()  # of the code that runs, not of what hours later lies in its place
 
     lock_path = args.output.with_name(f".{args.output.name}.lock")
     held = lock(lock_path, str(args.output))
     partial = args.output.with_name(args.output.name + ".partial")
+    engine_name = choose_engine(settings.model_settings, args.model, device)
+    model_settings = settings.model_settings.model_copy(
+        update={"vllm": without_memory(settings.model_settings.vllm)}
+    )
     header = {
-        "settings": dump(settings),
+        "settings": dump(settings.model_copy(update={"model_settings": model_settings})),
+        "engine": engine_name,
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),
     }
@@ -211,6 +220,9 @@ def main(argv: list[str] | None = None) -> int:
         log.info("going on after %d of %d problems", len(done), len(problems))
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
+    started = time.perf_counter()
+    engine = start_engine(args.model, settings.model_settings, device, engine_name)
+    seconds_loading = time.perf_counter() - started
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
         if not done:
@@ -252,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             "engine": engine.name,
             "device": device_name(device),
             "dtype": settings.model_settings.dtype,
+            "problems_sha256": header["problems"],
+            "weights": header["weights"],
             "num_problems": len(problems),
             "num_completions": len(rows),
             "num_prompt_tokens": sum(done[p.id]["num_prompt_tokens"] for p in problems),
@@ -262,7 +276,11 @@ def main(argv: list[str] | None = None) -> int:
             "tokens_per_second": round(num_tokens / seconds_generating, 1),
             "peak_memory_mb": peak_memory_mb(device),
             "settings": settings.model_dump(mode="json", by_alias=True),
-            "provenance": provenance(),
+            "provenance": {
+                **provenance(),
+                "git": made_by["git"],
+                "code_digest": made_by["code_digest"],
+            },
         },
     )
     partial.unlink()

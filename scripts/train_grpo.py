@@ -456,7 +456,8 @@ def main(argv: list[str] | None = None) -> int:
 
         rollouts = to_tensors(groups, pad_id, settings, run.device)
         every = settings.check_sampler_every_steps
-        if every and (step == steps_done + 1 or step % every == 0):
+        # The first step of a call, the first after a push, and every so many.
+        if every and (step <= steps_done + 2 or step % every == 0):
             check_sampler(run, rollouts)
         in_reward = reference is not None and settings.kl_placement == "reward"
         if updates_per_step > 1 or in_reward:

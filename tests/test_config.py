@@ -400,6 +400,34 @@ def test_more_memory_or_threads_is_no_reason_to_train_again(config: Config) -> N
         assert dump(build(changed)) == dump(build(config))
 
 
+def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
+    config: Config,
+) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    memory = {"gpu_memory_fraction": 0.5, "tensor_parallel": 2, "sleep_level": 2}
+    raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": memory}
+    changed = parse_config(raw)
+    raw["models"]["tiny-qwen2"]["gpus"] = 1
+    raw["models"]["tiny-qwen2"]["vllm"] = {"tensor_parallel": 1}
+    plain = parse_config(raw)
+    for build in (
+        lambda c: c.run_settings("tiny-qwen2", "grpo", 0),
+        lambda c: c.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic"),
+    ):
+        assert dump(build(changed)) == dump(build(plain))
+    # The job is told all the same, by flags.
+    assert changed.vllm_memory("tiny-qwen2") == memory
+    assert plain.vllm_memory("tiny-qwen2") == {}
+
+
+def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": {"tensor_parallel": 4}}
+    message = "models.tiny-qwen2: vllm.tensor_parallel is 4, more than its gpus, 2"
+    with pytest.raises(ConfigError, match=message):
+        parse_config(raw)
+
+
 def test_another_prompt_does_not_fetch_the_weights_again(config: Config) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"]["prompt"] = "chat_hash"

@@ -13,6 +13,7 @@ from gsm8k_core.cli import add_engine_arguments, parser, with_engine_arguments
 from gsm8k_core.config import ModelSettings, parse_config, read_yaml
 from gsm8k_core.engines import start
 from gsm8k_core.engines.start import choose_engine
+from gsm8k_core.engines.vllm_engine import _start_errors
 from gsm8k_core.errors import ConfigError, ModelError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,3 +122,35 @@ def test_no_flag_changes_nothing() -> None:
     model = settings(kv_cache_gib=0.5)
     same = with_engine_arguments(model, arguments.parse_args([]))
     assert json.loads(same.model_dump_json()) == json.loads(model.model_dump_json())
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to"), "lower vllm.gpu_memory_fraction"),
+        (
+            ValueError("Free memory on device (3/79 GiB) on startup is less than desired"),
+            "was to take 40% of the GPU, which others hold in part: lower vllm.gpu_memory_fraction",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "lower vllm.kv_cache_gib",
+        ),
+        (MemoryError(), "lower vllm.kv_cache_gib"),
+        (ValueError("No available memory for the cache blocks. Try"), "vllm.max_model_length"),
+        (NotImplementedError("FP8 KV cache on CPU requires AVX-512"), "kv_cache_dtype: auto"),
+        (ImportError("libcudart.so.13: cannot open shared object file"), "engine: transformers"),
+    ],
+)
+def test_what_stops_vllm_from_starting_is_one_line_with_the_remedy(
+    error: Exception, remedy: str
+) -> None:
+    asked = settings(kv_cache_dtype="fp8").vllm
+    with pytest.raises(ModelError) as raised, _start_errors(Path("model"), asked, 0.4):
+        raise error
+    assert "vLLM does not start" in str(raised.value) and "\n" not in str(raised.value)
+    assert remedy in str(raised.value)

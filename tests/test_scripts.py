@@ -360,6 +360,45 @@ def test_what_was_begun_with_something_else_is_not_gone_on_with(
     assert this.output.read_bytes() == fresh.output.read_bytes()
 
 
+def test_what_another_engine_has_begun_is_not_gone_on_with(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job(**ONE_BY_ONE)
+    kill(this, 4)
+    header, *rows = this.partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert '"engine": "transformers"' in header
+    header = header.replace('"engine": "transformers"', '"engine": "vllm"')
+    this.partial.write_text("".join([header, *rows]), encoding="utf-8", newline="\n")
+    asked: list[int] = []
+    decode = HfEngine._decode_batch
+
+    def counting(self: Any, requests: list[Any]) -> Any:
+        asked.append(len(requests))
+        return decode(self, requests)
+
+    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
+    this.run()
+    assert len(asked) == 18  # three completions of each of the six problems
+
+
+def test_more_memory_for_the_engine_goes_on_with_what_was_begun(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job(**ONE_BY_ONE)
+    kill(this, 6)
+    this.settings["model_settings"]["vllm"] = {"gpu_memory_fraction": 0.5}
+    decode = HfEngine._decode_batch
+    asked: list[int] = []
+
+    def counting(self: Any, requests: list[Any]) -> Any:
+        asked.append(len(requests))
+        return decode(self, requests)
+
+    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
+    this.run()
+    assert len(asked) == 3
+
+
 def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
     paths = ["--model", "m", "--data", "d", "--output", "o", "--stats", "s"]
     with pytest.raises(ConfigError, match="say what to generate: --settings, or --model-name"):

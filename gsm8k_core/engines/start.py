@@ -59,9 +59,14 @@ def choose_engine(
     return name
 
 
-def start_engine(folder: Path, settings: ModelSettings, device: torch.device) -> Engine:
-    """An engine of its own for the model in `folder`, as evaluation needs it."""
-    if choose_engine(settings, folder, device) == "vllm":
+def start_engine(
+    folder: Path, settings: ModelSettings, device: torch.device, chosen: str | None = None
+) -> Engine:
+    """An engine of its own for the model in `folder`, as evaluation needs it.
+
+    `chosen` is what `choose_engine` has said, if it was asked before.
+    """
+    if (chosen or choose_engine(settings, folder, device)) == "vllm":
         dtype = compute_dtype(device, settings.dtype)
         fraction = settings.vllm.gpu_memory_fraction
         return VllmEngine(folder, settings.vllm, dtype, device, fraction)

