@@ -227,41 +227,42 @@ class _LinearScores(torch.autograd.Function):
         ctx.blocks = _blocks(len(weight), len(hidden), device)
         keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_KEPT
         rows = hidden.to(ctx.dtype)
-        kept, largest, log_sums, entropies = [], [], [], []
-        chosen = torch.zeros_like(labels, dtype=_at_least_float32(rows[:0]).dtype)
-        for block in ctx.blocks:
+        kept = []
+        # Made before the loop: a small tensor that outlives its turn would cut the place of a block
+        # in two, and the memory would grow by a block each turn.
+        chosen, largest, log_sums, entropies = (
+            torch.zeros(shape, dtype=_at_least_float32(rows[:0]).dtype, device=hidden.device)
+            for shape in [(len(hidden),), *[(len(ctx.blocks), len(hidden))] * 3]
+        )
+        for number, block in enumerate(ctx.blocks):
             logits = _scaled_logits(rows, weight[block].to(ctx.dtype), temperature)
-            largest.append(logits.amax(dim=-1))
-            logits -= largest[-1][:, None]
+            largest[number] = logits.amax(dim=-1)
+            logits -= largest[number, :, None]
             places = labels - block.start
             here = (places >= 0) & (places < logits.shape[-1])
             found = logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-            chosen = torch.where(here, found + largest[-1], chosen)
+            chosen += torch.where(here, found + largest[number], 0.0)
             exponentials = logits.exp()
             total = exponentials.sum(dim=-1)
-            log_sums.append(total.log() + largest[-1])
+            log_sums[number] = total.log() + largest[number]
             if with_entropy:
                 mean_logit = exponentials.mul_(logits).sum(dim=-1) / total
-                entropies.append(total.log() - mean_logit)
+                entropies[number] = total.log() - mean_logit
             if keep:
                 kept.append(logits)
-        log_weights = torch.stack(log_sums, dim=-1)  # (M, blocks)
-        log_sum = log_weights.logsumexp(dim=-1)
+        log_sum = log_sums.logsumexp(dim=0)
         columns = [chosen - log_sum]
         if with_entropy:
-            log_weights -= log_sum[:, None]
-            of_blocks = torch.stack(entropies, dim=-1) - log_weights
-            columns.append((log_weights.exp() * of_blocks).sum(dim=-1))
+            log_weights = log_sums - log_sum
+            columns.append((log_weights.exp() * (entropies - log_weights)).sum(dim=0))
         scores = torch.stack(columns, dim=-1)
-        shifts = [] if not keep else [of_block - log_sum for of_block in largest]
-        ctx.save_for_backward(hidden, weight, labels, scores, log_sum, *kept, *shifts)
+        ctx.save_for_backward(hidden, weight, labels, scores, log_sum, largest - log_sum, *kept)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, labels, scores, log_sum, *rest = ctx.saved_tensors
-        kept, shifts = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        hidden, weight, labels, scores, log_sum, shifts, *kept = ctx.saved_tensors
         rows = hidden.to(ctx.dtype)
         hidden_gradient = torch.zeros_like(_at_least_float32(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -274,7 +275,7 @@ class _LinearScores(torch.autograd.Function):
         for number, block in enumerate(ctx.blocks):
             matrix = weight[block].to(ctx.dtype)
             if kept:
-                log_probs = kept[number] + shifts[number][:, None]
+                log_probs = kept[number] + shifts[number, :, None]
             else:
                 log_probs = _scaled_logits(rows, matrix, ctx.temperature).sub_(log_sum[:, None])
             of_logits = log_probs.exp()
