@@ -20,7 +20,7 @@ RUN apt-get update \
 
 COPY --from=uv /uv /usr/local/bin/uv
 RUN useradd --create-home --uid 2000 researcher \
-    && install --directory --owner 2000 --group 2000 /workspace /opt/venv
+    && install --directory --owner 2000 --group 2000 /workspace /opt/venv /home/researcher/.cache
 USER 2000:2000
 WORKDIR /workspace
 
