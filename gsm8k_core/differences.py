@@ -19,6 +19,10 @@ Facts = dict[str, Any]
 # What names a run and is meant to differ between two of them.
 IDENTITY = {"study", "model", "method", "parent", "seed", "suite", "round", "kind"}
 
+# Facts whose names begin so: the weights of a method, as evaluated or as trained from. Every seed
+# has its own, so they are compared with those of a parent only.
+WEIGHTS_OF = "weights of "
+
 MEANINGS = {
     "engine": "another program generated the completions",
     "device": "generated on another device",
@@ -33,6 +37,9 @@ MEANINGS = {
     "python": "another Python",
     "machine": "another processor or operating system",
     "training settings": "seeds of one method were trained with different settings",
+    "problems": "other problems, or other texts of the same ones",
+    "training data": "trained on other data, by the name of the same dataset",
+    "starting weights": "training did not start from the weights that were evaluated",
 }
 
 
@@ -54,13 +61,33 @@ def evaluation_facts(stats: Json, metrics: Json) -> Facts:
             facts[key.replace("_", " ")] = value
     if metrics.get("grading") is not None:
         facts["grading"] = {"grading": metrics["grading"], "marker": metrics.get("marker")}
+    facts["problems"] = _short(known.get("problems_sha256"))
+    if known.get("method"):
+        facts[f"{WEIGHTS_OF}{known['method']}"] = _short(stats.get("weights"))
     return _known({**facts, **_environment(known.get("provenance"))})
 
 
 def training_facts(summary: Json) -> Facts:
     """With what a run was trained, under names that begin with `training`; summary may be {}."""
     facts = {"device": summary.get("device"), **_environment(summary.get("provenance"))}
-    return {f"training {key}": value for key, value in _known(facts).items()}
+    # Who trains on its own completions shares them with nobody, not even with another seed.
+    if "seconds_sampling" not in summary:
+        facts["data"] = _short(summary.get("data_sha256"))
+    known = {f"training {key}": value for key, value in _known(facts).items()}
+    # The last of several rounds may start from the one before it.
+    if summary.get("parent") and summary.get("num_rounds", 1) == 1:
+        known[f"{WEIGHTS_OF}{summary['parent']}"] = _short(summary.get("starting_weights"))
+    return _known(known)
+
+
+def origin_facts(stats: Json, summary: Json) -> Facts:
+    """Data and weights that a run began with: what the same run of two studies is to share.
+
+    A model that was not trained began with its own weights.
+    """
+    weights = summary.get("starting_weights") if summary else stats.get("weights")
+    facts = {"training data": summary.get("data_sha256"), "starting weights": weights}
+    return _known({name: _short(value) for name, value in facts.items()})
 
 
 def training_settings(settings: Json) -> Facts:
@@ -76,7 +103,7 @@ def _environment(provenance: Any) -> Facts:
     platform = [provenance.get("platform"), provenance.get("processor")]
     return {
         "commit": _commit(git) if isinstance(git, dict) else None,
-        "code": str(provenance["code_digest"])[:12] if provenance.get("code_digest") else None,
+        "code": _short(provenance.get("code_digest")),
         "packages": provenance.get("packages"),
         "python": provenance.get("python"),
         "machine": platform if any(platform) else None,
@@ -91,23 +118,46 @@ def _commit(git: Json) -> str | None:
     return str(git["commit"])[:12] + (f"+{difference[:8]}" if difference else "")
 
 
+def _short(digest: Any) -> str | None:
+    return str(digest)[:12] if digest else None
+
+
 def _known(facts: Facts) -> Facts:
     return {key: value for key, value in facts.items() if value is not None}
 
 
 def differing(a: Sequence[Facts], b: Sequence[Facts]) -> list[str]:
-    """Names of the facts that the runs of `a` and those of `b` both tell and do not agree on."""
-    return [
+    """Names of the facts that the runs of `a` and those of `b` both tell and do not agree on.
+
+    `starting weights` where a run of `a` was trained from weights of b's method that no run of `b`
+    was evaluated with.
+    """
+    names = [
         name
         for name in dict.fromkeys(name for facts in a for name in facts)
-        if (other := _values(b, name)) and _values(a, name) != other
+        if (other := _values(b, name)) and not _agree(name, _values(a, name), other)
     ]
+    if "training data" in names and _datasets(a) != _datasets(b):
+        names.remove("training data")  # chosen so: a setting of the method
+    return ["starting weights" if name.startswith(WEIGHTS_OF) else name for name in names]
+
+
+def _agree(name: str, values: set[str], others: set[str]) -> bool:
+    # A parent may have more seeds than were trained on.
+    return values <= others if name.startswith(WEIGHTS_OF) else values == others
+
+
+def _datasets(runs: Iterable[Facts]) -> set[Any]:
+    """Names of the datasets that a method's settings give it; None for the study's."""
+    settings = [facts.get("training settings", {}).get("method_settings") for facts in runs]
+    return {one.get("dataset") if isinstance(one, dict) else None for one in settings}
 
 
 def inconsistent(runs: Sequence[Facts]) -> list[str]:
     """Names of the facts that these runs do not agree on among themselves."""
     names = dict.fromkeys(name for facts in runs for name in facts)
-    return [name for name in names if len(_values(runs, name)) > 1]
+    shared = [name for name in names if not name.startswith(WEIGHTS_OF)]
+    return [name for name in shared if len(_values(runs, name)) > 1]
 
 
 def _values(runs: Iterable[Facts], name: str) -> set[str]:

@@ -57,6 +57,7 @@ Floats = NDArray[np.float64]
 
 SEED_EXPONENT = 1.8  # the γ above
 LEAST_SUM = 0.8  # see above too
+SAME = 1e-9  # values that are nearer are equal but for rounding
 POWER = 0.8
 
 
@@ -194,8 +195,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> D
 
     `a (S, P)`; `b (S, P)`, or `(1, P)` where b was run once and stands for every seed. The
     randomness is that of `mean_interval`; the p-value is below 1 − confidence exactly where the
-    interval leaves out 0. Differences that do not vary get the width that Wilson's interval has at
-    0 of P, and a sign test. Raises ValueError when shapes do not fit or values leave [0, 1].
+    interval leaves out 0. Differences that do not vary get a sign test with its exact interval
+    (Clopper and Pearson 1934); where all are 0, one as wide as Wilson's at 0 of P. Raises
+    ValueError when shapes do not fit or values leave [0, 1].
     """
     delta, low, high, p_value, detectable = paired_differences(_batch(a), _batch(b), confidence)[0]
     return Difference(
@@ -221,13 +223,21 @@ def paired_differences(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> 
     constant = spread.variance == 0.0
     error = np.sqrt(spread.variance)
     quantile = _quantile(spread, tables.shape, confidence)
-    half = np.where(constant, wilson_interval(0, num_problems, confidence)[1], quantile * error)
-    sign_test = np.where(spread.mean == 0.0, 1.0, min(1.0, 2.0 * 0.5**num_problems))
+    half = np.where(
+        constant, _constant_half(spread.mean, num_problems, confidence), quantile * error
+    )
+    sign_test = np.where(np.abs(spread.mean) < SAME, 1.0, min(1.0, 2.0 * 0.5**num_problems))
     p_value = np.where(constant, sign_test, _p_values(spread, tables.shape))
     power = _quantile(spread, tables.shape, 2 * POWER - 1)
     detectable = np.where(constant, np.nan, (quantile + power) * error)
     low, high = np.maximum(spread.mean - half, -1.0), np.minimum(spread.mean + half, 1.0)
     return np.stack([spread.mean, low, high, p_value, detectable], axis=1)
+
+
+def is_significant(p_value: float | None, confidence: float) -> bool:
+    """Whether a p-value is below 1 − `confidence`."""
+    # The confidence is a decimal number: 1 − 0.95 is a little more than 0.05.
+    return p_value is not None and p_value < round(1 - confidence, 9)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -243,6 +253,17 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p_value))
         adjusted[index] = largest
     return adjusted
+
+
+def _constant_half(mean: Floats, num_problems: int, confidence: float) -> Floats:
+    """Half width where every problem has the difference `mean`: of it, or of none.
+
+    With s the share of problems whose difference has this sign, P of P give s a lower bound of
+    (α/2)^(1/P); the difference, |mean|·(2s − 1), is above 0 there where s is above 1/2.
+    """
+    least = ((1 - confidence) / 2) ** (1 / num_problems)
+    none = wilson_interval(0, num_problems, confidence)[1]
+    return np.where(np.abs(mean) < SAME, none, 2 * (1 - least) * np.abs(mean))
 
 
 def _batch(values: ArrayLike) -> Floats:
@@ -270,14 +291,14 @@ def _spread(tables: Floats) -> Spread:
     _, num_seeds, num_problems = tables.shape
     by_seed, by_problem = tables.mean(axis=2), tables.mean(axis=1)
     mean = by_seed.mean(axis=1)
-    constant = np.ptp(tables, axis=(1, 2)) == 0.0
+    constant = np.ptp(tables, axis=(1, 2)) < SAME
     share = np.zeros_like(mean)
     if num_seeds == 1 and num_problems == 1:
         return Spread(mean, share, share)
-    if num_seeds == 1:
-        return Spread(mean, by_problem.var(axis=1, ddof=1) / num_problems, share)
-    if num_problems == 1:
-        return Spread(mean, by_seed.var(axis=1, ddof=1) / num_seeds, share + 1.0)
+    if num_seeds == 1 or num_problems == 1:
+        values = by_problem if num_seeds == 1 else by_seed
+        variance = np.where(constant, 0.0, values.var(axis=1, ddof=1) / values.shape[1])
+        return Spread(mean, variance, share if num_seeds == 1 else share + 1.0)
     squares_seed = num_problems * ((by_seed - mean[:, None]) ** 2).sum(axis=1)
     squares_problem = num_seeds * ((by_problem - mean[:, None]) ** 2).sum(axis=1)
     squares_all = ((tables - mean[:, None, None]) ** 2).sum(axis=(1, 2))
@@ -310,9 +331,9 @@ def _quantile_of_tail(spread: Spread, num_seeds: int, num_problems: int, tail: F
     # The lower tail keeps the precision of probabilities as small as 1e-150.
     over_problems = special.stdtrit(max(num_problems - 1, 1), tail) ** 2
     over_seeds = special.stdtrit(max(num_seeds - 1, 1), tail) ** 2
-    return np.asarray(
-        np.sqrt(over_problems + (over_seeds - over_problems) * spread.seed_share**SEED_EXPONENT)
-    )
+    # As a sum of parts: the difference of both would swallow the smaller one in extreme tails.
+    part = spread.seed_share**SEED_EXPONENT
+    return np.asarray(np.sqrt((1 - part) * over_problems + part * over_seeds))
 
 
 def _p_values(spread: Spread, shape: tuple[int, ...]) -> Floats:

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file
-from gsm8k_core.metrics import Difference, Floats, paired_difference
+from gsm8k_core.metrics import Difference, Floats, holm, is_significant, paired_difference
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
 from gsm8k_core.report_charts import (
@@ -62,6 +62,16 @@ class Sources:
     comparison: Path
     problems: dict[str, Path]  # suite → problems, JSONL
     runs_dir: Path | None = None  # manifests of the calls of snakemake
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far the first method is ahead of another one."""
+
+    other: str
+    difference: Difference
+    p_value: float  # corrected
+    is_tested: bool  # by the comparison, which has the p-value and corrects it within the model
 
 
 @dataclass(frozen=True)
@@ -283,14 +293,14 @@ def _kept(browser: Browser) -> str:
 def _view(subject: Subject, charts: Json) -> Json:
     study, rows = subject.study, subject.rows
     methods = study.methods
-    lead = _lead(subject)
+    leads = _leads(subject)
     pairs = _pairs(subject)
     return {
         "model": subject.model,
         "suite": subject.suite,
-        "headline": _headline(subject, lead),
+        "headline": _headline(subject, leads),
         "context": _context(subject),
-        "findings": _findings(subject, lead),
+        "findings": _findings(subject, leads),
         "table": _table(subject),
         "cost_table": _cost_table(subject),
         "flagged": any(_flags(row) for row in rows),
@@ -324,14 +334,23 @@ def _view(subject: Subject, charts: Json) -> Json:
     }
 
 
-def _headline(subject: Subject, lead: tuple[str, Difference] | None) -> str:
+def _headline(subject: Subject, leads: list[Lead]) -> str:
     best = subject.rows[0]
     name, score = best["method"], _percent(best["accuracy"])
     if len(subject.rows) == 1:
         return f"{name} gets {score} of {subject.suite} right"
-    if lead is None or _is_significant(lead[1].p_value, subject.study):
+    unsure = [
+        lead.other
+        for lead in leads
+        if lead.difference.delta <= 0 or not _is_significant(lead.p_value, subject.study)
+    ]
+    if not unsure:
         return f"{name} is best: {score} of {subject.suite} right"
-    return f"{name} comes first with {score} of {subject.suite} right, but its lead may be chance"
+    over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
+    return (
+        f"{name} comes first with {score} of {subject.suite} right, but its lead over {over} may "
+        "be chance"
+    )
 
 
 def _context(subject: Subject) -> str:
@@ -347,12 +366,36 @@ def _context(subject: Subject) -> str:
     )
 
 
-def _lead(subject: Subject) -> tuple[str, Difference] | None:
-    """The runner-up, and how far the first method is ahead of it; None for one method."""
-    if len(subject.rows) < 2:
-        return None
-    first, second = subject.rows[0]["method"], subject.rows[1]["method"]
-    return second, _difference(subject, first, second)
+def _leads(subject: Subject) -> list[Lead]:
+    """The first method against each of the others, the runner-up first.
+
+    Which method comes first is known from the same answers, so its leads are corrected (Holm) for
+    how many there are. A pair that the comparison has tested keeps its corrected p-value from
+    there: the page is to say one thing of it.
+    """
+    best, *others = subject.rows
+    found = [_difference(subject, best["method"], row["method"]) for row in others]
+    corrected = holm([difference.p_value for difference in found])
+    leads = []
+    for row, difference, p_value in zip(others, found, corrected, strict=True):
+        assert p_value is not None  # none of `found` is without
+        tested = _tested(best, row)
+        leads.append(
+            Lead(
+                row["method"], difference, p_value if tested is None else tested, tested is not None
+            )
+        )
+    return leads
+
+
+def _tested(a: Json, b: Json) -> float | None:
+    """The comparison's corrected p-value, where one row is of the other's parent or base."""
+    for row, other in ((a, b), (b, a)):
+        for reference in ("parent", "base"):
+            p_value, is_corrected = _p_value(row, reference)
+            if row[reference] == other["method"] and is_corrected:
+                return p_value
+    return None
 
 
 def _difference(subject: Subject, a: str, b: str) -> Difference:
@@ -377,16 +420,12 @@ def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
     return accuracy[left], accuracy[right]
 
 
-def _findings(subject: Subject, lead: tuple[str, Difference] | None) -> list[Json]:
+def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
     """Sentences, most accurate method first, each with how sure it is."""
     findings = []
     best = subject.rows[0]
-    if lead is not None and lead[0] != best["parent"] and best["parent"] is not None:
-        runner_up, difference = lead
-        words = _difference_words(
-            subject, best["method"], runner_up, _from_difference(difference), "uncorrected"
-        )
-        findings.append(words)
+    if leads and leads[0].other != best["parent"] and best["parent"] is not None:
+        findings.append(_lead_finding(subject, leads))
     for row in subject.rows:
         if row["parent"] is not None and row["delta_vs_parent"] is not None:
             findings.append(_parent_finding(subject, row))
@@ -421,13 +460,21 @@ def _parent_finding(subject: Subject, row: Json) -> Json:
     )
 
 
-def _from_difference(difference: Difference) -> Json:
-    return {
-        "delta": difference.delta,
-        "low": difference.low,
-        "high": difference.high,
-        "p": difference.p_value,
+def _lead_finding(subject: Subject, leads: list[Lead]) -> Json:
+    """The first method against the runner-up."""
+    best, lead = subject.rows[0]["method"], leads[0]
+    numbers = {
+        "delta": lead.difference.delta,
+        "low": lead.difference.low,
+        "high": lead.difference.high,
+        "p": lead.p_value,
+        "p_alone": lead.difference.p_value,
     }
+    correction = "Holm-corrected"
+    if not lead.is_tested:  # with one other there is nothing to correct for
+        over = f"{correction} over {best} against each of the other {len(leads)}"
+        correction = over if len(leads) > 1 else "uncorrected"
+    return _difference_words(subject, best, lead.other, numbers, correction)
 
 
 def _difference_words(
@@ -472,8 +519,7 @@ def _p_value(row: Json, reference: str) -> tuple[float | None, bool]:
 
 
 def _is_significant(p_value: float | None, study: Comparison) -> bool:
-    # The confidence level is a decimal number: 1 − 0.95 is a little more than 0.05.
-    return p_value is not None and p_value < round(1 - study.confidence, 9)
+    return is_significant(p_value, study.confidence)
 
 
 def _flags(row: Json) -> list[str]:
@@ -558,6 +604,12 @@ def _table_note(subject: Subject) -> str:
         "p-values are two-sided, "
         + ("Holm-corrected within a model." if corrected else "not corrected for their number.")
     ]
+    if len(subject.rows) > 1:
+        notes.append(
+            "A method is called best where it is ahead of every other significantly: by the "
+            "p-values here of what it was trained from or what was trained from it, else "
+            "Holm-corrected over its differences to all others."
+        )
     if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):
         notes.append(
             "“Detectable from”: the smallest difference to the parent, in points, that as many "

@@ -18,18 +18,20 @@ import numpy as np
 import polars as pl
 
 from gsm8k_core.differences import (
+    WEIGHTS_OF,
     Facts,
     differing,
     evaluation_facts,
     flag_text,
     leaf_changes,
+    origin_facts,
     read_optional,
     training_facts,
     training_settings,
 )
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json
-from gsm8k_core.metrics import holm, paired_difference
+from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
     markdown_table,
@@ -211,11 +213,15 @@ def _facts(study_dir: Path, key: Key, seed: int) -> Facts:
     model, method, suite = key
     run = run_dir(study_dir, model, method, seed)
     stats = read_optional(run / "completions" / f"{suite}.stats.json")
-    return {
+    summary = read_optional(run / "train" / "summary.json")
+    facts = {
         **evaluation_facts(stats, read_optional(run / "metrics" / f"{suite}.json")),
-        **training_facts(read_optional(run / "train" / "summary.json")),
+        **training_facts(summary),
         **training_settings(read_optional(run / "settings.json")),
+        **origin_facts(stats, summary),
     }
+    # Trained weights are what is compared, and no two trainings need end with the same.
+    return {name: value for name, value in facts.items() if not name.startswith(WEIGHTS_OF)}
 
 
 def _shown(value: Any) -> str:
@@ -227,7 +233,7 @@ def _judge(rows: list[Json], confidence: float) -> None:
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         assert p_value is not None
         row["p_value_holm"] = p_value
-        significant = p_value < 1 - confidence
+        significant = is_significant(p_value, confidence)
         row["verdict"] = None if not significant else "better" if row["delta"] > 0 else "worse"
 
 

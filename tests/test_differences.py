@@ -10,12 +10,14 @@ from gsm8k_core.differences import (
     leaf_changes,
     meaning,
     training_facts,
+    training_settings,
 )
 
 STATS: dict[str, Any] = {
     "engine": "transformers",
     "device": "cpu",
     "dtype": "float32",
+    "problems_sha256": "ee",
     "seconds_generating": 1.5,
     "settings": {
         "method": "sft",
@@ -55,6 +57,7 @@ def test_what_decided_the_completions_and_grades_is_named() -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("engine", {"engine": "vllm"}, {}),
         ("device", {"device": "NVIDIA H200"}, {}),
+        ("problems", {"problems_sha256": "ff"}, {}),
         ("dtype", {"dtype": "bfloat16"}, {}),
         ("suite settings", {"settings": {"suite_settings": {"max_new_tokens": 1}}}, {}),
         ("prompt", {"settings": {"prompt": {"template": "Q: {question}"}}}, {}),
@@ -104,6 +107,53 @@ def test_training_has_words_of_its_own() -> None:
         "training python", "training machine",
     }  # fmt: skip
     assert meaning("training code").endswith(", in training")
+
+
+def trained(method: str, seed: int, **summary: Any) -> dict[str, Any]:
+    """Facts of a run that was evaluated with weights `{method}{seed}`."""
+    identity = {"method": method, "parent": summary.pop("parent", None), "seed": seed}
+    settings = {"method_settings": {"dataset": summary.pop("dataset", None)}}
+    return {
+        **evaluation_facts({**identity, "weights": f"{method}{seed}"}, {}),
+        **(training_facts({**identity, **summary}) if summary else {}),
+        **(training_settings(settings) if summary else {}),
+    }
+
+
+def test_a_child_is_to_start_from_its_parents_evaluated_weights() -> None:
+    base = [trained("base", 0)]
+    sft = [trained("sft", n, parent="base", starting_weights="base0") for n in (0, 1, 2)]
+    grpo = [trained("grpo", n, parent="sft", starting_weights=f"sft{n}") for n in (0, 1)]
+    for method in (sft, grpo):
+        assert inconsistent(method) == []
+    assert differing(sft, base) == differing(grpo, sft) == differing(grpo, base) == []
+    other = trained("grpo", 1, parent="sft", starting_weights="older")
+    found = differing([grpo[0], other], sft)
+    assert found == ["starting weights"]
+    assert "did not start from" in meaning("starting weights")
+    # The last of several rounds may have started from the one before.
+    rounds = {"parent": "sft", "starting_weights": "round1", "num_rounds": 2}
+    assert differing([trained("expert", 0, **rounds)], sft) == []
+    rounds["num_rounds"] = 1
+    assert differing([trained("expert", 0, **rounds)], sft) == ["starting weights"]
+
+
+def test_methods_and_seeds_are_to_share_the_data_of_the_same_dataset() -> None:
+    sft = [trained("sft", seed, data_sha256="aa") for seed in (0, 1)]
+    assert inconsistent(sft) == []
+    assert differing([trained("grpo", 0, data_sha256="aa")], sft) == []
+    assert differing([trained("grpo", 0, data_sha256="bb")], sft) == ["training data"]
+    assert inconsistent([sft[0], trained("sft", 2, data_sha256="bb")]) == ["training data"]
+    assert meaning("training data").startswith("trained on other data")
+
+
+def test_data_that_a_method_is_meant_to_have_for_itself_is_no_difference() -> None:
+    sft = [trained("sft", seed, data_sha256="aa") for seed in (0, 1)]
+    traces = trained("sft2", 0, data_sha256="bb", dataset="traces")
+    assert "training data" not in differing([traces], sft)
+    own = [trained("expert", n, data_sha256=f"{n}", seconds_sampling=1.0) for n in (0, 1)]
+    assert differing(own, sft) == []
+    assert inconsistent(own) == []
 
 
 def test_a_commit_with_changes_is_not_the_commit() -> None:

@@ -13,6 +13,7 @@ from scipy import special, stats
 from gsm8k_core.metrics import (
     Floats,
     holm,
+    is_significant,
     maj_at_k,
     mean_interval,
     mean_intervals,
@@ -161,6 +162,49 @@ def test_the_p_value_is_below_the_level_exactly_where_the_interval_leaves_out_ze
         outside = (low > 0) | (high < 0)
         assert (outside == (p_value < 1 - confidence)).all()
         assert 0 < outside.sum() < 300
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.booleans(), st.data())
+@settings(max_examples=400, deadline=None)
+def test_the_p_value_and_the_interval_of_the_smallest_tables_say_the_same(
+    num_seeds: int, num_problems: int, once: bool, data: st.DataObject
+) -> None:
+    def draw(rows: int) -> Floats:
+        size = rows * num_problems
+        cells = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=size, max_size=size)
+        return np.array(data.draw(cells)).reshape(rows, num_problems)
+
+    found = paired_difference(draw(num_seeds), draw(1 if once else num_seeds))
+    if min(abs(found.low), abs(found.high)) > 1e-9:  # else rounding decides
+        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0), found
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([[1], [0], [1]], [[0]]),  # one problem: runs are all that varies
+        ([[1, 1, 1, 1]], [[0, 0, 0, 0]]),  # four of four: p = 2 / 2⁴
+        ([[0.1, 0.1, 0.1]], [[0, 0, 0]]),  # equal but for rounding
+    ],
+)
+def test_few_values_show_no_difference(a: list[list[float]], b: list[list[float]]) -> None:
+    found = paired_difference(a, b)
+    assert found.low < 0 < found.high
+    assert found.p_value > 0.05
+
+
+def test_runs_of_one_problem_have_the_t_test_over_runs() -> None:
+    found = paired_difference([[1.0], [0.0], [1.0]], [[0.0]])
+    expected = stats.ttest_1samp([1.0, 0.0, 1.0], 0.0)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert found.low == pytest.approx(max(expected.confidence_interval().low, -1))
+
+
+def test_a_level_of_one_twentieth_is_not_a_little_more() -> None:
+    assert 0.05 < 1 - 0.95  # as a computer counts
+    assert not is_significant(0.05, 0.95)
+    assert is_significant(0.0499999, 0.95)
+    assert not is_significant(None, 0.95)
 
 
 def test_extreme_p_values_are_small_and_not_zero_nor_nan() -> None:

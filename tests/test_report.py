@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from report_study import (
     ATTACK,
@@ -29,9 +30,10 @@ from report_study import (
     report_arguments,
 )
 
+from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
-from gsm8k_core.report import json_for_script, script_text
-from gsm8k_core.report_browser import locate_answer, stratified_order
+from gsm8k_core.report import Subject, _findings, _headline, _leads, json_for_script, script_text
+from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
 from gsm8k_core.report_charts import PALETTES, SURFACES, learning_curve
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +136,83 @@ def test_the_headline_names_the_best_method_and_the_table_is_ranked(page: Page) 
     order = [page.text.index(f"\n{place}\n{name}") for place, name in
              ((1, "grpo"), (2, "sft"), (3, "twin"), (4, "base"))]  # fmt: skip
     assert order == sorted(order)
+
+
+def subject_of(right: dict[str, int], **tested: float) -> Subject:
+    """Methods of one seed, with how many of the first of 100 problems each gets right.
+
+    All but `base` are trained from it; `tested` has the comparison's Holm-corrected p-values.
+    """
+    ids = [f"p{number:03d}" for number in range(100)]
+    tables = [
+        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
+                      "correct": [number < count for number in range(100)]})
+        for count in right.values()
+    ]  # fmt: skip
+    study = Comparison(
+        name="demo", models=["m"], methods=list(right), suites=["test"],
+        seeds_of={name: [0] for name in right},
+        parent_of={name: None if name == "base" else "base" for name in right},
+        chains={name: ["base", name][name == "base" :] for name in right}, confidence=0.95,
+    )  # fmt: skip
+    rows = [
+        {
+            "method": name, "accuracy": count / 100, "num_seeds": 1, "flags": None,
+            "parent": None if name == "base" else "base",
+            "base": None if name == "base" else "base",
+            "delta_vs_parent": count / 100 - 0.1 if name in tested else None,
+            "delta_vs_parent_ci_low": 0.0, "delta_vs_parent_ci_high": 1.0,
+            "p_value_vs_parent": 0.03, "p_value_vs_parent_holm": tested.get(name),
+        }
+        for name, count in right.items()
+    ]  # fmt: skip
+    graded = Graded([(name, 0) for name in right], tables, ids, ["strict"])
+    return Subject(study, "m", "test", rows, graded, {}, [], [])
+
+
+def test_a_lead_over_many_is_corrected_for_their_number_and_says_so() -> None:
+    # Five problems of a hundred: t = 0.05 / √(0.05·0.95 / 99) = 2.28, p = 0.0246 for each
+    two = subject_of({"grpo": 60, "dpo": 55})
+    assert _headline(two, _leads(two)).startswith("grpo is best")
+    four = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55})
+    assert [lead.p_value for lead in _leads(four)] == pytest.approx([3 * 0.02461] * 3, rel=0.01)
+    assert "its lead over dpo, rft and sft may be chance" in _headline(four, _leads(four))
+    finding = squeezed(str(_findings(four, _leads(four))[0]["text"]).replace("\u00a0", " "))
+    assert "not significant" in finding
+    assert "p = 0.074 (Holm-corrected over grpo against each of the other 3)" in finding
+    assert "Alone, without the correction, it would be: p = 0.025." in finding
+    # One is far behind, and is no part of the doubt.
+    five = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55, "base": 10}, grpo=1e-9)
+    assert "its lead over dpo, rft and sft may be chance" in _headline(five, _leads(five))
+    six = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57})
+    assert "its lead over 4 of the others may be chance" in _headline(six, _leads(six))
+
+
+@pytest.mark.parametrize("methods", [("grpo", "base"), ("base", "grpo"), ("grpo", "sft", "base")])
+def test_the_headline_takes_the_corrected_p_value_of_the_comparison(
+    methods: tuple[str, ...],
+) -> None:
+    # Also where the best is the parent itself, or the parent comes third.
+    right = dict(zip(methods, (60, 45, 40), strict=False))
+    for p_value, wanted in ((0.3, "lead over {} may be chance"), (0.01, "{} is best")):
+        tested = {name: p_value for name in methods if name != "base"}
+        subject = subject_of(right, **tested)
+        other = ("grpo" if methods[0] == "base" else "base") if p_value > 0.05 else methods[0]
+        assert wanted.format(other) in _headline(subject, _leads(subject))
+
+
+def test_the_headline_does_not_contradict_the_finding_below_it(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=0)
+    table = pl.read_parquet(made["comparison"])
+    holm = pl.when(pl.col("method") == "grpo").then(0.3).otherwise("p_value_vs_parent_holm")
+    table.with_columns(p_value_vs_parent_holm=holm).write_parquet(made["comparison"])
+    assert script("report").main(report_arguments(made)) == 0
+    words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
+    assert "grpo comes first with 87.5 % of test right, but its lead over sft may be" in words
+    assert "grpo against sft: not significant" in words and "grpo is best" not in words
+    assert "A method is called best where it is ahead of every other significantly" in words
 
 
 def test_agreement_adds_up_and_counts_what_only_one_gets_right(page: Page) -> None:

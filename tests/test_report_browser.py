@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from report_study import HOSTILE, NUM_PROBLEMS, is_right, make_study, problem_id, report_arguments
+
+from gsm8k_core.report import json_for_script
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 THEMES = ["light", "dark"]
@@ -330,4 +333,59 @@ def test_views_of_models_and_suites_can_be_changed_and_linked_to(
     page.locator("[data-show-view='0']").click()
     expect(page.locator("#view")).to_have_value("0")
     expect(page.locator("#answer [data-view='0'] svg").first).to_be_visible()
+    page.close()
+
+
+@pytest.mark.parametrize("way", ["select", "button"])
+def test_a_view_opens_its_own_first_problem_when_a_search_in_completions_ends(
+    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path, way: str
+) -> None:
+    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(paths)) == 0
+    html = paths["output"].read_text(encoding="utf-8")
+    before, start, rest = html.partition('<script type="application/json" id="data">')
+    text, end, after = rest.partition("</script>")
+    data = json.loads(text)
+    del data["views"][1]["browser"]["problems"][20:]  # a view of fewer problems
+    paths["output"].write_text(
+        f"{before}{start}{json_for_script(data)}{end}{after}", encoding="utf-8", newline=""
+    )
+    page = chromium.new_page()
+    said: list[str] = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(paths["output"].as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.select_option("#outcome", "gained")
+    page.select_option("#method-a", label="sft")
+    page.select_option("#method-b", label="twin")
+    page.check("#in-completions")
+    page.fill("#search", "thinks of")
+    expect(page.locator("#count")).to_have_text(f"1 of {NUM_PROBLEMS} problems")
+    page.locator("#problems button").click()
+    expect(page.locator("#problem-id")).to_have_text("test-30")
+    # The other view compares sft with grpo at first, which gains 16 to 35.
+    if way == "select":
+        page.select_option("#view", "1")
+    else:
+        page.locator("[data-show-view='1']").click()
+    expect(page.locator("#count")).to_have_text("4 of 20 problems")
+    expect(page.locator("#problem-id")).to_have_text("test-16")
+    expect(page.locator("#position")).to_have_text("1 of 4")
+    expect(page.locator(".column")).to_have_count(4)
+    shown = "#p/m2/test/test-16" if way == "select" else "#p/m1/test/test-30"
+    assert page.evaluate("location.hash") == shown
+    # A later search ends the one of the view, which has shown nothing yet, and then shows it.
+    page.evaluate(
+        """() => {
+            const change = (id, value) => {
+                document.getElementById(id).value = value;
+                document.getElementById(id).dispatchEvent(new Event("change"));
+            };
+            change("view", "0");
+            document.getElementById("search").value = "thinks of 20";
+            change("order", "suite");
+        }"""
+    )
+    expect(page.locator("#problem-id")).to_have_text("test-20")
+    assert said == []
     page.close()

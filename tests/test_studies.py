@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from gsm8k_core import studies
 from gsm8k_core.errors import ConfigError, DataError
-from gsm8k_core.files import write_json
+from gsm8k_core.files import Json, write_json
 from gsm8k_core.metrics import Floats, holm, paired_difference
 from gsm8k_core.studies import SCHEMA, compare_studies, find_cells
 
@@ -152,6 +153,47 @@ def test_what_differs_is_told_with_both_values_and_named_in_the_row(make: Maker)
         "packages.torch: 2.12.0 → 2.13.0": ["m / base / test", "m / sft / test"],
         "training settings.method_settings.learning_rate: 1e-05 → 2e-05": ["m / sft / test"],
     }
+
+
+def test_other_data_starting_weights_and_problems_are_told(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    for folder, letter in ((old, "a"), (new, "b")):
+        for method, seed in RUNS:
+            run = folder / "m" / method / f"seed{seed}"
+            identity = {"method": method, "parent": None if method == "base" else "base"}
+            # Trained weights are another draw each time; those of the base model are not.
+            stats = {**identity, "weights": f"{letter}{method}", "problems_sha256": "p"}
+            write_json(run / "completions" / "test.stats.json", stats)
+            if method == "sft":
+                began = {**identity, "data_sha256": "d", "starting_weights": letter}
+                write_json(run / "train" / "summary.json", began)
+    found = compare_studies(old, new)
+    assert found.rows["differs"].to_list() == ["starting weights", "starting weights"]
+    assert found.changes == {
+        "starting weights: abase → bbase": ["m / base / test"],
+        "starting weights: a → b": ["m / sft / test"],
+    }
+    for method, seed in RUNS:  # of the new study: the first study's weights, but other data
+        run = new / "m" / method / f"seed{seed}"
+        stats = {"method": method, "weights": "abase", "problems_sha256": "q"}
+        write_json(run / "completions" / "test.stats.json", stats)
+        if method == "sft":
+            # Also what was sampled to train on is to be the same in both.
+            summary: Json = {"data_sha256": "e", "starting_weights": "a", "seconds_sampling": 1.0}
+            write_json(run / "train" / "summary.json", summary)
+    assert compare_studies(old, new).rows["differs"].to_list() == [
+        "problems",
+        "problems, training data",
+    ]
+
+
+def test_a_p_value_at_the_level_is_not_below_it() -> None:
+    row: Json = {"p_value": 0.05, "delta": -0.1}
+    studies._judge([row], 0.95)
+    assert row["verdict"] is None
+    row["p_value"] = 0.0499
+    studies._judge([row], 0.95)
+    assert row["verdict"] == "worse"
 
 
 def test_the_script_writes_both_files_and_fails_only_when_asked_and_worse(

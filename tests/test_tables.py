@@ -417,6 +417,35 @@ def test_seeds_that_were_not_trained_alike_are_flagged(study_dir: Path) -> None:
     assert row_of(frame, "grpo")["flags"] == "2 seeds"  # methods are meant to differ
 
 
+def test_rows_of_other_problems_data_or_starting_weights_are_flagged(study_dir: Path) -> None:
+    def write(method: str, parent: str | None, data: str, problems: str = "p") -> None:
+        for run in (study_dir / "m1" / method).glob("seed*"):
+            stats = run / "completions" / "test.stats.json"
+            weights = {"weights": f"{method} {run.name}", "problems_sha256": problems}
+            write_json(stats, {**read_json(stats), **weights})
+            if parent is not None:
+                start = f"{parent} {run.name}" if parent != "base" else "base seed0"
+                path = run / "train" / "summary.json"
+                began = {"parent": parent, "starting_weights": start, "data_sha256": data}
+                write_json(path, {**read_json(path), **began})
+
+    write("base", None, "")
+    write("sft", "base", "d")
+    write("grpo", "sft", "d")
+    frame = build(make_study(), study_dir)
+    assert [row_of(frame, name)["flags"] for name in ("sft", "grpo")] == ["2 seeds"] * 2
+
+    write("grpo", "sft", "e", problems="q")
+    path = study_dir / "m1" / "sft" / "seed3" / "train" / "summary.json"
+    write_json(path, {**read_json(path), "starting_weights": "another revision"})
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "sft")["flags"] == "2 seeds; parent: starting weights"
+    assert row_of(frame, "grpo")["flags"] == (
+        "2 seeds; parent: problems, training data; base: problems"
+    )
+    assert "flag “problems”: other problems" in to_markdown(frame)
+
+
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
     study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
     frame = build(study, study_dir)

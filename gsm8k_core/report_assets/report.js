@@ -106,18 +106,16 @@ let listed = []; // places of the problems that the filters let through, in orde
 let current = null; // place of the problem that is shown
 let shownMethods = new Set();
 
-function showView(number) {
+/** Show a view; `link`: the address follows to its first problem. */
+function showView(number, link = false) {
   view = number;
   $("view").value = String(number);
   for (const part of document.querySelectorAll("[data-view]")) {
     part.hidden = part.dataset.view !== String(number);
   }
-  startBrowser();
+  startBrowser(link);
 }
-$("view").addEventListener("change", () => {
-  showView(Number($("view").value));
-  selectProblem(listed[0] ?? null);
-});
+$("view").addEventListener("change", () => showView(Number($("view").value), true));
 
 // ---------------------------------------------------------------------------------------- browser
 
@@ -130,9 +128,10 @@ function options(select, pairs) {
   );
 }
 
-function startBrowser() {
+function startBrowser(link) {
   const { problems, runs } = browser();
-  current = null;
+  listed = []; // places of the view before; a search in completions takes a while
+  selectProblem(null);
   shownMethods = new Set(methods().keys());
   const names = methods().map((name, place) => [String(place), name]);
   options($("method-a"), names);
@@ -148,7 +147,8 @@ function startBrowser() {
   options($("decoding"), decodings);
   $("kept").textContent = page.views[view].kept;
   $("key").replaceChildren(...methods().map((name, place) => methodToggle(name, place)));
-  applyFilters();
+  showList();
+  applyFilters(link);
 }
 
 function methodToggle(name, place) {
@@ -198,7 +198,8 @@ const ORDERS = {
 const AT_ONCE = 32; // records unpacked beside each other
 let searchTurn = 0; // a later search ends an earlier one
 
-async function applyFilters() {
+/** List what the filters let through. A view that shows no problem yet then shows the first. */
+async function applyFilters(link = false) {
   const turn = ++searchTurn;
   const { problems } = browser();
   const condition = CONDITIONS[$("outcome").value];
@@ -235,6 +236,7 @@ async function applyFilters() {
   }
   listed = found;
   showList();
+  if (current === null) selectProblem(listed[0] ?? null, { link });
 }
 
 function showList() {
@@ -460,14 +462,14 @@ function visible(text) {
 
 // ---------------------------------------------------------------------------- links, keys, events
 
-/** Follow `#p/model/suite/problem`; true where the fragment is one. */
+/** Follow `#p/model/suite/problem`, where the fragment is one. */
 function followFragment() {
-  if (!location.hash.startsWith("#p/")) return false;
+  if (!location.hash.startsWith("#p/")) return;
   let parts;
   try {
     parts = location.hash.slice(3).split("/").map(decodeURIComponent);
   } catch {
-    return false; // a stray %
+    return; // a stray %
   }
   const [model, suite, id] = parts;
   const number = page.views.findIndex((item) => item.model === model && item.suite === suite);
@@ -478,12 +480,11 @@ function followFragment() {
     $("missing").textContent = `This page holds no problem “${id ?? ""}” of ${model} on ${suite}.`;
     $("missing").hidden = false;
     $("completions").scrollIntoView({ behavior: "instant" });
-    return true;
+    return;
   }
   $("missing").hidden = true;
   selectProblem(place, { link: false });
   $("completions").scrollIntoView({ behavior: "instant" });
-  return true;
 }
 addEventListener("hashchange", followFragment);
 
@@ -505,11 +506,11 @@ $("next").addEventListener("click", () => move(1));
 let typing = 0;
 $("search").addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(applyFilters, 150);
+  typing = setTimeout(() => applyFilters(), 150);
 });
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 for (const id of ["in-completions", "outcome", "method-a", "method-b", "order"]) {
-  $(id).addEventListener("change", applyFilters);
+  $(id).addEventListener("change", () => applyFilters());
 }
 for (const id of ["seed", "decoding"]) {
   $(id).addEventListener("change", () => {
@@ -551,14 +552,11 @@ document.addEventListener("keydown", (event) => {
 });
 $("show-help").addEventListener("click", () => $("help").showModal());
 for (const button of document.querySelectorAll("[data-show-view]")) {
-  button.addEventListener("click", () => {
-    showView(Number(button.dataset.showView));
-    selectProblem(listed[0] ?? null, { link: false });
-  });
+  button.addEventListener("click", () => showView(Number(button.dataset.showView)));
 }
 
 applyTheme();
 showWhichMethods();
 showView(0);
-if (!followFragment()) selectProblem(listed[0] ?? null, { link: false });
+followFragment();
 document.documentElement.dataset.ready = "true";
