@@ -87,6 +87,7 @@ class ChatClient:
         """Raises ConfigError when the key cannot be one."""
         self.settings = settings
         self._key = api_key(settings.base_url)
+        self._key_form = key_form(self._key) if self._key else None
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -144,8 +145,9 @@ class ChatClient:
         """The Reply in the body of a response with status 200; Fault where there is none."""
         kind = response.headers.get("content-type", "no content type")
         try:
-            text = self._without_key(response.content.decode("utf-8"))
-            body = json.loads(without_keep_alives(text))
+            text = response.content.decode("utf-8")
+            # Struck out once it is decoded: JSON has several ways to write the same text.
+            body = self._decoded_without_key(json.loads(without_keep_alives(text)))
         except (ValueError, RecursionError) as error:
             problem = f"not a JSON document ({type(error).__name__}, {kind})"
             raise Fault(f"{problem}: {excerpt(self._without_key(response.text))}", True) from None
@@ -153,7 +155,7 @@ class ChatClient:
             reply = parse_reply(body)
         except ValueError as error:
             usage = body.get("usage") if isinstance(body, dict) else None
-            reason = f"{error}: {excerpt(text)}"
+            reason = f"{error}: {excerpt(self._without_key(text))}"
             raise Fault(reason, True, usage=usage if isinstance(usage, dict) else None) from None
         if reply.finish_reason in UNFINISHED:
             reason = f"the server gave up: finish reason {reply.finish_reason}"
@@ -161,7 +163,20 @@ class ChatClient:
         return reply
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return self._key_form.sub("***", text) if self._key_form else text
+
+    def _decoded_without_key(self, value: Any) -> Any:
+        """A JSON value, with the key struck out of every text in it."""
+        if isinstance(value, str):
+            return self._without_key(value)
+        if isinstance(value, list):
+            return [self._decoded_without_key(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                self._without_key(name): self._decoded_without_key(item)
+                for name, item in value.items()
+            }
+        return value
 
 
 def is_loopback(url: str) -> bool:
@@ -184,6 +199,13 @@ def api_key(base_url: str) -> str | None:
     if re.fullmatch(r"[A-Za-z0-9._~+/=-]+", key) is None:  # RFC 6750, section 2.1
         raise ConfigError(f"{KEY_VARIABLE}: not a key: it holds spaces or other odd characters")
     return key
+
+
+def key_form(key: str) -> re.Pattern[str]:
+    """What finds the key in a text, however often JSON has escaped it (`\\/`, `\\u002f`)."""
+    return re.compile(
+        "".join(rf"\\{{0,8}}(?:{re.escape(c)}|u(?i:{ord(c):04x}))" for c in key), re.ASCII
+    )
 
 
 def without_keep_alives(text: str) -> str:

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 SECONDS_TO_BE_ENDED = 20.0
+MEMORY_EXCERPT_CHARACTERS = 160
+"""How much of torch's words, which go on about its allocator, stands in the line."""
 # Host and process id of the snakemake that a job works for; rules/common.smk sets it.
 SNAKEMAKE_VARIABLE = "GSM8K_SNAKEMAKE"
 
@@ -44,31 +46,41 @@ SNAKEMAKE_VARIABLE = "GSM8K_SNAKEMAKE"
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` with logging on; return its exit code.
 
-    What the user can mend (Gsm8kError, a full disk, a missing file) becomes one line on stderr and
-    exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives 130. Secrets are
-    struck out of all of it. Under torchrun, rank 0 logs, and the others no more than warnings.
+    What the user can mend (Gsm8kError, a full disk, a missing file, too little memory) becomes one
+    line on stderr and exit code 1; anything else is a bug and keeps its traceback. Ctrl-C gives
+    130. Secrets are struck out of all of it, warnings and what ends threads included. Under
+    torchrun, rank 0 logs, and the others no more than warnings.
     """
     level = "INFO" if ranks.is_main() else "WARNING"
     logging.basicConfig(
         level=os.environ.get("GSM8K_LOG_LEVEL", level).upper(), handlers=[_redacting_handler()]
     )
     sys.excepthook = _write_redacted_traceback
+    threading.excepthook = _write_redacted_traceback_of_thread
+    sys.unraisablehook = _write_redacted_unraisable
+    logging.captureWarnings(True)  # or they would go to stderr as they are
     end_with_snakemake()
     for noisy in ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Its warnings name every retry twice; the error at the end says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    code = _exit_code(main)
+    if ranks.world_size() > 1:
+        # What threads of gloo are left can abort an interpreter that shuts down, after all the work
+        # is done: torchrun would call the job failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
+    """Run `main`; what the user can mend becomes a line on stderr, and the exit code."""
     try:
         code = main() or 0
         # Who has not imported it has no other ranks to leave, nor torch to import for it.
         if "gsm8k_core.distributed" in sys.modules:
             sys.modules["gsm8k_core.distributed"].end()
-        if ranks.world_size() > 1:
-            # What threads of gloo are left can abort an interpreter that shuts down, after all the
-            # work is done: torchrun would call the job failed.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
         return code
     except Gsm8kError as error:
         sys.stderr.write(redact(f"{_rank_prefix()}error: {error}\n"))
@@ -81,6 +93,10 @@ def run_script(main: Callable[[], int | None]) -> int:
         sys.stderr.write(f"{_rank_prefix()}interrupted\n")
         return 130
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            log.debug("where the memory was asked for", exc_info=True)
+            sys.stderr.write(redact(f"{_rank_prefix()}error: {_memory_advice(error)}\n"))
+            return 1
         if ranks.world_size() == 1 or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
         sys.stderr.write(f"{_rank_prefix()}lost contact with another rank\n")
@@ -129,6 +145,19 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
         end()
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is torch's (which need not be imported here), of a GPU or of the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
+
+
+def _memory_advice(error: RuntimeError) -> str:
+    said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
+    return (
+        f"out of memory ({said}): lower tokens_per_microbatch, or set gradient_checkpointing: "
+        "true; with vLLM lower vllm.rollout_gpu_memory_fraction, or set vllm.sleep_level: 2"
+    )
+
+
 def _rank_prefix() -> str:
     return f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
 
@@ -149,9 +178,23 @@ def _redacting_handler() -> logging.Handler:
 
 
 def _write_redacted_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _write_redacted_traceback_of_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_type is SystemExit:  # as Python's own hook
+        return
+    name = failed.thread.name if failed.thread is not None else "that has ended"
+    sys.stderr.write(redact(f"Exception in thread {name}:\n"))
+    _write_redacted_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
+
+
+def _write_redacted_unraisable(failed: sys.UnraisableHookArgs) -> None:
+    where = f"{failed.err_msg or 'Exception ignored in'}: {failed.object!r}\n"
+    sys.stderr.write(redact(where))
+    _write_redacted_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
 def progress(

@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gsm8k_core.errors import BusyError, DataError
 
 Json = dict[str, Any]
+Value = TypeVar("Value")
 
 
 @contextlib.contextmanager
@@ -151,6 +152,17 @@ def read_jsonl(path: Path) -> list[Json]:
     return list(iter_jsonl(path))
 
 
+def required(row: Json, key: str, kind: type[Value], where: str) -> Value:
+    """The value of `key` in a row. Raises DataError that says `where` unless it is a `kind`."""
+    if key not in row:
+        raise DataError(f"{where}: '{key}' is missing")
+    value = row[key]
+    if not isinstance(value, kind):
+        found = "null" if value is None else type(value).__name__
+        raise DataError(f"{where}: '{key}': expected {kind.__name__}, found {found}")
+    return value
+
+
 def lock(path: Path, what: str) -> int:
     """Keep other processes from writing `what` until `unlock`, or the end of this one.
 
@@ -158,18 +170,33 @@ def lock(path: Path, what: str) -> int:
     BusyError that says who. Returns what `unlock` wants.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 1000).decode("utf-8", errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise BusyError(
+                f"{what}: {holder or 'another process'} is writing it; wait for its end, or stop it"
+            ) from None
+        # Given back, and so removed, between the two calls: others lock the file that comes next.
+        if _is_at(path, descriptor):
+            break
         os.close(descriptor)
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
-        raise BusyError(f"{what}: {holder} is writing it; wait for its end, or stop it") from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
     return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def unlock(path: Path, descriptor: int) -> None:

@@ -8,6 +8,7 @@ the `provenance` of their own records, so that every number leads to the call th
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import functools
 import hashlib
 import importlib.metadata
@@ -30,8 +31,8 @@ import psutil
 
 from gsm8k_core.config import Config
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json, sha256_json, write_json, write_text
-from gsm8k_core.redaction import redact
+from gsm8k_core.files import Json, atomic_path, read_json, sha256_json, write_json, write_text
+from gsm8k_core.redaction import redact, redact_assignments
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +56,17 @@ ALLOWED_ENVIRONMENT = (
 INVOCATION_VARIABLE = "GSM8K_INVOCATION"
 INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
-# A larger untracked file is data, not code: its name stands in the difference, not its content.
+# A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
 MAX_UNTRACKED_BYTES = 200_000
+# Files (and folders) that hold secrets: named in the manifest, known to git or not.
+SECRET_FILES = (
+    ".env*", ".netrc", "_netrc", "*.pem", "*.key", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+)  # fmt: skip
+# A patch that `git apply` takes, whatever the user's configuration makes of a difference.
+DIFF_OPTIONS = (
+    "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
+    "--src-prefix=a/", "--dst-prefix=b/",
+)  # fmt: skip
 
 
 def utc_now() -> str:
@@ -68,6 +78,12 @@ def run_command(
     *command: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
 ) -> str | None:
     """Standard output of a command, stripped; None where it is missing or fails."""
+    output = _output(*command, cwd=cwd, environment=environment)
+    return None if output is None else output.decode("utf-8", errors="replace").strip()
+
+
+def _output(*command: str, cwd: Path, environment: dict[str, str] | None = None) -> bytes | None:
+    """Standard output of a command, to the byte; None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(
@@ -76,10 +92,8 @@ def run_command(
         env={**os.environ, **(environment or {})},
         capture_output=True,
         check=False,
-        encoding="utf-8",
-        errors="replace",
     )
-    return result.stdout.strip() if result.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None
 
 
 def git_state() -> dict[str, Any]:
@@ -101,30 +115,70 @@ def git_state() -> dict[str, Any]:
     }
 
 
-def uncommitted_changes() -> str:
-    """How the tree differs from its commit, as a patch; files that git does not know included.
+def uncommitted_changes() -> tuple[str, dict[str, str]]:
+    """How the tree differs from its commit, as a patch, and the files left out of it, and why.
 
-    `git apply` on the commit gives the tree back, but for binary files and for unknown files above
-    MAX_UNTRACKED_BYTES. Empty outside a checkout. The index is left as it is: a copy is used.
+    Files that git does not know are included. `git apply` on the commit gives the tree back, but
+    for what is left out: files that may hold secrets and unknown files above MAX_UNTRACKED_BYTES.
+    Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`. Empty outside a checkout. The
+    index is left as it is: a copy is used.
     """
     index = run_command("git", "rev-parse", "--path-format=absolute", "--git-path", "index")
     if index is None or not Path(index).exists():
-        return ""
-    unknown = run_command("git", "ls-files", "--others", "--exclude-standard", "-z") or ""
-    small = [
-        name
-        for name in unknown.split("\0")
-        if name and (ROOT / name).is_file() and (ROOT / name).stat().st_size <= MAX_UNTRACKED_BYTES
-    ]
+        return "", {}
+    left_out: dict[str, str] = {}
+    small = []
+    for name in _git_names("ls-files", "--others", "--exclude-standard"):
+        reason = _reason_to_leave_out(name)
+        if reason is None:
+            small.append(name)
+        else:
+            left_out[name] = reason
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "index"
         shutil.copyfile(index, copy)
         environment = {"GIT_INDEX_FILE": str(copy)}
         if small:
-            run_command("git", "add", "--intent-to-add", "--", *small, environment=environment)
-        options = ("--no-ext-diff", "--no-color")
-        difference = run_command("git", "diff", *options, "HEAD", environment=environment)
-    return f"{difference}\n" if difference else ""
+            run_command(
+                "git", "--literal-pathspecs", "add", "--intent-to-add", "--", *small,
+                environment=environment,
+            )  # fmt: skip
+        changed = _git_names("diff", "--name-only", "--no-renames", "HEAD", environment=environment)
+        secret = [name for name in changed if _may_hold_secrets(name)]
+        left_out |= dict.fromkeys(secret, "may hold secrets")
+        difference = _output(
+            "git", "diff", *DIFF_OPTIONS, "HEAD",
+            "--", ":(top)", *(f":(top,exclude,literal){name}" for name in secret),
+            cwd=ROOT, environment=environment,
+        )  # fmt: skip
+    patch = (difference or b"").decode("utf-8", errors="surrogateescape")
+    return patch, {_printable(name): reason for name, reason in sorted(left_out.items())}
+
+
+def _git_names(*words: str, environment: dict[str, str] | None = None) -> list[str]:
+    """The names of files that a git command lists."""
+    output = _output("git", *words, "-z", cwd=ROOT, environment=environment) or b""
+    return [os.fsdecode(name) for name in output.split(b"\0") if name]
+
+
+def _reason_to_leave_out(name: str) -> str | None:
+    """Why a file that git does not know is not shown; None where it is."""
+    path = ROOT / name
+    if _may_hold_secrets(name):
+        return "may hold secrets"
+    if not (path.is_file() or path.is_symlink()):
+        return "not a file"
+    too_large = path.lstat().st_size > MAX_UNTRACKED_BYTES
+    return f"larger than {MAX_UNTRACKED_BYTES} bytes" if too_large else None
+
+
+def _may_hold_secrets(name: str) -> bool:
+    parts = name.lower().split("/")
+    return any(fnmatch.fnmatchcase(part, form) for part in parts for form in SECRET_FILES)
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", errors="replace")
 
 
 CODE_SUFFIXES = {".py", ".json", ".jinja", ".css", ".js"}
@@ -237,7 +291,9 @@ class Invocation:
 
         run_manifest.json            command, commit, settings, seeds, start, end, state, seconds;
                                      digests of the datasets and weights once it has ended
-        changes.diff                 what differs from the commit
+        changes.diff                 what differs from the commit, for `git apply`; the manifest's
+                                     `changes` names the files left out, and says `redacted` where
+                                     a secret was struck out, so that it may not apply
         sys/host.json                host, processor, memory, GPUs and their driver
         locks/requirements.lock.txt  what is installed
         locks/uv.lock
@@ -291,7 +347,11 @@ class Invocation:
             write_text(
                 self.folder / "locks" / "uv.lock", (ROOT / "uv.lock").read_text(encoding="utf-8")
             )
-        write_text(self.folder / "changes.diff", redact(uncommitted_changes()))
+        patch, left_out = uncommitted_changes()
+        shown = redact_assignments(redact(patch))
+        with atomic_path(self.folder / "changes.diff") as temporary:
+            temporary.write_bytes(shown.encode("utf-8", errors="surrogateescape"))
+        self.manifest["changes"] = {"redacted": shown != patch, "left_out": left_out}
         write_json(self.folder / "sys" / "host.json", host_facts())
         self._write()
         return self.folder.name

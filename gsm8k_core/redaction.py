@@ -12,14 +12,44 @@ from collections.abc import Iterator
 from typing import Any
 
 STRUCK_OUT = "***"
-SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"}
+# A word of a name that makes it a secret's: $OPENAI_APIKEY, $HF_TOKEN, $SMTP_PASSPHRASE.
+SECRET_WORD = re.compile(
+    r"(API|ACCESS|SECRET|PRIVATE)?KEY|\w*(APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
+    r"CREDENTIALS?"
+)
+# Only as the last word of a name: $SSH_AUTH_SOCK is a path. $SSH_ASKPASS is a program.
+LAST_SECRET_WORD = re.compile(r"(?!BYPASS|COMPASS|ASKPASS)\w*PASS|AUTH|PAT")
 # Shorter values (`1`, `false`) would strike out half of every log.
 MIN_SECRET_LENGTH = 8
 URL_USER = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
-# Hugging Face, OpenAI and its like, GitHub, AWS.
+# Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, W&B.
 KEY_FORM = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b"
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
+    r"|wandb_v1_[A-Za-z0-9_-]{16,})"
 )
+# What gives a value to an upper-case name: in a .env file, a shell, code, JSON or YAML.
+ASSIGNMENT = re.compile(
+    r"""(?<![\w$])(?P<name>[A-Z][A-Z0-9_]*)
+    (?: ["']?[ \t]*[=:][ \t]* (?P<quoted>"[^"\n]*"|'[^'\n]*')
+      | = (?P<word>[^\s"']\S*)
+      | :[ \t]+ (?P<last>[^\s"']\S*) [ \t]*$
+    )""",
+    re.VERBOSE | re.MULTILINE,
+)
+# A value that is none: `$HF_TOKEN`, `${{ secrets.HF_TOKEN }}`, `$(cat token)`.
+REFERENCE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*\b|[{(]).*")
+# The name of a variable, as in KEY_VARIABLE = "DEEPSEEK_API_KEY" or f(HF_TOKEN=FAKE_TOKEN).
+VARIABLE = re.compile(r"([A-Z][A-Z_]*)(?:[,)].*)?")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name holds a secret."""
+    words = name.upper().split("_")
+    return any(SECRET_WORD.fullmatch(word) for word in words) or (
+        LAST_SECRET_WORD.fullmatch(words[-1]) is not None
+    )
 
 
 def environment_secrets() -> dict[str, str]:
@@ -27,7 +57,7 @@ def environment_secrets() -> dict[str, str]:
     found = {
         name: value
         for name, value in os.environ.items()
-        if SECRET_WORDS & set(name.upper().split("_")) and len(value) >= MIN_SECRET_LENGTH
+        if is_secret_name(name) and len(value) >= MIN_SECRET_LENGTH
     }
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
@@ -37,6 +67,26 @@ def redact(text: str) -> str:
     for value in environment_secrets().values():
         text = text.replace(value, STRUCK_OUT)
     return KEY_FORM.sub(STRUCK_OUT, URL_USER.sub(STRUCK_OUT, text))
+
+
+def redact_assignments(text: str) -> str:
+    """`text` with the values of variables whose names are a secret's replaced by `***`.
+
+    For files as they are; in a log it would strike out more than secrets.
+    """
+
+    def strike(match: re.Match[str]) -> str:
+        group = next(name for name in ("quoted", "word", "last") if match[name] is not None)
+        value = match[group].strip("\"'")
+        variable = VARIABLE.fullmatch(value)
+        is_a_name = variable is not None and is_secret_name(variable[1])
+        if not value or not is_secret_name(match["name"]) or is_a_name or REFERENCE.match(value):
+            return match[0]
+        before = match[0][: match.start(group) - match.start()]
+        quote = match[group][0] if group == "quoted" else ""
+        return before + quote + STRUCK_OUT + quote + match[0][match.end(group) - match.start() :]
+
+    return ASSIGNMENT.sub(strike, text)
 
 
 def secrets_in_settings(settings: Any) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gsm8k_core.answers import Marker, is_correct
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.files import Json, iter_jsonl, required
 
 
 def graded_completions(
@@ -15,20 +15,24 @@ def graded_completions(
     """Distinct completions of each problem: the right ones that ended, and the wrong ones.
 
     In the order of the file; a text that was sampled twice counts once. `questions` by problem id.
-    Raises DataError that names the row of a problem that is not among them.
+    Raises DataError that names the row of a problem that is not among them, or that lacks a key.
     """
     graded: dict[str, tuple[list[Json], list[Json]]] = {}
     seen: set[tuple[str, str]] = set()
     for number, row in enumerate(iter_jsonl(path), start=1):
-        problem_id, text = row["problem_id"], row["completion"]
+        where = f"{path}, row {number}"
+        problem_id, text, gold, finish_reason = (
+            required(row, key, str, where)
+            for key in ("problem_id", "completion", "gold", "finish_reason")
+        )
         if problem_id not in questions:
-            raise DataError(f"{path}, row {number}: no problem {problem_id} in the data")
+            raise DataError(f"{where}: no problem {problem_id} in the data")
         right, wrong = graded.setdefault(problem_id, ([], []))
         if (problem_id, text) in seen:
             continue
-        if not is_correct(text, row["gold"], "strict", marker):
+        if not is_correct(text, gold, "strict", marker):
             wrong.append(row)
-        elif row["finish_reason"] == "stop":
+        elif finish_reason == "stop":
             right.append(row)
         else:
             continue  # cut short: the same text may yet come with its end

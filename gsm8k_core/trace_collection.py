@@ -40,6 +40,7 @@ from gsm8k_core.files import Json, iter_jsonl
 from gsm8k_core.manifest import utc_now
 from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import chat_messages
+from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Collection:
 
     def settle(self, request: int, task: Task, amount: Amount, reason: str) -> None:
         """Note what a request without an answer may have cost. The later row counts."""
-        self._note(request, task, amount, {"reason": reason})
+        self._note(request, task, amount, {"reason": redact(reason)})
         self.maybe_spent += amount
 
     def _note(self, request: int, task: Task, amount: Amount, more: Json) -> None:
@@ -260,7 +261,7 @@ class Collection:
         self.spent_on_replies += Amount(row["tokens"], row["money"])
 
     def add_failure(self, task: Task, reason: str, attempts: int) -> None:
-        row = {"problem_id": task[0], "sample_index": task[1], "reason": reason}
+        row = {"problem_id": task[0], "sample_index": task[1], "reason": redact(reason)}
         self.failed.append({**row, "attempts": attempts, "at": utc_now()})
 
     def close(self) -> None:
@@ -362,7 +363,10 @@ class Collector:
                 self.budget_spent = True
                 self._stop.set()
             except ApiError as error:
-                self._error = self._error or error
+                if self._error is None:
+                    # Now: `run` raises it only when the last request under way has ended.
+                    log.error("%s; nothing more is asked, what is under way is waited for", error)
+                    self._error = error
                 self._stop.set()
 
     async def _collect(self, problem: Problem, index: int) -> None:
@@ -431,11 +435,13 @@ class Collector:
         row = reply_row(problem, index, request, attempt, reply, cost)
         self.collection.add_reply({**row, "seconds": round(time.monotonic() - started, 3)})
         await self.budget.settle(worst, cost)
-        if self.budget.is_limited and cost.tokens > worst.tokens:
+        # More completion than allowed may cost more though the tokens, prompt included, are fewer.
+        if self.budget.is_limited and (cost.tokens > worst.tokens or cost.money > worst.money):
             raise ApiError(
                 f"{self.settings.api.base_url}: it counted {cost.tokens} tokens for a request of "
-                f"at most {worst.tokens}, so it does not keep to max_tokens and no budget can be "
-                "kept; take the budget away to go on"
+                f"at most {worst.tokens} (a price of {cost.money:g} where {worst.money:g} is the "
+                "most), so it does not keep to max_tokens and no budget can be kept; take the "
+                "budget away to go on"
             )
 
     async def _stopped_within(self, seconds: float) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from gsm8k_core.answers import is_correct
 from gsm8k_core.config import PromptSettings, TraceDatasetSettings, TraceSelectionSettings
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.files import Json, iter_jsonl, required
 from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import render_solution
 
@@ -31,7 +31,8 @@ def select_traces(
     """Problems whose demonstration is a trace, by problem and number of the trace; and counts.
 
     The counts say how many answers there were, what became of each and how many questions are
-    covered. Raises DataError that names the row of an answer whose question is not in `problems`.
+    covered. Raises DataError that names the row of an answer whose question is not in `problems`,
+    or that lacks something.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, list[Problem]] = {problem.id: [] for problem in problems}
@@ -71,11 +72,14 @@ def _in_order(path: Path, problems: list[Problem]) -> Iterator[tuple[Problem, Js
     by_id = {problem.id: problem for problem in problems}
     rows = []
     for number, row in enumerate(iter_jsonl(path), start=1):
-        problem = by_id.get(row["problem_id"])
-        if problem is None or problem.question != row["question"]:
-            raise DataError(
-                f"{path}, row {number}: the question of {row['problem_id']} is not in the data"
-            )
+        where = f"{path}, row {number}"
+        for key in ("reasoning", "content"):
+            required(row, key, str, where)
+        required(row, "sample_index", int, where)
+        problem_id = required(row, "problem_id", str, where)
+        problem = by_id.get(problem_id)
+        if problem is None or problem.question != required(row, "question", str, where):
+            raise DataError(f"{where}: the question of {problem_id} is not in the data")
         rows.append(row)
     place = {problem.id: index for index, problem in enumerate(problems)}
     for row in sorted(rows, key=lambda row: (place[row["problem_id"]], row["sample_index"])):

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 from pydantic import ValidationError
 
 from gsm8k_core.config import TrackingSettings
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import Json, iter_jsonl, write_jsonl
+from gsm8k_core.files import Json, iter_jsonl, required, write_jsonl
 from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ MAX_QUEUED = 1000
 MAX_START_ATTEMPTS = 3
 # What W&B may take at the end of a run to write, or upload, what is left.
 FINISH_SECONDS = 60.0
+# The service, and what it measures the machine with (under its older name too).
+SERVICE_NAMES = ("wandb-core", "wandb-symon", "gpu_stats")
 COMPLETION_COLUMNS = ("step", "prompt", "completion", "gold", "reward", "num_tokens", "truncated")
 
 
@@ -61,11 +64,12 @@ def _rows_until(path: Path, last_step: int) -> list[Json]:
     rows: list[Json] = []
     if last_step == 0 or not path.exists():
         return rows
-    for row in iter_jsonl(path):
-        if row["step"] > last_step:
+    for number, row in enumerate(iter_jsonl(path), start=1):
+        step = required(row, "step", int, f"{path}, row {number}")
+        if step > last_step:
             break
         rows.append(row)
-        if row["step"] == last_step:
+        if step == last_step:
             break
     return rows
 
@@ -106,7 +110,9 @@ def wandb_mode(settings: TrackingSettings) -> str:
     if settings.project is None or settings.mode == "disabled":
         return "disabled"
     if settings.mode == "online" and not _has_key():
-        log.warning("W&B: no key ($WANDB_API_KEY, ~/.netrc), so offline; `wandb sync` uploads")
+        log.warning(
+            "W&B: no key ($WANDB_API_KEY, $NETRC, ~/.netrc), so offline; `wandb sync` uploads"
+        )
         return "offline"
     return settings.mode or ("online" if _has_key() else "offline")
 
@@ -116,7 +122,9 @@ def _has_key() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc().authenticators(host) is not None
+        # As W&B does: $NETRC in place of ~/.netrc.
+        file = os.environ.get("NETRC") or None
+        return netrc.netrc(file and os.path.expanduser(file)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -149,7 +157,7 @@ def start_tracker(folder: Path, run: TrackedRun) -> Tracker | None:
 
 
 class Tracker:
-    """Hands rows to W&B. No call waits, but for `finish`, which waits FINISH_SECONDS at most."""
+    """Hands rows to W&B. No call waits, but for `finish`: FINISH_SECONDS at most, or twice that."""
 
     def __init__(
         self, settings: TrackingSettings, mode: str, folder: Path, run: TrackedRun
@@ -189,6 +197,12 @@ class Tracker:
         """Set the run's summary, and wait until W&B has all that is queued, or for long enough."""
         if self._has_failed:
             self._thread.join(FINISH_SECONDS)  # it may still be saying so
+            # Its service may be what hangs.
+            ending = threading.Thread(target=_end_service, name="wandb-end", daemon=True)
+            ending.start()
+            ending.join(FINISH_SECONDS)
+            if ending.is_alive():
+                _kill_service()
             return
         deadline = time.monotonic() + FINISH_SECONDS
         try:
@@ -199,6 +213,7 @@ class Tracker:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             log.warning("W&B: not done after %.0f s; the run ends without it", FINISH_SECONDS)
+            _kill_service()
         elif self.num_dropped:
             log.warning("W&B: %d rows were dropped; metrics.jsonl has all", self.num_dropped)
 
@@ -265,6 +280,25 @@ class Tracker:
             else:
                 started.log(_fields(item), step=item["step"])
         started.finish()
+
+
+def _end_service() -> None:
+    """What W&B's own hook does at the end of Python, while that can still be waited for."""
+    with contextlib.suppress(Exception):  # W&B has failed, and that was said
+        importlib.import_module("wandb").teardown()
+
+
+def _kill_service() -> None:
+    """Kill the processes that W&B has started from this one.
+
+    Its own hook at the end of Python waits for them, for ever where they hang.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+            name = child.name()
+            if any(known in name for known in SERVICE_NAMES):
+                log.warning("W&B: killing %s (process %d)", name, child.pid)
+                child.kill()
 
 
 def _fields(row: Json) -> Json:

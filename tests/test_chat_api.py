@@ -10,6 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from gsm8k_core.chat_api import (
+    ChatClient,
+    Fault,
+    Reply,
     api_key,
     excerpt,
     parse_reply,
@@ -127,6 +130,31 @@ def test_the_key_goes_where_it_is_safe(
     assert api_key(url) == ("sk-abc" if goes else None)
     monkeypatch.setenv("DEEPSEEK_API_KEY", "")
     assert api_key(url) is None
+
+
+KEY = "planted/0123+abc=="
+ESCAPED = (KEY, KEY.replace("/", "\\/"), KEY.replace("/", "\\u002F").replace("p", "\\u0070"))
+
+
+@pytest.mark.parametrize("quoted", ESCAPED)
+def test_a_key_is_struck_out_however_json_writes_it(
+    quoted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    client = ChatClient(api())
+    content = (
+        '{"choices": [{"message": {"content": "K!", "reasoning": "{\\"k\\": \\"K\\"}"},'
+        ' "finish_reason": "stop"}], "model": "K", "usage": {"K": 1}}'
+    ).replace("K", quoted)
+    reply = client._reply(httpx.Response(200, content=content.encode()))
+    assert reply == Reply("***", '{"k": "***"}', "***!", "stop", {"***": 1})
+
+    error = client._refusal(httpx.Response(401, content=f'{{"sent": "{quoted}"}}'.encode()))
+    assert str(error).endswith('it says: {"sent": "***"}')
+    for body in (f'{{"error": "{quoted}"}}', f'{{"error": "{quoted}'):
+        with pytest.raises(Fault) as fault:
+            client._reply(httpx.Response(200, content=body.encode()))
+        assert '"error": "***' in str(fault.value)
 
 
 @pytest.mark.parametrize("key", ["sk-a b", "sk-a\nX-Header: y", "sk-ключ", "sk-\x00"])

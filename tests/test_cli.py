@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,10 @@ NOISY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datase
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in (*NOISY, "huggingface_hub")}
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
     yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    logging.captureWarnings(False)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
@@ -70,6 +74,43 @@ def test_what_the_user_can_mend_is_one_line(
 ) -> None:
     assert run_script(raising(error)) == code
     assert capsys.readouterr().err == line
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own."""
+
+
+REMEDIES = (
+    "lower tokens_per_microbatch, or set gradient_checkpointing: true; with vLLM lower "
+    "vllm.rollout_gpu_memory_fraction, or set vllm.sleep_level: 2"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OutOfMemoryError("Tried to allocate 2.00 GiB.\nMore."), "Tried to allocate 2.00 GiB."),
+        (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA out of memory. " + "x" * 500), "CUDA out of memory. " + "x" * 140),
+    ],
+)
+def test_too_little_memory_is_one_line_with_what_helps(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    said: str,
+) -> None:
+    assert run_script(raising(error)) == 1
+    assert capsys.readouterr().err == f"error: out of memory ({said}): {REMEDIES}\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run_script(raising(error)) == 1
+    assert capsys.readouterr().err == f"[rank 1] error: out of memory ({said}): {REMEDIES}\n"
+
+
+def test_another_runtime_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_script(raising(RuntimeError("shapes do not fit")))
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from gsm8k_core.files import (
     iter_jsonl,
     read_json,
     read_jsonl,
+    required,
     seed_from,
     sha256_file,
     sha256_json,
@@ -34,6 +38,14 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
+
+
+@pytest.fixture(autouse=True)
+def hooks_as_they_were() -> Iterator[None]:
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    logging.captureWarnings(False)
 
 
 # atomic writes
@@ -223,6 +235,17 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
 def test_json_is_written_as_utf_8_with_a_newline(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": "−5"})
     assert (tmp_path / "x.json").read_bytes() == '{\n  "a": "−5"\n}\n'.encode()
+
+
+def test_what_a_row_lacks_is_named_with_its_place() -> None:
+    assert required({"a": 1}, "a", int, "x.jsonl, row 1") == 1
+    for row, fault in (
+        ({}, "'a' is missing"),
+        ({"a": None}, "'a': expected int, found null"),
+        ({"a": "1"}, "'a': expected int, found str"),
+    ):
+        with pytest.raises(DataError, match=f"^x.jsonl, row 3: {fault}$"):
+            required(row, "a", int, "x.jsonl, row 3")
 
 
 # digests and seeds

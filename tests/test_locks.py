@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -51,6 +52,44 @@ def test_a_lock_that_was_given_back_is_free_and_leaves_no_file(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
     with hold(tmp_path / ".lock") as holder:
         holder.kill()
+
+
+def as_the_holder_gives_it_back(
+    monkeypatch: pytest.MonkeyPatch, path: Path, then: Callable[[], None] = lambda: None
+) -> None:
+    """`path` is removed after `lock` has opened it and before it locks it; and then `then`."""
+    really = fcntl.lockf
+
+    def lockf(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "lockf", really)
+        path.unlink()
+        then()
+        really(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    as_the_holder_gives_it_back(monkeypatch, path)
+    descriptor = lock(path, "the run")
+    assert path.stat().st_ino == os.fstat(descriptor).st_ino
+    unlock(path, descriptor)
+
+
+def test_a_file_that_was_removed_and_a_newcomers_file_are_not_two_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    newcomers: list[subprocess.Popen[str]] = []
+    as_the_holder_gives_it_back(monkeypatch, path, lambda: newcomers.append(hold(path)))
+    with pytest.raises(BusyError, match="the run: process [0-9]+ on .* is writing it"):
+        lock(path, "the run")
+    (newcomer,) = newcomers
+    with newcomer:
+        newcomer.kill()
 
 
 @pytest.mark.slow

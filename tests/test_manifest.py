@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from gsm8k_core.manifest import (
     run_command,
     utc_now,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_provenance_says_code_packages_machine_and_time() -> None:
@@ -48,7 +51,7 @@ def test_no_secret_of_the_environment_is_written(
     monkeypatch.setenv("LANG", "planted-key-2")  # allowed, but not with that value
     monkeypatch.setenv("PYTHONHASHSEED", "7")
     monkeypatch.setattr(sys, "argv", ["/somebody/bin/snakemake", "--note", "planted-token-1"])
-    monkeypatch.setattr(manifest, "uncommitted_changes", lambda: "+token: planted-token-1\n")
+    monkeypatch.setattr(manifest, "uncommitted_changes", lambda: ("+token: planted-token-1\n", {}))
     invocation = Invocation(tmp_path)
     invocation.start(config)
     written = "".join(
@@ -93,42 +96,114 @@ def test_outside_a_checkout_there_is_no_commit(
     assert git_state() == unknown
     monkeypatch.setenv("GSM8K_COMMIT", "2fbb610d" * 5)
     assert git_state() == {**unknown, "commit": "2fbb610d" * 5}
-    assert manifest.uncommitted_changes() == ""
+    assert manifest.uncommitted_changes() == ("", {})
+
+
+GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+
+
+def git_in(folder: Path, *words: str) -> str:
+    result = subprocess.run([*GIT, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return result.stdout
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty repository in place of this one."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    git_in(folder, "init", "-q")
+    monkeypatch.setattr(manifest, "ROOT", folder)
+    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=folder))
+    monkeypatch.setattr(manifest, "code_digest", lambda: "0" * 64)  # it is kept for the process
+    return folder
 
 
 def test_the_uncommitted_changes_give_the_tree_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tree: Path, tmp_path: Path, config: Config
 ) -> None:
-    tree, copy = tmp_path / "tree", tmp_path / "copy"
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-
-    def run(*words: str, cwd: Path = tree) -> str:
-        result = subprocess.run([*git, *words], cwd=cwd, check=True, capture_output=True, text=True)
-        return result.stdout
-
-    tree.mkdir()
-    run("init", "-q")
     (tree / "changed.py").write_text("a = 1\n", encoding="utf-8")
     (tree / "removed.py").write_text("b = 1\n", encoding="utf-8")
+    (tree / "binary").write_bytes(bytes(range(256)) * 9)
+    (tree / "latin-1, CRLF").write_bytes(b"caf\xe9\r\n" * 9)
+    (tree / "blank at its end").write_text("a\nb\nc\n\n", encoding="utf-8")
     (tree / ".gitignore").write_text("ignored\n", encoding="utf-8")
-    run("add", ".")
-    run("commit", "-q", "-m", "first")
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
     (tree / "changed.py").write_text("a = 2\n", encoding="utf-8")
     (tree / "removed.py").unlink()
+    (tree / "binary").write_bytes(bytes(range(256)) * 8)
+    (tree / "latin-1, CRLF").write_bytes(b"caf\xe9\r\n" * 5 + b"th\xe9\r\n" + b"caf\xe9\r\n" * 9)
+    (tree / "blank at its end").write_text("a\nB\nc\n\n", encoding="utf-8")
     (tree / "a new one.py").write_text("c = '−'\n", encoding="utf-8")
+    (tree / "new binary").write_bytes(b"\0\1\2")
+    (tree / "zz").write_text("the last one ends in a blank line\n\n", encoding="utf-8")
     (tree / "ignored").write_text("d\n", encoding="utf-8")
     (tree / "large").write_text("e\n" * manifest.MAX_UNTRACKED_BYTES, encoding="utf-8")
-    before = run("status", "--porcelain")
-    monkeypatch.setattr(manifest, "ROOT", tree)
-    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tree))
-    (tmp_path / "changes.diff").write_text(manifest.uncommitted_changes(), encoding="utf-8")
-    assert run("status", "--porcelain") == before
+    before = git_in(tree, "status", "--porcelain")
+    name = Invocation(tmp_path / "runs").start(config)
+    assert git_in(tree, "status", "--porcelain") == before
+    written = read_json(tmp_path / "runs" / name / "run_manifest.json")
+    assert written["changes"] == {
+        "redacted": False, "left_out": {"large": "larger than 200000 bytes"},
+    }  # fmt: skip
 
-    run("clone", "-q", str(tree), str(copy), cwd=tmp_path)
-    run("apply", str(tmp_path / "changes.diff"), cwd=copy)
-    files = {path.name: path.read_text(encoding="utf-8") for path in copy.glob("*.py")}
-    assert files == {"changed.py": "a = 2\n", "a new one.py": "c = '−'\n"}
-    assert not (copy / "ignored").exists() and not (copy / "large").exists()
+    copy = tmp_path / "copy"
+    git_in(tmp_path, "clone", "-q", str(tree), str(copy))
+    git_in(copy, "apply", str(tmp_path / "runs" / name / "changes.diff"))
+    contents = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for folder in (tree, copy)
+    ]
+    assert contents[1] == {k: v for k, v in contents[0].items() if k not in ("ignored", "large")}
+
+
+def test_a_patch_that_ends_in_a_blank_line_of_context_applies(tree: Path, tmp_path: Path) -> None:
+    (tree / "file").write_text("a\nb\n\n", encoding="utf-8")
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
+    (tree / "file").write_text("a\nB\n\n", encoding="utf-8")
+    (tmp_path / "changes.diff").write_text(manifest.uncommitted_changes()[0], encoding="utf-8")
+    git_in(tree, "checkout", "-q", "file")
+    git_in(tree, "apply", str(tmp_path / "changes.diff"))
+    assert (tree / "file").read_text(encoding="utf-8") == "a\nB\n\n"
+
+
+def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
+    tree: Path, tmp_path: Path, config: Config
+) -> None:
+    (tree / "sub").mkdir()
+    (tree / ".env.shared").write_text("A=planted-0\n", encoding="utf-8")
+    (tree / "deploy.sh").write_text("true\n", encoding="utf-8")
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
+    for name in (
+        ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
+        "id_ed25519",
+    ):  # fmt: skip
+        (tree / name).write_text("HF=planted-1\n", encoding="utf-8")
+    (tree / "staged.pem").write_text("planted-2\n", encoding="utf-8")
+    git_in(tree, "add", "staged.pem")
+    (tree / "deploy.sh").write_text("export DB_PASS=planted-3\ntrue\n", encoding="utf-8")
+    (tree / "new.sh").write_text("SMTP_KEY='planted-4 of two words'\n", encoding="utf-8")
+    name = Invocation(tmp_path / "runs").start(config)
+    folder = tmp_path / "runs" / name
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.is_file()]
+    assert "planted" not in "".join(texts)
+    changes = read_json(folder / "run_manifest.json")["changes"]
+    assert changes["redacted"] is True
+    assert set(changes["left_out"]) == {
+        ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
+        "id_ed25519", "staged.pem",
+    }  # fmt: skip
+    diff = (folder / "changes.diff").read_text(encoding="utf-8")
+    assert "+export DB_PASS=***\n" in diff and "+SMTP_KEY='***'\n" in diff
+
+
+def test_git_does_not_take_a_file_of_variables(tree: Path) -> None:
+    shutil.copyfile(ROOT / ".gitignore", tree / ".gitignore")
+    names = [".env", ".env.local", "studies/.env"]
+    assert git_in(tree, "check-ignore", *names).split() == names
 
 
 def test_a_command_that_is_missing_or_fails_gives_none() -> None:

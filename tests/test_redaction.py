@@ -15,7 +15,7 @@ from gsm8k_core.cli import settings_from
 from gsm8k_core.config import ModelSettings, load_config, merge, parse_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import read_json
-from gsm8k_core.redaction import redact
+from gsm8k_core.redaction import redact, redact_assignments
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_KEY = "hf_" + "a1B2" * 6
@@ -38,11 +38,66 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://token@host", "https://***@host"),
         (f"with {HUB_KEY}.", "with ***."),
         ("sk-" + "x" * 30, "***"),
+        ("github_pat_" + "a1B2_" * 8, "***"),
+        ("glpat-" + "a1-B2" * 4, "***"),
+        ("xoxb-" + "123-abc" * 4 + " and xoxp-" + "123-abc" * 4, "*** and ***"),
+        ("AIza" + "a1_B2" * 7, "***"),
+        ("wandb_v1_" + "a1_B2" * 8, "***"),
         ("false-as-it-were, on, a@b.c, task-and-some-more-words", None),
     ],
 )
 def test_secrets_are_struck_out_and_nothing_else(text: str, expected: str | None) -> None:
     assert redact(text) == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MYAPIKEY", "OPENAI_APIKEY", "PGPASS", "DB_PASS", "SMTP_PASSPHRASE", "API_AUTH", "HUB_PAT",
+        "HFTOKEN", "hf_token", "WANDB_API_KEY_OLD",
+    ],
+)  # fmt: skip
+def test_a_variable_whose_name_says_so_holds_a_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "planted-value")
+    assert redact("x planted-value y") == "x *** y"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PATH", "PYTHONPATH", "PATTERN", "AUTHOR", "GIT_AUTHOR_NAME", "SSH_AUTH_SOCK", "KEYBOARD",
+        "GIT_ASKPASS", "BYPASS", "COMPASS", "TOKENIZERS_PARALLELISM", "MONKEY",
+    ],
+)  # fmt: skip
+def test_a_variable_of_a_similar_name_holds_none(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "planted-value")
+    assert redact("x planted-value y") == "x planted-value y"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("DB_PASS=hunter2", "DB_PASS=***"),
+        ("+export PGPASS='a b c'  # mine", "+export PGPASS='***'  # mine"),
+        ('API_KEY = "abc" + x', 'API_KEY = "***" + x'),
+        ('"API_KEY": "abc",', '"API_KEY": "***",'),
+        ("ENV A_TOKEN=b C_KEY=$d", "ENV A_TOKEN=*** C_KEY=***"),
+        ("HF_TOKEN: abc\nPATH=/bin", "HF_TOKEN: ***\nPATH=/bin"),
+        ("HF_TOKEN=$HF_TOKEN ${{ x }}", None),
+        ("HF_TOKEN: ${{ secrets.HF_TOKEN }}", None),
+        ('KEY_VARIABLE = "DEEPSEEK_API_KEY"', None),
+        ("run(HF_TOKEN=FAKE_TOKEN)", None),
+        ("AUTHOR=me PATTERN=x pad_token='<pad>'", None),
+    ],
+)
+def test_the_value_that_a_file_gives_to_a_secret_is_struck_out(
+    line: str, expected: str | None
+) -> None:
+    assert redact_assignments(line) == (line if expected is None else expected)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +150,18 @@ def test_the_configs_of_the_repository_hold_no_secret() -> None:
         "raise DataError('no planted-key')",
         "raise OSError('no planted-key')",
         "log.warning('no %s', 'planted-key')",
+        "warnings.warn('no planted-key')",
+        "thread = threading.Thread(target=fails); thread.start(); thread.join()",
+        "Unraisable()",
     ],
 )
 def test_no_message_of_a_script_holds_a_secret(failure: str) -> None:
     code = (
-        "import logging, sys; from gsm8k_core.cli import run_script\n"
+        "import logging, sys, threading, warnings; from gsm8k_core.cli import run_script\n"
         "from gsm8k_core.errors import DataError\n"
         "log = logging.getLogger('x')\n"
+        "def fails(*_):\n    raise RuntimeError('no planted-key')\n"
+        "class Unraisable:\n    __del__ = fails\n"
         f"def main():\n    {failure}\n"
         "sys.exit(run_script(main))\n"
     )

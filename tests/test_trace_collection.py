@@ -252,6 +252,46 @@ def test_a_key_that_the_server_quotes_is_in_no_error_and_no_file(
     assert not any(FAKE_KEY in text for text in [str(error.value), *texts])
 
 
+class IndiscreetServer(ChatServer):
+    """Names a secret that is not the collector's own."""
+
+    async def do_indiscreet(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        self.send(writer, 503, b'{"error": "planted-other-secret is no key here"}')
+
+    async def do_indiscreet_refusal(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        self.send(writer, 401, b'{"error": "planted-other-secret is no key here"}')
+
+
+def test_other_secrets_that_a_server_names_are_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXY_PASSWORD", "planted-other-secret")
+    with IndiscreetServer(lambda *_: "indiscreet") as server:
+        collect(tmp_path, settings_for(server.url, api={"max_attempts": 1}), additions(1))
+        server.behave = lambda *_: "indiscreet_refusal"
+        with pytest.raises(ApiError):
+            collect(tmp_path, settings_for(server.url), additions(1))
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
+    assert sum(text.count("*** is no key here") for text in texts) == 3
+    assert not any("planted-other-secret" in text for text in texts)
+
+
+def test_a_refusal_is_said_at_once_and_not_when_the_others_have_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def behave(question: str, _: int) -> str:
+        return "402" if question == "What is 0 + 1?" else "answer"
+
+    with ChatServer(behave, seconds_per_answer=1.0) as server:
+        with pytest.raises(ApiError, match="HTTP 402"):
+            collect(tmp_path, settings_for(server.url, api={"concurrency": 2}), additions(2))
+        ended = time.time()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "HTTP 402, the account has no balance left" in record.getMessage()
+    assert ended - record.created > 0.5
+    assert len(read_jsonl(tmp_path / "answers.jsonl")) == 1
+
+
 def test_an_empty_account_midway_loses_no_answer_that_is_under_way(tmp_path: Path) -> None:
     def behave(question: str, _: int) -> str:
         return "402" if question == "What is 20 + 1?" else "keep_alive"
@@ -365,6 +405,23 @@ def test_a_server_that_counts_more_than_max_tokens_is_left(tmp_path: Path) -> No
         settings = settings_for(server.url, api={"concurrency": 1})
         collect(tmp_path, settings, additions(5))
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 5
+
+
+class DearServer(ChatServer):
+    """Answers at more than max_tokens, but with fewer tokens than a long prompt might have had."""
+
+    async def do_dear(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        usage = {"prompt_tokens": 9, "completion_tokens": 300, "total_tokens": 309}
+        await self.say(body, writer, usage=usage)
+
+
+def test_a_server_that_takes_more_money_than_the_worst_case_is_left(tmp_path: Path) -> None:
+    budget = {"money": 1.0, "prompt_price": 1.0, "completion_price": 1000.0}
+    with DearServer(lambda *_: "dear") as server:
+        settings = settings_for(server.url, budget=budget, api={"concurrency": 1})
+        with pytest.raises(ApiError, match=r"a price of 0\.300009 where 0\.10\d+ is the most"):
+            collect(tmp_path, settings, additions(3))
+        assert server.asked.total() == 1
 
 
 def test_a_killed_request_counts_at_its_worst_case(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from gsm8k_core.files import read_json, read_jsonl, sha256_file, write_jsonl
 from gsm8k_core.layout import Layout
 from gsm8k_core.problems import Problem, read_problems, write_problems
 from gsm8k_core.prompts import demonstration
+from gsm8k_core.selection import graded_completions
 from gsm8k_core.traces import select_traces, split_reasoning, without_marker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,31 @@ def test_an_answer_to_another_question_is_named_by_its_row(select: Select) -> No
     for stranger in (row("c"), row("a", question="What is 1 + 2?")):
         with pytest.raises(DataError, match=r"answers\.jsonl, row 2: the question of [ac] is not"):
             select([row("a"), stranger])
+
+
+@pytest.mark.parametrize("key", ["problem_id", "sample_index", "question", "reasoning", "content"])
+def test_an_answer_that_lacks_something_is_named_by_its_row_and_key(
+    select: Select, key: str
+) -> None:
+    without = row("b")
+    del without[key]
+    with pytest.raises(DataError, match=rf"answers\.jsonl, row 2: '{key}' is missing"):
+        select([row("a"), without])
+    with pytest.raises(DataError, match=rf"answers\.jsonl, row 2: '{key}': expected .* null"):
+        select([row("a"), row("b") | {key: None}])
+
+
+@pytest.mark.parametrize("key", ["problem_id", "completion", "gold", "finish_reason"])
+def test_a_completion_that_lacks_something_is_named_by_its_row_and_key(
+    tmp_path: Path, key: str
+) -> None:
+    path = tmp_path / "completions.jsonl"
+    whole = {"problem_id": "a", "completion": "#### 2", "gold": "2", "finish_reason": "stop"}
+    without = {name: value for name, value in whole.items() if name != key}
+    for bad, fault in ((without, "is missing"), (whole | {key: None}, ".*null")):
+        write_jsonl(path, [whole, bad])
+        with pytest.raises(DataError, match=rf"completions\.jsonl, row 2: '{key}'.* {fault}"):
+            graded_completions(path, {"a": "?"}, "####")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from gsm8k_core import tracking
@@ -75,6 +77,13 @@ def test_a_run_that_starts_afresh_has_no_old_rows(tmp_path: Path) -> None:
     write(path, range(1, 4))
     write(path, range(1, 2), last_step=0)
     assert steps_of(path) == [1]
+
+
+def test_a_row_without_its_step_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"loss": 2}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, row 2: 'step' is missing"):
+        MetricsLog(path, last_step=3)
 
 
 @pytest.mark.parametrize("num_whole", [0, 3])
@@ -149,6 +158,18 @@ def test_a_key_in_netrc_is_a_key(tmp_path: Path) -> None:
     assert wandb_mode(TrackingSettings(project="p")) == "online"
     netrc.write_text("machine elsewhere login user password k\n", encoding="utf-8")
     assert wandb_mode(TrackingSettings(project="p")) == "offline"
+
+
+def test_a_key_in_the_file_that_netrc_names_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "home" / "elsewhere"
+    other.parent.mkdir()
+    other.write_text("machine api.wandb.ai login user password k\n", encoding="utf-8")
+    assert wandb_mode(TrackingSettings(project="p")) == "offline"
+    for path in (str(other), "~/elsewhere"):
+        monkeypatch.setenv("NETRC", path)
+        assert wandb_mode(TrackingSettings(project="p")) == "online"
 
 
 def test_without_a_project_and_on_other_ranks_there_is_no_tracker(
@@ -408,6 +429,51 @@ def test_what_the_real_wandb_writes_offline_is_what_was_logged(tmp_path: Path) -
     assert table["data"] == [[10, "1 + 1 =", " 2 #### 10", "2", 1.0, None, None]]
     assert found["summary"]["num_steps"] == 300
     assert list((tmp_path / "home").glob("**/*")) == []
+
+
+HANG = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+from gsm8k_core import tracking
+from gsm8k_core.config import TrackingSettings
+tracking.FINISH_SECONDS = 1.0
+folder = Path(sys.argv[1])
+run = tracking.TrackedRun("run-1", "a", "b", {})
+tracker = tracking.Tracker(TrackingSettings(project="p"), "offline", folder, run)
+tracker.log({"step": 1, "loss": 1.0})
+while not list(folder.glob("wandb/offline-run-*/*.wandb")):
+    time.sleep(0.05)
+(core,) = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
+core.send_signal(signal.SIGSTOP)
+print(core.pid, flush=True)
+if sys.argv[2] == "failed":
+    tracker.log({"step": "none"})
+    while not tracker._has_failed:
+        time.sleep(0.05)
+tracker.finish({})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["at work", "failed"])
+def test_a_process_whose_wandb_hangs_ends_all_the_same(tmp_path: Path, before: str) -> None:
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", HANG, str(tmp_path), before], cwd=root, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        try:
+            _, said = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            os.kill(pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0
+    assert f"W&B: killing wandb-core (process {pid})" in said
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.slow
