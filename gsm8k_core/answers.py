@@ -13,10 +13,10 @@ Two ways to find the answer:
   other marker (`The answer is`) is text, read as `####` is.
 - `flexible` is the last number of the text.
 
-What follows the number must leave it what it is. `18 dollars`, `18%`, `18.00` and `36/2` are 18;
-`18 million`, `18x`, `18²`, `18:00`, `18-20`, `1, 18` and `10,00` are read as no answer at all
-rather than as one of their parts. A line with several numbers counts only as an equation, whose
-last side is the answer (`5 + 13 = 18`).
+What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
+`36/2` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
+`- 18` are read as no answer at all rather than as one of their parts. A line with several numbers
+counts only as an equation, whose last side is the answer (`5 + 13 = 18`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from gsm8k_core.errors import DataError
 
@@ -36,9 +36,14 @@ MAX_DIGITS = 1000
 """A number of more significant digits is refused: Python's own limit for int(str) is 4300."""
 
 FOREIGN = "\x1a"
-"""Stands for a character that is a number but no digit: ½, ², Ⅷ, ①."""
+"""Stands for a character that is a number but no digit: ½, ⁵, Ⅷ, ①."""
 THIN_SPACE = "\u2009"
-"""Stands for every space that may group digits: thin, no-break, LaTeX's `\\,`."""
+"""Stands for every space that may group digits: thin, no-break, LaTeX's `\\,` and `\\;`."""
+
+
+# Fraction slash; Arabic decimal point and thousands; the powers of units; dots that multiply.
+_LOOK_ALIKES = {"\u2044": "/", "\u066b": ".", "\u066c": ",", "²": "^2", "³": "^3"}
+_LOOK_ALIKES |= dict.fromkeys("\u2027\u2219\u22c5", "·")
 
 
 class _Normalize(dict[int, str]):
@@ -56,8 +61,8 @@ def _normalize_character(char: str) -> str:
         return "-"
     if char in "\u00a0\u2007\u2009\u202f":
         return THIN_SPACE
-    if char == "\u2044":
-        return "/"
+    if char in _LOOK_ALIKES:
+        return _LOOK_ALIKES[char]
     category = unicodedata.category(char)
     if category == "Nd":
         return str(unicodedata.decimal(char))
@@ -74,22 +79,28 @@ def _normalize_character(char: str) -> str:
 
 _NORMALIZE = _Normalize()
 
-_CURRENCY = r"(?:US)?[$€£¥₹¢]"
+_CURRENCY = (
+    r"(?:(?:US ?|AU?|CA?|HK|NZ|S)?[$€£¥₹¢₩₽₺₫₱₪₦฿]"
+    r"|(?<![^\W_])(?:Rs\.?|USD|EUR|GBP|INR|AUD|CAD|JPY|CNY))"
+)
 _DIGIT = rf"[0-9{FOREIGN}]"
 _INTEGER = rf"(?:[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})+|(?:{THIN_SPACE}[0-9]{{3}})+)(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
 # The second currency is that of `$-\\$5$`, whose first dollar opens mathematics.
-_BEFORE = rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?(?:{_CURRENCY})?"
+_BEFORE = rf"(-|\+)?(?:(?:{_CURRENCY})+\s*)?(-|\+)?(?:{_CURRENCY}\s*)?"
 _SIGN = re.compile(rf"{_BEFORE}(?=\.?{_DIGIT})")
 _PREFIX = re.compile(rf"{_BEFORE}\Z")
 # Digits joined by anything that makes them one thing: a date, a time, a range, a product.
-_RUN = re.compile(rf"\.?{_DIGIT}(?:[0-9{FOREIGN}{THIN_SPACE}.,:/'_^*+×÷-]*{_DIGIT})?")
+_RUN = re.compile(rf"\.?{_DIGIT}(?:[0-9{FOREIGN}{THIN_SPACE}.,:/'_^*+×÷·~-]*{_DIGIT})?")
 
+# All of it is optional, so it always matches and never has to go back.
 _DECORATION = re.compile(
-    r"[\s_`\"'~≈:;#(\[“”‘’]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is)?[\s:_~≈\"'(\[]*)?",
+    r"[\s_`\"'~≈:;#(\[“”‘’]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is)?[\s:_~≈\"'(\[]*)?"
+    r"(?:(?:about|approximately|around|roughly|exactly)\b[\s_~≈\"'(\[]*)?",
     re.IGNORECASE,
 )
+_ASSIGNED = re.compile(r"[\s_$(\[]*(?:[a-zA-Z]\b\s*)?=\s*")
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|<\||</|<[a-z]")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
@@ -97,32 +108,54 @@ _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
 _SUFFIX = re.compile(r"[^\W\d_]+")
 _UNIT_LETTERS = frozenset("mglLhs")
 _NOT_UNITS = frozenset("st nd rd th bn mn mil pi".split())
+_COUNT = "an?|one|two|three|four|five|six|seven|eight|nine"
+_PART = (
+    "half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?"
+    "|hundredths?"
+)
 _CHANGES_THE_NUMBER = re.compile(
-    r"[\s-]*(?:hundred|thousand|million|billion|trillion)\b"
-    r"|[\s-]*and[\s-]+(?:an?|one)[\s-]+(?:half|third|quarter|fourth|fifth|sixth|eighth|tenth)\b"
-    r"|\s+(?-i:[xyznkKMπ])\b|\s*[+^×÷·\\]|\s*\*\s*[\w(]|\s*/\s*[(\\]",
+    r"[\s-]*(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?\b"
+    r"|[\s-]*(?:lakhs?|crores?|bn|mn|mil|squared|cubed|factorial)\b"
+    rf"|[\s-]*and[\s-]+(?:(?:{_COUNT})[\s-]+)?(?:{_PART})\b"
+    rf"|\s+point\s+(?:zero|{_COUNT})\b"
+    r"|\s+(?:st|nd|rd|th)\b|\s+(?-i:[xyznkKMBπ])\b|\s*[+^×÷·\\]|\s*\*\s*[\w(]|\s*/\s*[(\\]",
     re.IGNORECASE,
 )
-_NEGATED = re.compile(r"\b(?:minus|negative)\s*$", re.IGNORECASE)
-_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/^]\s*$|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)$")
-_WHOLE_BEFORE = re.compile(rf"{_DIGIT} +$")  # of a mixed number: 18 1/2
+# After a currency `m` is a million; in `$18 m$` the dollars enclose mathematics, and it is metres.
+_MULTIPLIES_MONEY = re.compile(r"\s*(?:mm?|b|k|grand)\b(?!\s*\.?\s*\$)", re.IGNORECASE)
+_POWER_OF_A_UNIT = re.compile(
+    r"(?<![a-zA-Z])([cdkm]?m|in|inch(?:es)?|ft|feet|foot|yd|yards?|mi|miles?|met(?:er|re)s?|units?"
+    r"|s|sec)\s*\^\s*[23]",
+    re.IGNORECASE,
+)
+_DIVISION = re.compile(r"(?<=[0-9.])\s*/\s*(?=\.?[0-9])")
+
+# What stands before a number in running text. `\Z` and not `$`: a new line is no join.
+_NEGATED = re.compile(r"\b(?:minus|negative)\s*\Z", re.IGNORECASE)
+_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$]|\b(?:is|are|was|equals))\s*-\s+\Z")
+_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z")
+_WHOLE_BEFORE = re.compile(rf"{_DIGIT}(?: +and)? +\Z")  # of a mixed number: 18 1/2
+_GROUPS_BEFORE = re.compile(rf"{_DIGIT}(?: |{THIN_SPACE} | {THIN_SPACE})\Z")  # of 1 000
+_LAST_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
 _ANOTHER_STATEMENT = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_UNREAD_FRACTION = r"\\[dt]?frac(?:\s*(?:\{[^{}]*\}|[0-9])){0,2}"
+_UNREAD_FRACTION = r"\\[cdt]?frac(?:\s*(?:\{[^{}]*\}|[0-9])){0,2}"
 _MIXED_FRACTION = re.compile(rf"(?<=[0-9])\s*{_UNREAD_FRACTION}")
 # Blanks around the digits are not \s: that would overlap THIN_SPACE, and cost cubic time.
 _BRACED_NUMBER = rf"\{{[ \n\t]*(-?[0-9.][0-9.,{THIN_SPACE}]*)[ \n\t]*\}}"
 _FRACTION = re.compile(
-    rf"\\[dt]?frac\s*(?:{_BRACED_NUMBER}\s*{_BRACED_NUMBER}"
+    rf"\\[cdt]?frac\s*(?:{_BRACED_NUMBER}\s*{_BRACED_NUMBER}"
     r"|\s([0-9])\s*([0-9])(?![0-9])|([0-9])\s*([0-9])(?![0-9]))"
 )
 _OTHER_FRACTION = re.compile(_UNREAD_FRACTION)
 _INVISIBLE_COMMAND = re.compile(
     r"\^\s*(?:\{\s*)?\\circ\b|\\(?:boxed|text[a-z]*|math[a-z]+|mbox|left|right|displaystyle|q?quad"
-    r"|degree)(?![a-zA-Z])|\\[ ;:()\[\]]"
+    r"|degree|underline|fbox|hbox|bm|boldsymbol)(?![a-zA-Z])|\\[ ()\[\]]"
 )
+_ABOUT_EQUAL = re.compile(r"\\(?:approx|simeq|sim)(?![a-zA-Z])")
+_LATEX_SPACE = re.compile(r"\\[,;:]")
 
 
 def parse_number(text: str | None) -> Fraction | None:
@@ -138,7 +171,15 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
     """The answer that a completion gives, or None where it gives none.
 
     Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
+    Raises ValueError for an unknown mode, and for an empty marker.
     """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is unknown: take {' or '.join(map(repr, get_args(Mode)))}")
+    if mode == "strict" and not marker:
+        raise ValueError(
+            f"marker {marker!r} is empty: take 'boxed', or the text that the answer follows, such "
+            "as '####'"
+        )
     if text is None:
         return None
     if mode == "flexible":
@@ -146,17 +187,19 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
     return _in_last_box(text) if marker == "boxed" else _after_marker(text, marker)
 
 
-def is_correct(text: str | None, gold: str | Fraction, mode: Mode, marker: Marker = "####") -> bool:
+def is_correct(
+    text: str | None, gold: str | int | Fraction, mode: Mode, marker: Marker = "####"
+) -> bool:
     """Whether the completion's answer equals `gold` exactly.
 
-    Raises DataError when `gold` is text that states no number.
+    Raises DataError when `gold` is text that states no number, ValueError as `extract_answer` does.
     """
     return extract_answer(text, mode, marker) == parse_gold(gold)
 
 
-def parse_gold(gold: str | Fraction) -> Fraction:
+def parse_gold(gold: str | int | Fraction) -> Fraction:
     """The reference answer as a number. Raises DataError when it is text that states none."""
-    value = gold if isinstance(gold, Fraction) else parse_number(gold)
+    value = Fraction(gold) if isinstance(gold, int | Fraction) else parse_number(gold)
     if value is None:
         raise DataError(
             f"gold answer {str(gold)[:80]!r} is not a number: mend the dataset, nothing can be "
@@ -172,7 +215,8 @@ def _after_marker(text: str, marker: str) -> Fraction | None:
     """The number after the first `marker` that a number follows."""
     for segment in text.split(marker)[1:]:
         line = _clean(segment.lstrip().partition("\n")[0])
-        if _SIGN.match(line, _DECORATION.match(line).end()):  # type: ignore[union-attr]
+        assigned = _ASSIGNED.match(line)  # `#### x = 18` is as good as `#### 18`
+        if _sign(line, assigned.end() if assigned else 0):
             return _read_line(line)
     return None
 
@@ -210,6 +254,10 @@ def _last_number(text: str) -> Fraction | None:
         return None
     if number.group(2) and _WHOLE_BEFORE.search(outside):
         return None
+    if _LAST_GROUP.match(number.group()) and _GROUPS_BEFORE.search(before):
+        return None
+    if _SIGN_APART.search(outside):
+        return None
     return _value(prefix, number, text)
 
 
@@ -229,11 +277,16 @@ def _read_line(line: str) -> Fraction | None:
     *before, side = re.split(r"[=≈]", sentence)
     if any(_ANOTHER_STATEMENT.search(part) for part in before[1:]):
         return None  # x = 18, y = 3
-    sign = _SIGN.match(side, _DECORATION.match(side).end())  # type: ignore[union-attr]
+    sign = _sign(side)
     number = _NUMBER.match(side, sign.end()) if sign else None
     if sign is None or number is None or re.search(_DIGIT, side[number.end() :]):
         return None
     return _value(sign, number, side)
+
+
+def _sign(text: str, start: int = 0) -> re.Match[str] | None:
+    """The signs and currencies of a number that begins at `start`, but for decoration."""
+    return _SIGN.match(text, _DECORATION.match(text, start).end())  # type: ignore[union-attr]
 
 
 def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | None:
@@ -245,6 +298,8 @@ def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | 
         if len(letters) == 1 and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
             return None
     if _CHANGES_THE_NUMBER.match(rest) or (sign.group(1) and sign.group(2)):
+        return None
+    if _MULTIPLIES_MONEY.match(rest) and re.search(_CURRENCY, sign.group()):
         return None
     numerator = _decimal(number.group(1))
     denominator = Fraction(1) if number.group(2) is None else _decimal(number.group(2))
@@ -267,15 +322,19 @@ def _clean(text: str) -> str:
     """Unicode look-alikes, LaTeX and markdown reduced to plain ASCII around the digits."""
     text = text.translate(_NORMALIZE)
     if "\\" in text or "{" in text:
-        text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", THIN_SPACE)
-        text = text.replace("\\$", "$").replace("\\%", "%").replace("\\approx", "≈")
+        text = text.replace("{,}", ",").replace("\\!", "")
+        text = text.replace("\\$", "$").replace("\\%", "%")
+        text = _ABOUT_EQUAL.sub("≈", _LATEX_SPACE.sub(THIN_SPACE, text))
         text = _MIXED_FRACTION.sub(FOREIGN, text)
         text = _FRACTION.sub(_plain_fraction, text)
         text = _OTHER_FRACTION.sub(FOREIGN, text)
         text = _INVISIBLE_COMMAND.sub(" ", text)
         text = text.replace("{", " ").replace("}", " ")
     text = _CALCULATOR.sub(" ", text)
-    return _EMPHASIS.sub(" ", text.replace("**", " "))
+    text = _EMPHASIS.sub(" ", text.replace("**", " "))
+    if "^" in text:
+        text = _POWER_OF_A_UNIT.sub(r"\1", text)
+    return _DIVISION.sub("/", text) if "/" in text else text
 
 
 def _plain_fraction(match: re.Match[str]) -> str:

@@ -4,8 +4,10 @@
 |---|---|---|
 | `strict` | after the marker that the prompt asked for | exact rational numbers |
 | `flexible` | the last number | exact rational numbers |
-| `lm_eval_strict`, `lm_eval_flexible` | as lm-evaluation-harness does | texts, as it does |
+| `lm_eval_strict`, `lm_eval_flexible` | as lm-evaluation-harness does* | texts, as it does |
 | `math_verify` | as the package math-verify does | expressions, by sympy |
+
+* As its task `gsm8k_cot` does where the marker is `The answer is`, else as its task `gsm8k`.
 
 The first four cost some 0.1 ms together and are always there. `math_verify` costs 2 ms and a child
 process; it is taken where the settings ask for it or make it the grade that counts, else null.
@@ -54,7 +56,7 @@ def is_right(text: str, gold: str, grade: RewardGrade, marker: Marker) -> bool:
     reference = read_gold(gold)
     if grade == "strict" or grade == "flexible":
         return extract_answer(text, grade, marker) == reference.value
-    return lm_eval_answer(text, grade) == reference.lm_eval
+    return lm_eval_answer(text, grade, marker) == reference.lm_eval
 
 
 class Grader:
@@ -102,7 +104,7 @@ class Grader:
         """
         strict = extract_answer(text, "strict", self.settings.marker)
         flexible = extract_answer(text, "flexible")
-        lm_eval_strict = lm_eval_answer(text, "lm_eval_strict")
+        lm_eval_strict = lm_eval_answer(text, "lm_eval_strict", self.settings.marker)
         lm_eval_flexible = lm_eval_answer(text, "lm_eval_flexible")
         verified, verified_answer = None, None
         if self._verifier is not None:

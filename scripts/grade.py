@@ -18,7 +18,8 @@ are any. `math_verify_killed` counts the completions, wrong by that grade, that 
 
 Departures: lm-evaluation-harness compares texts after removing `,` and `$`; `strict` and `flexible`
 compare numbers exactly, so `18.00` is 18 and `1, 18` is nothing (see gsm8k_core/answers.py). The
-harness' own grades are `lm_eval_strict` and `lm_eval_flexible`.
+harness' own grades are `lm_eval_strict` and `lm_eval_flexible`: those of its task `gsm8k_cot` where
+the marker is `The answer is`, else those of its task `gsm8k`.
 """
 
 from __future__ import annotations

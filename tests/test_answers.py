@@ -1,11 +1,12 @@
-"""What counts as an answer, and what does not. Every case stands in three places: by itself, after
-the marker, and at the end of a sentence."""
+"""What counts as an answer, and what does not. Every case stands by itself, after the marker, at
+the end of a sentence, and on a last line of its own."""
 
 from __future__ import annotations
 
 import sys
 import time
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -19,6 +20,8 @@ MODES: list[tuple[Mode, str, str]] = [
     ("strict", "boxed", "So 7, \\boxed{{{}}}."),
     ("strict", "The answer is", "So she pays 7. The answer is {}"),
     ("flexible", "####", "So of 7, it is {}"),
+    ("flexible", "####", "So she sold 7 of them.\n{}"),
+    ("flexible", "####", "Total cost (USD)\n{}"),
 ]
 
 EIGHTEEN = [
@@ -31,6 +34,12 @@ EIGHTEEN = [
     "18<|im_end|>", "18</s>", "**18** dollars", "*18* dollars", "Answer: 18", "the answer is 18",
     "\\textbf{18}", "\\mathbf{18}", "18\\ dollars", "18 USD", "$18.00 USD", "\\approx 18",
     "1️⃣8️⃣", "١٨", "18\u2028", "18\x7f", "٠18", "\\frac{-36}{-2}", "\\boxed{\\boxed{18}}",
+    "\\cfrac{36}{2}", "36 / 2", "36/ 2", "36 /2", "36\u2009/\u20092", "36. / 2", "18 cm^2", "18cm²",
+    "18 m²", "18 m³", "18 ft^2", "18\\text{ cm}^2", "18\\,\\text{m}^{2}", "18 m/s^2", "18 units^2",
+    "18 cm^2.", "Rs. 18", "Rs 18", "\\text{USD }18", "USD 18", "US $18", "A$18", "₩18", "= 18",
+    "x = 18", "x = $18", "\\underline{18}", "\\fbox{18}", "\\sim 18", "about 18",
+    "approximately $18", "$18\\text{ m}$", "$18 m$", "$18\\text{ m}.$", "18 mm", "18 miles",
+    "18 points", "18 the", "18 square feet", "18 squares",
 ]  # fmt: skip
 OTHERS = [
     ("-$5", -5),
@@ -60,6 +69,16 @@ OTHERS = [
     ("\u22121,000", -1000),
     ("-18%", -18),
     ("$-\\$5$", -5),
+    ("18\\;000", 18000),
+    ("1\\:234\\:567", 1234567),
+    ("1٬000", 1000),
+    ("١٬٠٠٠٫٥", Fraction(2001, 2)),
+    ("1٫5", Fraction(3, 2)),
+    ("\\cfrac{1}{3}", Fraction(1, 3)),
+    ("1 / 3", Fraction(1, 3)),
+    ("-A$5", -5),
+    ("Rs. 1,000", 1000),
+    ("$-Rs. 5$", -5),
 ]
 REFUSED = [
     "18½", "18 ½", "½", "18²", "18^2", "18^{2}", "①", "1, 18", "1,18,", "10,00", "1,0000",
@@ -69,6 +88,14 @@ REFUSED = [
     "negative 18", "minus 18", "18\\sqrt{2}", "18 1/2", "18 ½ cups", "±18", "√18", "18万", "18'6",
     "0x18", "1_000", "1'000", "1,00,000", "18B", "18-07", "18÷2", "\\frac{x}{18}", "\\frac3{18}",
     "\\frac{\\frac{36}{2}}{18}", "-\\frac{-36}{2}", "1\0" "8 18½",
+    "1 000", "10 000", "1 234 567", "1 234\u2009567", "1\u2009 000", "10\\ 000", "1~000",
+    "1 000.50", "1·5", "1⋅5", "- 18", "– 18", "= - 18", "- $18", "36 / 2 / 1", "36/0 ", "1 36 / 2",
+    "18 and 3/4",
+    "18 and three quarters", "18 and two thirds", "18 and half", "18 and a fifth", "18 point five",
+    "18 squared", "18 cubed", "18 factorial", "18 lakh", "18 lakhs", "18 crore", "$18 bn", "$18 B",
+    "$18 b", "$1.8 mil", "$18m", "$18 m", "US$18m", "€18 m", "Rs. 18 m", "\\$18k", "$18 grand",
+    "18 th", "18 B", "18 millions", "18 thousandths", "x^18", "x²", "18²", "18 x^2", "18x²",
+    "18 cm^2.5", "18 cm^23", "18 sum^2", "1 \u2009000",
 ]  # fmt: skip
 MIRRORS = [  # what is right for a gold answer, and what looks like it and is not
     ("18", "18.00", "18.01"),
@@ -101,6 +128,15 @@ MIRRORS = [  # what is right for a gold answer, and what looks like it and is no
     ("18", "36/2", "2/36"),
     ("18", "36/2", "36/2/1"),
     ("18", "36/2", "1 36/2"),
+    ("18", "36 / 2", "2 / 36"),
+    ("2", "2", "18 cm^2"),
+    ("0", "0", "18 000"),
+    ("567", "567", "1 234 567"),
+    ("18", "18", "- 18"),
+    ("18", "18 m", "$18 m"),
+    ("18", "$18 m$", "$18 m"),
+    ("18", "18 cm²", "18²"),
+    ("18", "18 and the rest", "18 and half"),
     ("0.5", "\\frac{1}{2}", "1\\frac{1}{2}"),
     ("0.5", "\\frac{1}{2}", "\\frac{2}{1}"),
     ("0.5", "\\frac12", "\\frac123"),
@@ -137,8 +173,6 @@ def test_what_is_no_single_number_is_no_answer(text: str) -> None:
 @pytest.mark.parametrize(("gold", "right", "wrong"), MIRRORS)
 def test_every_accepted_form_has_a_neighbour_that_is_not(gold: str, right: str, wrong: str) -> None:
     for mode, marker, sentence in MODES:
-        if mode == "strict" and marker != "boxed" and right.startswith("x ="):
-            continue  # words before the number make the marker a heading
         assert is_correct(sentence.format(right), gold, mode, marker), (mode, marker)
         if wrong == "18</s>9" and mode == "strict":
             continue  # strict stops at the end token
@@ -169,6 +203,11 @@ def test_a_text_without_a_number_has_no_answer(text: str | None) -> None:
         ("#### 18 or 20", None),
         ("#### 1, 18\n#### 18", None),  # the first number given is not the one to pass over
         ("#### \\boxed{18}", 18),
+        ("#### = 18", 18),
+        ("#### **x = 18**", 18),
+        ("#### x = 18, y = 3", None),
+        ("#### Let x = 5\n#### x 5\n#### 18", 18),  # headings
+        ("#### - 18\n#### 7", 7),  # no number follows, a list begins
     ],
 )
 def test_strict_reads_after_the_first_marker_that_a_number_follows(
@@ -204,6 +243,8 @@ def test_strict_with_boxes_reads_the_last_closed_box(text: str, value: int | Non
         ("The answer is", "The answer is 18. The answer is 7.", 18),
         ("The answer is", "The answer is not 7. The answer is: **$18**", 18),
         ("The answer is", "The answer is\n18", 18),
+        ("The answer is", "The answer is about $18.", 18),
+        ("The answer is", "The answer is about twice as much, 18", None),
         ("The answer is", "the answer is 18", None),
         ("The answer is", "#### 18", None),
         ("<answer>", "<think>7</think><answer>18</answer>", 18),
@@ -228,6 +269,24 @@ def test_strict_with_a_configured_marker_reads_after_the_first_that_a_number_fol
         ("the options are 1, 18", None),
         ("18\n\n", 18),
         ("3, 5, and 18", 18),
+        ("The total is\n18", 18),
+        ("She sold 5 eggs.\n18", 18),
+        ("Total cost (USD)\n18", 18),
+        ("18 eggs\n18", 18),
+        ("of 7 \n36/2", 18),  # no mixed number
+        ("the options are 1,\n18", None),
+        ("in 5\n100", 100),  # no group of 5 100
+        ("5 * 100", 100),
+        ("in 7 1800", 1800),  # four digits are no group
+        ("The answer is - 18", None),
+        ("The answer is: - 18", None),
+        ("The answer is \\( - 18 \\)", None),
+        ("- 18 eggs", None),
+        ("of 25 eggs - 18", 18),
+        ("The area is 18 cm^2, that is to say 18 square cm", 18),
+        ("The area is 18 cm^2, not cm^3.", 18),
+        ("It costs 1,\u202f$18", 18),
+        ("xUSD18", None),
     ],
 )
 def test_flexible_reads_the_last_number(text: str, value: int | None) -> None:
@@ -248,6 +307,29 @@ def test_a_gold_answer_that_is_no_number_is_an_error_and_not_a_wrong_answer(gold
         is_correct("#### 18", gold, "strict")
 
 
+def test_a_gold_answer_may_be_a_whole_number() -> None:
+    for mode, marker, sentence in MODES:
+        assert is_correct(sentence.format("18.0"), 18, mode, marker)
+        assert not is_correct(sentence.format("18.0"), 19, mode, marker)
+    assert parse_gold(-18) == -18
+
+
+@pytest.mark.parametrize("mode", ["Strict", "", "lm_eval_strict", None])
+def test_an_unknown_mode_is_an_error_that_names_it(mode: Any) -> None:
+    for text in ("#### 18", None):
+        with pytest.raises(ValueError, match=f"mode {mode!r} is unknown: take 'strict' or 'flexi"):
+            extract_answer(text, mode)
+        with pytest.raises(ValueError, match="is unknown"):
+            is_correct(text, "18", mode)
+
+
+def test_an_empty_marker_is_an_error_that_says_what_to_take() -> None:
+    for text in ("#### 18", None):
+        with pytest.raises(ValueError, match="marker '' is empty: take 'boxed', or the text"):
+            extract_answer(text, "strict", "")
+    assert extract_answer("It is 18", "flexible", "") == 18  # which reads no marker
+
+
 def test_nothing_is_never_right() -> None:
     assert not is_correct(None, "0", "strict")
     assert not is_correct("", "0", "flexible")
@@ -255,8 +337,8 @@ def test_nothing_is_never_right() -> None:
 
 # ------------------------------------------------------------------------------------- round trips
 
-GROUPINGS = [None, ",", "{,}", "\\,", "\u202f", "\u00a0"]
-CURRENCIES = ["", "$", "\\$", "€", "£", "US$"]
+GROUPINGS = [None, ",", "{,}", "\\,", "\\;", "\u202f", "\u00a0", "٬"]
+CURRENCIES = ["", "$", "\\$", "€", "£", "US$", "US $", "A$", "₩", "Rs. ", "USD "]
 FULLWIDTH = str.maketrans("0123456789", "０１２３４５６７８９")
 ARABIC = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
 DIGITS = [{}, FULLWIDTH, ARABIC]
@@ -265,7 +347,8 @@ WRAPPERS = [
     "\\({}\\)", "\\boxed{{{}}}", "\\text{{{}}}", "\\mathbf{{{}}}", "{} dollars", "{} eggs", "{}%",
     "{} %", "{}\\%", "{}km", "{}-inch", "{}€", "{}\\text{{ cups}}", "{}\0", "{}\u200e",
     "\u2066{}\u2069", "\ufeff{}", "{}\ud800", "{}</s>", "{}<|im_end|>", "{}\n", "{}, of course",
-    "~{}", "answer: {}",
+    "~{}", "answer: {}", "{} cm^2", "{}\\text{{ cm}}^2", "{} ft²", "\\underline{{{}}}",
+    "\\sim {}", "x = {}",
 ]  # fmt: skip
 
 
@@ -324,7 +407,9 @@ def test_any_number_in_any_accepted_form_is_right_and_any_other_wrong(
 
 
 @given(
-    st.text(alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800"), max_size=60)
+    st.text(
+        alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800m~;^"), max_size=60
+    )
 )
 @settings(max_examples=300, deadline=None)
 def test_no_text_makes_the_grader_raise(text: str) -> None:
@@ -359,6 +444,19 @@ HOSTILE = {
     "thin_spaces_in_a_number": "\\frac{1" + "\u2009" * 100_000 + "18",
     "degrees": "\\text{18}^" + " " * 100_000 + "18",
     "surrogates": "\ud800" * 100_000 + "18",
+    "powers_of_units": "#### 18 m" + " " * 100_000 + "^" + " " * 100_000 + "x",
+    "units": "#### 18 " + "m " * 50_000 + "^2",
+    "divisions": "#### 36" + " " * 100_000 + "/" + " " * 100_000 + "x",
+    "quotients": "#### 36" + " / 2" * 30_000,
+    "space_groups": "#### 1" + " 000" * 30_000,
+    "signs_apart": "is" + " - " * 30_000 + "18",
+    "rupees": "#### " + "Rs." * 30_000 + "18 m",
+    "rupees_apart": "#### " + "US " * 30_000 + "$18",
+    "assignments": "#### " + "x = " * 30_000 + "18",
+    "blanks_and_a_letter": "#### " + "_" * 50_000 + "x" + " " * 50_000,
+    "latex_spaces": "18" + "\\;" * 30_000 + "000",
+    "similar": "\\sim" * 30_000 + "18",
+    "tildes": "1~" * 50_000,
 }
 
 
@@ -376,7 +474,8 @@ PIECES = st.sampled_from([
     "\\frac{", "\\frac12", "\\text", "^", "\\circ", "*", "_", "`", " ", "\n", "\t", "\u2009",
     "\u00a0", "=", "≈", "<", "<<", ">>", "<|", "</", "x", "the ", "answer ", "is ", "and ", "½",
     "\\,", "\\!", "{,}", "\\$", "\\", "US$", "%", "e", "(", ")", "'", ":", "×", "minus ",
-    "\u200e", "\0", "\ud800", "! a",
+    "\u200e", "\0", "\ud800", "! a", "m", "cm", "²", "Rs.", "US ", "\\;", "~", "٬", "·",
+    "about ", "\\sim",
 ])  # fmt: skip
 
 

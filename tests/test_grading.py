@@ -84,6 +84,23 @@ def test_the_marker_is_what_the_settings_say() -> None:
             assert not grader.grade("#### 18", read_gold("18"))["has_format"]
 
 
+def test_the_marker_chooses_the_task_whose_grades_the_harness_ones_are(config: Config) -> None:
+    marker = config.suites["gsm8k_8shot_cot"].marker
+    assert marker is not None
+    for text in ("The answer is 18.", "The answer is 18", "#### 18", "#### 7. The answer is 18.\n"):
+        expected = [lm_eval_correct(text, "18", mode, marker) for mode in get_args(LmEvalMode)]
+        with Grader(GradingSettings(marker=marker)) as grader:
+            graded = grader.grade(text, read_gold("18"))
+        assert [graded[mode] for mode in get_args(LmEvalMode)] == expected
+        assert [is_right(text, "18", mode, marker) for mode in get_args(LmEvalMode)] == expected
+        assert graded["lm_eval_strict"] == ("The answer is 18." in text)
+
+
+def test_a_reward_by_a_grade_that_needs_a_process_is_an_error() -> None:
+    with pytest.raises(ValueError, match="mode 'math_verify' is unknown"):
+        is_right("#### 18", "18", "math_verify", "####")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["1,000", "$1,000.00", "9 * 9\n#### 1,000", "####1000", "1000"])
 def test_a_gold_answer_may_be_a_number_or_a_worked_answer(text: str) -> None:
     assert read_gold(text).value == 1000
