@@ -122,12 +122,10 @@ def without_end(folder: Path, target: Path) -> Path:
 
 
 def our_side(args: argparse.Namespace) -> None:
-    import resource
-
     import torch
 
     from gsm8k_core.config import dump
-    from gsm8k_core.training import TrainingRun
+    from gsm8k_core.training import TrainingRun, peak_memory_mb
     from scripts import train_grpo
 
     torch.set_num_threads(args.threads)
@@ -145,7 +143,7 @@ def our_side(args: argparse.Namespace) -> None:
             turns.tell(
                 tokens=run.progress["num_tokens"] - tokens_before,
                 updates=run.progress["num_updates_done"],
-                peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                peak_mb=peak_memory_mb(torch.device(args.device)),
             )
 
     TrainingRun.steps_after = steps_after  # type: ignore[method-assign, assignment]
@@ -159,8 +157,6 @@ def our_side(args: argparse.Namespace) -> None:
 
 
 def trl_side(args: argparse.Namespace) -> None:
-    import resource
-
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -171,7 +167,7 @@ def trl_side(args: argparse.Namespace) -> None:
     from gsm8k_core.problems import read_problems
     from gsm8k_core.prompts import render_prompt
     from gsm8k_core.rewards import build_reward_fn
-    from gsm8k_core.training import endless_order, take
+    from gsm8k_core.training import endless_order, peak_memory_mb, take
 
     torch.set_num_threads(args.threads)
     turns = Turns()
@@ -261,7 +257,7 @@ def trl_side(args: argparse.Namespace) -> None:
             turns.tell(
                 tokens=tokens,
                 updates=state.global_step,
-                peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                peak_mb=peak_memory_mb(torch.device(args.device)),
             )
             if not turns.wait():
                 os._exit(0)

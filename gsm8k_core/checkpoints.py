@@ -84,9 +84,10 @@ def load_checkpoint(
 ) -> tuple[Json, Tensors]:
     """Restore weights, optimizer and every generator in place; returns `progress` and `extra`.
 
-    `extra` are whole tensors, on the model's device. With another number of ranks than it was
-    written by, generators of ranks that were not there stay as they are. Raises TrainingError when
-    the checkpoint is damaged or of another model.
+    `extra` are whole tensors, on the CPU: they may be a model that is spread over many GPUs because
+    it fits on none. With another number of ranks than it was written by, generators of ranks that
+    were not there stay as they are. Raises TrainingError when the checkpoint is damaged or of
+    another model.
     """
     progress = read_json(path / "progress.json")
     num_ranks = progress.pop("num_ranks", 1)
@@ -106,8 +107,7 @@ def load_checkpoint(
     with _opened(path, "optimizer", num_ranks) as moments:
         _restore_optimizer(optimizer, moments)
     with _opened(path, "extra", num_ranks) as tensors:
-        device = next(model.parameters()).device
-        extra = {name: tensors.whole(name).to(device) for name in tensors.names()}
+        extra = {name: tensors.whole(name) for name in tensors.names()}
     if (generators := _file(path, "generators", ranks.rank())).exists():
         _restore_generators(_load(generators))
     version, state, gauss = progress.pop("python_generator")
@@ -205,9 +205,10 @@ def _own(tensors: dict[str, Any]) -> Tensors:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The moments themselves, not copies: those would be twice the weights more on the device."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": value.detach().clone()
+        f"{index}.{name}": value.detach()
         for index, values in state.items()
         for name, value in values.items()
     }

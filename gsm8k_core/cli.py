@@ -65,7 +65,9 @@ def run_script(main: Callable[[], int | None]) -> int:
     # Its warnings name every retry twice; the error at the end says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     code = _exit_code(main)
-    if ranks.world_size() > 1:
+    # Who has not imported it has no other ranks, nor torch to import for it.
+    distributed = sys.modules.get("gsm8k_core.distributed")
+    if distributed is not None and distributed.has_met():
         # What threads of gloo are left can abort an interpreter that shuts down, after all the work
         # is done: torchrun would call the job failed.
         sys.stdout.flush()
@@ -78,7 +80,6 @@ def _exit_code(main: Callable[[], int | None]) -> int:
     """Run `main`; what the user can mend becomes a line on stderr, and the exit code."""
     try:
         code = main() or 0
-        # Who has not imported it has no other ranks to leave, nor torch to import for it.
         if "gsm8k_core.distributed" in sys.modules:
             sys.modules["gsm8k_core.distributed"].end()
         return code

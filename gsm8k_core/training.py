@@ -79,7 +79,7 @@ Item = TypeVar("Item")
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
 # Settings that may change between a stop and the resume: they do not touch the result.
-FREE_TO_CHANGE = {
+FREE_TO_CHANGE: dict[str, Any] = {
     "method_settings": {"checkpoint_every_steps", "keep_checkpoints"},
     "model_settings": {"vllm": set(VLLM_MEMORY_KEYS)},
 }
@@ -169,10 +169,6 @@ class TrainingRun:
         self.num_updates = num_updates
         self.num_steps = num_steps
         self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
-        # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name. Ranks have
-        # other examples, and need other draws.
-        part = (ranks.rank(),) if ranks.rank() else ()
-        torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.device = resolve_device(settings.model_settings.gpus)
         distributed.start(self.device)
         self.starting_model = starting_model
@@ -181,9 +177,13 @@ class TrainingRun:
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(settings.seed, "lora"))
-            self.model = distributed.shard(add_lora(model, self.settings), self.device)
+        torch.manual_seed(seed_from(settings.seed, "lora"))
+        self.model = distributed.shard(add_lora(model, self.settings), self.device)
+        # Dropout (LoRA's, or a model's own) is the only draw that is not seeded by name. Ranks have
+        # other examples, and need other draws. Seeding reaches the generators of all devices, so
+        # this comes after any other.
+        part = (ranks.rank(),) if ranks.rank() else ()
+        torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
             "settings": sha256_json(settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)),
@@ -434,10 +434,11 @@ class TrainingRun:
         model_settings = self.run_settings.model_settings
         if choose_engine(model_settings, self.starting_model, self.device) == "transformers":
             # A sharded model decodes badly: every token would gather every layer. What samples is a
-            # plain copy then, which fits where vLLM's would.
+            # plain copy then, which fits where vLLM's would. Its weights stay ones that could be
+            # trained: of others, autocast keeps no bfloat16 copy and makes one for every token.
             plain = self.model
             if ranks.world_size() > 1:
-                plain = load_model(self.starting_model, self.device).requires_grad_(False)
+                plain = load_model(self.starting_model, self.device)
             return HfEngine(
                 plain,
                 self.tokenizer,

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -103,21 +104,42 @@ def generation_gpus(wildcards):
     return min(settings.gpus, settings.vllm.tensor_parallel)
 
 
-def training_python(wildcards, resources):
-    """What runs a training script: torchrun where it has several GPUs, one process for each.
+# What begins a job's command asks for its resources: Snakemake leaves that out of what it compares,
+# since more GPUs are no new run.
 
-    That it asks for the resources keeps it out of what Snakemake compares: more GPUs are no new run.
-    """
-    if resources.gpu <= 1:
-        return "python"
-    return (
-        "python -m torch.distributed.run --standalone --max-restarts 0 "
-        f"--nproc-per-node {resources.gpu}"
+
+def gpus_of_job(resources):
+    """GPUs of a job; where a cluster knows no --gpus, those of its `gres` (`gpu:4`, `gpu:a100:4`)."""
+    gres = re.search(r"\bgpu(?::[^,:]+)?:(\d+)", str(resources.get("gres", "")))
+    return resources.gpu or (int(gres[1]) if gres else 0)
+
+
+def on_gpus(command, resources):
+    """The command, on GPUs that no job beside it has."""
+    gpus = gpus_of_job(resources)
+    return f"python scripts/with_gpus.py {gpus} {command}" if gpus else command
+
+
+def generation_python(wildcards, resources):
+    """What runs the script that generates."""
+    return on_gpus("python", resources)
+
+
+def training_python(wildcards, resources, threads):
+    """What runs a training script: torchrun where it has several GPUs, one process for each."""
+    gpus = gpus_of_job(resources)
+    if gpus <= 1:
+        return on_gpus("python", resources)
+    torchrun = on_gpus(
+        f"python -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node {gpus}",
+        resources,
     )
+    # Snakemake's number is that of the whole job, and every process would start as many threads.
+    return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
 def vllm_memory(wildcards, resources):
-    """Flags for what vLLM may take; out of what Snakemake compares, as in `training_python`."""
+    """Flags for what vLLM may take; out of what Snakemake compares, as the above are."""
     del resources
     return " ".join(
         f"--vllm-{name.replace('_', '-')} {value}"

@@ -19,10 +19,11 @@ rule generate:
         runtime=generation_minutes,
     params:
         settings=evaluation_settings,
+        python=generation_python,
         memory=vllm_memory,
         code=CODE,
     shell:
-        "python scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
+        "{params.python} scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 

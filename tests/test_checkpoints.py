@@ -113,6 +113,44 @@ def test_what_the_loop_gives_comes_back(tmp_path: Path) -> None:
     assert back["ids"].dtype == torch.int64
 
 
+def test_what_the_loop_wants_back_is_not_put_on_the_model_s_device(tmp_path: Path) -> None:
+    model, optimizer = new()
+    save_checkpoint(tmp_path, 1, model, optimizer, {}, extra={"reference": torch.ones(3)})
+    elsewhere = Model().to("meta")
+    elsewhere.head.weight = elsewhere.embed.weight  # moved, they are two
+    optimizer = torch.optim.AdamW(trained_parameters(elsewhere).values())
+    _, extra = load_checkpoint(tmp_path / "step-00000001", elsewhere, optimizer)
+    assert torch.equal(extra["reference"], torch.ones(3))
+
+
+def test_saving_copies_no_moments_on_the_device() -> None:
+    model, optimizer = new()
+    train(model, optimizer, 1)
+    moments = checkpoints._optimizer_tensors(optimizer)
+    own = optimizer.state[model.embed.weight]
+    assert moments["0.exp_avg"].data_ptr() == own["exp_avg"].data_ptr()
+
+
+def test_what_was_loaded_can_be_trained_and_saved_again_to_the_same_bytes(tmp_path: Path) -> None:
+    random.seed(0)
+    model, optimizer = new()
+    train(model, optimizer, 2)
+    save_checkpoint(tmp_path / "one", 2, model, optimizer, {})
+    train(model, optimizer, 2)
+    save_checkpoint(tmp_path / "one", 4, model, optimizer, {})
+    again, optimizer_again = new()
+    load_checkpoint(tmp_path / "one" / "step-00000002", again, optimizer_again)
+    save_checkpoint(tmp_path / "two", 2, again, optimizer_again, {})
+    train(again, optimizer_again, 2)
+    save_checkpoint(tmp_path / "two", 4, again, optimizer_again, {})
+    for step in ("step-00000002", "step-00000004"):
+        for name in ("weights", "optimizer", "generators"):
+            one, two = (
+                tmp_path / folder / step / f"{name}.safetensors" for folder in ("one", "two")
+            )
+            assert one.read_bytes() == two.read_bytes(), (step, name)
+
+
 def test_only_trained_parameters_are_stored_tied_ones_once() -> None:
     assert list(trained_parameters(Model())) == ["embed.weight", "hidden.weight", "hidden.bias"]
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ def test_the_pack_asks_for_packages_that_the_lock_names() -> None:
     assert set(pack.LOCKED) <= set(pack.locked_versions(ROOT / "uv.lock"))
 
 
+def test_the_pack_brings_hypothesis_where_the_kit_s_tests_import_it() -> None:
+    paths = [ROOT / name for name in kit.TESTS]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+    assert any("from hypothesis import" in text for text in texts)
+    assert {"hypothesis", "sortedcontainers"} <= set(pack.LOCKED)
+
+
 def test_operations_a_token_are_six_a_parameter_and_those_of_causal_attention() -> None:
     model = {"num_parameters": 1000, "num_layers": 2, "hidden_size": 8}
     # A token sees half of T others on average: 2·2·H·T/2 forward a layer, twice that backward.
@@ -92,6 +101,69 @@ def test_rates_of_training_are_medians_of_the_warm_steps(tmp_path: Path) -> None
     assert found["model_tflops"] == pytest.approx(4.8) and found["utilisation"] == pytest.approx(
         0.5
     )
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """`check(work, *arguments)`: a call whose phases do `work`; its exit code and report."""
+
+    def call(work: dict[str, Callable[[Any], None]], *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(kit, "WORK", {phase: lambda _: None for phase in kit.PHASES} | work)
+        words = ["--state", str(tmp_path / "state"), "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", ["kit.py", *words])
+        code = kit.main()
+        return code, (tmp_path / "state" / "report.md").read_text("utf-8")
+
+    return call
+
+
+@pytest.mark.parametrize("phase", ["tests", "evaluate"])
+def test_a_phase_that_its_time_cut_is_not_a_success_and_stands_in_the_report(
+    check: Callable[..., tuple[int, str]], phase: str
+) -> None:
+    def cut(_: Any) -> None:
+        raise kit.Stopped("box")
+
+    assert check({})[0] == 0
+    code, report = check({phase: cut}, "--again")
+    assert code == 1
+    assert f"**Not done in its time, so only in part: {phase}.**" in report
+    code, report = check({}, "--phase", phase, "--again")
+    assert code == 0 and "Not done" not in report
+
+
+def test_what_is_left_for_another_call_comes_before_what_was_cut(
+    check: Callable[..., tuple[int, str]],
+) -> None:
+    def stop(limit: str) -> Callable[[Any], None]:
+        def work(_: Any) -> None:
+            raise kit.Stopped(limit)
+
+        return work
+
+    assert check({"tests": stop("box"), "grpo": stop("call")})[0] == kit.UNFINISHED
+
+
+def test_tests_that_are_stopped_have_still_told_what_failed(tmp_path: Path) -> None:
+    began, tests = tmp_path / "began", tmp_path / "test_endless.py"
+    tests.write_text(
+        "import pathlib, time\n"
+        "def test_wrong():\n    assert False\n"
+        f"def test_endless():\n    pathlib.Path({str(began)!r}).touch()\n    time.sleep(600)\n",
+        encoding="utf-8",
+    )
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'tests.xml'}"]
+    process = subprocess.Popen(
+        [sys.executable, *words, str(tests)],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    )
+    while not began.exists() and process.poll() is None:
+        time.sleep(0.05)
+    kit._stop(process)
+    counts = kit.count_tests(tmp_path / "tests.xml")
+    assert counts["failures"] == 1 and counts["failed"] == ["test_endless::test_wrong"]
 
 
 @pytest.mark.slow

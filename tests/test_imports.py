@@ -28,7 +28,7 @@ TORCH_FREE = (
 TORCH_FREE_SCRIPTS = (
     "prepare_data", "grade", "compare", "plot", "select_completions", "select_pairs",
     "collect_traces", "select_traces", "verify",
-    "compare_studies", "finish_rounds", "check_overlap", "score_completions", "report",
+    "compare_studies", "finish_rounds", "check_overlap", "score_completions", "report", "with_gpus",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "vllm", "peft")
 

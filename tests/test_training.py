@@ -16,7 +16,7 @@ from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.files import read_json, read_jsonl, write_text
+from gsm8k_core.files import read_json, read_jsonl, seed_from, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
 from gsm8k_core.problems import Problem
 from gsm8k_core.training import (
@@ -382,6 +382,31 @@ def test_lora_starts_the_same_for_the_same_seed(start: Callable[..., TrainingRun
 
 
 # Dropout and accuracy
+
+
+def test_dropout_is_drawn_by_the_run_s_seed_on_every_device(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch.manual_seed seeds all devices: on a GPU the last one counts, and that was LoRA's.
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    own = seed_from(0, "sft", 0)
+    for options in ({}, {"lora": {"rank": 2}}):
+        start(**options)
+        state = torch.random.get_rng_state()
+        assert seeds[-1] == own
+        torch.manual_seed(own)
+        assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_casts(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    monkeypatch.setattr(training.ranks, "world_size", lambda: 2)
+    engine: Any = run._start_engine()
+    assert engine.model is not run.model
+    assert all(parameter.requires_grad for parameter in engine.model.parameters())
 
 
 def test_disabled_dropout_makes_training_mode_deterministic(tiny_folder: Path) -> None:

@@ -15,7 +15,7 @@ The phases, in order, each with its share of the minutes (what one leaves over g
 
 State is kept in a folder (`--state`), so a call that is cut short, or ends by `--call-minutes`, is
 gone on with by the same command; exit code 75 says that something is left to do, 1 that something
-failed. Where calls may be killed after ten minutes:
+failed or did not end in its time. Where calls may be killed after ten minutes:
 
     bash tests/gpu/check.sh --minutes 27 --call-minutes 9 --output results       # three times
 
@@ -163,7 +163,7 @@ class Kit:
         return facts
 
     def done(self, phase: str) -> bool:
-        """Whether nothing is left to do of a phase: it ended, or its time did."""
+        """Whether a phase is not tried again by itself: it ended, or its time did."""
         return self.state["phases"].get(phase, {}).get("status") in ("done", "cut")
 
     # ----------------------------------------------------------------------------------- commands
@@ -275,8 +275,11 @@ class Kit:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its group."""
-    for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+    """End a process and all of its group.
+
+    First as Ctrl-C does: pytest then still writes down which tests have failed so far.
+    """
+    for number, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -475,6 +478,8 @@ def run_tests(kit: Kit) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise Failed("pytest is not installed")
     xml = kit.folder / "tests.xml"
+    xml.unlink(missing_ok=True)  # of an earlier call
+    kit.facts("tests").pop("counts", None)
     words = ["-m", "pytest", *TESTS, "-q", "-ra", "-W", "default", "-m", "not slow"]
     words += ["-p", "no:cacheprovider", f"--junitxml={xml}"]
     try:
@@ -710,12 +715,18 @@ def arguments() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does: what it has started is stopped too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM ends this process as Ctrl-C does: what it has started is stopped too.
+
+    SIGINT is set as well: a shell has what it starts with `&` ignore it, and so would what this
+    process starts.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def main() -> int:
@@ -761,7 +772,9 @@ def main() -> int:
     say(f"report: {(args.output or args.state) / 'report.md'}")
     if "failed" in statuses:
         return 1
-    return UNFINISHED if left else 0
+    if left:
+        return UNFINISHED
+    return 1 if "cut" in statuses else 0
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def examples_per_step(folder: Path, method: str) -> int:
 
 def markdown(facts: Row) -> str:
     machine = facts["phases"].get("install", {}).get("facts", {}).get("machine")
-    parts = ["# GPU check", "", *phases_table(facts)]
+    parts = ["# GPU check", "", *phases_table(facts), *not_done_lines(facts)]
     if machine:
         parts += ["", *machine_lines(machine)]
     parts += ["", "## Study", "", *study_lines(facts)]
@@ -197,6 +197,16 @@ def phases_table(facts: Row) -> list[str]:
         what = "; ".join(text for text in (found.get("chosen"), found.get("cut"), what) if text)
         rows.append([name, entry["status"], f"{entry['seconds']:.0f}", what.rstrip("; ")])
     return table(["phase", "outcome", "seconds", ""], rows)
+
+
+def not_done_lines(facts: Row) -> list[str]:
+    """What a reader must not take for done."""
+    lines = []
+    for status, what in (("failed", "Failed"), ("cut", "Not done in its time, so only in part")):
+        names = [name for name, entry in facts["phases"].items() if entry["status"] == status]
+        if names:
+            lines += ["", f"**{what}: {', '.join(names)}.**"]
+    return lines
 
 
 def machine_lines(machine: Row) -> list[str]:

@@ -44,6 +44,8 @@ LOCKED = (
     "dill",
     "multiprocess",
     "trl",
+    "hypothesis",  # of the tests
+    "sortedcontainers",
 )
 # Peers of the scoring benchmark; nothing else needs them.
 PEERS = ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1")

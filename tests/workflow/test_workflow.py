@@ -85,13 +85,50 @@ def test_a_model_with_several_gpus_is_trained_under_torchrun_as_far_as_there_are
     workspace: Path,
 ) -> None:
     two = overlay(workspace, "two.yaml", {"models": {"tiny-qwen2": {"gpus": 2}}})
-    torchrun = "python -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2"
-    for gpus, python in ((2, torchrun), (1, "python")):
+    torchrun = (
+        "OMP_NUM_THREADS=1 python scripts/with_gpus.py 2 "
+        "python -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2"
+    )
+    one = "python scripts/with_gpus.py 1 python"
+    for gpus, python in ((2, torchrun), (1, one)):
         result = snakemake(workspace, "-n", "-p", overlays=(*SMALL_STUDY, two), gpus=gpus)
         assert result.returncode == 0, result.stdout
         for script in ("train_sft", "train_dpo", "train_grpo"):
             assert f"command: {python} scripts/{script}.py " in result.stdout
-        assert "command: python scripts/generate.py " in result.stdout
+        assert f"command: {one} scripts/generate.py " in result.stdout
+
+
+def test_jobs_with_a_gpu_take_one_of_their_own_and_others_run_as_they_are(workspace: Path) -> None:
+    one = overlay(workspace, "one.yaml", {"models": {"tiny-qwen2": {"gpus": 1}}})
+    scripts = ("train_sft", "train_dpo", "train_grpo", "generate")
+    for overlays, python in (
+        ((*SMALL_STUDY, one), "python scripts/with_gpus.py 1 python"),
+        (SMALL_STUDY, "python"),
+    ):
+        shown = snakemake(workspace, "-n", "-p", overlays=overlays).stdout
+        commands = re.findall(r"command: (.*) scripts/(\w+)\.py ", shown)
+        assert {name for _, name in commands} >= {*scripts, "grade"}
+        for before, name in commands:
+            assert before == (python if name in scripts else "python")
+
+
+def test_a_cluster_that_counts_gpus_in_gres_alone_trains_on_all_of_them(workspace: Path) -> None:
+    four = overlay(workspace, "four.yaml", {"models": {"tiny-qwen2": {"gpus": 4, "threads": 8}}})
+    asked = (
+        "train_sft:gpu=0",
+        "train_sft:gres=gpu:a100:4",
+        "generate:gpu=0",
+        "generate:gres=gpu:1",
+    )
+    shown = snakemake(
+        workspace, "-n", "-p", "--set-resources", *asked, overlays=(*SMALL_STUDY, four)
+    ).stdout
+    # 8 threads are cut to the 2 cores of this call.
+    start = "OMP_NUM_THREADS=1 python scripts/with_gpus.py 4 python -m torch.distributed.run"
+    assert re.search(
+        rf"command: {re.escape(start)} .* --nproc-per-node 4 scripts/train_sft\.py ", shown
+    )
+    assert "command: python scripts/with_gpus.py 1 python scripts/generate.py " in shown
 
 
 def reproducible_csv(workspace: Path) -> pl.DataFrame:

@@ -1,0 +1,112 @@
+"""Run a command on GPUs of its own: `with_gpus.py 2 python scripts/train_grpo.py …`.
+
+Jobs side by side would all take GPU 0. This waits until as many GPUs as asked for are free, names
+them in $CUDA_VISIBLE_DEVICES and becomes the command. It chooses among those that the variable had
+named, or else among the machine's. A GPU is taken by locking a file in a folder of the user's,
+below the temporary directory; the process keeps that file open, so the GPU is free again when the
+job has ended, however it did.
+
+Left alone is a command that asks for no GPU, or finds none, or runs in a job of a scheduler (SLURM,
+LSF, PBS, SGE): that gives each job devices of its own, and may number them from 0 in all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import time
+import urllib.parse
+from pathlib import Path
+
+from gsm8k_core.cli import parser, run_script
+from gsm8k_core.errors import ConfigError
+
+log = logging.getLogger("with_gpus")
+
+SECONDS_BETWEEN_LOOKS = 0.5
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+OF_SCHEDULERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "JOB_ID")
+
+
+def gpus_of_machine(root: Path = Path("/")) -> int:
+    """How many NVIDIA GPUs there are: device files, or what the driver lists before it made any."""
+    return len(list((root / "dev").glob("nvidia[0-9]*"))) or len(
+        list((root / "proc/driver/nvidia/gpus").glob("*"))
+    )
+
+
+def pool() -> list[str]:
+    """The GPUs that may be used, as $CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get(VARIABLE)
+    if named is None:
+        return [str(number) for number in range(gpus_of_machine())]
+    # CUDA takes the list for ended where a name is none: "" and "-1" say that there is no GPU.
+    names = [name.strip() for name in named.split(",")]
+    return list(dict.fromkeys(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
+
+
+def locks_folder() -> Path:
+    """Where the user's locks lie; no one else can have put anything there."""
+    folder = Path(tempfile.gettempdir()) / f"gsm8k-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder}: not yours; remove it, or set TMPDIR")
+    return folder
+
+
+def claim(devices: list[str], count: int) -> list[str]:
+    """`count` of `devices` that are free, now taken until this process ends; or none of them."""
+    folder = locks_folder()
+    taken: dict[str, int] = {}
+    # One looks at a time: two that need two each would otherwise hold one each, and both give up.
+    with (folder / "looking").open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        for device in devices:
+            descriptor = os.open(
+                folder / urllib.parse.quote(device, safe=""), os.O_RDWR | os.O_CREAT, 0o600
+            )
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            taken[device] = descriptor
+            if len(taken) == count:
+                break
+        kept = len(taken) == count
+        for descriptor in taken.values():
+            if kept:
+                os.set_inheritable(descriptor, True)  # the command goes on holding it
+            else:
+                os.close(descriptor)
+    return list(taken) if kept else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("count", type=int, help="how many GPUs")
+    arguments.add_argument("command", nargs=argparse.REMAINDER, help="what runs on them")
+    args = arguments.parse_args(argv)
+    count, command = args.count, args.command
+    if not command:
+        arguments.error("name a command")
+    if count > 0 and not any(name in os.environ for name in OF_SCHEDULERS) and (devices := pool()):
+        # Who asks for more than there are is told so by Snakemake and by the trainer.
+        count = min(count, len(devices))
+        taken = claim(devices, count)
+        if not taken:
+            log.info("waiting until %d of the GPUs %s are free", count, ",".join(devices))
+        while not taken:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            taken = claim(devices, count)
+        os.environ[VARIABLE] = ",".join(taken)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
