@@ -4,9 +4,9 @@ Shapes: `B` rows, `T` positions, `V` vocabulary, `H` hidden width, `M` positions
 
 With a vocabulary of 150 000, the logits of one batch take more memory than the rest of a training
 step. So the output layer runs inside the model's own forward, but only on the positions that count
-and for a block of the vocabulary at a time, small enough for the processor's cache; unless they are
-few, its logits are computed again for the backward pass. That is faster than whole logits, which
-are read and written in main memory many times (docs/benchmarks.md).
+and for a block of the vocabulary at a time, small enough for the processor's cache; its logits are
+computed again for the backward pass, but for those of the first blocks. Whole logits are computed
+once, and read and written in main memory many times (docs/benchmarks.md compares).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Of all positions and a block of the vocabulary: 8 MiB in float32, for a CPU's cache. Other devices
+# Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. Other devices
 # want fewer and larger products: as many as may be kept, a guess so far.
-LOGITS_PER_BLOCK = {"cpu": 2**21}
+LOGITS_PER_BLOCK = {"cpu": 2**20}
 # So narrow a block makes the matrix products slow, and takes no more than the hidden states do.
 MIN_BLOCK_WIDTH = 256
 # Up to so many logits (128 MiB in float32) are kept for the backward pass.
@@ -225,7 +225,8 @@ class _LinearScores(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.entropy_gradient = with_entropy and entropy_gradient
         ctx.blocks = _blocks(len(weight), len(hidden), device)
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_KEPT
+        # The first blocks, for the backward pass; of the others the logits are made again.
+        num_kept = LOGITS_KEPT // max(1, len(hidden)) if any(ctx.needs_input_grad) else 0
         rows = hidden.to(ctx.dtype)
         kept = []
         # Made before the loop: a small tensor that outlives its turn would cut the place of a block
@@ -248,7 +249,7 @@ class _LinearScores(torch.autograd.Function):
             if with_entropy:
                 mean_logit = exponentials.mul_(logits).sum(dim=-1) / total
                 entropies[number] = total.log() - mean_logit
-            if keep:
+            if block.stop <= num_kept:
                 kept.append(logits)
         log_sum = log_sums.logsumexp(dim=0)
         columns = [chosen - log_sum]
@@ -274,7 +275,7 @@ class _LinearScores(torch.autograd.Function):
             constant = of_label + slope * scores[:, 1, None]
         for number, block in enumerate(ctx.blocks):
             matrix = weight[block].to(ctx.dtype)
-            if kept:
+            if number < len(kept):
                 log_probs = kept[number] + shifts[number, :, None]
             else:
                 log_probs = _scaled_logits(rows, matrix, ctx.temperature).sub_(log_sum[:, None])

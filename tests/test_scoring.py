@@ -107,7 +107,7 @@ def assert_same_scores(model: Any, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kept", [0, 2**25])
+@pytest.mark.parametrize("kept", [0, 8 * 20, 2**25])
 @pytest.mark.parametrize(("temperature", "width"), [(1.0, 1), (0.7, 10), (1.5, 37), (1.0, 50)])
 def test_scores_and_gradients_by_block_equal_those_of_plain_logits(
     tied: bool, temperature: float, width: int, kept: int, cut: Callable[[int, int], None]
@@ -361,7 +361,7 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_on_the_same_one(
     assert model.lm_head.weight.grad is None
 
 
-def test_few_logits_are_made_once_and_many_again_for_the_backward_pass(
+def test_the_first_logits_are_made_once_and_the_others_again_for_the_backward_pass(
     cut: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -372,12 +372,13 @@ def test_few_logits_are_made_once_and_many_again_for_the_backward_pass(
         return scaled_logits(hidden, weight, temperature)
 
     monkeypatch.setattr(scoring, "_scaled_logits", counted)
-    for kept, times in ((8 * 37, 1), (8 * 37 - 1, 2)):  # 8 response tokens
+    # 8 response tokens, blocks of 20 and 17
+    for kept, again in ((8 * 37, []), (8 * 37 - 1, [17]), (8 * 20 - 1, [20, 17])):
         cut(20, kept)
         made.clear()
         found = score_responses(tiny_qwen2(), **collate(PROMPTS, RESPONSES, 0))["log_probs"]
         found.sum().backward()
-        assert made == [20, 17] * times
+        assert made == [20, 17, *again]
 
 
 # ----------------------------------------------------------------------------------------- entropy
