@@ -23,6 +23,7 @@ import polars as pl
 
 from gsm8k_core.config import Comparison, dump
 from gsm8k_core.files import write_json
+from gsm8k_core.grading import GRADES
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = [0, 1, 2]
@@ -59,8 +60,7 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
             "decoding": ["sample"] * num_rows,
             "sample_index": np.tile(np.arange(num_samples), num_problems),
             "correct": correct,
-            "correct_strict": correct,
-            "correct_flexible": correct,
+            **dict.fromkeys(GRADES, correct),
             "has_format": np.ones(num_rows, dtype=bool),
             "extracted": random.integers(0, 500, num_rows).astype(str),
             "num_tokens": random.integers(50, 300, num_rows),
