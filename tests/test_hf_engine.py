@@ -386,6 +386,31 @@ def test_the_cache_with_room_holds_what_transformers_own_holds() -> None:
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
+def test_completions_do_not_depend_on_how_many_prompts_are_prefilled_at_once(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = sampled([1, 2, 3], max_new_tokens=CACHE_ROOM + 20)
+    widths: list[int] = []
+    forward = HfEngine._forward_prompts
+
+    def counted(self: HfEngine, texts: list[list[int]], cache: DynamicCache) -> torch.Tensor:
+        widths.append(len(texts))
+        return forward(self, texts, cache)
+
+    monkeypatch.setattr(HfEngine, "_forward_prompts", counted)
+    found = []
+    for budget in (10_000, 64, 1):
+        monkeypatch.setattr(hf_engine, "PREFILL_TOKENS", {"cpu": budget})
+        found.append(engine.generate(requests))
+    # lengths 60, 40, 25, 12, 7, 7, 3, 1: as many of like length as 64 tokens hold; one by one
+    assert widths == [8, 1, 1, 2, 4, *[1] * 8]
+    for group, others in zip(found[0], zip(*found[1:], strict=True), strict=True):
+        for other in others:
+            assert [c.token_ids for c in group] == [c.token_ids for c in other]
+            for one, two in zip(group, other, strict=True):
+                assert one.log_probs == pytest.approx(two.log_probs, abs=1e-5)
+
+
 def test_completions_and_log_probs_are_those_with_transformers_own_cache(
     engine: HfEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

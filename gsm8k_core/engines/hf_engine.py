@@ -29,6 +29,7 @@ from gsm8k_core.engines.base import (
     in_order,
 )
 from gsm8k_core.models import load_plain_weights, stop_token_ids
+from gsm8k_core.tokenization import split_by_token_budget
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 COMPACT_BELOW = 0.8
 # Tokens that the key-value cache has room for before it is copied to a larger place.
 CACHE_ROOM = 64
+# Tokens of prompts in one forward, padding included. On a CPU, more of them do not fit its cache,
+# and lie in memory that is mapped anew for every operation (docs/experiments.md).
+PREFILL_TOKENS = {"cpu": 2048}
+PREFILL_TOKENS_OF_OTHERS = 65_536
 
 
 class RoomyLayer(DynamicLayer):
@@ -64,6 +69,21 @@ class RoomyLayer(DynamicLayer):
         values[:, :, before:length] = value_states
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         return self.keys, self.values
+
+    def place(
+        self, rows: list[int], keys: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+    ) -> None:
+        """Fill some rows of a cache for `shape` = (rows, tokens), at their right end."""
+        num_rows, length = shape
+        if self.room is None:
+            self.lazy_initialization(keys, values)
+            heads, width = keys.shape[1], keys.shape[3]
+            size = (num_rows, heads, length + CACHE_ROOM, width)
+            self.room = (keys.new_zeros(size), values.new_zeros(size))
+            self.keys, self.values = (part[:, :, :length] for part in self.room)
+        start = length - keys.shape[-2]
+        for part, given in zip(self.room, (keys, values), strict=True):
+            part[rows, :, start:length] = given
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
@@ -180,24 +200,14 @@ class HfEngine:
 
     def _decode(self, requests: list[Request], rows: list[_Row]) -> None:
         device = self.model.device
-        input_ids, mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)  # (P, T)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = _new_cache(self.model)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (P, V)
+        logits, mask, position, cache = self._prefill([r.prompt_ids for r in requests])
 
         # One row a completion: each prompt's cache stands once for every seed of it.
         counts = torch.tensor([len(request.seeds) for request in requests], device=device)
         expand = torch.repeat_interleave(torch.arange(len(requests), device=device), counts)
         if len(expand) != len(requests):
             cache.batch_select_indices(expand)
-        logits, mask, position = logits[expand], mask[expand], positions[expand, -1]
+        logits, mask, position = logits[expand], mask[expand], position[expand]
         temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
         uniforms = _uniforms(rows).to(device)
         active = rows
@@ -229,6 +239,40 @@ class HfEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]  # (R, V)
+
+    def _prefill(
+        self, prompts: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
+        """Last logits (P, V), attention mask (P, T), last position (P,) and cache of prompts."""
+        device = self.model.device
+        budget = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS_OF_OTHERS)
+        groups = split_by_token_budget([len(prompt) for prompt in prompts], budget)
+        mask = _left_pad(prompts, self.pad_id, device)[1]
+        cache = _new_cache(self.model)
+        # What keeps less than every token has a shape of its own.
+        if len(groups) == 1 or not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
+            return self._forward_prompts(prompts, cache), mask, mask.sum(-1) - 1, cache
+        logits: list[torch.Tensor] = []
+        for group in groups:
+            part = _new_cache(self.model)
+            logits.append(self._forward_prompts([prompts[row] for row in group], part))
+            layers: Any = zip(cache.layers, part.layers, strict=True)
+            for layer, of_part in layers:
+                layer.place(group, of_part.keys, of_part.values, tuple(mask.shape))
+        order = torch.tensor([row for group in groups for row in group], device=device).argsort()
+        return torch.cat(logits)[order], mask, mask.sum(-1) - 1, cache
+
+    def _forward_prompts(self, prompts: list[list[int]], cache: DynamicCache) -> torch.Tensor:
+        """Last logits (P, V) of prompts, which the empty cache takes up."""
+        input_ids, mask = _left_pad(prompts, self.pad_id, self.model.device)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
     def _finish(self, row: _Row) -> Completion | None:
         """The completion, if its last token ended it."""
