@@ -76,6 +76,9 @@ from gsm8k_core.tracking import (
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
+# What larger microbatches compute leaves a CPU's cache, in memory that is mapped anew each time:
+# 1.2 to 1.8 times as slow (docs/experiments.md).
+CPU_TOKENS_PER_MICROBATCH = 2048
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
 # Settings that may change between a stop and the resume: they do not touch the result.
@@ -171,6 +174,9 @@ class TrainingRun:
         self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
         self.device = resolve_device(settings.model_settings.gpus)
         distributed.start(self.device)
+        self.tokens_per_microbatch = self.settings.tokens_per_microbatch
+        if self.device.type == "cpu":
+            self.tokens_per_microbatch = min(self.tokens_per_microbatch, CPU_TOKENS_PER_MICROBATCH)
         self.starting_model = starting_model
         self.tokenizer = load_tokenizer(starting_model)
         model = self._load_starting_model()

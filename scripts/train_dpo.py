@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen_pairs = take(pairs, order, settings.batch_size)
         sums: dict[str, float] = {}
         lengths = [pair.length for pair in chosen_pairs]
-        for group in own_microbatches(lengths, settings.tokens_per_microbatch):
+        for group in own_microbatches(lengths, run.tokens_per_microbatch):
             part = [chosen_pairs[index] for index in group or [lengths.index(min(lengths))]]
             with torch.no_grad():
                 ref_chosen, ref_rejected = sequence_log_probs(run, reference, part, pad_id)

@@ -247,7 +247,7 @@ def score_all(
     """Log-probs (N, T) of the completions from `first_row` on under `model`, without gradients."""
     log_probs = torch.zeros_like(rollouts.sampler_log_probs)
     lengths = rollouts.lengths[first_row:]
-    for group in own_microbatches(lengths, run.settings.tokens_per_microbatch):
+    for group in own_microbatches(lengths, run.tokens_per_microbatch):
         rows = [first_row + place for place in group]
         scores = score_rows(run, model, rollouts, rows)["log_probs"]
         log_probs[rows, : scores.shape[1]] = scores
@@ -269,7 +269,7 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
     )
     own = rollouts.own_rows
     groups = split_by_token_budget(
-        [rollouts.lengths[row] for row in own], run.settings.tokens_per_microbatch
+        [rollouts.lengths[row] for row in own], run.tokens_per_microbatch
     )
     rows = [own[place] for place in groups[0]] if groups else []
     log_probs = score_rows(run, run.model, rollouts, rows)["log_probs"]
@@ -315,7 +315,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
             lengths = [rollouts.lengths[row] for row in minibatch]
-            for group in own_microbatches(lengths, settings.tokens_per_microbatch):
+            for group in own_microbatches(lengths, run.tokens_per_microbatch):
                 rows = [minibatch[i] for i in group]
                 scores = score_rows(
                     run,

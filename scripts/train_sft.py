@@ -85,7 +85,9 @@ def load_examples(path: Path, run: RunSettings, tokenizer: Any) -> list[Example]
     return examples
 
 
-def microbatches(examples: list[Example], settings: SftSettings, pad_id: int) -> list[Batch]:
+def microbatches(
+    examples: list[Example], settings: SftSettings, tokens_per_microbatch: int, pad_id: int
+) -> list[Batch]:
     """This rank's part of one optimizer step's examples, cut (or packed) to the token budget."""
     prompts, responses = [e[0] for e in examples], [e[1] for e in examples]
     lengths = [len(p) + len(r) - 1 for p, r in examples]
@@ -97,7 +99,7 @@ def microbatches(examples: list[Example], settings: SftSettings, pad_id: int) ->
             rows = pack_examples([lengths[index] for index in share], settings.max_length)
         rows = [[share[place] for place in row] for row in rows]
         widths = [sum(lengths[index] for index in row) for row in rows]
-        groups = split_by_token_budget(widths, settings.tokens_per_microbatch)
+        groups = split_by_token_budget(widths, tokens_per_microbatch)
         return [[rows[place] for place in group] for group in groups]
 
     batches = []
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     for step in run.steps_after(steps_done, "SFT"):
         started = time.perf_counter()
         chosen = take(examples, order, settings.batch_size)
-        batches = microbatches(chosen, settings, pad_id)
+        batches = microbatches(chosen, settings, run.tokens_per_microbatch, pad_id)
         num_own_tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
         num_response_tokens = sum(gather(num_own_tokens))
         loss = 0.0

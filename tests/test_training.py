@@ -475,3 +475,10 @@ def test_how_often_to_checkpoint_may_change_between_stop_and_resume(
     for number in (1, 2):
         step(run, number)
     assert start(checkpoint_every_steps=1, keep_checkpoints=5).resume()[0] == 2
+
+
+def test_microbatches_on_a_cpu_are_no_larger_than_its_cache_likes(
+    start: Callable[..., TrainingRun],
+) -> None:
+    assert start(tokens_per_microbatch=100_000).tokens_per_microbatch == 2048
+    assert start(tokens_per_microbatch=100).tokens_per_microbatch == 100
