@@ -163,14 +163,10 @@ def test_a_run_killed_twice_with_sigkill_ends_as_one_that_was_never_killed(
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_a_run_goes_on_with_another_share_of_the_gpu_for_its_engine(
-    arguments: Callable[[str, Path], list[str]],
-    script: Callable[[str], ModuleType],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def run_until_step_3(
+    monkeypatch: pytest.MonkeyPatch, main: Callable[[list[str]], int], arguments: list[str]
 ) -> None:
-    main = script("train_sft").main
+    """A trainer that is killed after its third step."""
     end_step = TrainingRun.end_step
 
     def die_at_step_3(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
@@ -180,7 +176,18 @@ def test_a_run_goes_on_with_another_share_of_the_gpu_for_its_engine(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(TrainingRun, "end_step", die_at_step_3)
-        main(arguments("sft", tmp_path / "run"))
+        main(arguments)
+
+
+def test_a_run_goes_on_with_another_share_of_the_gpu_for_its_engine(
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    main = script("train_sft").main
+    run_until_step_3(monkeypatch, main, arguments("sft", tmp_path / "run"))
     with caplog.at_level("INFO"):
         main([*arguments("sft", tmp_path / "run"), "--vllm-rollout-gpu-memory-fraction", "0.2"])
     assert "resuming after step 2" in caplog.text
@@ -198,15 +205,6 @@ def test_a_run_with_other_settings_does_not_go_on_from_the_old_state(
     changed[1] = run_json("sft", **RUNS["sft"][2], learning_rate=1e-4)
     main([*changed[:-1], str(tmp_path / "fresh")])
 
-    end_step = TrainingRun.end_step
-
-    def die_at_step_3(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
-        end_step(self, step, row, extra)
-        if step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(TrainingRun, "end_step", die_at_step_3)
-        main(arguments("sft", tmp_path / "run"))
+    run_until_step_3(monkeypatch, main, arguments("sft", tmp_path / "run"))
     main(changed)
     assert_same_run(tmp_path / "fresh", tmp_path / "run")

@@ -308,11 +308,8 @@ def test_a_torn_last_line_is_done_again(
     assert this.output.read_bytes() == whole.output.read_bytes()
 
 
-def test_finished_problems_are_not_sampled_again(
-    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    this = job(**ONE_BY_ONE)
-    kill(this, 5)
+def batches_of(monkeypatch: pytest.MonkeyPatch, this: Job) -> list[int]:
+    """Run the job; how many requests each batch held that it decoded."""
     asked: list[int] = []
     decode = HfEngine._decode_batch
 
@@ -322,6 +319,15 @@ def test_finished_problems_are_not_sampled_again(
 
     monkeypatch.setattr(HfEngine, "_decode_batch", counting)
     this.run()
+    return asked
+
+
+def test_finished_problems_are_not_sampled_again(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job(**ONE_BY_ONE)
+    kill(this, 5)
+    asked = batches_of(monkeypatch, this)
     assert len(asked) == 6  # three completions of two problems
 
 
@@ -369,15 +375,7 @@ def test_what_another_engine_has_begun_is_not_gone_on_with(
     assert '"engine": "transformers"' in header
     header = header.replace('"engine": "transformers"', '"engine": "vllm"')
     this.partial.write_text("".join([header, *rows]), encoding="utf-8", newline="\n")
-    asked: list[int] = []
-    decode = HfEngine._decode_batch
-
-    def counting(self: Any, requests: list[Any]) -> Any:
-        asked.append(len(requests))
-        return decode(self, requests)
-
-    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
-    this.run()
+    asked = batches_of(monkeypatch, this)
     assert len(asked) == 18  # three completions of each of the six problems
 
 
@@ -387,15 +385,7 @@ def test_more_memory_for_the_engine_goes_on_with_what_was_begun(
     this = job(**ONE_BY_ONE)
     kill(this, 6)
     this.settings["model_settings"]["vllm"] = {"gpu_memory_fraction": 0.5}
-    decode = HfEngine._decode_batch
-    asked: list[int] = []
-
-    def counting(self: Any, requests: list[Any]) -> Any:
-        asked.append(len(requests))
-        return decode(self, requests)
-
-    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
-    this.run()
+    asked = batches_of(monkeypatch, this)
     assert len(asked) == 3
 
 
