@@ -107,7 +107,7 @@ class ArithmeticDataset(Settings):
     """Problems for validation during training."""
     num_test: PositiveInt = 500
     """Problems for the comparison; their operands are in no other split."""
-    wrong_plan_fraction: Fraction01 = 0.55
+    wrong_plan_fraction: Fraction01 = 0.6
     """Share of train demonstrations that follow a wrong plan with correct arithmetic."""
 
 

@@ -135,8 +135,8 @@ def test_wrong_demonstrations_have_their_share_and_correct_arithmetic(
     splits: dict[str, list[Problem]],
 ) -> None:
     wrong = [p for p in splits["train"] if p.demonstration != p.answer]
-    # Binomial(1500, 0.55): mean 825, standard deviation √(1500·0.45·0.55) = 19.3; four of them.
-    assert abs(len(wrong) - 825) < 78
+    # Binomial(1500, 0.6): mean 900, standard deviation √(1500·0.4·0.6) = 19.0; four of them.
+    assert abs(len(wrong) - 900) < 76
     for problem in splits["train"]:
         assert problem.demonstration is not None
         final_number(problem.demonstration)  # checks each mark
