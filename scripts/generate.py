@@ -50,7 +50,7 @@ from gsm8k_core.files import (
     write_json,
     write_jsonl,
 )
-from gsm8k_core.manifest import provenance
+from gsm8k_core.manifest import provenance, utc_now
 from gsm8k_core.models import resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
@@ -277,9 +277,9 @@ def main(argv: list[str] | None = None) -> int:
             "peak_memory_mb": peak_memory_mb(device),
             "settings": settings.model_dump(mode="json", by_alias=True),
             "provenance": {
-                **provenance(),
-                "git": made_by["git"],
-                "code_digest": made_by["code_digest"],
+                **made_by,
+                "written": utc_now(),
+                "cpu_seconds": round(time.process_time(), 1),
             },
         },
     )

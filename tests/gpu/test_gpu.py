@@ -151,7 +151,7 @@ def test_grpo_trains_on_the_gpu(
     assert read_json(tmp_path / "run" / "train" / "summary.json")["device"] != "cpu"
 
 
-def test_chunked_scores_are_those_of_whole_logits_in_less_memory(cuda: torch.device) -> None:
+def test_scores_by_block_are_those_of_whole_logits_in_less_memory(cuda: torch.device) -> None:
     settings = Qwen2Config(
         vocab_size=100_000, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=4,
