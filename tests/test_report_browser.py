@@ -388,4 +388,17 @@ def test_a_view_opens_its_own_first_problem_when_a_search_in_completions_ends(
     )
     expect(page.locator("#problem-id")).to_have_text("test-20")
     assert said == []
+    # A view that somebody goes to while still typing has its first problem in the address.
+    page.evaluate(
+        """() => {
+            const search = document.getElementById("search");
+            search.value = "thinks of";
+            search.dispatchEvent(new Event("input"));
+            document.getElementById("view").value = "1";
+            document.getElementById("view").dispatchEvent(new Event("change"));
+            document.getElementById("order").dispatchEvent(new Event("change"));
+        }"""
+    )
+    expect(page.locator("#problem-id")).to_have_text("test-16")
+    assert page.evaluate("location.hash") == "#p/m2/test/test-16"
     page.close()

@@ -129,6 +129,7 @@ function options(select, pairs) {
 }
 
 function startBrowser(link) {
+  linkFirst = link;
   const { problems, runs } = browser();
   listed = []; // places of the view before; a search in completions takes a while
   selectProblem(null);
@@ -148,7 +149,7 @@ function startBrowser(link) {
   $("kept").textContent = page.views[view].kept;
   $("key").replaceChildren(...methods().map((name, place) => methodToggle(name, place)));
   showList();
-  applyFilters(link);
+  applyFilters();
 }
 
 function methodToggle(name, place) {
@@ -197,9 +198,12 @@ const ORDERS = {
 
 const AT_ONCE = 32; // records unpacked beside each other
 let searchTurn = 0; // a later search ends an earlier one
+let typing = 0; // the timer of the search that a pause in typing starts
+let linkFirst = false; // the first problem that the view shows goes into the address
 
 /** List what the filters let through. A view that shows no problem yet then shows the first. */
-async function applyFilters(link = false) {
+async function applyFilters() {
+  clearTimeout(typing); // this call reads what was typed
   const turn = ++searchTurn;
   const { problems } = browser();
   const condition = CONDITIONS[$("outcome").value];
@@ -236,7 +240,7 @@ async function applyFilters(link = false) {
   }
   listed = found;
   showList();
-  if (current === null) selectProblem(listed[0] ?? null, { link });
+  if (current === null) selectProblem(listed[0] ?? null, { link: linkFirst });
 }
 
 function showList() {
@@ -503,14 +507,13 @@ $("problems").addEventListener("keydown", (event) => {
 $("previous").addEventListener("click", () => move(-1));
 $("next").addEventListener("click", () => move(1));
 
-let typing = 0;
 $("search").addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(() => applyFilters(), 150);
+  typing = setTimeout(applyFilters, 150);
 });
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 for (const id of ["in-completions", "outcome", "method-a", "method-b", "order"]) {
-  $(id).addEventListener("change", () => applyFilters());
+  $(id).addEventListener("change", applyFilters);
 }
 for (const id of ["seed", "decoding"]) {
   $(id).addEventListener("change", () => {
