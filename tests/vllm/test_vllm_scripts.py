@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -101,27 +103,50 @@ def test_each_of_two_ranks_has_an_engine_with_the_weights_that_they_train_togeth
     assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
 
 
-def test_a_job_killed_within_a_rollout_leaves_nothing_and_goes_on(
+def test_a_job_killed_within_a_rollout_leaves_nothing_and_its_rerun_ends_as_if_undisturbed(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train_grpo.py"), *arguments(num_steps=6)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run_to_the_end() -> tuple[str, list[dict[str, Any]]]:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr, read_jsonl(tmp_path / "grpo" / "train" / "metrics.jsonl")
+
+    _, undisturbed = run_to_the_end()
+    shutil.rmtree(tmp_path / "grpo")
+
+    shared_before = set(os.listdir("/dev/shm"))
     job = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "grpo" / "state" / "metrics.jsonl"
-    while not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
+    state = tmp_path / "grpo" / "state"
+    while not (state / "step-00000003").exists():  # then comes the fourth rollout
         assert job.poll() is None, "ended before it could be killed"
-        time.sleep(0.05)
+        time.sleep(0.01)
     family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    ports = {
+        connection.laddr
+        for process in family
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
     job.kill()
     job.wait()
     assert psutil.wait_procs(family, timeout=5)[1] == []
+    for address in ports:
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind(tuple(address))
+    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert len(read_jsonl(state / "metrics.jsonl")) == 3
 
-    rerun = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert rerun.returncode == 0, rerun.stderr
-    assert "resuming after step" in rerun.stderr
-    rows = read_jsonl(tmp_path / "grpo" / "train" / "metrics.jsonl")
+    said, rows = run_to_the_end()
+    assert "resuming after step" in said
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+    for resumed, whole in zip(rows, undisturbed, strict=True):
+        assert resumed["reward_mean"] == whole["reward_mean"]
+        assert resumed["loss"] == pytest.approx(whole["loss"], abs=1e-5)
 
 
 def test_a_suite_is_generated_by_vllm_as_by_transformers(
