@@ -16,6 +16,7 @@ import os
 import random
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 CPU_KV_CACHE_GIB = 1.0
+# Tokens of prompts that a CPU computes in one step, prompts whole: more do not fit its cache, and
+# lie in memory that is mapped anew for every operation (docs/experiments.md).
+CPU_PREFILL_TOKENS = 1024
 SEED_BITS = 63  # of torch's generators
 
 
@@ -85,6 +89,8 @@ class VllmEngine:
         self.sleep_level = settings.sleep_level if colocated and device.type == "cuda" else 0
         self.asleep: set[str] = set()
         self.on_cpu = device.type == "cpu"
+        self.most_at_once = settings.max_sequences
+        self.prefix_caching = settings.prefix_caching
         with _start_errors(folder, settings, memory_fraction):
             self.vllm = _import_vllm()
         options: dict[str, Any] = {
@@ -126,19 +132,28 @@ class VllmEngine:
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. All requests are scheduled at once."""
+        """See `Engine.generate`. On a GPU, all requests are scheduled at once."""
         check_lengths(requests, self.max_length)
         engine = self.llm.llm_engine
         places: dict[str, tuple[int, int]] = {}
+        waiting = deque(
+            (index, k) for index, request in enumerate(requests) for k in range(len(request.seeds))
+        )
         done: list[dict[int, Completion]] = [{} for _ in requests]
         try:
-            for index, request in enumerate(requests):
-                for k, seed in enumerate(request.seeds):
-                    name = f"{index}-{k}"
+            while waiting or places:
+                room = CPU_PREFILL_TOKENS
+                while waiting and (
+                    not self.on_cpu or (room > 0 and len(places) < self.most_at_once)
+                ):
+                    index, k = waiting.popleft()
+                    request = requests[index]
                     prompt = {"prompt_token_ids": request.prompt_ids}
-                    engine.add_request(name, prompt, self._sampling_params(request, seed))
-                    places[name] = (index, k)
-            while places:
+                    params = self._sampling_params(request, request.seeds[k])
+                    engine.add_request(f"{index}-{k}", prompt, params)
+                    places[f"{index}-{k}"] = (index, k)
+                    if k == 0 or not self.prefix_caching:
+                        room -= len(request.prompt_ids)
                 for output in engine.step():
                     index, k = places.pop(output.request_id)
                     done[index][k] = self._completion(output, requests[index])

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from gsm8k_core.engines import vllm_engine
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ModelError
@@ -125,6 +126,36 @@ def test_a_completion_depends_on_its_seed_and_not_on_the_batch(
     assert [c.token_ids for c in alone] == [c.token_ids for c in together[3]]
     first, second = together[0]
     assert first.token_ids != second.token_ids
+
+
+def test_on_a_cpu_prompts_reach_the_engine_a_few_at_a_time_and_nothing_else_changes(
+    engine: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = sampled(prompts[:8])
+    at_once = engine.generate(requests)
+    steps: list[list[int]] = [[]]  # tokens of the prompts that were added before each
+    core = engine.llm.llm_engine
+    add, step = core.add_request, core.step
+
+    def add_request(name: str, prompt: Any, params: Any) -> None:
+        steps[-1].append(len(prompt["prompt_token_ids"]) if name.endswith("-0") else 0)
+        add(name, prompt, params)
+
+    def next_step() -> Any:
+        steps.append([])
+        return step()
+
+    monkeypatch.setattr(core, "add_request", add_request)
+    monkeypatch.setattr(core, "step", next_step)
+    monkeypatch.setattr(vllm_engine, "CPU_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(engine, "most_at_once", 7)
+    assert [[c.token_ids for c in group] for group in engine.generate(requests)] == [
+        [c.token_ids for c in group] for group in at_once
+    ]
+    assert sum(map(len, steps)) == sum(len(request.seeds) for request in requests)
+    longest = max(len(request.prompt_ids) for request in requests)
+    assert all(sum(added) < 20 + longest and len(added) <= 7 for added in steps)
+    assert len(steps[0]) < len(requests)
 
 
 def test_finished_requests_are_told_of_one_by_one(engine: Any, prompts: list[list[int]]) -> None:
