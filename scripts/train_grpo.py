@@ -50,6 +50,12 @@ from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import RewardFn, build_reward_fn
 from gsm8k_core.scoring import score_responses
+from gsm8k_core.shared_prompts import (
+    ForwardCost,
+    completions_per_row,
+    share_prompts,
+    shared_width,
+)
 from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
 
@@ -85,6 +91,10 @@ class Rollouts:
     """(N, T), without truncated completions where the method masks them"""
     lengths: list[int]
     """(N,) positions that are not padding"""
+    prompt_lengths: list[int]
+    """(N,)"""
+    packs: list[list[int]]
+    """All rows in order; those of one pack share their prompt in one forward"""
     sampler_log_probs: torch.Tensor
     """(N, T)"""
     rewards: torch.Tensor
@@ -187,9 +197,16 @@ def collect_groups(
 
 
 def to_tensors(
-    groups: list[Group], pad_id: int, settings: GrpoMethod, device: torch.device
+    groups: list[Group],
+    pad_id: int,
+    settings: GrpoMethod,
+    device: torch.device,
+    cost: ForwardCost | None = None,
 ) -> Rollouts:
-    """Pad a step's groups into tensors. The sampled ids are used as they are."""
+    """Pad a step's groups into tensors. The sampled ids are used as they are.
+
+    With the model's `cost`, prompts are shared where that is less work.
+    """
     prompts = [group.prompt_ids for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]
     batch = collate(prompts, [c.token_ids for c in completions], pad_id)
@@ -200,11 +217,20 @@ def to_tensors(
         truncated = torch.tensor([c.finish_reason == "length" for c in completions])
         mask = mask_truncated(mask, truncated)
     rewards = [reward["reward"] for group in groups for reward in group.rewards]
+    packs: list[list[int]] = []
+    for number, group in enumerate(groups):
+        own_lengths = [len(completion.token_ids) for completion in group.completions]
+        together = completions_per_row(cost, len(group.prompt_ids), own_lengths)
+        start = number * settings.group_size
+        rows = range(start, start + len(own_lengths))
+        packs += [list(rows[place : place + together]) for place in range(0, len(rows), together)]
     return Rollouts(
         input_ids=batch["input_ids"].to(device),
         labels=batch["labels"].to(device),
         response_mask=mask.to(device),
         lengths=[len(p) + len(c.token_ids) - 1 for p, c in zip(prompts, completions, strict=True)],
+        prompt_lengths=[len(prompt) for prompt in prompts],
+        packs=packs,
         sampler_log_probs=sampled.to(device),
         rewards=torch.tensor(rewards, device=device),
         own_rows=[
@@ -240,17 +266,64 @@ def score_rows(
         )
 
 
+def score_packs(
+    run: TrainingRun,
+    model: torch.nn.Module,
+    rollouts: Rollouts,
+    packs: list[list[int]],
+    **options: Any,
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The rows of some packs, and their scores as `score_rows` gives them."""
+    rows = [row for pack in packs for row in pack]
+    if len(rows) == len(packs):  # nothing is shared
+        return rows, score_rows(run, model, rollouts, rows, **options)
+    shared = share_prompts(
+        packs, rollouts.prompt_lengths, rollouts.lengths, rollouts.input_ids.device
+    )
+    source = (shared.source_rows, shared.source_columns)
+    mask = rollouts.response_mask[source] & shared.own
+    settings = run.run_settings.method_settings
+    assert isinstance(settings, GrpoMethod)
+    with run.autocast():
+        scores = score_responses(
+            model,
+            rollouts.input_ids[source],
+            rollouts.labels[source],
+            mask,
+            temperature=settings.temperature,
+            attention_mask=shared.attention_mask,
+            position_ids=shared.source_columns,
+            **options,
+        )
+    # Both masks choose the same tokens in the same order.
+    wanted = rollouts.response_mask[rows, : max(rollouts.lengths[row] for row in rows)]
+    nothing = torch.zeros(wanted.shape, device=wanted.device)
+    return rows, {
+        name: nothing.masked_scatter(wanted, values[mask]) for name, values in scores.items()
+    }
+
+
+def own_packs(run: TrainingRun, rollouts: Rollouts, rows: range) -> list[list[list[int]]]:
+    """This rank's microbatches of `rows`, which are whole groups, as lists of packs."""
+    packs = [pack for pack in rollouts.packs if pack[0] in rows]
+    widths = [
+        shared_width(pack, rollouts.prompt_lengths[pack[0]], rollouts.lengths) for pack in packs
+    ]
+    return [
+        [packs[place] for place in places]
+        for places in own_microbatches(widths, run.tokens_per_microbatch)
+    ]
+
+
 @torch.no_grad()
 def score_all(
     run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts, first_row: int = 0
 ) -> torch.Tensor:
     """Log-probs (N, T) of the completions from `first_row` on under `model`, without gradients."""
     log_probs = torch.zeros_like(rollouts.sampler_log_probs)
-    lengths = rollouts.lengths[first_row:]
-    for group in own_microbatches(lengths, run.tokens_per_microbatch):
-        rows = [first_row + place for place in group]
-        scores = score_rows(run, model, rollouts, rows)["log_probs"]
-        log_probs[rows, : scores.shape[1]] = scores
+    for packs in own_packs(run, rollouts, range(first_row, len(rollouts.lengths))):
+        rows, scores = score_packs(run, model, rollouts, packs)
+        log_probs[rows, : scores["log_probs"].shape[1]] = scores["log_probs"]
     return distributed.add_tensor(log_probs)
 
 
@@ -307,21 +380,21 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     for epoch in range(settings.epochs_per_batch):
         for start in range(0, num_rows, minibatch_size):
             on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
-            minibatch = list(range(start, start + minibatch_size))
+            minibatch = range(start, start + minibatch_size)
             normalizer = step_normalizer(
-                settings.aggregation, rollouts.response_mask[minibatch], settings.max_new_tokens
+                settings.aggregation,
+                rollouts.response_mask[start : minibatch.stop],
+                settings.max_new_tokens,
             )
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
-            lengths = [rollouts.lengths[row] for row in minibatch]
-            for group in own_microbatches(lengths, run.tokens_per_microbatch):
-                rows = [minibatch[i] for i in group]
-                scores = score_rows(
+            for packs in own_packs(run, rollouts, minibatch):
+                rows, scores = score_packs(
                     run,
                     run.model,
                     rollouts,
-                    rows,
+                    packs,
                     with_entropy=True,
                     entropy_gradient=settings.entropy_coefficient > 0,
                 )
@@ -427,6 +500,7 @@ def main(argv: list[str] | None = None) -> int:
     updates_per_step = settings.epochs_per_batch * settings.minibatches
     run = TrainingRun.from_arguments(args, run_settings, updates_per_step)
     disable_dropout(run.model)
+    cost = ForwardCost.of(run.model) if settings.share_prompts else None
     reference = None
     if settings.kl_coefficient > 0:
         reference = run.load_reference()
@@ -454,7 +528,7 @@ def main(argv: list[str] | None = None) -> int:
         run.progress["num_prompts_taken"] += len(sampled)
         rolled_out = time.perf_counter()
 
-        rollouts = to_tensors(groups, pad_id, settings, run.device)
+        rollouts = to_tensors(groups, pad_id, settings, run.device, cost)
         every = settings.check_sampler_every_steps
         # The first step of a call, the first after a push, and every so many.
         if every and (step <= steps_done + 2 or step % every == 0):
