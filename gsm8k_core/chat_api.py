@@ -132,11 +132,14 @@ class ChatClient:
         status = response.status_code
         said = excerpt(self._without_key(response.text))
         if status == 429 or 500 <= status < 600:
-            # 429 and 503 are refusals to begin. Any other 5xx may be the end of work that was done.
+            # 429 and 503 are refusals to begin, unless they tell of work. Any other 5xx may be the
+            # end of work that was done.
+            usage = usage_in(response.content)
             return Fault(
                 f"HTTP {status}: {said}",
-                billed=status not in (429, 503),
+                billed=status not in (429, 503) or usage is not None,
                 retry_after=retry_after_seconds(response.headers),
+                usage=usage,
             )
         remedy = STATUS_HELP.get(status, "see api.base_url: is this an OpenAI-compatible server?")
         return ApiError(f"{self.settings.base_url}: HTTP {status}, {remedy}; it says: {said}")
@@ -154,9 +157,8 @@ class ChatClient:
         try:
             reply = parse_reply(body)
         except ValueError as error:
-            usage = body.get("usage") if isinstance(body, dict) else None
             reason = f"{error}: {excerpt(self._without_key(text))}"
-            raise Fault(reason, True, usage=usage if isinstance(usage, dict) else None) from None
+            raise Fault(reason, True, usage=usage_of(body)) from None
         if reply.finish_reason in UNFINISHED:
             reason = f"the server gave up: finish reason {reply.finish_reason}"
             raise Fault(reason, True, usage=reply.usage)
@@ -232,15 +234,29 @@ def parse_reply(body: Any) -> Reply:
     content = message.get("content") or ""
     if not isinstance(reasoning, str) or not isinstance(content, str):
         raise ValueError("content that is not a text")
-    model, usage = body.get("model"), body.get("usage")
+    model = body.get("model")
     finish_reason = choices[0].get("finish_reason")
     return Reply(
         model=model if isinstance(model, str) else None,
         reasoning=reasoning,
         content=content,
         finish_reason=finish_reason if isinstance(finish_reason, str) else None,
-        usage=usage if isinstance(usage, dict) else None,
+        usage=usage_of(body),
     )
+
+
+def usage_of(body: Any) -> Json | None:
+    """The `usage` of a JSON document, where it has one."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return usage if isinstance(usage, dict) else None
+
+
+def usage_in(content: bytes) -> Json | None:
+    """The `usage` in the body of an error; None where it is no JSON document that has one."""
+    try:
+        return usage_of(json.loads(without_keep_alives(content.decode("utf-8"))))
+    except (ValueError, RecursionError):
+        return None
 
 
 def retry_after_seconds(headers: httpx.Headers) -> float | None:

@@ -483,6 +483,9 @@ class GrpoMethod(TrainSettings):
     max_refills: PositiveInt = 3
     """At most so many further rounds of sampling in one step."""
 
+    share_prompts: bool = True
+    """Let the update compute a prompt once for several of its completions, where that is less work
+    and the model is one that it is known to be right for (`gsm8k_core.shared_prompts`)."""
     check_sampler_every_steps: NonNegativeInt = 10
     """Compare the sampler's log-probs with the trainer's every so many steps, and in the first two
     of a call (the second is the first with pushed weights); 0 never."""
@@ -730,6 +733,11 @@ class TrackingSettings(Settings):
     keeps (and W&B shows); 0 never."""
     num_completions: PositiveInt = 8
     """Completions in such a sample."""
+    num_generations: NonNegativeInt = 4
+    """SFT, expert iteration and DPO: greedy completions of the first so many problems of `val`,
+    generated before the first step and after the last one, for the same file; 0 none."""
+    generations_every_steps: NonNegativeInt = 0
+    """Generate them every so many steps as well; 0: at the start and the end alone."""
 
 
 class Config(Settings):

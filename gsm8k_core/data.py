@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import re
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT_SECONDS = 60
 SPLITS = ("train", "test")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 GITHUB_RAW = "https://raw.githubusercontent.com"
 GITHUB_FOLDER = "grade_school_math/data"
 
@@ -115,15 +117,38 @@ def _from_hub(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     from huggingface_hub.errors import HTTPError
 
     splits = {}
-    for split in SPLITS:
-        try:
+    try:
+        commit = _commit_on_hub(settings)
+        for split in SPLITS:
             table = datasets.load_dataset(
-                settings.hub_id, settings.hub_config, split=split, revision=settings.revision
+                settings.hub_id, settings.hub_config, split=split, revision=commit
             )
-        except (HTTPError, datasets.exceptions.DatasetsError) as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error  # not all of them are one
-        splits[split] = [{"question": row["question"], "answer": row["answer"]} for row in table]
-    return splits, f"hub: {settings.hub_id} ({settings.hub_config}) at {settings.revision}"
+            rows = [{"question": row["question"], "answer": row["answer"]} for row in table]
+            splits[split] = rows
+    except (HTTPError, datasets.exceptions.DatasetsError) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error  # not all of them are one
+    named = settings.revision if settings.revision == commit else f"{settings.revision} = {commit}"
+    return splits, f"hub: {settings.hub_id} ({settings.hub_config}) at {named}"
+
+
+def _commit_on_hub(settings: Gsm8kDataset) -> str:
+    """The commit that the revision stands for. One that is named otherwise is asked for."""
+    from huggingface_hub import HfApi
+
+    if COMMIT.fullmatch(settings.revision):
+        return settings.revision
+    found = HfApi().dataset_info(settings.hub_id, revision=settings.revision).sha
+    if found is None:
+        raise OSError(f"{settings.hub_id} at {settings.revision}: the hub names no commit")
+    if not found.startswith(settings.revision):
+        log.warning(
+            "%s at %s: this name can move; it stands for commit %s now: write that as "
+            "datasets.<name>.revision",
+            settings.hub_id,
+            settings.revision,
+            found,
+        )
+    return found
 
 
 def _from_github(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -25,6 +26,8 @@ from gsm8k_core.errors import BusyError, DataError
 
 Json = dict[str, Any]
 Value = TypeVar("Value")
+WRITER = ".writer"
+"""In the temporary folder of `atomic_path`: a file that is locked as long as its writer lives."""
 
 
 @contextlib.contextmanager
@@ -33,10 +36,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Works for a file or a directory (the block creates either). On any exception the temporary is
     removed and `path` is left as it was. Of several processes that write `path` at once each
-    succeeds, and what the last one wrote remains.
+    succeeds, and what the last one wrote remains. What a process that was killed has left is
+    removed by the next one that writes into the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    writer = _mark_as_alive(holder)
     temporary = holder / path.name
     try:
         yield temporary
@@ -45,7 +51,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
             if _moved_into_place(temporary, path, holder / f"replaced{attempt}"):
                 break
     finally:
+        os.close(writer)  # first: a network file system keeps an open file in its folder
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _mark_as_alive(holder: Path) -> int:
+    """Lock WRITER in `holder` until the returned descriptor is closed, or this process ends."""
+    unlocked = holder / f"{WRITER}.new"
+    descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # On a file system without locks there is no WRITER, and nothing passes for a leftover.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(holder / WRITER)
+    return descriptor
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write into `folder` (`atomic_path`)."""
+    for mark in folder.glob(f".*/{WRITER}"):
+        with contextlib.suppress(OSError):  # its writer is alive, or has just ended
+            descriptor = os.open(mark, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(descriptor)
+            shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 def _moved_into_place(temporary: Path, path: Path, replaced: Path) -> bool:
@@ -145,6 +175,18 @@ def parse_jsonl(lines: Iterable[bytes], source: str) -> Iterator[Json]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield row
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut off what stands behind the last newline; returns the number of bytes."""
+    with path.open("rb+") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        if size == 0:
+            return 0
+        with mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ) as content:
+            whole = content.rfind(b"\n") + 1
+        handle.truncate(whole)
+    return size - whole
 
 
 def read_jsonl(path: Path) -> list[Json]:

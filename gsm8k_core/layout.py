@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod, SftMethod
 
@@ -88,6 +89,16 @@ class Layout:
             if name in stages and isinstance(settings, SftMethod) and settings.dataset is not None
         ]
         return [self.problems(dataset, "train") for dataset in dict.fromkeys(datasets)]
+
+    def datasets(self) -> list[str]:
+        """The datasets that the study learns from or is measured on, each once.
+
+        Those whose questions its reasoning traces answer are among them.
+        """
+        files = [*self.training_files(), *self.suite_files()]
+        names = [Path(path).parent.name for path in files]
+        asked = [self.config.traces[name].dataset for name in names if name in self.config.traces]
+        return list(dict.fromkeys([*names, *asked]))
 
     def suite_files(self) -> list[str]:
         """The problems of the study's suites, each file once."""

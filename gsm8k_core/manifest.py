@@ -2,11 +2,13 @@
 
 Whatever makes results has a run manifest, `artifacts/runs/<UTCSTAMP>_<gitsha>/run_manifest.json`:
 each call of snakemake, each `eval`. Jobs hear its name through $GSM8K_INVOCATION and write it into
-the `provenance` of their own records, so that every number leads to the call that made it.
+the `provenance` of their own records, so that every number leads to the call that made it. A job
+that is killed and gone on with has several calls; its record lists them (`Attempts`).
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import fnmatch
 import functools
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,15 @@ import psutil
 
 from gsm8k_core.config import Config
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, read_json, sha256_json, write_json, write_text
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from gsm8k_core.redaction import redact, redact_assignments
 
 log = logging.getLogger(__name__)
@@ -199,10 +210,10 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(names: Sequence[str] = TRACKED_PACKAGES) -> dict[str, str]:
     """Installed versions of the packages that numbers depend on."""
     versions = {}
-    for name in TRACKED_PACKAGES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -294,6 +305,122 @@ def redacted(command: list[str]) -> list[str]:
             shown.append("***" if hide_next else redact(word))
         hide_next = secret and not equals
     return shown
+
+
+class CallRecord:
+    """The record of one call of a script that uses no model: it stands beside what the call made.
+
+    What such a call makes is the same to the byte whoever makes it again, so the record is a file
+    of its own. It is begun with the call and written when its results are there.
+    """
+
+    def __init__(self, script: str, argv: list[str] | None) -> None:
+        """`argv` as `main` has it: None for the process' own command line."""
+        self._begun = time.perf_counter()
+        words = sys.argv[1:] if argv is None else argv
+        self._begin: Json = {
+            "command": redacted([script, *words]),
+            "host": platform.node(),
+            "started": utc_now(),
+        }
+
+    def write(self, path: Path, packages: Sequence[str], outputs: Sequence[Path]) -> None:
+        """Write the record, with the versions of `packages` and the hashes of `outputs`."""
+        record = {
+            **self._begin,
+            "ended": utc_now(),
+            "seconds_wall": round(time.perf_counter() - self._begun, 3),
+            "outputs": {str(output): sha256_file(output) for output in outputs},
+            "provenance": {
+                "invocation": invocation_name(),
+                "cpu_seconds": round(time.process_time(), 1),
+                "python": platform.python_version(),
+                "packages": package_versions(packages),
+                "git": git_state(),
+                "code_digest": code_digest(),
+                "platform": platform.platform(),
+                "processor": _processor_name(),
+                "environment": allowed_environment(),
+            },
+        }
+        write_text(path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+
+
+class Attempts:
+    """The calls that have worked on one job: after a kill, another call goes on with it.
+
+    Their rows lie in `path`, which is written whole at each change and outlives a kill. `job` tells
+    which job it is; calls that worked on another one there are forgotten. One process at a time may
+    have it: the one that holds the job's lock.
+
+    A row has the call's command line, host, commit and start, and a `state`:
+
+        running    it is at work, or was when `path` was written
+        finished   it came to the end of the job
+        failed     it was ended by an error, or by Ctrl-C
+        killed     it ended without a word: a signal, a crash, an error in one of several ranks
+
+    and the seconds (wall, CPU, and wall for each GPU that it held) from the start of its process to
+    `last_sign`: its end, or where it was killed the last time that it wrote anything down. What it
+    did after that is not counted.
+    """
+
+    def __init__(self, path: Path, job: str, num_gpus: int = 0) -> None:
+        known = read_json(path) if path.exists() else {}
+        earlier = known["attempts"] if known.get("job") == job else []
+        for attempt in earlier:
+            if attempt["state"] == "running":
+                attempt["state"] = "killed"
+        self._path = path
+        self._job = job
+        began = psutil.Process().create_time()
+        self._began = began
+        self._own: Json = {
+            "state": "running",
+            "invocation": invocation_name(),
+            "command": redacted([_program(sys.argv[0]), *sys.argv[1:]]),
+            "host": platform.node(),
+            "git": git_state(),
+            "code_digest": code_digest(),
+            "num_gpus": num_gpus,
+            "started": datetime.datetime.fromtimestamp(began, datetime.UTC).isoformat(
+                timespec="seconds"
+            ),
+        }
+        self._rows = [*earlier, self._own]
+        self.note()
+        atexit.register(self._end)
+
+    def note(self, state: str = "running", cpu_seconds: float | None = None) -> None:
+        """Write down that this call is alive; `cpu_seconds` of all ranks, where there are some."""
+        seconds = max(0.0, time.time() - self._began)
+        cpu = time.process_time() if cpu_seconds is None else cpu_seconds
+        self._own |= {
+            "state": state,
+            "last_sign": utc_now(),
+            "seconds_wall": round(seconds, 1),
+            "seconds_cpu": round(cpu, 1),
+            "seconds_gpu": round(seconds * self._own["num_gpus"], 1),
+        }
+        record = {"job": self._job, "attempts": self._rows}
+        write_text(self._path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+
+    def finish(self, cpu_seconds: float | None = None) -> Json:
+        """What the job's own record says of them. `path` is the caller's to remove, or to keep."""
+        atexit.unregister(self._end)
+        self.note("finished", cpu_seconds)
+        return attempts_record(self._rows)
+
+    def _end(self) -> None:
+        if self._path.exists():
+            self.note("failed")
+
+
+def attempts_record(attempts: Sequence[Json]) -> Json:
+    """`attempts`, and their seconds summed up in `attempts_total`."""
+    kinds = ("seconds_wall", "seconds_cpu", "seconds_gpu")
+    sums = {kind: round(sum(one[kind] for one in attempts), 1) for kind in kinds}
+    return {"attempts": list(attempts), "attempts_total": sums}
 
 
 class Invocation:

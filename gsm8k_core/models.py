@@ -36,7 +36,7 @@ from gsm8k_core import distributed, ranks
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
 from gsm8k_core.errors import ConfigError, ModelError
-from gsm8k_core.files import sha256_file, sha256_json
+from gsm8k_core.files import read_json, sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,15 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
             f"connect once, or download it elsewhere and set source: path ({_first_line(error)})"
         ) from error
     _copy_files(snapshot, output_dir)
-    return {"from": f"hub: {settings.hub_id}", "revision": settings.revision}
+    commit = snapshot.name  # the hub's cache has a folder for each commit
+    if not commit.startswith(settings.revision or ""):
+        log.warning(
+            "%s: this name can move, and the same settings then mean other weights; it stands for "
+            "commit %s now: write that as models.<name>.revision",
+            name,
+            commit,
+        )
+    return {"from": f"hub: {settings.hub_id}", "revision": settings.revision, "commit": commit}
 
 
 def _prepare_from_path(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
@@ -290,10 +298,41 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def empty_model(folder: Path) -> PreTrainedModel:
+    """What `load_model` gives, with parameters on the device `meta`: without values or memory."""
+    from accelerate import init_empty_weights
+
+    _check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.tie_weights()  # each had become a parameter of its own
+        with contextlib.suppress(OSError):  # else the one that follows from the config
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+    return model.eval()
+
+
 def _check_folder(folder: Path) -> None:
-    """transformers takes the path of a folder that is not there for a name on the hub."""
+    """That the folder is there, and nothing that its run says it has written is missing.
+
+    transformers takes a path that is not there for a name on the hub, and goes without a chat
+    template or a generation config.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
+    summary = folder.parent / "train" / "summary.json"
+    if folder.name == "model" and summary.is_file():
+        for name in read_json(summary).get("model_files", []):
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"{folder}: {name} is missing, so a removal of these weights was cut short; "
+                    "delete the folder, then run again to have them trained anew"
+                )
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,9 +5,14 @@
     results/{study}/SHA256SUMS        every file of the study, by `sha256sum`; from the folder that
                                       holds artifacts/, `sha256sum -c` checks it as well
 
-The files of a study are its experiments, its results, and the datasets, starting weights and run
-manifests that they came from. Not among them: `state/` (checkpoints of an unfinished run), `wandb/`
-(which `wandb sync` adds to) and hidden files (Snakemake's time stamps, what a kill has left).
+The files of a study are its experiments, its results, the run manifests of its calls, and the
+datasets, traces and starting weights that it came from, with the logs and benchmarks of all of it.
+
+Not among them, by their nature: `state/` (checkpoints of an unfinished run), hidden files
+(Snakemake's empty time stamps, locks, what a kill has left) and what lies outside artifacts/, as
+Snakemake's own log in `.snakemake/log` does, which ends after the record. `wandb/` is hashed, but
+files that are new in it are no difference: `wandb sync` adds some. A damaged SHA256SUMS shows as
+the differences that it makes, or as an error that names the row.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.config import BaseMethod
+from gsm8k_core.config import BaseMethod, SftMethod
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, sha256_file, write_json, write_text
 from gsm8k_core.layout import ARTIFACTS, Layout
@@ -28,9 +33,14 @@ log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-LEFT_OUT_FOLDERS = {"state", "wandb"}
+LEFT_OUT_FOLDERS = {"state"}
+WANDB_FOLDER = "wandb"
+# Of artifacts/: these hold a folder for each study, model or call, …
+SHARED_FOLDERS = {"experiments", "models", "results", "runs"}
+# … and these a log of each dataset and each model that was prepared.
+LOG_FOLDERS = ("logs", "benchmarks")
 ROUND_FOLDER = re.compile(r"round\d+")
-ORIGIN_KEYS = ("from", "revision", "gguf_file", "gguf_sha256", "files")
+ORIGIN_KEYS = ("from", "revision", "commit", "gguf_file", "gguf_sha256", "files")
 
 
 # ------------------------------------------------------------------------------------- provenance
@@ -39,8 +49,10 @@ ORIGIN_KEYS = ("from", "revision", "gguf_file", "gguf_sha256", "files")
 def study_provenance(layout: Layout) -> Json:
     """Each row of the comparison with the files that it was computed from; only what is there.
 
-    `made_by` lists the run manifests of the calls that trained and generated a run, its parents'
-    included; a stage that was run by hand has none.
+    `made_by` lists the run manifests of the calls that generated, graded and trained a run, its
+    parents included, and of those that prepared its data, traces and starting weights; earlier
+    calls of a job that was killed are there too. A stage that was run by hand has none. `grading`
+    is the record of the grading call itself, `tables` those of compare, plot and report.
     """
     config = layout.config
     rows = []
@@ -54,7 +66,13 @@ def study_provenance(layout: Layout) -> Json:
                 found = [run for run in runs if "metrics" in run]
                 if found:
                     rows.append({"model": model, "method": method, "suite": suite, "runs": found})
-    return {"study": config.study.name, "rows": rows, "dropped_weights": dropped_weights(layout)}
+    tables = [str(path) for path in sorted(Path(layout.results, "manifests").glob("*.json"))]
+    return {
+        "study": config.study.name,
+        "rows": rows,
+        "tables": {"records": tables, "made_by": _made_by(tables)},
+        "dropped_weights": dropped_weights(layout),
+    }
 
 
 def dropped_weights(layout: Layout) -> list[str]:
@@ -79,12 +97,13 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
     files = {
         "metrics": f"{run}/metrics/{suite}.json",
         "grades": f"{run}/grades/{suite}.parquet",
+        "grading": f"{run}/grades/{suite}.manifest.json",
         "completions": f"{run}/completions/{suite}.jsonl",
         "stats": f"{run}/completions/{suite}.stats.json",
         "problems": f"{ARTIFACTS}/{suite_settings.dataset}/manifest.json",
         "starting_weights": f"{layout.starting_weights(model)}/manifest.json",
     }
-    summaries, of_rounds = [], []
+    summaries, of_rounds, training_data = [], [], []
     for stage in config.method_chain(method):
         if not isinstance(config.methods[stage], BaseMethod):
             folder = Path(layout.run(model, stage, seed))
@@ -92,18 +111,52 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
             # Expert iteration and DPO sample and train in rounds, maybe each in a call of its own.
             for name in ("train/summary.json", "completions.stats.json"):
                 of_rounds += [str(path) for path in sorted(folder.glob(f"round*/{name}"))]
-    names = [
-        (_record(Path(path)).get("provenance") or {}).get("invocation")
-        for path in [files["stats"], *reversed(summaries), *reversed(of_rounds)]
-    ]
+            training_data += _data_records(layout, stage)
+    training_data = list(dict.fromkeys(training_data))
     return {
         "seed": seed,
         **{name: path for name, path in files.items() if Path(path).exists()},
         "summaries": [path for path in summaries if Path(path).exists()],
-        "made_by": [
-            f"{ARTIFACTS}/runs/{name}/run_manifest.json" for name in dict.fromkeys(names) if name
-        ],
+        "training_data": [path for path in training_data if Path(path).exists()],
+        "made_by": _made_by(
+            [
+                files["stats"],
+                files["grading"],
+                *reversed(summaries),
+                *reversed(of_rounds),
+                *training_data,
+                files["problems"],
+                files["starting_weights"],
+            ]
+        ),
     }
+
+
+def _data_records(layout: Layout, stage: str) -> list[str]:
+    """The manifests of what a method learns from; of traces, how they were collected as well."""
+    config = layout.config
+    settings = config.methods[stage]
+    own = settings.dataset if isinstance(settings, SftMethod) else None
+    dataset = own or config.study.dataset
+    records = [f"{ARTIFACTS}/{dataset}/manifest.json"]
+    if dataset in config.traces:
+        records += [
+            f"{ARTIFACTS}/{dataset}/collected.json",
+            f"{ARTIFACTS}/{config.traces[dataset].dataset}/manifest.json",
+        ]
+    return records
+
+
+def _made_by(records: Iterable[str]) -> list[str]:
+    """The run manifests of the calls that wrote these records, each once."""
+    names = [name for path in records for name in calls_of(_record(Path(path)))]
+    return [f"{ARTIFACTS}/runs/{name}/run_manifest.json" for name in dict.fromkeys(names)]
+
+
+def calls_of(record: Json) -> list[str]:
+    """The calls that a record names: that which wrote it, then earlier attempts, latest first."""
+    attempts = [attempt.get("invocation") for attempt in record.get("attempts", [])]
+    return [name for name in [_invocation_of(record), *reversed(attempts)] if name]
 
 
 def _record(path: Path) -> Json:
@@ -118,16 +171,16 @@ def _record(path: Path) -> Json:
 def invocation_facts(layout: Layout, invocation: str | None) -> Json:
     """What a call's manifest says at its end: digests of what went in, seconds that jobs held.
 
-    `seconds_cpu_jobs` and `seconds_gpu` add up the training and generating jobs of this call, on
-    whatever machines they ran; a job that shares a model over several GPUs counts each.
+    `seconds_cpu_jobs` and `seconds_gpu` add up the training and generating jobs that this call has
+    finished, on whatever machines they ran; a job that shares a model over several GPUs counts
+    each. What earlier calls did for those jobs counts too, as far as this one went on from it.
     """
     config = layout.config
-    files = [*layout.training_files(), *layout.suite_files()]
-    folders = dict.fromkeys(Path(path).parent for path in files)
     own = [record for record in _job_records(layout) if _invocation_of(record) == invocation]
     return {
         "datasets": {
-            folder.name: split_digests(_record(folder / "manifest.json")) for folder in folders
+            name: split_digests(_record(Path(ARTIFACTS, name, "manifest.json")))
+            for name in layout.datasets()
         },
         "models": {
             model: weights_origin(_record(Path(layout.starting_weights(model)) / "manifest.json"))
@@ -158,7 +211,7 @@ def _job_records(layout: Layout) -> list[Json]:
         path
         for pattern in ("summary.json", "*.stats.json")
         for path in root.rglob(pattern)
-        if not LEFT_OUT_FOLDERS & set(path.relative_to(root).parts)
+        if not {*LEFT_OUT_FOLDERS, WANDB_FOLDER} & set(path.relative_to(root).parts)
     }
     # finish_rounds adds up what its rounds have told already.
     records = [_record(path) for path in sorted(paths)]
@@ -172,11 +225,18 @@ def _invocation_of(record: Json) -> str | None:
 def job_seconds(records: Iterable[Json]) -> Json:
     """CPU and GPU seconds of jobs, from the records that they wrote."""
     records = list(records)
-    cpu = sum((record.get("provenance") or {}).get("cpu_seconds") or 0.0 for record in records)
+    cpu = sum(_cpu_seconds(record) for record in records)
     return {
         "seconds_cpu_jobs": round(cpu, 1),
         "seconds_gpu": round(sum(_gpu_seconds(record) for record in records), 1),
     }
+
+
+def _cpu_seconds(record: Json) -> float:
+    of_attempts = record.get("attempts_total")
+    if of_attempts is not None:
+        return float(of_attempts["seconds_cpu"])
+    return float((record.get("provenance") or {}).get("cpu_seconds") or 0.0)
 
 
 def num_gpus(record: Json) -> int | None:
@@ -221,7 +281,7 @@ def record_study(layout: Layout, since_ns: int) -> None:
         str(path): known[str(path)]
         if str(path) in known and path.stat().st_ctime_ns < since_ns
         else sha256_file(path)
-        for path in _files_below(_study_folders(layout, provenance))
+        for path in _study_files(layout, provenance)
     }
     dropped = set(provenance["dropped_weights"])
     for name in known.keys() - sums.keys():
@@ -264,19 +324,28 @@ def hash_folder(folder: Path) -> None:
     write_sums(folder / SUMS, {str(path): sha256_file(path) for path in _files_below([folder])})
 
 
-def _study_folders(layout: Layout, provenance: Json) -> list[Path]:
-    files = [*layout.training_files(), *layout.suite_files()]
-    manifests = [
-        name for row in provenance["rows"] for run in row["runs"] for name in run["made_by"]
-    ]
+def _study_files(layout: Layout, provenance: Json) -> Iterator[Path]:
+    """Every file of a study that is there, each once."""
+    runs = Path(ARTIFACTS, "runs")
+    made_by = [name for row in provenance["rows"] for run in row["runs"] for name in run["made_by"]]
+    manifests = [Path(name) for name in [*made_by, *provenance["tables"]["made_by"]]]
+    # Its other calls too: that which only plotted, that which failed.
+    for path in sorted(runs.glob("*/run_manifest.json")):
+        if _record(path).get("study") == layout.config.study.name:
+            manifests.append(path)
+    shared = [*layout.datasets(), *layout.config.study.models]
     folders = [
         Path(layout.experiments),
         Path(layout.results),
-        *(Path(path).parent for path in files),
+        *(Path(ARTIFACTS, name) for name in layout.datasets()),
         *(Path(layout.starting_weights(model)) for model in layout.config.study.models),
-        *(Path(name).parent for name in manifests),
+        *(path.parent for path in manifests),
     ]
-    return list(dict.fromkeys(folders))
+    yield from _files_below(dict.fromkeys(folders))
+    for kind in LOG_FOLDERS:  # of what prepared data, traces and weights, for all studies
+        for path in sorted(Path(ARTIFACTS, kind).glob("*/*")):
+            if path.stem in shared and path.is_file():
+                yield path
 
 
 def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
@@ -318,19 +387,23 @@ def verify_sums(
             missing.append(name)
         elif sha256_file(Path(name)) != sums[name]:
             changed.append(name)
-    found = {str(file) for file in _files_below(_recorded_folders(sums, path))}
+    found = {
+        str(file)
+        for file in _files_below(_recorded_folders(sums, path))
+        if WANDB_FOLDER not in file.parts
+    }
     return Differences(changed, missing, sorted(found - sums.keys()), len(sums))
 
 
 def _recorded_folders(sums: Iterable[str], path: Path) -> list[Path]:
     """The folders that a record covers whole: artifacts/{dataset}, …/experiments/{study}, ….
 
-    A folder of `artifacts/` that holds folders of several studies is covered one level deeper.
+    A folder of `artifacts/` that holds folders of several studies is covered one level deeper, one
+    that holds logs of several not at all.
     """
-    shared = {"experiments", "models", "results", "runs"}
     folders = {path.parent}
     for name in sums:
         parts = Path(name).parts
-        if parts[0] == ARTIFACTS and len(parts) > 2:
-            folders.add(Path(*parts[: 3 if parts[1] in shared else 2]))
+        if parts[0] == ARTIFACTS and len(parts) > 2 and parts[1] not in LOG_FOLDERS:
+            folders.add(Path(*parts[: 3 if parts[1] in SHARED_FOLDERS else 2]))
     return sorted(folders)

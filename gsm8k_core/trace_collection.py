@@ -24,7 +24,6 @@ import errno
 import fcntl
 import json
 import logging
-import mmap
 import os
 import random
 import time
@@ -36,7 +35,7 @@ from pathlib import Path
 from gsm8k_core.chat_api import ChatClient, Fault, Reply, retry_delay
 from gsm8k_core.config import BudgetSettings, CollectionSettings
 from gsm8k_core.errors import ApiError, DataError
-from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.files import Json, cut_torn_line, iter_jsonl
 from gsm8k_core.manifest import utc_now
 from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import chat_messages
@@ -123,15 +122,8 @@ class AppendOnly:
         self._repair()
 
     def _repair(self) -> None:
-        """Cut off what stands behind the last newline."""
-        size = os.fstat(self._descriptor).st_size
-        if size == 0:
-            return
-        with mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ) as content:
-            whole = content.rfind(b"\n") + 1
-        if whole < size:
-            log.warning("%s: cut off a torn last line of %d bytes", self.path, size - whole)
-            os.ftruncate(self._descriptor, whole)
+        if num_bytes := cut_torn_line(self.path):
+            log.warning("%s: cut off a torn last line of %d bytes", self.path, num_bytes)
 
     def append(self, row: Json) -> None:
         """Write one row. Half a surrogate pair, which UTF-8 cannot hold, becomes `?`."""
@@ -426,6 +418,7 @@ class Collector:
             cost = (said or worst) if fault.billed else Amount()
             self.collection.settle(request, task, cost, str(fault))
             await self.budget.settle(worst, cost)
+            self._check_cost(cost, worst)
             raise
         except ApiError as error:
             self.collection.settle(request, task, Amount(), str(error))
@@ -435,7 +428,13 @@ class Collector:
         row = reply_row(problem, index, request, attempt, reply, cost)
         self.collection.add_reply({**row, "seconds": round(time.monotonic() - started, 3)})
         await self.budget.settle(worst, cost)
-        # More completion than allowed may cost more though the tokens, prompt included, are fewer.
+        self._check_cost(cost, worst)
+
+    def _check_cost(self, cost: Amount, worst: Amount) -> None:
+        """Raise ApiError where a request has cost more than it could, so that no budget holds.
+
+        More completion than allowed may cost more though the tokens, prompt included, are fewer.
+        """
         if self.budget.is_limited and (cost.tokens > worst.tokens or cost.money > worst.money):
             raise ApiError(
                 f"{self.settings.api.base_url}: it counted {cost.tokens} tokens for a request of "

@@ -6,16 +6,19 @@ that `prompts.demonstration` can give it the form that a student's prompt asks f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.config import PromptSettings, TraceDatasetSettings, TraceSelectionSettings
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl, required
+from gsm8k_core.files import Json, parse_jsonl, required
 from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import render_solution
 
@@ -36,18 +39,19 @@ def select_traces(
     """
     counts: Counter[str] = Counter()
     kept: dict[str, list[Problem]] = {problem.id: [] for problem in problems}
-    seen: set[tuple[str, str]] = set()
+    seen: set[bytes] = set()
     for problem, row in _in_order(path, problems):
         reasoning, content = split_reasoning(row["reasoning"], row["content"])
         fate = _fate(problem, reasoning, content, settings)
         if fate == "kept":
             text = " ".join(f"{reasoning} {content}".split()).casefold()
-            if (problem.question, text) in seen:
+            digest = hashlib.sha256(f"{problem.question}\0{text}".encode()).digest()
+            if digest in seen:
                 fate = "duplicate"
             elif len(kept[problem.id]) == settings.selection.max_kept_per_question:
                 fate = "one_too_many"
             else:
-                seen.add((problem.question, text))
+                seen.add(digest)
                 kept[problem.id].append(
                     replace(
                         problem,
@@ -67,23 +71,40 @@ def select_traces(
 def _in_order(path: Path, problems: list[Problem]) -> Iterator[tuple[Problem, Json]]:
     """Each answer with its problem, by problem and number of the trace.
 
-    Answers come in the order in which a server finished them, which is another one each time.
+    Answers come in the order in which a server finished them, which is another one each time. They
+    are long: all are checked first, and only their places in the file are kept.
     """
     by_id = {problem.id: problem for problem in problems}
-    rows = []
-    for number, row in enumerate(iter_jsonl(path), start=1):
-        where = f"{path}, row {number}"
-        for key in ("reasoning", "content"):
-            required(row, key, str, where)
-        required(row, "sample_index", int, where)
-        problem_id = required(row, "problem_id", str, where)
-        problem = by_id.get(problem_id)
-        if problem is None or problem.question != required(row, "question", str, where):
-            raise DataError(f"{where}: the question of {problem_id} is not in the data")
-        rows.append(row)
     place = {problem.id: index for index, problem in enumerate(problems)}
-    for row in sorted(rows, key=lambda row: (place[row["problem_id"]], row["sample_index"])):
-        yield by_id[row["problem_id"]], row
+    order: list[tuple[int, int, int]] = []
+    try:
+        handle = path.open("rb")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    with handle:
+        offsets: list[int] = []
+        for number, row in enumerate(parse_jsonl(_noting(handle, offsets), str(path)), start=1):
+            where = f"{path}, row {number}"
+            for key in ("reasoning", "content"):
+                required(row, key, str, where)
+            sample_index = required(row, "sample_index", int, where)
+            problem_id = required(row, "problem_id", str, where)
+            problem = by_id.get(problem_id)
+            if problem is None or problem.question != required(row, "question", str, where):
+                raise DataError(f"{where}: the question of {problem_id} is not in the data")
+            order.append((place[problem_id], sample_index, offsets[-1]))
+        for index, _, offset in sorted(order):
+            handle.seek(offset)
+            yield problems[index], json.loads(handle.readline())
+
+
+def _noting(handle: BinaryIO, offsets: list[int]) -> Iterator[bytes]:
+    """The lines of a file; the place of each is appended to `offsets` before it is given."""
+    offset = 0
+    for line in handle:
+        offsets.append(offset)
+        offset += len(line)
+        yield line
 
 
 def _fate(problem: Problem, reasoning: str, content: str, settings: TraceDatasetSettings) -> str:

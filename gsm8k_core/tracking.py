@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,17 @@ class MetricsLog:
             handle.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
 
 
-def _rows_until(path: Path, last_step: int) -> list[Json]:
+def _rows_until(path: Path, last_step: int) -> Iterator[Json]:
     """Rows of steps up to `last_step`; a line torn by a kill can only come after them."""
-    rows: list[Json] = []
     if last_step == 0 or not path.exists():
-        return rows
+        return
     for number, row in enumerate(iter_jsonl(path), start=1):
         step = required(row, "step", int, f"{path}, row {number}")
         if step > last_step:
-            break
-        rows.append(row)
+            return
+        yield row
         if step == last_step:
-            break
-    return rows
+            return
 
 
 def _finite(row: Json) -> Json:
@@ -103,6 +101,12 @@ def completions_due(settings: TrackingSettings, step: int) -> bool:
     """Whether a sample of completions is due: at step 1 and every so many."""
     every = settings.completions_every_steps
     return every > 0 and (step == 1 or step % every == 0)
+
+
+def generations_due(settings: TrackingSettings, step: int, num_steps: int) -> bool:
+    """Whether SFT or DPO is to show what the model writes after `step` (0: before the first)."""
+    every = settings.generations_every_steps
+    return step in (0, num_steps) or (every > 0 and step % every == 0)
 
 
 def wandb_mode(settings: TrackingSettings) -> str:
@@ -137,7 +141,7 @@ class TrackedRun:
     name: str
     group: str
     config: Json
-    rows_before: Sequence[Json] = ()
+    rows_before: Iterable[Json] = ()
     """Rows up to the checkpoint that it goes on from: W&B keeps the last ones of a killed run in
     memory, and they die with it."""
 

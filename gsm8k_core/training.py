@@ -5,7 +5,8 @@ The loops themselves stand in `scripts/train_*.py`. A run's folder:
     settings.json        all that decides the run
     model/               the trained weights and tokenizer
     train/metrics.jsonl  one row a step
-    train/completions.jsonl  GRPO: a sample of the completions, every so many steps (`tracking`)
+    train/completions.jsonl  what the model wrote now and then (`tracking`): GRPO a sample of its
+                         rollouts, SFT and DPO greedy completions of some problems of `val`
     train/summary.json   seconds, tokens, peak memory, provenance
     state/               checkpoints of an unfinished run; gone when it has finished
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import math
 import random
@@ -40,19 +42,22 @@ from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import (
     Json,
     atomic_path,
+    iter_jsonl,
     lock,
     read_json,
-    read_jsonl,
+    remove_leftovers,
     seed_from,
     sha256_file,
     sha256_json,
     unlock,
     write_json,
 )
-from gsm8k_core.manifest import provenance
+from gsm8k_core.generation import log_generations
+from gsm8k_core.manifest import Attempts, provenance
 from gsm8k_core.models import (
     autocast,
     compute_dtype,
+    empty_model,
     load_model,
     load_plain_weights,
     load_tokenizer,
@@ -63,11 +68,13 @@ from gsm8k_core.models import (
 )
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.rewards import answer_components
 from gsm8k_core.tracking import (
     MetricsLog,
     TrackedRun,
     Tracker,
     completions_due,
+    generations_due,
     new_run_id,
     start_tracker,
     tracking_settings,
@@ -79,6 +86,8 @@ Item = TypeVar("Item")
 # What larger microbatches compute leaves a CPU's cache, in memory that is mapped anew each time:
 # 1.2 to 1.8 times as slow (docs/experiments.md).
 CPU_TOKENS_PER_MICROBATCH = 2048
+# Numbers (1 GiB of them) that `log_generations` may keep of the distributions of all its tokens.
+MAX_SCORES_KEPT = 2**28
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
 # Settings that may change between a stop and the resume: they do not touch the result.
@@ -203,9 +212,10 @@ class TrainingRun:
         self.started = time.perf_counter()
         self._has_resumed = False
         self.metrics: MetricsLog | None = None
-        """Of rank 0, which logs for all; and so are `samples` and `tracker`."""
+        """Of rank 0, which logs for all; and so are `samples`, `tracker` and `attempts`."""
         self.samples: MetricsLog | None = None
         self.tracker: Tracker | None = None
+        self.attempts: Attempts | None = None
         self._engine: Engine | None = None
         self._num_updates_sampled_with = 0
 
@@ -226,9 +236,11 @@ class TrainingRun:
         )
 
     def _load_starting_model(self) -> PreTrainedModel:
-        # To be spread over ranks layer by layer, it need not fit on one GPU.
-        whole = self.device if ranks.world_size() == 1 else torch.device("cpu")
-        return load_model(self.starting_model, whole)
+        if ranks.world_size() == 1:
+            return load_model(self.starting_model, self.device)
+        if ranks.is_main():  # to be spread over the ranks: it need not fit on one GPU
+            return load_model(self.starting_model, torch.device("cpu"))
+        return empty_model(self.starting_model)
 
     def load_reference(self) -> PreTrainedModel:
         """The starting model, not to be trained, spread over the ranks as the trained one is."""
@@ -253,6 +265,8 @@ class TrainingRun:
         if ranks.is_main():
             # A job goes on when snakemake is killed, and must not meet the one that redoes it.
             self._lock = lock(self._lock_path, str(self.output_dir))
+            for folder in (self.output_dir, self.state_dir):  # a save of weights that was cut short
+                remove_leftovers(folder)
         found = distributed.broadcast(checkpoints.list_checkpoints(self.state_dir))
         extra: checkpoints.Tensors = {}
         step = 0
@@ -275,6 +289,11 @@ class TrainingRun:
             self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
             self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
             self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
+            self.attempts = Attempts(
+                self.state_dir / "attempts.json",
+                sha256_json({key: self.progress[key] for key in SAME_RUN}),
+                num_gpus=ranks.world_size() if self.device.type == "cuda" else 0,
+            )
         self.tracking = tracking_settings()
         self.started = time.perf_counter() - self.progress["seconds"]
         self._has_resumed = True
@@ -295,7 +314,8 @@ class TrainingRun:
                 "starting_weights": self.progress["starting_weights"],
                 "provenance": provenance(),
             },
-            rows_before=read_jsonl(metrics.path),
+            # Read while W&B takes them; as many as there are now, one a step.
+            rows_before=itertools.islice(iter_jsonl(metrics.path), self.progress.get("step", 0)),
         )
 
     # -------------------------------------------------------------------------------------- steps
@@ -372,8 +392,56 @@ class TrainingRun:
                 extra=extra() if extra else None,
                 keep=self.settings.keep_checkpoints,
             )
-            if ranks.is_main():
+            cpu_seconds = sum(distributed.gather(time.process_time()))
+            if self.attempts is not None:
+                self.attempts.note(cpu_seconds=cpu_seconds)
                 self._drop_older_bests()
+
+    def log_generations(self, step: int) -> None:
+        """Keep what the model writes to the first problems of `val` after `step`, if that is due.
+
+        Greedy, so that no random number is drawn; training goes on as if nothing had been asked.
+        To be called before `end_step`, whose checkpoint is to come after the row.
+        Ranks generate the same together, since the model is spread over them, and rank 0 keeps it.
+        """
+        problems = self.val_problems[: self.tracking.num_generations]
+        if not problems or not generations_due(self.tracking, step, self.num_steps):
+            return
+        prompt, num_tokens = self.run_settings.prompt, self.settings.validation_max_new_tokens
+        texts = [render_prompt(problem.question, prompt, self.tokenizer) for problem in problems]
+        ids = prompt_token_ids(texts, prompt, self.tokenizer)
+        golds = [problem.gold for problem in problems]
+
+        def reward(completion: str, gold: str) -> dict[str, float]:
+            components = answer_components(completion, gold, "strict", prompt.answer_marker)
+            return {"reward": components["answer_reward"], **components}
+
+        at_once = max(1, MAX_SCORES_KEPT // (num_tokens * self.model.config.vocab_size))
+        rows: list[Json] = []
+        for start in range(0, len(problems), at_once):
+            part = slice(start, start + at_once)
+            with self.autocast():
+                rows += log_generations(
+                    self.model,
+                    self.tokenizer,
+                    texts[part],
+                    golds[part],
+                    reward,
+                    num_tokens,
+                    temperature=0.0,
+                    prompt_ids=ids[part],
+                    on_all_ranks=ranks.world_size() > 1,
+                )[0]
+        if self.samples is None:
+            return
+        names = {"response": "completion", "ground_truth": "gold", "length": "num_tokens"}
+        sample = [
+            {names.get(key, key): value for key, value in row.items() if key != "response_ids"}
+            for row in rows
+        ]
+        self.samples.append({"step": step, "completions": sample})
+        if self.tracker is not None:
+            self.tracker.log_completions(step, sample)
 
     def _drop_older_bests(self) -> None:
         """Keep the best weights that a kept checkpoint names."""
@@ -442,9 +510,13 @@ class TrainingRun:
             # A sharded model decodes badly: every token would gather every layer. What samples is a
             # plain copy then, which fits where vLLM's would. Its weights stay ones that could be
             # trained: of others, autocast keeps no bfloat16 copy and makes one for every token.
-            plain = self.model
+            plain: Any = self.model
             if ranks.world_size() > 1:
-                plain = load_model(self.starting_model, self.device)
+                plain = empty_model(self.starting_model)
+                distributed.give_memory(plain, self.device)
+                plain.to(self.device)  # its buffers
+                load_plain_weights(plain, plain_weights(self.model))
+                self._num_updates_sampled_with = self._num_updates
             return HfEngine(
                 plain,
                 self.tokenizer,
@@ -498,7 +570,7 @@ class TrainingRun:
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:
         """All files of a finished run but the weights; `measured` by each rank."""
-        assert self.metrics is not None and self.samples is not None
+        assert self.metrics is not None and self.samples is not None and self.attempts is not None
         best = self.progress["best_validation"]
         if best is not None:
             log.info("keeping step %d: validation accuracy %.3f", best["step"], best["accuracy"])
@@ -531,9 +603,12 @@ class TrainingRun:
             "num_ranks": len(measured),
             "engine": self._engine.name if self._engine else None,
             "best_validation": best,
+            # Weights can be dropped, and that be cut short: who loads them looks here.
+            "model_files": sorted(path.name for path in (self.output_dir / "model").iterdir()),
             "data_sha256": self.progress["data"],
             "starting_weights": self.progress["starting_weights"],
             **summary,
+            **self.attempts.finish(made_by["cpu_seconds"]),
             "provenance": made_by,
         }
         write_json(self.output_dir / "train" / "summary.json", summary)

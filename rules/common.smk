@@ -41,7 +41,7 @@ CODE = code_digest() if CONFIG.study.rerun_on_code_change else "any"
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
 # setting of it, and changing it is no reason to do it again.
-if CONFIG.tracking.project is not None:
+if CONFIG.tracking != type(CONFIG.tracking)():
     os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
 # The process that reads this starts the jobs' shells, on a cluster too. They end when it has gone.
 os.environ[SNAKEMAKE_VARIABLE] = f"{platform.node()} {os.getpid()}"

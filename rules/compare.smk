@@ -19,6 +19,7 @@ rule compare:
         ),
         parquet=f"{RESULTS}/comparison.parquet",
         pass_at_k=f"{RESULTS}/pass_at_k.csv",
+        manifest=f"{RESULTS}/manifests/compare.json",
     log:
         f"{RESULTS}/logs/compare.log",
     benchmark:
@@ -29,7 +30,7 @@ rule compare:
         code=CODE,
     shell:
         "python scripts/compare.py --study {params.study:q} --study-dir {params.study_dir:q} "
-        "--output-dir $(dirname {output.csv:q}) 2> {log:q}"
+        "--output-dir $(dirname {output.csv:q}) --manifest {output.manifest:q} 2> {log:q}"
 
 
 rule plot:
@@ -56,6 +57,7 @@ rule plot:
             category="Figures",
         ),
         reward_png=f"{RESULTS}/figures/reward.png",
+        manifest=f"{RESULTS}/manifests/plot.json",
     log:
         f"{RESULTS}/logs/plot.log",
     benchmark:
@@ -66,7 +68,8 @@ rule plot:
         code=CODE,
     shell:
         "python scripts/plot.py --study {params.study:q} --study-dir {params.study_dir:q} "
-        "--comparison {input.comparison:q} --output-dir $(dirname {output.accuracy_svg:q}) 2> {log:q}"
+        "--comparison {input.comparison:q} --output-dir $(dirname {output.accuracy_svg:q}) "
+        "--manifest {output.manifest:q} 2> {log:q}"
 
 
 rule report:
@@ -87,6 +90,7 @@ rule report:
             caption="captions/report.rst",
             category="Report",
         ),
+        manifest=f"{RESULTS}/manifests/report.json",
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:
@@ -101,4 +105,4 @@ rule report:
         "python scripts/report.py --study {params.study:q} --study-dir {params.study_dir:q} "
         "--comparison {input.comparison:q} --problems {params.problems:q} "
         "--runs-dir artifacts/runs --max-megabytes {params.max_megabytes} "
-        "--output {output.html:q} 2> {log:q}"
+        "--output {output.html:q} --manifest {output.manifest:q} 2> {log:q}"

@@ -30,6 +30,7 @@ rule check_overlap:
     output:
         json=f"{RESULTS}/overlap.json",
         markdown=f"{RESULTS}/overlap.md",
+        manifest=f"{RESULTS}/manifests/check_overlap.json",
     log:
         f"{RESULTS}/logs/check_overlap.log",
     benchmark:
@@ -38,4 +39,5 @@ rule check_overlap:
         code=CODE,
     shell:
         "python scripts/check_overlap.py --train {input.train:q} --test {input.test:q} "
-        "--output {output.json:q} --markdown {output.markdown:q} 2> {log:q}"
+        "--output {output.json:q} --markdown {output.markdown:q} "
+        "--manifest {output.manifest:q} 2> {log:q}"

@@ -34,6 +34,7 @@ rule grade:
     output:
         metrics=f"{RUN}/metrics/{{suite}}.json",
         grades=f"{RUN}/grades/{{suite}}.parquet",
+        manifest=f"{RUN}/grades/{{suite}}.manifest.json",
     log:
         f"{RUN}/logs/grade_{{suite}}.log",
     benchmark:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from gsm8k_core.cli import parser, progress, run_script
 from gsm8k_core.files import Json, iter_jsonl, write_json, write_text
+from gsm8k_core.manifest import CallRecord
 from gsm8k_core.overlap import MIN_JACCARD, find_overlap
 from gsm8k_core.problems import read_problems
 
@@ -113,13 +114,17 @@ def main(argv: list[str] | None = None) -> int:
         default=MIN_JACCARD,
         help=f"similarity of a near-duplicate (default: {MIN_JACCARD})",
     )
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
+    record = CallRecord("check_overlap.py", argv)
     tests = {str(path): read_problems(path) for path in args.test}
     training = ((str(path), progress(iter_jsonl(path), str(path))) for path in args.train)
     report = find_overlap(tests, training, args.min_jaccard)
     write_json(args.output, report)
     write_text(args.markdown, page(report))
+    if args.manifest is not None:
+        record.write(args.manifest, packages=(), outputs=[args.output, args.markdown])
     for test in report["tests"]:
         log.info(
             "%s: of %d problems %d share %d words in a row, %d are near-duplicates",

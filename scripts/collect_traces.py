@@ -4,8 +4,8 @@ The key is read from $DEEPSEEK_API_KEY; a server of one's own needs none. Answer
 `<output-dir>/answers.jsonl` as they come, so a collection that was stopped, by whatever, goes on
 where it was and asks for nothing twice. It ends when every trace is there or given up, or when the
 budget is spent: the worst case of a request is reserved before it is sent. Beside the answers lie
-incomplete.jsonl, failed.jsonl (asked again by the next run) and ledger.jsonl (what may have been
-paid for; it belongs to the folder as long as there is a budget).
+incomplete.jsonl, failed.jsonl (asked again by the next run), ledger.jsonl (what may have been paid
+for; it belongs to the folder as long as there is a budget) and attempts.json (every call so far).
 
     python scripts/collect_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
         --output-dir artifacts/r1_traces/collected --summary artifacts/r1_traces/collected.json
@@ -41,7 +41,7 @@ from gsm8k_core.cli import (
 from gsm8k_core.config import CollectionSettings, load_config, merge
 from gsm8k_core.errors import ApiError, ConfigError
 from gsm8k_core.files import Json, iter_jsonl, sha256_file, write_json
-from gsm8k_core.manifest import provenance
+from gsm8k_core.manifest import Attempts, provenance
 from gsm8k_core.problems import read_problems
 from gsm8k_core.trace_collection import Collection, Collector
 
@@ -53,8 +53,9 @@ SECONDS_BETWEEN_LOG_LINES = 60.0
 class Progress:
     """A bar with rate and spend in a terminal; a line a minute in a log."""
 
-    def __init__(self, collection: Collection, total: int, start: int) -> None:
+    def __init__(self, collection: Collection, attempts: Attempts, total: int, start: int) -> None:
         self.collection = collection
+        self.attempts = attempts
         self.total = total
         self.bar = progress_bar("traces", total, start)
         self.logged = time.monotonic()
@@ -63,9 +64,11 @@ class Progress:
         """One trace more."""
         self.bar.set_postfix_str(self.spend(), refresh=False)
         self.bar.update()
-        if self.bar.disable and time.monotonic() - self.logged >= SECONDS_BETWEEN_LOG_LINES:
+        if time.monotonic() - self.logged >= SECONDS_BETWEEN_LOG_LINES:
             self.logged = time.monotonic()
-            log.info("%d traces of %d; %s", len(self.collection.done), self.total, self.spend())
+            self.attempts.note()
+            if self.bar.disable:
+                log.info("%d traces of %d; %s", len(self.collection.done), self.total, self.spend())
 
     def spend(self) -> str:
         spent, budget = self.collection.spent, self.collection.settings.budget
@@ -146,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         total = len(problems) * settings.traces_per_question
         if num_missing < total:
             log.info("going on after %d of %d traces", total - num_missing, total)
-        on_trace = Progress(collection, total, total - num_missing)
+        attempts = Attempts(args.output_dir / "attempts.json", settings.name)
+        on_trace = Progress(collection, attempts, total, total - num_missing)
         collector = Collector(collection, client, problems, on_trace)
         with on_trace.bar:
             asyncio.run(run(collector))
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             log.warning("the budget is spent; raise %s.budget and run it again", settings.name)
         if summary["num_answers"] == 0:
             raise ApiError(f"{settings.api.base_url}: not one answer; see {args.output_dir}")
-        write_json(args.summary, summary)
+        write_json(args.summary, {**summary, **attempts.finish()})
     return 0
 
 

@@ -5,7 +5,8 @@ comparison.parquet (full precision), comparison.md and comparison.html (rounded,
 pass_at_k.csv. Intervals and p-values take both seeds and problems as random, and differences to the
 parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows whose settings,
 engine, code or environment are not those of what they are compared with are flagged. Refuses to
-compare runs that graded different problems. Where W&B is on, it gets the table too.
+compare runs that graded different problems. Where W&B is on, it gets the table too. --manifest
+writes a record of this call: command line, commit, versions, hashes.
 
     python scripts/compare.py \\
         --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo \\
@@ -22,8 +23,14 @@ from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script, settings_from
 from gsm8k_core.config import Comparison
+from gsm8k_core.manifest import CallRecord
 from gsm8k_core.tables import build_comparison, write_comparison
 from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
+
+PACKAGES = ("numpy", "scipy", "polars")
+WRITTEN = (
+    "comparison.csv", "comparison.html", "comparison.md", "comparison.parquet", "pass_at_k.csv",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,11 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
     arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
+    record = CallRecord("compare.py", argv)
     study: Comparison = settings_from(args.study, Comparison)
     frame, curves = build_comparison(study, args.study_dir)
     write_comparison(frame, curves, args.output_dir)
+    if args.manifest is not None:
+        record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))
     tracker = start_tracker(args.output_dir, tracked)
     if tracker is not None:

@@ -8,21 +8,33 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script
 from gsm8k_core.files import (
     Json,
     atomic_path,
+    iter_jsonl,
     link_or_copy,
     read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
 )
+from gsm8k_core.manifest import attempts_record
 
 log = logging.getLogger("finish_rounds")
 SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
+
+
+def steps_of(rounds: list[Path]) -> Iterator[Json]:
+    """The training logs of all rounds as one: steps are counted through."""
+    num_before = 0
+    for number, folder in enumerate(rounds, start=1):
+        step = 0
+        for step, row in enumerate(iter_jsonl(folder / "train" / "metrics.jsonl"), start=1):
+            yield {**row, "step": num_before + row["step"], "round": number}
+        num_before += step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,11 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 
     summaries = [read_json(folder / "train" / "summary.json") for folder in rounds]
     sampled = [read_json(folder / "completions.stats.json") for folder in rounds]
-    metrics: list[Json] = []
-    for number, folder in enumerate(rounds, start=1):
-        steps_before = len(metrics)
-        for row in read_jsonl(folder / "train" / "metrics.jsonl"):
-            metrics.append({**row, "step": steps_before + row["step"], "round": number})
     summary = {
         **summaries[-1],
         **{key: sum(one[key] for one in summaries) for key in SUMMED},
@@ -50,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         "peak_memory_mb": max(one["peak_memory_mb"] for one in [*summaries, *sampled]),
         "seconds_sampling": round(sum(one["seconds_generating"] for one in sampled), 3),
         "num_sampled_tokens": sum(one["num_completion_tokens"] for one in sampled),
+        **attempts_record([row for one in summaries for row in one.get("attempts", [])]),
     }
     # What a round samples is part of what training costs, as GRPO's rollouts are.
     summary["seconds_training"] = round(
         summary["seconds_training"] + summary["seconds_sampling"], 3
     )
-    write_jsonl(args.run_dir / "train" / "metrics.jsonl", metrics)
+    write_jsonl(args.run_dir / "train" / "metrics.jsonl", steps_of(rounds))
     write_json(args.run_dir / "train" / "summary.json", summary)
     write_json(args.run_dir / "settings.json", read_json(rounds[-1] / "settings.json"))
     with atomic_path(args.run_dir / "model") as temporary:

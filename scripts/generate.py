@@ -42,15 +42,17 @@ from gsm8k_core.engines.start import choose_engine, start_engine
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
+    cut_torn_line,
     iter_jsonl,
     lock,
     seed_from,
     sha256_file,
+    sha256_json,
     unlock,
     write_json,
     write_jsonl,
 )
-from gsm8k_core.manifest import provenance, utc_now
+from gsm8k_core.manifest import Attempts, provenance, utc_now
 from gsm8k_core.models import resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
@@ -160,13 +162,12 @@ def read_partial(path: Path, header: Json) -> dict[str, Json]:
     """
     if not path.exists():
         return {}
-    content = path.read_bytes()
-    path.write_bytes(content[: content.rfind(b"\n") + 1])
-    rows = list(iter_jsonl(path))
-    if len(rows) < 2 or rows[0] != header:
-        path.unlink()
-        return {}
-    return {row["problem_id"]: row for row in rows[1:]}
+    cut_torn_line(path)
+    rows = iter_jsonl(path)
+    if next(rows, None) == header and (done := {row["problem_id"]: row for row in rows}):
+        return done
+    path.unlink()
+    return {}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,6 +216,11 @@ def main(argv: list[str] | None = None) -> int:
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),
     }
+    attempts_path = args.output.with_name(f".{args.output.name}.attempts")
+    num_gpus = model_settings.vllm.tensor_parallel if engine_name == "vllm" else 1
+    attempts = Attempts(
+        attempts_path, sha256_json(header), num_gpus if device.type == "cuda" else 0
+    )
     done = read_partial(partial, header)
     if done:
         log.info("going on after %d of %d problems", len(done), len(problems))
@@ -238,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update()
                 if len(done) * 10 // len(problems) > (len(done) - 1) * 10 // len(problems):
                     log.info("%d of %d problems", len(done), len(problems))
+                    attempts.note()
 
             generate_problems(left, settings, engine, save)
     engine.close()
@@ -276,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             "tokens_per_second": round(num_tokens / seconds_generating, 1),
             "peak_memory_mb": peak_memory_mb(device),
             "settings": settings.model_dump(mode="json", by_alias=True),
+            **attempts.finish(),
             "provenance": {
                 **made_by,
                 "written": utc_now(),
@@ -284,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         },
     )
     partial.unlink()
+    attempts_path.unlink()
     unlock(lock_path, held)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",

@@ -6,6 +6,10 @@ one that counts, `correct`; all are kept. `math_verify` is the slow one: it is t
 settings say `"math_verify": true` (in a config: `suites.<name>.math_verify`) or name it as the
 grade that counts, and is null elsewhere.
 
+The summary is the same to the byte whenever the same code grades the same completions; it copies
+the `provenance` of what generated. Who graded, and with which versions, stands in a file of its own
+beside the grades (grades/test.manifest.json).
+
     python scripts/grade.py --settings '{"grading": "strict", "marker": "####"}' \\
         --completions completions/test.jsonl --stats completions/test.stats.json \\
         --output metrics/test.json --grades grades/test.parquet
@@ -31,7 +35,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from gsm8k_core.cli import parser, run_script, settings_from
@@ -39,7 +42,9 @@ from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
 from gsm8k_core.grading import GRADES, Gold, Grader, read_gold
+from gsm8k_core.manifest import CallRecord
 from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
+from gsm8k_core.tables import answer_codes
 
 log = logging.getLogger("grade")
 
@@ -54,6 +59,8 @@ COPIED = (
     "num_completion_tokens",
     "provenance",
 )
+# What grades depend on; math-verify parses with the others' help.
+PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "numpy", "polars")
 ROW_TYPES: dict[str, type] = {
     "problem_id": str,
     "decoding": str,
@@ -174,24 +181,21 @@ def summarize(grades: pl.DataFrame) -> dict[str, Any]:
     samples = grades.filter(pl.col("decoding") == "sample")
     main = greedy if greedy.height else samples
     accuracy = _mean(greedy["correct"]) if greedy.height else None
-    by_problem = samples.group_by("problem_id", maintain_order=True).agg("extracted", "correct")
-    answers, correct = by_problem["extracted"].to_list(), by_problem["correct"].to_list()
-    num_samples = len(correct[0]) if correct else 0
-    num_correct = np.array([sum(row) for row in correct])
+    num_problems = grades["problem_id"].n_unique()
+    num_samples = samples.height // num_problems
     ks = powers_up_to(num_samples)
+    # Both (problems, samples): grades are sorted, and problems have as many samples each.
+    correct = samples["correct"].to_numpy().reshape(num_problems, num_samples)
+    answers = answer_codes(samples["extracted"]).to_numpy().reshape(correct.shape)
+    num_correct = correct.sum(axis=1)
     return {
-        "num_problems": grades["problem_id"].n_unique(),
+        "num_problems": num_problems,
         "num_samples": num_samples,
         "accuracy": accuracy,
         **{f"accuracy_{grade}": _share(main[grade]) for grade in GRADES},
         "pass_at_1": _mean(samples["correct"]) if num_samples else accuracy,
         "pass_at_k": {str(k): float(pass_at_k(num_samples, num_correct, k).mean()) for k in ks},
-        "maj_at_k": {
-            str(k): float(
-                np.mean([maj_at_k(a, c, k) for a, c in zip(answers, correct, strict=True)])
-            )
-            for k in ks
-        },
+        "maj_at_k": {str(k): float(maj_at_k(answers, correct, k).mean()) for k in ks},
         "mean_completion_tokens": _mean(main["num_tokens"]),
         "truncated_fraction": _mean(main["truncated"]),
         "format_fraction": _mean(main["has_format"]),
@@ -231,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--grades", type=Path, required=True, help="grades to write (Parquet)")
     args = arguments.parse_args(argv)
 
+    record = CallRecord("grade.py", argv)
     settings: GradingSettings = settings_from(args.settings, GradingSettings)
     stats = read_stats(args.stats)
     with Grader(settings) as grader:
@@ -245,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         grades.write_parquet(temporary)
     write_text(
         args.output, json.dumps(summary, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    )
+    record.write(
+        args.grades.with_suffix(".manifest.json"), PACKAGES, outputs=[args.output, args.grades]
     )
     shown = summary["pass_at_1"] if summary["accuracy"] is None else summary["accuracy"]
     log.info("%s: %.1f %% of %d problems", args.output, 100 * shown, summary["num_problems"])

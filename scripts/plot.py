@@ -2,7 +2,8 @@
 
 Reads the comparison that compare.py wrote, the summaries below --study-dir (for single seeds) and
 the training logs; writes accuracy, cost and reward, each as .svg and .png. A study without rewards
-shows the training loss in reward.*, one that trains nothing says so there and in cost.*.
+shows the training loss in reward.*, one that trains nothing says so there and in cost.*. --manifest
+writes a record of this call: command line, commit, versions, hashes.
 
     python scripts/plot.py --study study.json --study-dir artifacts/experiments/demo \\
         --comparison artifacts/results/demo/comparison.parquet \\
@@ -18,8 +19,11 @@ from pathlib import Path
 
 from gsm8k_core.cli import parser, run_script, settings_from
 from gsm8k_core.config import Comparison
+from gsm8k_core.manifest import CallRecord
 from gsm8k_core.plots import plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.tables import read_comparison
+
+PACKAGES = ("numpy", "scipy", "polars", "matplotlib")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +34,22 @@ def main(argv: list[str] | None = None) -> int:
         "--comparison", type=Path, required=True, help="comparison.parquet or comparison.csv"
     )
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
+    record = CallRecord("plot.py", argv)
     study: Comparison = settings_from(args.study, Comparison)
     comparison = read_comparison(args.comparison)
-    save_figure(plot_accuracy(study, args.study_dir, comparison), args.output_dir, "accuracy")
-    save_figure(plot_cost(study, comparison), args.output_dir, "cost")
-    save_figure(plot_reward(study, args.study_dir), args.output_dir, "reward")
+    figures = {
+        "accuracy": plot_accuracy(study, args.study_dir, comparison),
+        "cost": plot_cost(study, comparison),
+        "reward": plot_reward(study, args.study_dir),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, args.output_dir, name)
+    if args.manifest is not None:
+        files = [f"{name}.{kind}" for name in figures for kind in ("svg", "png")]
+        record.write(args.manifest, PACKAGES, [args.output_dir / file for file in files])
     return 0
 
 

@@ -3,6 +3,7 @@
 First the answer: which method is best, by how much, how sure that is. Then learning curves, cost,
 pass@k, lengths, agreement between methods, and a browser of all completions with their grades; at
 the end where everything came from. Reads what the runs below --study-dir and compare.py wrote.
+--manifest writes a record of this call: command line, commit, versions, hash of the page.
 
     python scripts/report.py --study study.json --study-dir artifacts/experiments/demo \\
         --comparison artifacts/results/demo/comparison.parquet \\
@@ -23,9 +24,12 @@ from pathlib import Path
 from gsm8k_core.cli import parser, run_script, settings_from
 from gsm8k_core.config import Comparison
 from gsm8k_core.files import write_text
+from gsm8k_core.manifest import CallRecord
 from gsm8k_core.report import Sources, build_report
 
 log = logging.getLogger("report")
+
+PACKAGES = ("numpy", "scipy", "polars", "altair", "vl-convert-python", "jinja2")
 
 
 def suite_file(text: str) -> tuple[str, Path]:
@@ -71,11 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         "(default: %(default)g)",
     )
     arguments.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
+    record = CallRecord("report.py", argv)
     study: Comparison = settings_from(args.study, Comparison)
     sources = Sources(args.study_dir, args.comparison, dict(args.problems), args.runs_dir)
     write_text(args.output, build_report(study, sources, int(args.max_megabytes * 1e6)))
+    if args.manifest is not None:
+        record.write(args.manifest, PACKAGES, [args.output])
     log.info("%s: %.1f MB", args.output, args.output.stat().st_size / 1e6)
     return 0
 

@@ -78,6 +78,11 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Pa
     write_text(weights / ".snakemake_timestamp", "")
     for name in (FIRST, SECOND):
         write_json(Path("artifacts/runs") / name / "run_manifest.json", {"state": "succeeded"})
+    for name, of_study in (("failed", "small"), ("other", "large"), ("of eval", None)):
+        write_json(Path("artifacts/runs") / name / "run_manifest.json", {"study": of_study})
+    for kind, suffix in (("logs", "log"), ("benchmarks", "tsv")):
+        for name in ("prepare_data/arithmetic", "prepare_data/gsm8k", "prepare_model/tiny-qwen2"):
+            write_text(Path(f"artifacts/{kind}/{name}.{suffix}"), "l")
     record_study(layout, since_ns=0)
     return tmp_path
 
@@ -126,6 +131,14 @@ def test_what_is_missing_and_what_is_new_is_told() -> None:
     assert differences.new == [str(added)]
 
 
+def test_what_wandb_adds_when_it_uploads_is_no_difference() -> None:
+    folder = EXPERIMENTS / "grpo" / "seed1" / "wandb"
+    write_text(folder / "run.wandb.synced", "")
+    assert not verify_sums(RESULTS / SUMS)
+    flip_one_byte(folder / "run.wandb", 0)
+    assert verify_sums(RESULTS / SUMS).changed == [str(folder / "run.wandb")]
+
+
 def test_the_record_covers_the_study_and_what_it_came_from() -> None:
     names = set(read_sums(RESULTS / SUMS))
     assert {
@@ -137,9 +150,14 @@ def test_the_record_covers_the_study_and_what_it_came_from() -> None:
         str(RESULTS / "provenance.json"),
         str(EXPERIMENTS / "grpo/seed1/model/model.safetensors"),
         str(EXPERIMENTS / "base/seed0/logs/generate_arithmetic.log"),
+        str(EXPERIMENTS / "grpo/seed1/wandb/run.wandb"),
+        "artifacts/runs/failed/run_manifest.json",
+        "artifacts/logs/prepare_data/arithmetic.log",
+        "artifacts/benchmarks/prepare_data/arithmetic.tsv",
+        "artifacts/logs/prepare_model/tiny-qwen2.log",
     } <= names
-    assert not [name for name in names if "state" in name or "wandb" in name or "/." in name]
-    assert "artifacts/gsm8k/test.jsonl" not in names
+    assert not [name for name in names if "state" in name or "/." in name]
+    assert not [name for name in names if "gsm8k" in name or "other" in name or "eval" in name]
 
 
 def test_sha256sum_reads_the_record() -> None:
@@ -231,6 +249,73 @@ def test_a_row_leads_to_the_calls_of_every_round(layout: Layout) -> None:
         "artifacts/runs/call of completions.stats/run_manifest.json",
         "artifacts/runs/call of summary/run_manifest.json",
     ]
+
+
+def made_by(method: str, seed: int = 1) -> list[str]:
+    """The calls that a run of a method leads to, without their paths."""
+    rows = {row["method"]: row["runs"] for row in read_json(RESULTS / "provenance.json")["rows"]}
+    return [Path(path).parent.name for path in rows[method][seed]["made_by"]]
+
+
+def test_a_row_leads_to_who_graded_it_and_who_prepared_what_it_came_from(layout: Layout) -> None:
+    grading = EXPERIMENTS / "grpo" / "seed1" / "grades" / "arithmetic.manifest.json"
+    records = {
+        grading: "graded",
+        Path("artifacts/arithmetic/manifest.json"): "prepared data",
+        Path("artifacts/models/tiny-qwen2/manifest.json"): "prepared weights",
+    }
+    for path, name in records.items():
+        write_json(path, {"provenance": provenance(name)})
+        write_json(Path("artifacts/runs") / name / "run_manifest.json", {"study": "another"})
+    record_study(layout, since_ns=0)
+    assert made_by("grpo") == [SECOND, "graded", FIRST, "prepared data", "prepared weights"]
+    row = read_json(RESULTS / "provenance.json")["rows"][2]["runs"][1]
+    assert row["grading"] == str(grading)
+    # What it leads to is among what is hashed.
+    assert "artifacts/runs/graded/run_manifest.json" in read_sums(RESULTS / SUMS)
+
+
+def test_the_tables_lead_to_the_calls_that_wrote_them(layout: Layout) -> None:
+    for name in ("compare", "plot", "report"):
+        record = {"provenance": provenance(SECOND if name == "plot" else FIRST)}
+        write_json(RESULTS / "manifests" / f"{name}.json", record)
+    record_study(layout, since_ns=0)
+    tables = read_json(RESULTS / "provenance.json")["tables"]
+    names = [str(RESULTS / "manifests" / f"{name}.json") for name in ("compare", "plot", "report")]
+    runs = [f"artifacts/runs/{name}/run_manifest.json" for name in (FIRST, SECOND)]
+    assert tables == {"records": names, "made_by": runs}
+
+
+def test_a_row_leads_to_the_earlier_calls_of_a_run_that_was_killed(layout: Layout) -> None:
+    path = EXPERIMENTS / "grpo" / "seed1" / "train" / "summary.json"
+    attempts = [{"invocation": name} for name in ("first", "second", None, SECOND)]
+    write_json(path, {**read_json(path), "attempts": attempts})
+    record_study(layout, since_ns=0)
+    assert made_by("grpo") == [SECOND, "second", "first", FIRST]
+
+
+def test_a_method_that_learns_from_traces_leads_to_who_collected_and_chose_them(
+    config: Config, study: Path
+) -> None:
+    settings = {"name": "small", "methods": ["base", "sft_r1_grpo"], "seeds": [0]}
+    layout = Layout(config.model_copy(update={"study": config.study.model_copy(update=settings)}))
+    run = Path(layout.run("tiny-qwen2", "sft_r1_grpo", 0))
+    write_json(run / "metrics" / "arithmetic.json", {})
+    traces = Path("artifacts/r1_traces")
+    collected = {"attempts": [{"invocation": "killed"}], "provenance": provenance("collected")}
+    write_json(traces / "collected.json", collected)
+    write_json(traces / "manifest.json", {"provenance": provenance("selected")})
+    write_text(traces / "collected" / "ledger.jsonl", "{}\n")
+    write_json(Path("artifacts/gsm8k/manifest.json"), {"provenance": provenance("fetched")})
+    record_study(layout, since_ns=0)
+    assert made_by("sft_r1_grpo", 0) == ["selected", "collected", "killed", "fetched"]
+    row = read_json(RESULTS / "provenance.json")["rows"][-1]["runs"][0]
+    assert row["training_data"] == [
+        "artifacts/r1_traces/manifest.json", "artifacts/r1_traces/collected.json",
+        "artifacts/gsm8k/manifest.json", "artifacts/arithmetic/manifest.json",
+    ]  # fmt: skip
+    assert str(traces / "collected" / "ledger.jsonl") in read_sums(RESULTS / SUMS)
+    assert study.exists()
 
 
 def test_an_unfinished_study_has_the_rows_that_are_there(layout: Layout) -> None:

@@ -555,6 +555,23 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
 
 
+def test_a_runs_record_names_the_calls_of_every_round(
+    rounds: Callable[..., Path], script: Script
+) -> None:
+    folder = rounds()
+    for number, calls in ((1, ["first", "second"]), (2, ["third"])):
+        path = folder / f"round{number}" / "train" / "summary.json"
+        seconds = {"seconds_wall": 2.0, "seconds_cpu": 3.0, "seconds_gpu": 0.0}
+        attempts = [{"invocation": call, **seconds} for call in calls]
+        write_json(path, {**read_json(path), "attempts": attempts})
+    script("finish_rounds").main(["--run-dir", str(folder)])
+    summary = read_json(folder / "train" / "summary.json")
+    assert [one["invocation"] for one in summary["attempts"]] == ["first", "second", "third"]
+    assert summary["attempts_total"] == {
+        "seconds_wall": 6.0, "seconds_cpu": 9.0, "seconds_gpu": 0.0,
+    }  # fmt: skip
+
+
 def test_rounds_of_an_earlier_study_are_not_taken_along(
     rounds: Callable[..., Path], script: Script
 ) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
 import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -424,6 +431,54 @@ def test_a_server_that_takes_more_money_than_the_worst_case_is_left(tmp_path: Pa
         assert server.asked.total() == 1
 
 
+class BillingServer(ChatServer):
+    """Fails, and tells in the body of the error what the work has cost all the same."""
+
+    async def fail(self, status: int, writer: asyncio.StreamWriter, completion: int) -> None:
+        usage = {"prompt_tokens": 9, "completion_tokens": completion}
+        self.bill(9 + completion)
+        content = json.dumps({"error": "overloaded", "usage": usage}).encode()
+        self.send(writer, status, content)
+
+    async def do_billed_429(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await self.fail(429, writer, 80)
+
+    async def do_billed_500(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await self.fail(500, writer, 80)
+
+    async def do_dear_500(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await self.fail(500, writer, 5000)
+
+    async def do_dear_and_empty(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        usage = {"prompt_tokens": 9, "completion_tokens": 5000}
+        self.bill(5009)
+        self.send(writer, 200, json.dumps(self.completion(body, choices=[], usage=usage)).encode())
+
+
+@pytest.mark.parametrize("fault", ["billed_429", "billed_500"])
+def test_a_fault_that_is_billed_counts_against_the_budget(fault: str, tmp_path: Path) -> None:
+    with BillingServer(lambda *_: fault) as server:
+        settings = settings_for(server.url, budget={"tokens": 2000}, api={"concurrency": 1})
+        collection, collector = collect(tmp_path, settings, additions(100))
+    assert collector.budget_spent
+    # 89 tokens each; the next one might have cost 626.
+    assert 2000 - 626 < server.billed_tokens == collection.spent.tokens <= 2000
+    assert server.asked.total() * 89 == server.billed_tokens
+
+
+@pytest.mark.parametrize("fault", ["dear_500", "dear_and_empty"])
+def test_a_server_that_takes_more_than_the_worst_case_for_a_fault_is_left(
+    fault: str, tmp_path: Path
+) -> None:
+    with BillingServer(lambda *_: fault) as server:
+        settings = settings_for(server.url, budget={"tokens": 10**5}, api={"concurrency": 1})
+        with pytest.raises(ApiError, match="counted 5009 tokens for a request of at most 626"):
+            collect(tmp_path, settings, additions(5))
+        assert server.asked.total() == 1
+    (_, _, settled) = read_jsonl(tmp_path / "ledger.jsonl")
+    assert settled["tokens"] == 5009 == server.billed_tokens
+
+
 def test_a_killed_request_counts_at_its_worst_case(tmp_path: Path) -> None:
     with ChatServer(answer) as server:
         settings = settings_for(server.url, budget={"tokens": 700})
@@ -543,24 +598,32 @@ def test_a_thousand_questions_under_faults(budget: int | None, tmp_path: Path) -
 # -------------------------------------------------------------------------- the script as a process
 
 
-def start(folder: Path, settings: CollectionSettings, **environment: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, str(ROOT / "scripts" / "collect_traces.py"), "--settings", dump(settings),
-        "--data", str(folder / "problems.jsonl"), "--output-dir", str(folder / "collected"),
-        "--summary", str(folder / "collected.json"),
+def words(folder: Path, settings: CollectionSettings) -> list[str]:
+    return [
+        "--settings", dump(settings), "--data", str(folder / "problems.jsonl"),
+        "--output-dir", str(folder / "collected"), "--summary", str(folder / "collected.json"),
     ]  # fmt: skip
+
+
+def start(
+    folder: Path,
+    settings: CollectionSettings,
+    environment: dict[str, str] | None = None,
+    stderr: int = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+    script = str(ROOT / "scripts" / "collect_traces.py")
     return subprocess.Popen(
-        command,
+        [sys.executable, script, *words(folder, settings)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
 
 def run(folder: Path, settings: CollectionSettings, **environment: str) -> tuple[int, str]:
-    process = start(folder, settings, **environment)
+    process = start(folder, settings, environment)
     stdout, stderr = process.communicate(timeout=120)
     return process.returncode, stdout + stderr
 
@@ -588,6 +651,63 @@ def test_the_script_says_what_there_is_and_what_it_cost(tmp_path: Path) -> None:
     assert "3 answers, 1 incomplete, 0 failed" in said_again
     assert server.asked["What is 4 + 1?"] == 0
     assert read_json(tmp_path / "collected.json")["num_requests"] == 6
+
+
+def run_in_terminal(folder: Path, settings: CollectionSettings) -> str:
+    """Run the script with stderr on a terminal; what it wrote there."""
+    own, of_script = pty.openpty()
+    fcntl.ioctl(of_script, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    process = start(folder, settings, {"TERM": "xterm"}, stderr=of_script)
+    os.close(of_script)
+    written = b""
+    while True:
+        try:
+            written += os.read(own, 4096)
+        except OSError:  # the other side is closed
+            break
+    os.close(own)
+    process.communicate(timeout=60)
+    assert process.returncode == 0, written.decode()
+    return written.decode("utf-8")
+
+
+def test_a_terminal_shows_a_bar_with_the_rate_and_the_spend(tmp_path: Path) -> None:
+    write_problems(tmp_path / "problems.jsonl", additions(5))
+    budget = {"tokens": 10_000, "money": 1.0, "prompt_price": 1.0, "completion_price": 1000.0}
+    with ChatServer(answer, seconds_per_answer=0.15) as server:
+        settings = settings_for(server.url, api={"concurrency": 1}, budget=budget, num_questions=3)
+        first = run_in_terminal(tmp_path, settings)
+        again = run_in_terminal(tmp_path, settings.model_copy(update={"num_questions": 5}))
+    bars = re.findall(r"traces: +(\d+)%\|[^|]*\| (\d)/(\d) \[[^\]]*?(it/s|s/it)([^\]]*)\]", first)
+    last = bars[-1]
+    assert (last[0], last[1], last[2]) == ("100", "3", "3")
+    assert last[4] == ", spent 159 of 10000 tokens, 0.1500 of 1 in money"
+    spent = [int(number) for number in re.findall(r"spent (\d+) of", first)]
+    assert {53, 159} <= set(spent) and spent == sorted(spent)  # it grows as answers come
+    # One that goes on begins where the other was, in count and in spend.
+    counts = [int(count) for count in re.findall(r"\| (\d)/5 ", again)]
+    assert counts[0] == 3 and counts[-1] == 5
+    assert "spent 265 of 10000 tokens, 0.2500 of 1 in money" in again
+
+
+def test_a_log_has_a_line_now_and_then_instead_of_a_bar(
+    tmp_path: Path,
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_problems(tmp_path / "problems.jsonl", additions(3))
+    module = script("collect_traces")
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LOG_LINES", 0.0)
+    with ChatServer(answer) as server, caplog.at_level("INFO"):
+        settings = settings_for(server.url, api={"concurrency": 1}, budget={"tokens": 1000})
+        assert module.main(words(tmp_path, settings)) == 0
+    lines = [line for line in caplog.messages if " traces of " in line]
+    assert lines == [
+        f"{n} traces of 3; spent {53 * n} of 1000 tokens, 0.0000 in money" for n in (1, 2, 3)
+    ]
+    assert "traces:" not in capsys.readouterr().err
 
 
 def test_two_scripts_on_one_folder_do_not_corrupt_each_other(tmp_path: Path) -> None:

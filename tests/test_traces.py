@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -238,8 +239,8 @@ def test_the_script_writes_a_dataset_that_sft_learns_from(
     seen: list[str] = []
     load_examples = module.load_examples
 
-    def remember(path: Path, run: RunSettings, tokenizer: Any) -> Any:
-        examples = load_examples(path, run, tokenizer)
+    def remember(path: Path, run: RunSettings, tokenizer: Any, vocab_size: int) -> Any:
+        examples = load_examples(path, run, tokenizer, vocab_size)
         seen.extend(tokenizer.decode(response) for _, response in examples)
         return examples
 
@@ -325,3 +326,18 @@ def test_a_key_among_the_settings_is_refused_and_not_quoted() -> None:
                 merge(read_yaml(ROOT / "config.yaml"), {"traces": {"r1_traces": {"api": api}}})
             )
         assert key not in str(error.value)
+
+
+def test_long_answers_are_read_one_at_a_time(tmp_path: Path) -> None:
+    rows = (
+        row("ab"[number % 2], number, content="\\boxed{-1}", reasoning="x" * 100_000)
+        for number in range(300)
+    )
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    settings = TraceDatasetSettings(name="t", marker="boxed")
+    tracemalloc.start()
+    _, counts = select_traces(tmp_path / "answers.jsonl", PROBLEMS, settings)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts["incorrect"] == 300
+    assert peak < 4e6 < (tmp_path / "answers.jsonl").stat().st_size / 7

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ import pytest
 from gsm8k_core import tracking
 from gsm8k_core.config import TrackingSettings
 from gsm8k_core.errors import ConfigError, DataError
-from gsm8k_core.files import Json, read_jsonl
+from gsm8k_core.files import Json, iter_jsonl, read_jsonl, write_jsonl
 from gsm8k_core.tracking import (
     MetricsLog,
     TrackedRun,
@@ -550,3 +551,14 @@ def test_wandb_is_imported_only_where_it_is_used() -> None:
     code = "import sys; from gsm8k_core import tracking, training\nsys.exit('wandb' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_long_log_is_cut_back_without_being_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_jsonl(path, ({"step": step, "text": "x" * 10_000} for step in range(1, 2001)))
+    tracemalloc.start()
+    MetricsLog(path, last_step=1900)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(1 for _ in iter_jsonl(path)) == 1900
+    assert peak < 1e6 < path.stat().st_size / 10

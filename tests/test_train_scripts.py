@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gsm8k_core import shared_prompts, training
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.shared_prompts import ForwardCost
 from gsm8k_core.training import TrainingRun
 
 GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
@@ -113,6 +115,37 @@ def test_a_grpo_step_does_not_depend_on_the_microbatch_size(
     whole = train("train_grpo", "grpo", name="whole", **common)
     cut = train("train_grpo", "grpo", name="cut", **common, tokens_per_microbatch=100)
     assert largest_difference(whole, cut) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask_truncated": True},
+        {"minibatches": 2, "epochs_per_batch": 2, "kl_coefficient": 0.1},
+        {"lora": {"rank": 4}, "entropy_coefficient": 0.01, "tokens_per_microbatch": 200},
+    ],
+)
+def test_a_grpo_step_does_not_depend_on_whether_completions_share_their_prompt(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    common = {**SMALL, "adam_epsilon": 1e-3, **changes}
+    alone = train("train_grpo", "grpo", name="alone", **common, share_prompts=False)
+    # Free attention: all completions of a prompt share a row, as with a larger model.
+    monkeypatch.setattr(ForwardCost, "of", lambda _: ForwardCost(1.0, 0.0))
+    share, packs = shared_prompts.share_prompts, []
+
+    def note(of: list[list[int]], *rest: Any) -> shared_prompts.SharedRows:
+        packs.extend(of)
+        return share(of, *rest)
+
+    monkeypatch.setattr(shared_prompts, "share_prompts", note)
+    together = train("train_grpo", "grpo", name="together", **common)
+    assert packs and all(len(pack) == SMALL["group_size"] for pack in packs)
+    assert largest_difference(alone, together) < 1e-5
+    for one, other in zip(metrics_of(alone), metrics_of(together), strict=True):
+        assert one["reward_mean"] == other["reward_mean"]
+        for name in ("loss", "entropy", "grad_norm", "sampler_gap_mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
 
 
 def test_on_policy_with_one_update_the_ratio_is_one_and_nothing_is_clipped(
@@ -404,6 +437,43 @@ def test_dpo_prefers_the_chosen_completions(train: Callable[..., Path], tmp_path
     assert rows[-1]["margin"] > 0 and rows[-1]["accuracy"] == 1.0
 
 
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"question": None}, "row 2: 'question' is missing or not a text"),
+    ({"question": "\ud83d"}, "row 2: 'question' holds half a surrogate pair"),
+    ({"IDS": None}, "row 2: 'IDS': expected list, found null"),
+    ({"IDS": []}, "row 2: 'IDS' holds no token"),
+    ({"IDS": [19, "a"]}, "row 2: 'IDS' should hold token ids from 0 to .*, found 'a' at place 1"),
+    ({"IDS": [True]}, "row 2: 'IDS' should hold token ids .*, found True at place 0"),
+    ({"IDS": [10**6]}, "row 2: 'IDS' .* found 1000000 at place 0; was it made with another model"),
+    ({"IDS": [-1]}, "row 2: 'IDS' should hold token ids"),
+]
+
+
+@pytest.mark.parametrize("ids", ["response_ids", "chosen_ids", "rejected_ids"])
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
+def test_a_fault_of_what_is_trained_on_is_named_by_file_and_row(
+    train: Callable[..., Path], tmp_path: Path, ids: str, fault: dict[str, Any], message: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    good = {"question": "q", "response_ids": [19, 0], "chosen_ids": [20, 0], "rejected_ids": [21]}
+    bad = {**good, **{ids if key == "IDS" else key: value for key, value in fault.items()}}
+    # ASCII JSON can hold half a surrogate pair.
+    data.write_text("".join(json.dumps(row) + "\n" for row in (good, bad)), encoding="utf-8")
+    script_name, method = ("train_sft", "rft") if ids == "response_ids" else ("train_dpo", "dpo")
+    with pytest.raises(DataError, match=message.replace("IDS", ids)) as caught:
+        train(script_name, method, data=data, num_steps=1)
+    assert str(caught.value).startswith(f"{data}, row 2: ")
+
+
+def test_no_pair_to_prefer_is_an_error_and_not_an_endless_loop(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"pairs.jsonl: holds no pair"):
+        train("train_dpo", "dpo", data=data, num_steps=1)
+
+
 def test_a_method_of_another_kind_is_refused(train: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="sft is of kind sft, not grpo"):
         train("train_grpo", "sft")
@@ -452,3 +522,82 @@ def test_a_sample_of_rollouts_is_kept_now_and_then(
     for row in rows:
         assert len(row["completions"]) == 3
         assert {"prompt", "completion", "gold", "reward"} <= row["completions"][0].keys()
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    pair = {"problem_id": "a", "question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}
+    write_jsonl(path, [pair])
+    return path
+
+
+GENERATIONS = {"num_steps": 4, "batch_size": 2, "validation_max_new_tokens": 12}
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_sft_and_dpo_keep_what_the_model_writes_to_problems_of_val(
+    train: Callable[..., Path],
+    pairs: Path,
+    arithmetic_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.setenv("GSM8K_TRACKING", '{"num_generations": 3, "generations_every_steps": 3}')
+    data = pairs if name == "dpo" else None
+    run = train(f"train_{name}", name, val=True, data=data, learning_rate=3e-3, **GENERATIONS)
+    rows = read_jsonl(run / "train" / "completions.jsonl")
+    assert [row["step"] for row in rows] == [0, 3, 4]
+    problems = read_jsonl(arithmetic_folder / "val.jsonl")[:3]
+    for row in rows:
+        assert [one["gold"] for one in row["completions"]] == [p["gold"] for p in problems]
+        for one, problem in zip(row["completions"], problems, strict=True):
+            assert problem["question"] in one["prompt"]
+            assert 1 <= one["num_tokens"] <= 12 and one["mean_entropy"] > 0
+            assert one["truncated"] == (one["num_tokens"] == 12) and one["reward"] in (0.0, 1.0)
+    assert rows[0]["completions"] != rows[-1]["completions"]  # it has learnt between them
+
+
+def test_what_a_run_is_looked_at_by_default_is_little_and_without_val_nothing(
+    train: Callable[..., Path],
+) -> None:
+    run = train("train_sft", "sft", name="val", val=True, **GENERATIONS)
+    rows = read_jsonl(run / "train" / "completions.jsonl")
+    assert [(row["step"], len(row["completions"])) for row in rows] == [(0, 4), (4, 4)]
+    run = train("train_sft", "sft", name="no val", **GENERATIONS)
+    assert not (run / "train" / "completions.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_looking_at_what_the_model_writes_changes_no_bit_of_training(
+    train: Callable[..., Path], pairs: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # Dropout is what draws from torch's own generator; DPO has none, but a model in train mode.
+    lora = {"lora": {"rank": 2, "dropout": 0.5}} if name == "sft" else {}
+    weights = []
+    for every in (0, 1):
+        look = {"num_generations": 4 * every, "generations_every_steps": every}
+        monkeypatch.setenv("GSM8K_TRACKING", json.dumps(look))
+        data = pairs if name == "dpo" else None
+        run = train(f"train_{name}", name, name=f"{every}", val=True, data=data, **GENERATIONS,
+                    **lora)  # fmt: skip
+        assert (run / "train" / "completions.jsonl").exists() == bool(every)
+        weights.append((run / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_many_scores_are_kept_a_few_problems_at_a_time(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for most in (1, training.MAX_SCORES_KEPT):
+        monkeypatch.setattr(training, "MAX_SCORES_KEPT", most)
+        run = train("train_sft", "sft", name=f"{most}", val=True, **GENERATIONS)
+        found.append(
+            [
+                (one["completion"], one["num_tokens"])
+                for row in read_jsonl(run / "train" / "completions.jsonl")
+                for one in row["completions"]
+            ]
+        )
+    assert found[0] == found[1]

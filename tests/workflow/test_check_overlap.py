@@ -31,3 +31,8 @@ def test_the_report_of_a_study_covers_what_it_trains_on_and_is_tested_on(tmp_pat
     assert test["num_near"] > 0  # the embedded families share their wording
     assert "`artifacts/arithmetic_debug/test.jsonl`" in (tmp_path / target).read_text("utf-8")
     assert not (tmp_path / "artifacts/models").exists()
+    results = tmp_path / "artifacts/results/debug"
+    tables = read_json(results / "provenance.json")["tables"]
+    assert tables["records"] == ["artifacts/results/debug/manifests/check_overlap.json"]
+    (call,) = tables["made_by"]
+    assert read_json(tmp_path / call)["state"] == "succeeded"

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from flips import files_of, unnoticed_flips
 from workspace import make_workspace, write_overlay
 
-from gsm8k_core.files import read_json
+from gsm8k_core.files import read_json, write_text
 
 STUDY = {
     "study": {"name": "followed", "methods": ["base", "grpo"]},
@@ -106,33 +107,49 @@ def test_a_row_leads_to_the_call_that_made_it(finished: Path) -> None:
     assert Path(path).parent.name == summary["provenance"]["invocation"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        f"{GRPO}/completions/debug.jsonl",
-        f"{GRPO}/grades/debug.parquet",
-        f"{GRPO}/metrics/debug.json",
-        f"{GRPO}/model/model.safetensors",
-        f"{GRPO}/train/metrics.jsonl",
-        f"{RESULTS}/comparison.csv",
-        f"{RESULTS}/report.html",
-        f"{RESULTS}/figures/accuracy.svg",
-        "artifacts/arithmetic_debug/test.jsonl",
-        "artifacts/models/tiny-qwen2/model.safetensors",
-    ],
-)
-def test_verify_finds_one_flipped_byte(finished: Path, name: str) -> None:
+def test_verify_finds_one_flipped_byte_in_every_file_of_the_study(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    found = {"/".join(path.parts[1:]) for path in files_of("followed")}
+    assert {
+        "arithmetic_debug/test.jsonl",
+        "benchmarks/prepare_model/tiny-qwen2.tsv",
+        "experiments/followed/tiny-qwen2/grpo/seed0/grades/debug.manifest.json",
+        "experiments/followed/tiny-qwen2/grpo/seed0/logs/train_grpo.log",
+        "experiments/followed/tiny-qwen2/grpo/seed0/model/model.safetensors",
+        "logs/prepare_data/arithmetic_debug.log",
+        "results/followed/SHA256SUMS",
+        "results/followed/manifests/compare.json",
+    } <= found
+    assert any(name.endswith(".wandb") for name in found) and any("/sys/" in name for name in found)
+    assert unnoticed_flips("followed") == []
+
+
+def test_a_kind_of_file_that_nobody_has_listed_is_noticed_to_be_missing_from_the_record(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    extra = [Path("artifacts/extra/thing.bin"), Path(GRPO, ".hidden")]
+    for path in extra:
+        write_text(path, "0")
+    unnoticed = unnoticed_flips("followed")
+    for path in extra:
+        path.unlink()
+    extra[0].parent.rmdir()
+    assert unnoticed == sorted(map(str, extra))
+
+
+def test_verify_says_which_file_was_changed(finished: Path) -> None:
     assert verify(finished)[0] == 0
-    before = (finished / name).read_bytes()
-    times = (finished / name).stat()
-    flipped = bytearray(before)
-    flipped[len(before) // 2] ^= 1
-    (finished / name).write_bytes(flipped)
+    path = finished / GRPO / "grades" / "debug.parquet"
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before[:-1] + b"?")
     code, output = verify(finished)
-    (finished / name).write_bytes(before)
-    os.utime(finished / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    path.write_bytes(before)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert code == 1
-    assert output.startswith(f"changed {name}\n")
+    assert output.startswith(f"changed {GRPO}/grades/debug.parquet\n")
 
 
 def test_wandb_followed_the_run_in_its_own_folder(finished: Path) -> None:

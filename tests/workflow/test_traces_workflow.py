@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import ChatServer
+from flips import files_of, unnoticed_flips
 from workspace import make_workspace
 
 from gsm8k_core.files import read_json, read_jsonl
@@ -53,7 +54,27 @@ def planned(output: str) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", table, re.M)}
 
 
-def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(tmp_path: Path) -> None:
+def check_provenance(path: Path) -> None:
+    """The row of what learned from traces leads to every call that collected and chose them."""
+    (row,) = read_json(path)["rows"]
+    (run,) = row["runs"]
+    traces = "artifacts/tiny_traces"
+    assert run["training_data"][:2] == [f"{traces}/manifest.json", f"{traces}/collected.json"]
+    root = path.parents[3]
+    states = [read_json(root / name)["state"] for name in run["made_by"]]
+    calls = {Path(name).parent.name for name in run["made_by"]}
+    collected, selected = (read_json(root / name) for name in run["training_data"][1::-1])
+    attempts = collected["attempts"]
+    # The one that was out of balance, the one that asked for the rest, the one that asked nothing.
+    assert [attempt["state"] for attempt in attempts] == ["failed", "finished", "finished"]
+    assert {attempt["invocation"] for attempt in attempts} < calls
+    assert selected["provenance"]["invocation"] in calls
+    assert states.count("failed") == 1
+
+
+def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_workspace(tmp_path)
 
     def study(url: str, **budget: Any) -> None:
@@ -105,9 +126,13 @@ def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(tmp_path: P
     jobs = planned(said)
     assert (jobs["train_sft"], jobs["train_grpo"]) == (1, 1) and "collect_traces" not in jobs
     run = "artifacts/experiments/traced/tiny-qwen2/sft_r1/seed0"
-    code, said = snakemake(tmp_path, f"{run}/train/summary.json")
+    code, said = snakemake(tmp_path, f"{run}/metrics/debug.json")
     assert code == 0, said
     assert read_json(tmp_path / run / "train" / "summary.json")["num_examples"] == 12
+    check_provenance(tmp_path / "artifacts" / "results" / "traced" / "provenance.json")
+    monkeypatch.chdir(tmp_path)
+    assert any(path.name == "ledger.jsonl" for path in files_of("traced"))
+    assert unnoticed_flips("traced") == []
     for path in (tmp_path / "artifacts").rglob("*"):
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from flips import files_of, unnoticed_flips
 from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
@@ -204,6 +205,15 @@ def test_the_invocation_has_a_manifest(finished: Path) -> None:
     assert "torch==" in lock and "snakemake==" in lock
 
 
+def test_verify_finds_one_flipped_byte_in_every_file_of_rounds_and_pairs_too(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    names = {path.name for path in files_of("small")}
+    assert {"demonstrations.jsonl", "pairs.jsonl", "completions.stats.json"} <= names
+    assert unnoticed_flips("small") == []
+
+
 def test_a_finished_study_has_nothing_to_do(finished: Path) -> None:
     assert planned_jobs(finished) == {}
 
@@ -232,6 +242,16 @@ def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "more.yaml", more)))
     assert jobs == {
         "generate": 5, "grade": 5, "compare": 1, "plot": 1, "report": 1, "all": 1, "total": 14,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("grading", ["flexible", "lm_eval_strict", "math_verify"])
+def test_another_grade_that_counts_generates_and_trains_nothing(
+    finished: Path, grading: str
+) -> None:
+    changed = overlay(finished, "grading.yaml", {"suites": {"debug": {"grading": grading}}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, changed)) == {
+        "grade": 5, "compare": 1, "plot": 1, "report": 1, "all": 1, "total": 9,
     }  # fmt: skip
 
 

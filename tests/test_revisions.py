@@ -1,0 +1,161 @@
+"""A name on the hub can move: what was prepared says which commit it stood for, and is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from hub_server import HubServer
+
+from gsm8k_core.data import content_digest
+from gsm8k_core.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, DATASET = "somebody/tiny", "somebody/sums"
+ROWS = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(4)]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def files(tiny_folder: Path) -> dict[str, bytes]:
+    """The embedded model, as the hub has it."""
+    return {
+        path.name: path.read_bytes()
+        for path in tiny_folder.iterdir()
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def run(folder: Path, hub: HubServer, *words: str) -> str:
+    """Run a script or module in `folder`; what it said on stderr."""
+    hidden = ("HF_HUB_OFFLINE", "GSM8K_DIR", "HTTPS_PROXY", "https_proxy")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={
+            **environment, **hub.environment, "HF_HOME": str(folder / "hf"),
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def prepare_model(folder: Path, hub: HubServer, revision: str) -> str:
+    settings = {"source": "hub", "hub_id": MODEL, "revision": revision, "prompt": "plain"}
+    return run(
+        folder, hub, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "tiny",
+        "--settings", json.dumps(settings), "--output-dir", "artifacts/models/tiny",
+    )  # fmt: skip
+
+
+def manifest_of(folder: Path) -> dict[str, object]:
+    manifest = read_json(folder / "artifacts" / "models" / "tiny" / "manifest.json")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def test_a_branch_is_recorded_with_its_commit_and_said_to_move(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = hub.push("models", MODEL, files)
+    said = prepare_model(tmp_path, hub, "main")
+    manifest = manifest_of(tmp_path)
+    assert (manifest["revision"], manifest["commit"]) == ("main", commit)
+    assert re.search(rf"WARNING .*{MODEL} at main: this name can move.* commit {commit} now", said)
+    # The same settings, later: other weights, and the record says so.
+    moved = hub.push("models", MODEL, {**files, "special.txt": b"new"})
+    prepare_model(tmp_path, hub, "main")
+    assert manifest_of(tmp_path)["commit"] == moved != commit
+
+
+def test_a_commit_is_recorded_and_nothing_is_said_of_it(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = hub.push("models", MODEL, files)
+    hub.push("models", MODEL, {**files, "special.txt": b"new"})
+    said = prepare_model(tmp_path, hub, commit)
+    assert manifest_of(tmp_path)["commit"] == commit
+    assert "WARNING" not in said and "special.txt" not in str(manifest_of(tmp_path)["files"])
+
+
+def test_without_the_hub_its_cache_still_knows_the_commit(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = hub.push("models", MODEL, files)
+    prepare_model(tmp_path, hub, "main")
+    with HubServer() as closed:
+        pass
+    assert "can move" in prepare_model(tmp_path, closed, "main")
+    assert manifest_of(tmp_path)["commit"] == commit
+
+
+@pytest.mark.slow
+def test_prepared_weights_are_used_again_and_not_fetched_anew_when_the_branch_has_moved(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = hub.push("models", MODEL, files)
+    prepare_model(tmp_path, hub, "main")
+    hub.push("models", MODEL, {**files, "special.txt": b"new"})
+    num_requests = len(hub.requests)
+    model = {"source": "hub", "hub_id": MODEL, "revision": "main", "prompt": "plain", "gpus": 0}
+    suite = {"dataset": "small", "max_new_tokens": 4}
+    dataset = {"kind": "arithmetic", "num_train": 20, "num_val": 2, "num_test": 2}
+    overlay = {
+        "models": {"tiny": model}, "datasets": {"small": dataset}, "suites": {"small": suite},
+    }  # fmt: skip
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    run(
+        tmp_path, hub, "-m", "gsm8k_core.cli", "eval", "--model", "tiny", "--suite", "small",
+        "--config", str(ROOT / "config.yaml"), "more.yaml",
+    )  # fmt: skip
+    (path,) = (tmp_path / "artifacts" / "runs").glob("*/run_manifest.json")
+    assert read_json(path)["models"]["tiny"]["commit"] == commit
+    assert len(hub.requests) == num_requests
+
+
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    buffer = io.BytesIO()
+    pl.DataFrame(rows).write_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_dataset_is_recorded_with_its_commit(named: bool, hub: HubServer, tmp_path: Path) -> None:
+    train, test = ROWS[:3], ROWS[3:]
+    commit = hub.push(
+        "datasets",
+        DATASET,
+        {"train-0.parquet": parquet(train), "test-0.parquet": parquet(test),
+         "README.md": b"---\nconfigs:\n- config_name: main\n  data_files:\n"
+         b"  - split: train\n    path: train-*\n  - split: test\n    path: test-*\n---\n"},
+    )  # fmt: skip
+    settings = {
+        "kind": "gsm8k", "hub_id": DATASET, "hub_config": "main", "num_val": 1,
+        "revision": "main" if named else commit,
+        "digests": {"train": content_digest(train), "test": content_digest(test)},
+    }  # fmt: skip
+    said = run(
+        tmp_path, hub, str(ROOT / "scripts" / "prepare_data.py"), "--dataset", "sums",
+        "--settings", json.dumps(settings), "--output-dir", "sums",
+    )  # fmt: skip
+    source = read_json(tmp_path / "sums" / "manifest.json")["source"]
+    at = f"main = {commit}" if named else commit
+    assert source == f"hub: {DATASET} (main) at {at}"
+    assert ("this name can move" in said) is named
