@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gsm8k_core import distributed, ranks
+from gsm8k_core import distributed, onednn, ranks
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
 from gsm8k_core.errors import ConfigError, ModelError
@@ -295,6 +295,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
         raise ModelError(
             f"{folder}: {len(report['missing_keys'])} weights are missing ({missing}, …)"
         )
+    onednn.use_in(model)
     return model.to(device).eval()
 
 
@@ -314,6 +315,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+    onednn.use_in(model)
     return model.eval()
 
 

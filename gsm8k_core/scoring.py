@@ -19,6 +19,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
+
 # Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. Other devices
 # want fewer and larger products: as many as may be kept, a guess so far.
 LOGITS_PER_BLOCK = {"cpu": 2**20}
@@ -168,7 +170,7 @@ def _scoring_in_place_of_logits(
                 f"labels go from {int(targets.min())} to {int(targets.max())}, "
                 f"but the vocabulary has {vocabulary} tokens"
             )
-        if type(head) is torch.nn.Linear and head.bias is None and replaced is None:
+        if type(head) in (torch.nn.Linear, OneDnnLinear) and head.bias is None and replaced is None:
             selected = _LinearScores.apply(
                 hidden, head.weight, targets, temperature, with_entropy, entropy_gradient
             )
@@ -292,12 +294,9 @@ class _LinearScores(torch.autograd.Function):
                 torch.where(here[:, None], of_label, 0.0),
             )
             of_logits = of_logits.to(ctx.dtype)
-            if hidden_gradient.dtype == ctx.dtype:
-                hidden_gradient.addmm_(of_logits, matrix)
-            else:
-                hidden_gradient += of_logits @ matrix
+            hidden_gradient += matmul_transposed(of_logits, matrix.T)
             if weight_gradient is not None:
-                weight_gradient[block] = of_logits.T @ rows
+                weight_gradient[block] = matmul_transposed(of_logits.T.contiguous(), rows.T)
         return hidden_gradient.to(hidden.dtype), weight_gradient, None, None, None, None
 
 
@@ -310,7 +309,7 @@ def _blocks(vocabulary: int, num_positions: int, device: str) -> list[slice]:
 
 def _scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits over the temperature, (M, width of the block), in float32 at least."""
-    logits = _at_least_float32(hidden @ weight.T)
+    logits = _at_least_float32(matmul_transposed(hidden, weight))
     if temperature != 1.0:
         logits /= temperature
     return logits

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gsm8k_core import scoring
+from gsm8k_core import onednn, scoring
 from gsm8k_core.scoring import compute_entropy, get_response_log_probs, score_responses
 from gsm8k_core.tokenization import attention_mask, collate, collate_packed
 
@@ -106,13 +106,21 @@ def assert_same_scores(model: Any, temperature: float) -> None:
         torch.testing.assert_close(ours[name], twins[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("by_onednn", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kept", [0, 8 * 20, 2**25])
 @pytest.mark.parametrize(("temperature", "width"), [(1.0, 1), (0.7, 10), (1.5, 37), (1.0, 50)])
 def test_scores_and_gradients_by_block_equal_those_of_plain_logits(
-    tied: bool, temperature: float, width: int, kept: int, cut: Callable[[int, int], None]
+    by_onednn: bool,
+    tied: bool,
+    temperature: float,
+    width: int,
+    kept: int,
+    cut: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cut(width, kept)
+    monkeypatch.setattr(onednn, "is_faster", lambda: by_onednn)
     assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature)
 
 

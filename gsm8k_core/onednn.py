@@ -1,0 +1,100 @@
+"""Matrix products by oneDNN where PyTorch's own, by MKL, are slow: AMD's processors with AVX-512.
+
+MKL gives those its kernels for AVX2, at half the speed or less (docs/experiments.md). The operator
+is the one that torch.compile uses for a linear layer. What is chosen depends on the processor
+alone, never on a measurement, so a rerun on the same machine computes the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Whether this processor is one that MKL is slow on, and this PyTorch has oneDNN."""
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+    return (
+        re.search(r"^vendor_id\s*: AuthenticAMD$", described, re.MULTILINE) is not None
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def applies_to(*tensors: torch.Tensor) -> bool:
+    """Whether `product` takes these: not empty, float32 on the CPU, no subclass, no autocast."""
+    return (
+        all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
+            for tensor in tensors
+        )
+        and is_faster()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.overrides.has_torch_function(tensors)
+    )
+
+
+def product(
+    rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`rows @ matrix.T + bias`, without a gradient: (…, K), (N, K) and (N,) to (…, N)."""
+    return torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+
+
+def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b.T` of matrices, without a gradient, by what is faster."""
+    return product(a, b) if applies_to(a, b) else a @ b.T
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        return product(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_rows = product(gradient, weight.T)
+        if ctx.needs_input_grad[1]:
+            columns = gradient.reshape(-1, gradient.shape[-1]).T.contiguous()
+            of_weight = product(columns, rows.reshape(-1, rows.shape[-1]).T)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
+        return of_rows, of_weight, of_bias
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """A linear layer whose products are oneDNN's, where `applies_to` says so."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not applies_to(input, self.weight):
+            return functional.linear(input, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return product(input, self.weight, self.bias)
+        return _LinearFunction.apply(input, self.weight, self.bias)
+
+
+def use_in(model: torch.nn.Module) -> None:
+    """Let the linear layers of a model be `OneDnnLinear`, in place, where that is faster."""
+    if not is_faster():
+        return
+    for part in model.modules():
+        if type(part) is torch.nn.Linear:
+            part.__class__ = OneDnnLinear

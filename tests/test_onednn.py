@@ -1,0 +1,94 @@
+"""Linear layers by oneDNN compute what PyTorch's own do, and only where that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gsm8k_core import onednn
+from gsm8k_core.models import load_model
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+
+
+def layers(bias: bool) -> tuple[torch.nn.Linear, torch.nn.Linear]:
+    """A plain one, and the same with oneDNN's products."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40, bias=bias)
+    ours = onednn.OneDnnLinear(24, 40, bias=bias)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (33, 24), (3, 5, 24), (0, 24)])
+def test_values_and_gradients_are_those_of_a_plain_layer(
+    shape: tuple[int, ...], bias: bool
+) -> None:
+    outcomes = []
+    for layer in layers(bias):
+        rows = torch.linspace(-1.0, 2.0, 24 * 40).repeat(2)[: torch.Size(shape).numel()]
+        rows = rows.reshape(shape).requires_grad_()
+        values = layer(rows)
+        (values * torch.linspace(0.0, 1.0, 40)).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(rows), values)
+        outcomes.append([values, rows.grad, *(part.grad for part in layer.parameters())])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_frozen_layer_passes_its_gradient_on_and_gets_none() -> None:
+    plain, ours = layers(bias=True)
+    for layer in (plain, ours):
+        layer.requires_grad_(False)
+    one, other = (torch.ones(3, 24, requires_grad=True) for _ in range(2))
+    plain(one).sum().backward()
+    ours(other).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad)
+    assert ours.weight.grad is None and ours.bias.grad is None
+
+
+@pytest.mark.usefixtures("faster")
+def test_other_types_are_computed_by_pytorch() -> None:
+    _, ours = layers(bias=False)
+    assert ours.double()(torch.ones(2, 24, dtype=torch.float64)).dtype == torch.float64
+    ours.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.ones(2, 24)).dtype == torch.bfloat16
+    assert onednn.applies_to(ours.weight)
+    assert not onednn.applies_to(ours.weight.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False),
+     ("GenuineIntel", "AVX512", False)],
+)  # fmt: skip
+def test_it_is_taken_on_processors_of_amd_with_avx512_alone(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool
+) -> None:
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: described)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert onednn.is_faster.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_loaded_model_has_such_layers_where_they_are_faster(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.setattr(onednn, "is_faster", lambda: wanted)
+    model = load_model(tiny_folder, torch.device("cpu"))
+    kinds = {type(part) for part in model.modules() if isinstance(part, torch.nn.Linear)}
+    assert kinds == {onednn.OneDnnLinear if wanted else torch.nn.Linear}
+    reached = model(torch.tensor([[5, 6, 7]])).logits
+    monkeypatch.setattr(onednn, "is_faster", lambda: not wanted)
+    torch.testing.assert_close(model(torch.tensor([[5, 6, 7]])).logits, reached, atol=1e-5, rtol=0)
