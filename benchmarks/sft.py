@@ -144,7 +144,7 @@ def trl_side(args: argparse.Namespace) -> None:
     run = run_settings(args)
     method = run.method_settings
     tokenizer = load_tokenizer(args.model)
-    examples = load_examples(args.data, run, tokenizer)
+    examples = load_examples(args.data, run, tokenizer, len(tokenizer))
     num_steps, num_steps_of_turn = method.num_steps, args.steps
     order = endless_order(len(examples), seed_from(SEED, run.method, run.round))
     # Packed rows hold several examples each; how many is not known beforehand.

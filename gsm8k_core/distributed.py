@@ -169,12 +169,14 @@ def shard(model: Any, device: torch.device) -> Any:
     Each decoder layer is gathered for its own forward and backward and given back after it, and so
     is what no layer owns (embedding, norm, head). Parameters and the sums of gradients stay float32
     (`models.autocast` computes in bfloat16, as with one rank). Gradients are summed, not averaged:
-    losses are shares of the whole step's.
+    losses are shares of the whole step's. The weights are those of rank 0, sent one parameter at a
+    time: other ranks may come with parameters on the device `meta`, which take no memory.
     """
     if world_size() == 1:
         return model
+    of_rank_0 = {name: parameter.detach() for name, parameter in model.named_parameters()}
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -186,7 +188,31 @@ def shard(model: Any, device: torch.device) -> Any:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # all that gloo has
+    if hasattr(model, "peft_config"):
+        # LoRA's wrapper generates with the forward of the model in it, and would gather nothing.
+        register_fsdp_forward_method(model, "generate")
+    give_memory(model, device)
+    for name, parameter in model.named_parameters():
+        if is_main():
+            weights = of_rank_0.pop(name).to(device)
+        else:
+            weights = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        dist.broadcast(weights, src=0)
+        load_whole_tensors(model, {name: weights})
     return model
+
+
+def give_memory(model: torch.nn.Module, device: torch.device) -> None:
+    """Put parameters that are on the device `meta` on `device`, with no values yet."""
+    given: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                if parameter not in given:
+                    given[parameter] = torch.nn.Parameter(
+                        torch.empty_like(parameter, device=device), parameter.requires_grad
+                    )
+                module.register_parameter(name, given[parameter])
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

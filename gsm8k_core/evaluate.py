@@ -12,7 +12,8 @@ or one beside snakemake, do not meet.
         run_manifest.json  sys/  locks/  changes.diff        as of every call
         data/  model/                                        problems; starting weights
         completions/{suite}.jsonl, {suite}.stats.json        metrics/{suite}.json
-        grades/{suite}.parquet  SHA256SUMS                   python scripts/verify.py --run FOLDER
+        grades/{suite}.parquet, {suite}.manifest.json        who graded
+        SHA256SUMS                                           python scripts/verify.py --run FOLDER
 
 Problems and weights that the workflow or an earlier evaluation has prepared from the same settings
 are linked, once their hashes are right; nothing shared is written.

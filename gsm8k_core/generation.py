@@ -25,6 +25,8 @@ def log_generations(
     reward_fn: RewardFunction | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
+    prompt_ids: Sequence[TokenIds] | None = None,
+    on_all_ranks: bool = False,
 ) -> tuple[list[Row], dict[str, float | None]]:
     """Generate one completion per prompt; return a row for each and a summary.
 
@@ -36,10 +38,12 @@ def log_generations(
     its entries and `length_mean_correct` and `length_mean_incorrect` (correct: an `answer_reward`
     above 0); a mean over nothing is None.
 
-    Prompts are rendered already: no special token is added. A `temperature` of 0 is greedy.
+    Prompts are rendered already: no special token is added, unless `prompt_ids` has other ids for
+    them. A `temperature` of 0 is greedy. `on_all_ranks`: all ranks call this with the same prompts,
+    as a model that is spread over them needs; none is done before the others.
     The scores of all steps are kept, B × T × V numbers, so this is for a handful of prompts. The
     model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or a reward
-    function comes without one ground truth per prompt.
+    function comes without one ground truth per prompt, or ids are not of as many prompts.
     """
     if not prompts:
         raise ValueError("no prompts to generate from")
@@ -47,7 +51,15 @@ def log_generations(
         raise ValueError(f"{len(prompts)} prompts but {len(ground_truths)} ground truths")
     if reward_fn is not None and ground_truths is None:
         raise ValueError("reward_fn needs ground_truths")
-    responses, entropies = _generate(model, tokenizer, prompts, max_new_tokens, temperature)
+    if prompt_ids is None:
+        prompt_ids = [
+            tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts
+        ]
+    elif len(prompt_ids) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but token ids of {len(prompt_ids)}")
+    responses, entropies = _generate(
+        model, tokenizer, prompt_ids, max_new_tokens, temperature, on_all_ranks
+    )
     eos_ids = _eos_token_ids(model, tokenizer)
     rows: list[Row] = []
     for index, prompt in enumerate(prompts):
@@ -69,16 +81,22 @@ def log_generations(
 
 @torch.no_grad()
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[TokenIds],
+    max_new_tokens: int,
+    temperature: float,
+    on_all_ranks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
-    prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     pad_id = pad_token_id(tokenizer)
     input_ids, attention_mask = _pad_left(prompt_ids, pad_id)
     sampling: Row = {"do_sample": False}
     if temperature > 0:
         # top_p and top_k are set because a model's own generation_config may hold others
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    if on_all_ranks:
+        sampling["synced_gpus"] = True
     was_training = model.training
     model.eval()
     try:

@@ -65,14 +65,16 @@ def gold_answer(answer: str, where: str = "answer") -> str:
 
 def problem_from_row(row: Json, where: str, default_id: str | None = None) -> Problem:
     """Build a Problem from a JSONL row; `where` (file and row) begins every error."""
-    question, answer = (_text(row.get(key), f"{where}: '{key}'") for key in ("question", "answer"))
-    problem_id = _text(row.get("id", default_id), f"{where}: 'id'")
+    question, answer = (
+        checked_text(row.get(key), f"{where}: '{key}'") for key in ("question", "answer")
+    )
+    problem_id = checked_text(row.get("id", default_id), f"{where}: 'id'")
     gold = gold_answer(answer, where)
     if row.get("gold", gold) != gold:
         raise DataError(f"{where}: 'gold' is {row['gold']!r} but the answer ends in {gold!r}")
     demonstration = row.get("demonstration")
     if demonstration is not None:
-        demonstration = _text(demonstration, f"{where}: 'demonstration'")
+        demonstration = checked_text(demonstration, f"{where}: 'demonstration'")
     examples = worked_examples(row.get("examples", []), f"{where}: 'examples'")
     return Problem(problem_id, question, answer, gold, demonstration, examples)
 
@@ -83,13 +85,16 @@ def worked_examples(rows: Any, where: str) -> tuple[WorkedExample, ...]:
         raise DataError(f"{where} should be a list of objects with question and answer")
     return tuple(
         WorkedExample(
-            *(_text(row.get(key), f"{where}[{index}].{key}") for key in ("question", "answer"))
+            *(
+                checked_text(row.get(key), f"{where}[{index}].{key}")
+                for key in ("question", "answer")
+            )
         )
         for index, row in enumerate(rows)
     )
 
 
-def _text(value: Any, what: str) -> str:
+def checked_text(value: Any, what: str) -> str:
     """`value`, if it is a text that UTF-8 can hold (JSON can escape half a surrogate pair)."""
     if not isinstance(value, str):
         raise DataError(f"{what} is missing or not a text")

@@ -26,12 +26,20 @@ from markupsafe import Markup
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file
-from gsm8k_core.metrics import Difference, Floats, holm, is_significant, paired_difference
+from gsm8k_core.metrics import (
+    Difference,
+    Floats,
+    agreement,
+    holm,
+    is_significant,
+    paired_difference,
+    powers_up_to,
+)
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
 from gsm8k_core.report_charts import (
     accuracy_chart,
-    agreement_chart,
+    agreement_charts,
     cost_chart,
     difference_chart,
     learning_charts,
@@ -310,12 +318,18 @@ def _view(subject: Subject, charts: Json) -> Json:
         "cost_note": (
             "Training time includes the stages that a method starts from; generating is for one "
             "evaluation. Times are of the machines that ran: compare them within a study only. "
-            "The bands of pass@k are its intervals; those of maj@k go from the smallest to the "
-            "largest seed."
+            "The bands of pass@k and maj@k are their intervals, over seeds and problems."
         ),
         "agreement_note": (
+            "The answer is what the grade that counts has read, compared as an exact number. "
             "Seeds are compared with the same seed of the other method, and shares are means over "
-            "seeds and problems. Intervals of B − A are paired and, as there are many pairs, not "
+            "seeds and problems"
+            + (
+                "."
+                if subject.graded.main_decoding == "greedy"
+                else ", and over every sample of one with every sample of the other."
+            )
+            + " Intervals of B − A are paired and, as there are many pairs, not "
             "corrected for their number: the tests that count stand at the top."
         ),
         "pairs": [_pair_cells(pair) for pair in pairs],
@@ -326,9 +340,9 @@ def _view(subject: Subject, charts: Json) -> Json:
             "sampling": _add(charts, _sampling_charts(subject)),
             "length": _add(charts, [_length_chart(subject)])[0],
             "truncation": _add(charts, [_truncation_chart(subject)])[0],
-            "agreement": _add(charts, [agreement_chart(_both_ways(pairs), methods)])[0]
-            if pairs
-            else None,
+            "agreement": _add(
+                charts, agreement_charts(_both_ways(pairs), methods) if pairs else []
+            ),
         },
         "rows": rows,
     }
@@ -405,19 +419,25 @@ def _difference(subject: Subject, a: str, b: str) -> Difference:
 
 
 def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
-    """Accuracies `(S, P)` of two methods at the seeds that both have.
+    """Accuracies `(S, P)` of two methods at the seeds that both have."""
+    accuracy = subject.graded.accuracy
+    left, right = _paired_runs(subject, a, b)
+    return accuracy[left], accuracy[right]
 
-    A method that was run once stands for every seed of the other.
+
+def _paired_runs(subject: Subject, a: str, b: str) -> tuple[list[int], list[int]]:
+    """Places of two methods' runs, of the same seeds; one that was run once stands for every seed.
+
+    Raises DataError where they have no seed in common.
     """
-    graded, accuracy = subject.graded, subject.graded.accuracy
     seeds_a, seeds_b = (subject.study.seeds_of[name] for name in (a, b))
     seeds = [s for s in seeds_a if s in seeds_b or len(seeds_b) == 1]
     if len(seeds_a) == 1:
         seeds = list(seeds_b)
     if not seeds:
         raise DataError(f"{a} and {b} have no seed in common: they cannot be compared in pairs")
-    left, right = ([graded.at_seed(name, seed) for seed in seeds] for name in (a, b))
-    return accuracy[left], accuracy[right]
+    left, right = ([subject.graded.at_seed(name, seed) for seed in seeds] for name in (a, b))
+    return left, right
 
 
 def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
@@ -437,7 +457,21 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
                 "seed would have given.",
             }
         )
-    flagged = [row["method"] for row in subject.rows if _flags(row)]
+    elif any(row["num_seeds"] == 2 and row["parent"] is not None for row in subject.rows):
+        findings.append(
+            {
+                "kind": "caution",
+                "text": "Trained with two seeds: intervals are wide, and of differences that are "
+                "none 3 to 7 in a hundred come out as significant at 5\u00a0%. From three seeds on "
+                "it is 4 to 6.",
+            }
+        )
+    # Few seeds are no difference between rows, and have been told of.
+    flagged = [
+        row["method"]
+        for row in subject.rows
+        if any(not flag.startswith(("1 seed", "2 seeds")) for flag in _flags(row))
+    ]
     if flagged:
         text = f"Not all was made alike: see the flags of {_list(flagged)} below the table."
         findings.append({"kind": "caution", "text": text})
@@ -523,7 +557,7 @@ def _is_significant(p_value: float | None, study: Comparison) -> bool:
 
 
 def _flags(row: Json) -> list[str]:
-    """What of a row is not as in the rows that it is compared with."""
+    """What makes a row's comparison doubtful."""
     return row["flags"].split("; ") if row["flags"] else []
 
 
@@ -542,7 +576,11 @@ def _table(subject: Subject) -> Json:
             columns.append((f"{title}, points", _difference_cell(reference)))
             columns.append(("p", _p_cell(reference)))
     if any(row["num_samples"] for row in rows):
-        columns.append(("sampled pass@1", _pass_cell))
+        columns.append(("sampled pass@1", _sampled_cell("pass_at_1")))
+    largest = {powers_up_to(row["num_samples"])[-1] for row in rows if row["num_samples"]}
+    if largest - {1}:
+        title = f"maj@{max(largest)}" if len(largest) == 1 else "maj@n"
+        columns.append((title, _sampled_cell("maj_at_n")))
     if any(row.get("smallest_detectable_delta") is not None for row in rows):
         columns.append(("detectable from", _detectable_cell))
     return {
@@ -566,10 +604,13 @@ def _accuracy_cell(row: Json) -> Json:
     return _cell(_percent(row["accuracy"]), _interval(row, "accuracy", _plain))
 
 
-def _pass_cell(row: Json) -> Json:
-    if not row["num_samples"]:
-        return _cell("")
-    return _cell(_percent(row["pass_at_1"]), _interval(row, "pass_at_1", _plain))
+def _sampled_cell(name: str) -> Any:
+    def make(row: Json) -> Json:
+        if not row["num_samples"]:
+            return _cell("")
+        return _cell(_percent(row[name]), _interval(row, name, _plain))
+
+    return make
 
 
 def _difference_cell(reference: str) -> Any:
@@ -740,31 +781,21 @@ def _time_unit(seconds: float) -> tuple[str, float]:
 
 def _sampling_charts(subject: Subject) -> list[Json]:
     methods = subject.study.methods
-    rows: dict[str, list[Json]] = {
-        "pass@k: one of k samples is right": [],
-        "maj@k: the most frequent answer is right": [],
-    }
-    passes, majorities = rows.values()
-    for row in subject.pass_at_k:
-        interval = (row["pass_at_k_ci_low"], row["pass_at_k_ci_high"])
-        passes.append(
-            {"method": row["method"], "k": row["k"]} | _scaled(row["pass_at_k"], *interval)
-        )
-    for method in methods:
-        runs = [run["maj_at_k"] for run in subject.metrics[method]]
-        for k in sorted(set.intersection(*map(set, runs)), key=int):
-            values = [run[k] for run in runs]
-            scaled = _scaled(float(np.mean(values)), min(values), max(values))
-            majorities.append({"method": method, "k": int(k)} | scaled)
     titles = {
-        "pass@k: one of k samples is right": passes,
-        "maj@k: the most frequent of k answers is right": majorities,
+        "pass_at_k": "pass@k: one of k samples is right",
+        "maj_at_k": "maj@k: the most frequent of k answers is right",
     }
-    return [
-        pass_at_k_chart(points, methods, title)
-        for title, points in titles.items()
-        if len({point["k"] for point in points}) > 1
-    ]
+    charts = []
+    for name, title in titles.items():
+        points = [
+            {"method": row["method"], "k": row["k"]}
+            | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+            for row in subject.pass_at_k
+            if row[name] is not None
+        ]
+        if len({point["k"] for point in points}) > 1:
+            charts.append(pass_at_k_chart(points, methods, title))
+    return charts
 
 
 def _main_completions(subject: Subject, method: str) -> pl.DataFrame:
@@ -806,33 +837,27 @@ def _truncation_chart(subject: Subject) -> Json:
 
 
 def _pairs(subject: Subject) -> list[Json]:
-    """How often two methods are both right, one only, or both wrong: shares of seeds × problems."""
+    """What every two methods answer to the same problems at the same seeds."""
+    answers = subject.graded.answers()
     pairs = []
     for a, b in itertools.combinations(subject.study.methods, 2):
-        left, right = _paired(subject, a, b)
-        pairs.append(
-            {
-                "a": a,
-                "b": b,
-                "both_right": float((left * right).mean()),
-                "only_a": float((left * (1 - right)).mean()),
-                "only_b": float((right * (1 - left)).mean()),
-                "both_wrong": float(((1 - left) * (1 - right)).mean()),
-                "difference": _difference(subject, b, a),
-            }
-        )
+        sides = [
+            np.concatenate([answers[run][part] for run in runs])
+            for runs in _paired_runs(subject, a, b)
+            for part in (0, 1)  # answers, and whether they are right
+        ]
+        difference = _difference(subject, b, a)
+        pairs.append({"a": a, "b": b, "shares": agreement(*sides), "difference": difference})
     return pairs
 
 
 def _pair_cells(pair: Json) -> Json:
-    shares = {
-        name: _percent(pair[name]) for name in ("both_right", "only_a", "only_b", "both_wrong")
-    }
-    difference = pair["difference"]
+    shares, difference = pair["shares"], pair["difference"]
     return {
         "a": pair["a"],
         "b": pair["b"],
-        **shares,
+        "same_answer": _percent(shares.same_answer),
+        **{name: _percent(share) for name, share in shares._asdict().items()},
         "difference": _points(difference.delta),
         "interval": f"[{_points(difference.low)}, {_points(difference.high)}]",
     }
@@ -841,10 +866,9 @@ def _pair_cells(pair: Json) -> Json:
 def _both_ways(pairs: Sequence[Json]) -> list[Json]:
     rows = []
     for pair in pairs:
-        percent = {
-            name: round(100 * pair[name], 3)
-            for name in ("both_right", "only_a", "only_b", "both_wrong")
-        }
+        shares = {"same_answer": pair["shares"].same_answer, **pair["shares"]._asdict()}
+        # As in the table: left to themselves, charts round 1.25 to 1.3.
+        percent = {name: round(100 * share, 1) for name, share in shares.items()}
         swapped = {**percent, "only_a": percent["only_b"], "only_b": percent["only_a"]}
         rows.append({"a": pair["a"], "b": pair["b"], **percent})
         rows.append({"a": pair["b"], "b": pair["a"], **swapped})
@@ -892,6 +916,11 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
     facts.append(
         {"name": "completions made", "shown": _span(sorted(filter(None, written))),
          "differs": False}
+    )  # fmt: skip
+    target = f"artifacts/results/{study.name}/overlap.md"
+    facts.append(
+        {"name": "test problems in the training data", "differs": False,
+         "shown": [f"listed by: snakemake --cores 1 {target}"]}
     )  # fmt: skip
     details = [
         ("Settings of training runs", _training_settings(study, sources.study_dir)),

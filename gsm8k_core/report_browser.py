@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from gsm8k_core.answers import parse_number
 from gsm8k_core.config import Comparison, Grade
@@ -40,6 +41,7 @@ BYTES_READ = 12
 """Bytes of text, about, read for a byte of the page: far more than has been seen to fit."""
 
 
+Codes = NDArray[Any]
 Texts = dict[Any, str]
 """Completions of one problem by (decoding, sample_index), and its `gold`."""
 
@@ -71,14 +73,37 @@ class Graded:
     @property
     def accuracy(self) -> Floats:
         """(runs, P): greedy where every run has it, else the share of right samples."""
+        shares = self.share_right(self.main_decoding)
+        assert shares is not None
+        return shares
+
+    @property
+    def main_decoding(self) -> str:
+        """`greedy` where every run has it, else `sample`."""
         for decoding in ("greedy", "sample"):
-            shares = self.share_right(decoding)
-            if shares is not None:
-                return shares
+            if self.share_right(decoding) is not None:
+                return decoding
         raise DataError(
             "the runs of a suite have neither all a greedy completion of each problem nor all "
             "samples; generate them again with one suite"
         )
+
+    def answers(self) -> list[tuple[Codes, Codes]]:
+        """For each run the answers of the main decoding and whether they are right, (P, n) each.
+
+        An answer is a whole number, the same in all runs for the same rational number (or the same
+        text, where it is none), and −1 for no answer.
+        """
+        decoding = self.main_decoding
+        code_of: dict[Fraction | str, int] = {}
+        found = []
+        for table in self.tables:
+            rows = table.filter(pl.col("decoding") == decoding).sort("problem_id", "sample_index")
+            codes = [-1 if text is None else code_of.setdefault(_value(text), len(code_of))
+                     for text in rows["extracted"]]  # fmt: skip
+            shape = (len(self.problem_ids), -1)
+            found.append((np.reshape(codes, shape), rows["correct"].to_numpy().reshape(shape)))
+        return found
 
     def rows_of(self, method: str) -> list[int]:
         """Places of a method's seeds among the runs."""
@@ -346,6 +371,12 @@ MAX_LINE = 2000
 
 
 _number = lru_cache(maxsize=65536)(parse_number)  # the same few answers come again and again
+
+
+def _value(answer: str) -> Fraction | str:
+    """What an extracted answer is compared by: `18.0` of lm-eval's grades is 18."""
+    value = _number(answer)
+    return answer if value is None else value
 
 
 def locate_answer(

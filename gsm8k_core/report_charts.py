@@ -398,28 +398,39 @@ def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
     return _finish(bars + labels, rows, title, 40 + 28 * len(rows), ("share", "method"))
 
 
-def agreement_chart(rows: list[Json], methods: list[str]) -> Json:
-    """How often the method of a row is right where that of a column is wrong.
+def agreement_charts(rows: list[Json], methods: list[str]) -> list[Json]:
+    """How often two methods give the same answer, and how often only the row's one is right.
 
-    `rows`: a, b, both_right, only_a, only_b, both_wrong in percent.
+    `rows`: a, b, same_answer and the parts of `metrics.Agreement`, in percent.
     """
+    same = _pair_chart(
+        rows,
+        methods,
+        "same_answer",
+        ("this one", "and this one"),
+        "Share of problems to which two methods give the same answer, %",
+    )
+    only = _pair_chart(
+        rows,
+        methods,
+        "only_a",
+        ("this one is right …", "… where this one is wrong"),
+        "Share of problems that one method gets right and another wrong, %",
+    )
+    return [same, only]
+
+
+def _pair_chart(
+    rows: list[Json], methods: list[str], shown: str, axes: tuple[str, str], title: str
+) -> Json:
+    """A field for every two methods, row and column, with the share `shown` in it."""
     base = alt.Chart().encode(
         x=alt.X(
             "b:N",
             sort=methods,
-            axis=alt.Axis(
-                title="… where this one is wrong",
-                orient="top",
-                labelAngle=-30,
-                domain=False,
-                ticks=False,
-            ),
+            axis=alt.Axis(title=axes[1], orient="top", labelAngle=-30, domain=False, ticks=False),
         ),
-        y=alt.Y(
-            "a:N",
-            sort=methods,
-            axis=alt.Axis(title="this one is right …", domain=False, ticks=False),
-        ),
+        y=alt.Y("a:N", sort=methods, axis=alt.Axis(title=axes[0], domain=False, ticks=False)),
     )
     tooltip = [
         alt.Tooltip("a:N", title="row"),
@@ -427,18 +438,20 @@ def agreement_chart(rows: list[Json], methods: list[str]) -> Json:
         *(
             alt.Tooltip(f"{name}:Q", title=title, format=".1f")
             for name, title in (
+                ("same_answer", "same answer %"),
                 ("both_right", "both right %"),
+                ("same_wrong", "both wrong, same answer %"),
+                ("other_wrong", "both wrong, other answers %"),
+                ("no_answer", "both wrong, one or both without an answer %"),
                 ("only_a", "only the row %"),
                 ("only_b", "only the column %"),
-                ("both_wrong", "both wrong %"),
             )
         ),
     ]
     # Ink stays readable on it in both themes: the colour goes to 60 % of its strength only.
     cells = base.mark_rect(cornerRadius=3, fill=PALETTES["dark"][0]).encode(
-        opacity=alt.Opacity("only_a:Q", scale=alt.Scale(range=[0.04, 0.6]), legend=None),
+        opacity=alt.Opacity(f"{shown}:Q", scale=alt.Scale(range=[0.04, 0.6]), legend=None),
         tooltip=tooltip,
     )
-    text = base.mark_text(fontSize=13).encode(text=alt.Text("only_a:Q", format=".1f"))
-    title = "Share of problems that one method gets right and another wrong, %"
+    text = base.mark_text(fontSize=13).encode(text=alt.Text(f"{shown}:Q", format=".1f"))
     return _finish(cells + text, rows, title, 40 + 40 * len(methods), ("column", "row"))

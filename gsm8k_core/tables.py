@@ -37,9 +37,11 @@ from gsm8k_core.metrics import (
     Difference,
     Floats,
     holm,
+    maj_at_k,
     mean_interval,
     paired_difference,
     pass_at_k,
+    powers_up_to,
 )
 from gsm8k_core.records import num_gpus
 
@@ -73,7 +75,11 @@ SCHEMA: dict[str, Any] = {
     "pass_at_1_ci_low": pl.Float64,
     "pass_at_1_ci_high": pl.Float64,
     "pass_at_n": pl.Float64,
+    "pass_at_n_ci_low": pl.Float64,
+    "pass_at_n_ci_high": pl.Float64,
     "maj_at_n": pl.Float64,
+    "maj_at_n_ci_low": pl.Float64,
+    "maj_at_n_ci_high": pl.Float64,
     "format_fraction": pl.Float64,
     "mean_completion_tokens": pl.Float64,
     "truncated_fraction": pl.Float64,
@@ -100,6 +106,9 @@ PASS_AT_K_SCHEMA: dict[str, Any] = {
     "pass_at_k": pl.Float64,
     "pass_at_k_ci_low": pl.Float64,
     "pass_at_k_ci_high": pl.Float64,
+    "maj_at_k": pl.Float64,
+    "maj_at_k_ci_low": pl.Float64,
+    "maj_at_k_ci_high": pl.Float64,
 }
 
 METRIC_KEYS = (
@@ -130,6 +139,8 @@ class Cell:
     greedy: Floats | None  # (S, P), 1 where right
     num_correct: Floats | None  # (S, P), right ones among the samples
     num_samples: int
+    maj_at_k: dict[int, Floats]
+    """k, a power of two up to `num_samples` → (S, P), chance that the majority of k is right."""
     metrics: list[Json]  # of each seed, as the two below
     stats: list[Json]
     facts: list[Facts]
@@ -163,15 +174,25 @@ def read_metrics(path: Path) -> Json:
     return dict(metrics)
 
 
-def read_grades(path: Path) -> pl.DataFrame:
+def answer_codes(extracted: pl.Series) -> pl.Series:
+    """A whole number for each answer, the same for the same text; −1 where there is none."""
+    return extracted.rank("dense").cast(pl.Int64).fill_null(0) - 1
+
+
+def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
+    `with_majority` adds `maj_at_{k}` for k = 1, 2, 4, … up to the samples that all problems have.
     Raises DataError when the file is missing, is no grades file, or is empty.
     """
     sampled = pl.col("decoding") == "sample"
+    names = ["problem_id", "decoding", "correct"]
+    if with_majority:
+        names += ["sample_index", "extracted"]
     try:
+        rows = pl.read_parquet(path, columns=names)
         grades = (
-            pl.scan_parquet(path)
+            rows.lazy()
             .group_by("problem_id")
             .agg(
                 greedy=pl.col("correct").filter(pl.col("decoding") == "greedy").mean(),
@@ -181,13 +202,30 @@ def read_grades(path: Path) -> pl.DataFrame:
             .sort("problem_id")
             .collect()
         )
+        samples = rows.filter(sampled).sort("problem_id", "sample_index") if with_majority else None
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run grade.py for it") from error
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
     if grades.is_empty():
         raise DataError(f"{path}: holds no grades; run grade.py again")
-    return grades
+    return grades if samples is None else grades.hstack(_majorities(samples, grades.height))
+
+
+def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
+    """`maj_at_{k}` per problem, of samples sorted by problem and number; nothing without samples.
+
+    Nothing as well where problems have not as many each, which `_num_samples` refuses.
+    """
+    num_samples, rest = divmod(samples.height, num_problems)
+    if rest or (samples.group_by("problem_id").len()["len"] != num_samples).any():
+        return []
+    shape = (num_problems, num_samples)
+    answers = answer_codes(samples["extracted"]).to_numpy().reshape(shape)
+    correct = samples["correct"].to_numpy().reshape(shape)
+    return [
+        pl.Series(f"maj_at_{k}", maj_at_k(answers, correct, k)) for k in powers_up_to(num_samples)
+    ]
 
 
 def _read_cell(
@@ -203,7 +241,7 @@ def _read_cell(
     for seed in study.seeds_of[method]:
         run = run_dir(study_dir, model, method, seed)
         path = run / "grades" / f"{suite}.parquet"
-        table = read_grades(path)
+        table = read_grades(path, with_majority=True)
         first_path, first = graded.setdefault(suite, (path, table["problem_id"]))
         _check_same_problems(path, table["problem_id"], first_path, first)
         metrics.append(read_metrics(run / "metrics" / f"{suite}.json"))
@@ -217,6 +255,10 @@ def _read_cell(
         greedy=_stack(tables, "greedy"),
         num_correct=_stack(tables, "num_correct") if num_samples else None,
         num_samples=num_samples,
+        maj_at_k={
+            k: np.stack([table[f"maj_at_{k}"].to_numpy() for _, table in tables])
+            for k in powers_up_to(num_samples)
+        },
         metrics=metrics,
         stats=stats,
         facts=facts,
@@ -267,15 +309,16 @@ def _stack(tables: Sequence[tuple[Path, pl.DataFrame]], name: str) -> Floats | N
 
 
 def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row per model × method × suite (columns of `SCHEMA`), and pass@k for every k.
+    """One row per model × method × suite (columns of `SCHEMA`), and pass@k and maj@k by k.
 
     `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
-    to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest k of the
-    metrics. Differences are of `accuracy`, paired by seed and problem: `delta_vs_parent` to the
-    method that training started from, `delta_vs_base` to the untrained model; null where that is
-    not among the study's methods. `…_holm` is the p-value corrected (Holm 1979) over all methods
-    and suites of the model. `smallest_detectable_delta` is the difference that a study of this size
-    and spread finds four times in five, at the uncorrected level.
+    to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest power of two
+    that is not above the number of samples. Differences are of `accuracy`, paired by seed and
+    problem: `delta_vs_parent` to the method that training started from, `delta_vs_base` to the
+    untrained model; null where that is not among the study's methods. `…_holm` is the p-value
+    corrected (Holm 1979) over all methods and suites of the model. `smallest_detectable_delta` is
+    the difference that a study of this size and spread finds four times in five, at the
+    uncorrected level.
 
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage, null
     where nothing is trained; `…_with_parents` adds the stages before it. `flags` says what makes a
@@ -319,23 +362,16 @@ def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
 
 def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
     cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
-    accuracy = mean_interval(cell.accuracy, study.confidence)
-    pass_at_1 = mean_interval(cell.pass_at_1, study.confidence)
     flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
     row: Json = {
         "num_seeds": cell.accuracy.shape[0],
         "num_problems": cell.accuracy.shape[1],
         "num_samples": cell.num_samples,
-        "accuracy": accuracy.mean,
-        "accuracy_ci_low": accuracy.low,
-        "accuracy_ci_high": accuracy.high,
+        **_with_bounds("accuracy", cell.accuracy, study.confidence),
         "parent": parent,
         "base": None if method == base else base,
-        "pass_at_1": pass_at_1.mean,
-        "pass_at_1_ci_low": pass_at_1.low,
-        "pass_at_1_ci_high": pass_at_1.high,
-        "pass_at_n": _mean_of([_largest_k(one["pass_at_k"]) for one in cell.metrics]),
-        "maj_at_n": _mean_of([_largest_k(one["maj_at_k"]) for one in cell.metrics]),
+        **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence),
+        **_at_largest_k(cell, study.confidence),
         **{
             key: _mean_of([one[key] for one in cell.metrics])
             for key in ("format_fraction", "mean_completion_tokens", "truncated_fraction")
@@ -359,6 +395,22 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
             detectable: found and found.smallest_detectable,
         }
     return row | {"flags": "; ".join(filter(None, flags)) or None}
+
+
+def _at_largest_k(cell: Cell, confidence: float) -> Json:
+    """pass@n and maj@n with their intervals, n being the largest power of two; null without."""
+    if not cell.maj_at_k:
+        return {}
+    largest = max(cell.maj_at_k)
+    return _with_bounds("pass_at_n", cell.pass_at_k(largest), confidence) | _with_bounds(
+        "maj_at_n", cell.maj_at_k[largest], confidence
+    )
+
+
+def _with_bounds(name: str, values: Floats, confidence: float) -> Json:
+    """Mean of `values (S, P)` and its interval over seeds and problems, as columns of a row."""
+    mean, low, high = mean_interval(values, confidence)
+    return {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
 def _few_seeds(method: str, cell: Cell, base: str) -> str:
@@ -398,18 +450,14 @@ def _correct_for_multiplicity(rows: list[Json]) -> None:
 
 
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
+    """A row for every k; maj@k is null where k is no power of two."""
     points = []
     for k in range(1, cell.num_samples + 1):
-        mean, low, high = mean_interval(cell.pass_at_k(k), study.confidence)
-        points.append(
-            {
-                "num_samples": cell.num_samples,
-                "k": k,
-                "pass_at_k": mean,
-                "pass_at_k_ci_low": low,
-                "pass_at_k_ci_high": high,
-            }
-        )
+        point = {"num_samples": cell.num_samples, "k": k}
+        point |= _with_bounds("pass_at_k", cell.pass_at_k(k), study.confidence)
+        if k in cell.maj_at_k:
+            point |= _with_bounds("maj_at_k", cell.maj_at_k[k], study.confidence)
+        points.append(point)
     return points
 
 
@@ -476,10 +524,6 @@ def _times(number: int | None, seconds: float | None) -> float | None:
     return None if number is None or seconds is None else number * seconds
 
 
-def _largest_k(by_k: dict[str, float]) -> float | None:
-    return by_k[max(by_k, key=int)] if by_k else None
-
-
 def _mean_of(values: Sequence[float | None]) -> float | None:
     """Mean over runs; None unless every run has a value."""
     known = [float(value) for value in values if value is not None]
@@ -492,7 +536,7 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 def write_comparison(frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path) -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
-    pass_at_k.csv holds pass@k for every k, a row each.
+    pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k.
     """
     write_text(output_dir / "comparison.csv", frame.write_csv())
     write_text(output_dir / "comparison.md", to_markdown(frame))
@@ -557,11 +601,16 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
     # What is to be compared, the methods of one model and suite, stands together.
     parts = frame.partition_by("model", "suite", maintain_order=True)
     rows = [row for part in parts for row in part.iter_rows(named=True)]
-    columns = {"Quality": QUALITY_COLUMNS, "Cost": COST_COLUMNS}
+    sampled = [row for row in rows if row["num_samples"]]
     tables = []
-    for title, shown in columns.items():
-        texts = [[render(row) for render in shown.values()] for row in rows]
-        tables.append(TextTable(title, list(shown), texts))
+    for title, shown, rows_of in (
+        ("Quality", QUALITY_COLUMNS, rows),
+        ("Repeated sampling", SAMPLING_COLUMNS, sampled),
+        ("Cost", COST_COLUMNS, rows),
+    ):
+        texts = [[render(row) for render in shown.values()] for row in rows_of]
+        if texts:
+            tables.append(TextTable(title, list(shown), texts))
     return tables
 
 
@@ -577,6 +626,11 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
         "with parents: own training and that of the stages before it. Times, tokens and memory are "
         "means over seeds.",
     ]
+    if frame["num_samples"].max():
+        notes.append(
+            "pass@n: one of n samples is right. maj@n: the most frequent answer of n samples is. "
+            "n is the largest power of two among the samples; pass_at_k.csv has the others."
+        )
     words: list[str] = []
     for flags in frame["flags"].drop_nulls().to_list():
         for flag in flags.split("; "):
@@ -652,6 +706,14 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     "p base": lambda row: p_text(row["p_value_vs_base_holm"]),
     "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
     "flags": lambda row: row["flags"] or "",
+}
+SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "samples": lambda row: str(row["num_samples"]),
+    "n": lambda row: str(powers_up_to(row["num_samples"])[-1]),
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f"),
+    "pass@n %": lambda row: with_interval(row, "pass_at_n", ".1f"),
+    "maj@n %": lambda row: with_interval(row, "maj_at_n", ".1f"),
 }
 COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,

@@ -14,9 +14,26 @@ from typing import Any
 
 import torch
 
+from gsm8k_core.errors import DataError
+from gsm8k_core.files import Json, required
+
 Batch = dict[str, Any]
 """Tensors by name; typed Any so that `**batch` passes as keyword arguments."""
 TokenIds = Sequence[int]
+
+
+def checked_token_ids(row: Json, key: str, where: str, vocab_size: int) -> list[int]:
+    """The token ids of a response in a JSONL row. Raises DataError that begins with `where`."""
+    ids = required(row, key, list, where)
+    if not ids:
+        raise DataError(f"{where}: '{key}' holds no token")
+    for place, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise DataError(
+                f"{where}: '{key}' should hold token ids from 0 to {vocab_size - 1}, found "
+                f"{token_id!r:.40} at place {place}; was it made with another model?"
+            )
+    return ids
 
 
 def pad_token_id(tokenizer: Any) -> int:

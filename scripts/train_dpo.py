@@ -26,12 +26,13 @@ from gsm8k_core.cli import run_script, run_settings_from, training_parser
 from gsm8k_core.config import DpoMethod, PromptSettings
 from gsm8k_core.distributed import add, own_microbatches
 from gsm8k_core.dpo import dpo_loss
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
+from gsm8k_core.problems import checked_text
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.scoring import score_responses
-from gsm8k_core.tokenization import collate, pad_token_id
+from gsm8k_core.tokenization import checked_token_ids, collate, pad_token_id
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
 
 log = logging.getLogger("train_dpo")
@@ -49,14 +50,28 @@ class Pair:
         return 2 * (len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids)) - 1)
 
 
-def load_pairs(path: Path, prompt: PromptSettings, tokenizer: Any) -> list[Pair]:
-    """Pairs that select_pairs.py wrote, with their prompts tokenized."""
-    rows = list(iter_jsonl(path))
-    texts = [render_prompt(row["question"], prompt, tokenizer) for row in rows]
+def load_pairs(path: Path, prompt: PromptSettings, tokenizer: Any, vocab_size: int) -> list[Pair]:
+    """Pairs that select_pairs.py wrote, with their prompts tokenized.
+
+    Raises DataError that names file and row for every fault, and where there is no pair.
+    """
+    texts, responses = [], []
+    for number, row in enumerate(iter_jsonl(path), start=1):
+        where = f"{path}, row {number}"
+        question = checked_text(row.get("question"), f"{where}: 'question'")
+        texts.append(render_prompt(question, prompt, tokenizer))
+        responses.append(
+            [
+                checked_token_ids(row, key, where, vocab_size)
+                for key in ("chosen_ids", "rejected_ids")
+            ]
+        )
+    if not texts:
+        raise DataError(f"{path}: holds no pair")
     prompts = prompt_token_ids(texts, prompt, tokenizer)
     return [
-        Pair(prompt_ids, row["chosen_ids"], row["rejected_ids"])
-        for prompt_ids, row in zip(prompts, rows, strict=True)
+        Pair(prompt_ids, chosen, rejected)
+        for prompt_ids, (chosen, rejected) in zip(prompts, responses, strict=True)
     ]
 
 
@@ -90,12 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     disable_dropout(run.model)
     reference = run.load_reference()
     pad_id = pad_token_id(run.tokenizer)
-    pairs = load_pairs(args.data, run_settings.prompt, run.tokenizer)
+    pairs = load_pairs(args.data, run_settings.prompt, run.tokenizer, run.model.config.vocab_size)
     steps_done, _ = run.resume()
     order = endless_order(len(pairs), seed_from(run_settings.seed, "pairs"))
     order = itertools.islice(order, steps_done * settings.batch_size, None)
 
     run.model.train()
+    if steps_done == 0:
+        run.log_generations(0)
     for step in run.steps_after(steps_done, "DPO"):
         started = time.perf_counter()
         chosen_pairs = take(pairs, order, settings.batch_size)
@@ -119,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         run.progress["num_tokens"] += num_tokens
         seconds = time.perf_counter() - started
+        run.log_generations(step)
         run.end_step(
             step,
             {

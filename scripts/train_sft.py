@@ -27,12 +27,13 @@ from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.distributed import gather, own_work
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import iter_jsonl, seed_from
-from gsm8k_core.problems import read_problems
+from gsm8k_core.problems import checked_text, read_problems
 from gsm8k_core.prompts import demonstration, prompt_token_ids, render_prompt
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.sft import sft_loss
 from gsm8k_core.tokenization import (
     Batch,
+    checked_token_ids,
     collate,
     collate_packed,
     pack_examples,
@@ -45,18 +46,21 @@ log = logging.getLogger("train_sft")
 Example = tuple[list[int], list[int]]
 
 
-def load_examples(path: Path, run: RunSettings, tokenizer: Any) -> list[Example]:
+def load_examples(path: Path, run: RunSettings, tokenizer: Any, vocab_size: int) -> list[Example]:
     """(prompt ids, response ids) of every demonstration that fits in `max_length`.
 
     Demonstrations in words get an EOS. What a model sampled is kept as its token ids: decoding and
-    tokenizing again need not give them back.
+    tokenizing again need not give them back. Raises DataError that names file and row for every
+    fault, and where no demonstration is left.
     """
     settings = run.method_settings
     assert isinstance(settings, SftSettings)
     if isinstance(settings, ExpertIterationMethod):
-        rows = list(iter_jsonl(path))
-        questions = [row["question"] for row in rows]
-        responses = [row["response_ids"] for row in rows]
+        questions, responses = [], []
+        for number, row in enumerate(iter_jsonl(path), start=1):
+            where = f"{path}, row {number}"
+            questions.append(checked_text(row.get("question"), f"{where}: 'question'"))
+            responses.append(checked_token_ids(row, "response_ids", where, vocab_size))
     else:
         problems = read_problems(path)
         questions = [problem.question for problem in problems]
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not SFT")
     run = TrainingRun.from_arguments(args, run_settings)
     pad_id = pad_token_id(run.tokenizer)
-    examples = load_examples(args.data, run_settings, run.tokenizer)
+    examples = load_examples(args.data, run_settings, run.tokenizer, run.model.config.vocab_size)
     steps_done, _ = run.resume()
     order = endless_order(
         len(examples), seed_from(run_settings.seed, run_settings.method, run_settings.round)
@@ -133,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     order = itertools.islice(order, steps_done * settings.batch_size, None)
 
     run.model.train()
+    if steps_done == 0:
+        run.log_generations(0)
     for step in run.steps_after(steps_done, "SFT"):
         started = time.perf_counter()
         chosen = take(examples, order, settings.batch_size)
@@ -152,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         num_tokens = sum(len(prompt) + len(response) for prompt, response in chosen)
         run.progress["num_tokens"] += num_tokens
         seconds = time.perf_counter() - started
+        run.log_generations(step)
         run.end_step(
             step,
             {

@@ -301,6 +301,22 @@ def test_several_ranks_leave_the_files_of_one(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "packed", "lora"])
+def test_ranks_write_together_what_one_writes_by_itself(runs: Runs, name: str) -> None:
+    def written(folder: Path) -> list[Any]:
+        return [
+            (row["step"], one["completion"], pytest.approx(one["mean_entropy"], rel=1e-4))
+            for row in read_jsonl(folder / name / "train" / "completions.jsonl")
+            for one in row["completions"]
+        ]
+
+    assert len(written(runs.one)) == 8
+    assert written(runs.two) == written(runs.one)
+    if name in ONE_STEP:
+        assert written(runs.four) == written(runs.one)
+
+
+@pytest.mark.slow
 def test_rank_0_alone_reports_progress(runs: Runs) -> None:
     assert runs.output_of_two.count("INFO train_sft: step 1/1:") == 3
     assert "[rank 1] INFO" not in runs.output_of_two

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -170,6 +171,34 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
     return Subject(study, "m", "test", rows, graded, {}, [], [])
 
 
+def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:
+    assert "Trained with two seeds: intervals are wide" in squeezed(page.text)
+    for num_seeds, words in ((1, "one seed"), (2, "two seeds"), (3, None)):
+        subject = subject_of({"grpo": 60, "base": 10}, grpo=0.01)
+        for row in subject.rows:
+            row["num_seeds"] = num_seeds
+        texts = [str(one["text"]) for one in _findings(subject, _leads(subject))]
+        told = [text for text in texts if text.startswith("Trained with")]
+        assert [text.startswith(f"Trained with {words}:") for text in told] == [True] * bool(words)
+
+
+def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
+    page: Page, paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    words = squeezed(page.text)
+    assert "What makes a comparison doubtful" in words and "grpo: 2 seeds" in words
+    assert "Not all was made alike" not in words
+    made = {**paths, "comparison": tmp_path / "comparison.parquet", "output": tmp_path / "r.html"}
+    shutil.copyfile(paths["comparison"].with_name("pass_at_k.csv"), tmp_path / "pass_at_k.csv")
+    flags = pl.when(pl.col("method") == "sft").then(pl.lit("2 seeds; parent: engine"))
+    table = pl.read_parquet(paths["comparison"])
+    table.with_columns(flags=flags.otherwise("flags")).write_parquet(made["comparison"])
+    assert script("report").main(report_arguments(made)) == 0
+    words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
+    assert "Not all was made alike: see the flags of sft below" in words
+    assert "sft: 2 seeds; parent: engine" in words
+
+
 def test_a_lead_over_many_is_corrected_for_their_number_and_says_so() -> None:
     # Five problems of a hundred: t = 0.05 / √(0.05·0.95 / 99) = 2.28, p = 0.0246 for each
     two = subject_of({"grpo": 60, "dpo": 55})
@@ -215,10 +244,73 @@ def test_the_headline_does_not_contradict_the_finding_below_it(
     assert "A method is called best where it is ahead of every other significantly" in words
 
 
-def test_agreement_adds_up_and_counts_what_only_one_gets_right(page: Page) -> None:
+@pytest.mark.parametrize("name", ["pass_at_k", "maj_at_k"])
+def test_bands_of_repeated_sampling_are_the_intervals_of_the_comparison(
+    page: Page, paths: Paths, name: str
+) -> None:
+    title = name.removesuffix("_at_k") + "@k:"
+    (chart,) = (one for one in page.data["charts"].values() if one["title"].startswith(title))
+    shown = [
+        [row[key] for key in ("method", "k", "mean", "low", "high")]
+        for row in chart["spec"]["data"]["values"]
+    ]
+    curves = pl.read_csv(paths["comparison"].with_name("pass_at_k.csv")).drop_nulls(name)
+    ends = [f"{name}{end}" for end in ("", "_ci_low", "_ci_high")]
+    expected = curves.select("method", "k", *ends).rows()
+    assert len(shown) == len(expected) > 0
+    for row, (method, k, *bounds) in zip(shown, expected, strict=True):
+        assert row[:2] == [method, k]
+        assert row[2:] == pytest.approx([100 * bound for bound in bounds], abs=0.001)
+    assert {row[1] for row in shown} == ({1, 2, 3} if name == "pass_at_k" else {1, 2})
+
+
+def test_the_ranking_shows_the_majority_of_samples_with_its_interval(
+    page: Page, paths: Paths
+) -> None:
+    assert "sampled pass@1\nmaj@2\n" in page.text
+    row = pl.read_parquet(paths["comparison"]).filter(pl.col("method") == "grpo").to_dicts()[0]
+    low, high = (f"{100 * row[f'maj_at_n_ci_{end}']:.1f}" for end in ("low", "high"))
+    assert f"90.0 % [{low}, {high}]" in squeezed(page.text)
+
+
+def test_agreement_tells_the_same_wrong_answer_from_another_one_and_from_none(page: Page) -> None:
     words = squeezed(page.text)
-    # sft is right on 0 to 15; twin on those but 3, and on 30.
-    assert "sft twin 37.5 % 2.5 % 2.5 % 57.5 % +0.0" in words
+    # Same answer; both right; both wrong: the same, others, none; only A, only B.
+    # sft is right on 0 to 15; twin on those but 3, and on 30. Of 23 that both get wrong, twin
+    # answers 5 by itself.
+    assert "sft twin 82.5 % 37.5 % 45.0 % 12.5 % 0.0 % 2.5 % 2.5 % +0.0" in words
+    # Of 80: grpo gives no answer to 6 with seed 0, which base gets wrong, nor to 1, which base
+    # gets right.
+    assert "base grpo 18.8 % 8.8 % 10.0 % 0.0 % 1.2 % 1.2 % 78.8 % +77.5" in words
+
+
+def test_the_charts_of_agreement_are_the_same_from_either_side(page: Page) -> None:
+    charts = {one["title"]: one for one in page.data["charts"].values()}
+    chart = charts["Share of problems to which two methods give the same answer, %"]
+    rows = {(row["a"], row["b"]): row for row in chart["spec"]["data"]["values"]}
+    assert len(rows) == 12
+    assert rows["sft", "twin"]["same_answer"] == rows["twin", "sft"]["same_answer"] == 82.5
+    assert rows["base", "grpo"]["only_b"] == rows["grpo", "base"]["only_a"] == 78.8
+
+
+def test_answers_are_compared_as_numbers_across_runs_and_as_texts_where_they_are_none() -> None:
+    def run(answers: list[str | None]) -> pl.DataFrame:
+        return pl.DataFrame(
+            {
+                "problem_id": [f"p{number}" for number in range(len(answers))],
+                "decoding": "sample",
+                "sample_index": 0,
+                "correct": [answer == "18" for answer in answers],
+                "extracted": pl.Series(answers, dtype=pl.String),
+            }
+        )
+
+    tables = [run(["18", "1/2", "x", None]), run(["7", "0.5", "x", None])]
+    graded = Graded([("a", 0), ("b", 0)], tables, ["p0", "p1", "p2", "p3"], ["strict"])
+    (first, right), (second, _) = graded.answers()
+    assert (first == second).tolist() == [[False], [True], [True], [True]]
+    assert first[3] == -1 and (first[:3] >= 0).all()
+    assert right.tolist() == [[True], [False], [False], [False]]
 
 
 def test_provenance_names_commit_command_settings_and_files(page: Page, paths: Paths) -> None:

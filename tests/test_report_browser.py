@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote
 
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from matplotlib.image import imread
+from numpy.typing import NDArray
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from report_study import HOSTILE, NUM_PROBLEMS, is_right, make_study, problem_id, report_arguments
 
 from gsm8k_core.report import json_for_script
@@ -113,6 +118,92 @@ def test_it_draws_every_chart_without_a_word_or_a_request(
     assert opened.asked == [report.as_uri()]
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert opened.page.evaluate(overflow) <= 0
+
+
+SECTIONS = ("answer", "learning", "cost", "completions", "agreement", "provenance")
+PAPER = {"light": (255, 255, 255), "dark": (18, 22, 27)}
+
+
+def picture(shown: Locator) -> NDArray[np.int64]:
+    """A screenshot (height, width, 3), 0 to 255."""
+    return np.rint(255 * imread(io.BytesIO(shown.screenshot()))[..., :3]).astype(np.int64)
+
+
+def ink(image: NDArray[np.int64], theme: str) -> NDArray[np.bool_]:
+    """Which pixels are clearly another colour than the page."""
+    return np.asarray(np.abs(image - PAPER[theme]).max(axis=-1) > 40)
+
+
+@pytest.fixture(scope="module")
+def pictures(chromium: Browser, report: Path) -> dict[tuple[str, int, str], NDArray[np.int64]]:
+    """Screenshots by theme, width and part: a section, or `chart 0`, `chart 1`, …"""
+    found = {}
+    for theme, width in itertools.product(THEMES, (1280, 375)):
+        context = chromium.new_context(
+            viewport={"width": width, "height": 800},
+            color_scheme="dark" if theme == "dark" else "light",
+        )
+        opened = Opened(context.new_page())
+        opened.go(report, "#p/m1/test/test-20")
+        num_charts = draw_all(opened.page)
+        # It sticks to the window, and would cover what is behind it.
+        opened.page.evaluate("document.querySelector('header').hidden = true")
+        for name in SECTIONS:
+            found[theme, width, name] = picture(opened.page.locator(f"#{name}"))
+        for place in range(num_charts):
+            box = opened.page.locator(".chart-box:visible").nth(place)
+            found[theme, width, f"chart {place}"] = picture(box)
+        context.close()
+    return found
+
+
+def test_screenshots_show_every_section_and_chart_on_the_page_of_its_theme(
+    pictures: dict[tuple[str, int, str], NDArray[np.int64]],
+) -> None:
+    for (theme, width, part), image in pictures.items():
+        where = f"{part}, {theme}, {width} wide"
+        share = ink(image, theme).mean()
+        assert 0.003 < share < 0.6, f"{where}: {share:.2%} of it is no background"
+        assert (image == PAPER[theme]).all(axis=-1).mean() > 0.2, where
+        if part in SECTIONS:
+            assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20, f"{where}: few colours"
+        # Ink is in all quarters of the height but for what lies below the last line of a part.
+        quarters = np.array_split(ink(image, theme), 4)
+        assert all(quarter.any() for quarter in quarters[:3]), f"{where}: part of it is blank"
+
+
+def test_screenshots_of_the_themes_show_the_same_in_other_colours(
+    pictures: dict[tuple[str, int, str], NDArray[np.int64]],
+) -> None:
+    for (theme, width, part), light in pictures.items():
+        if theme != "light":
+            continue
+        dark = pictures["dark", width, part]
+        where = f"{part}, {width} wide"
+        assert light.shape == dark.shape, where
+        assert light.mean() > 190 and dark.mean() < 75, where
+        # What stands out from the page in one theme does so in the other.
+        both, either = (
+            op(ink(light, "light"), ink(dark, "dark")).sum()
+            for op in (np.logical_and, np.logical_or)
+        )
+        assert both / either > 0.35, f"{where}: {both / either:.0%}"
+
+
+def test_screenshots_on_a_phone_are_narrow_and_long_and_no_chart_is_squeezed(
+    pictures: dict[tuple[str, int, str], NDArray[np.int64]],
+) -> None:
+    for theme, part in itertools.product(THEMES, SECTIONS):
+        phone, desktop = pictures[theme, 375, part], pictures[theme, 1280, part]
+        assert phone.shape[1] <= 375 < 1000 < desktop.shape[1]
+        assert phone.shape[0] > desktop.shape[0], part
+    charts = {key: image for key, image in pictures.items() if key[2].startswith("chart")}
+    assert len({key[2] for key in charts}) >= 9
+    for key, image in charts.items():
+        height, width, _ = image.shape
+        assert width > 300 and height > 100, key
+        columns = np.flatnonzero(ink(image, key[0]).any(axis=0))
+        assert columns[-1] - columns[0] > 0.7 * width, f"{key}: drawn on a part of its place"
 
 
 def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:
@@ -260,7 +351,7 @@ def test_completions_stand_side_by_side_with_grades_and_marks(open_page: Open) -
     expect(columns).to_have_count(3)
     page.select_option("#decoding", "sampled")
     expect(columns.nth(0).locator(".card")).to_have_count(6)
-    page.goto(page.url.replace("test-20", "test-19"))
+    page.goto(page.url.removesuffix("test-20") + "test-19")  # not of pytest-20x above it
     expect(page.locator(".cut").first).to_have_text("cut off")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -79,7 +80,8 @@ def arguments(
         data = pairs if script_name == "train_dpo" else arithmetic_folder / "train.jsonl"
         return [
             "--settings", run_json(method, **overrides), "--starting-model", str(sft_folder),
-            "--data", str(data), "--output-dir", str(output),
+            "--data", str(data), "--val-data", str(arithmetic_folder / "val.jsonl"),
+            "--output-dir", str(output),
         ]  # fmt: skip
 
     return build
@@ -99,6 +101,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     ).read_bytes()
     metrics = "train/metrics.jsonl"
     assert reproducible_rows(one / metrics) == reproducible_rows(other / metrics)
+    completions = "train/completions.jsonl"
+    assert (one / completions).read_bytes() == (other / completions).read_bytes()
     assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
     assert not (other / "state").exists()
 
@@ -111,6 +115,8 @@ def test_a_run_stopped_twice_ends_as_one_that_was_never_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    look = {"num_generations": 2, "generations_every_steps": 2, "completions_every_steps": 2}
+    monkeypatch.setenv("GSM8K_TRACKING", json.dumps(look))
     main = script(RUNS[name][0]).main
     main(arguments(name, tmp_path / "whole"))
 

@@ -381,6 +381,58 @@ def test_pass_at_k_has_a_row_for_every_k_with_its_interval(tmp_path: Path) -> No
         assert [row[f"pass_at_k{end}"] for end in ends] == pytest.approx(list(expected))
 
 
+def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> None:
+    texts = {
+        # For each seed and problem four samples; 18 is right.
+        1: {"a": (RIGHT, WRONG, RIGHT, UNMARKED), "b": (WRONG,) * 4, "c": (RIGHT,) * 4},
+        2: {
+            "a": (RIGHT, WRONG, WRONG, RIGHT),
+            "b": (WRONG, RIGHT, RIGHT, RIGHT),
+            "c": (WRONG,) * 4,
+        },
+    }
+    # maj@2 of a by hand: {18, 19} tied ½ and {18, none} 1; {18, 19} ½ and {19, 18} ½. Of b: 0;
+    # {19, 18} ½ and {18, 18} 1. maj@4 of a: 18 twice, 19 once; two each. Of b: 0; 18 three times.
+    by_hand = {
+        1: [[0.5, 0.0, 1.0], [0.5, 0.75, 0.0]],
+        2: [[0.75, 0.0, 1.0], [0.5, 0.75, 0.0]],
+        4: [[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]],
+    }
+    for seed, problems in texts.items():
+        rows = [
+            completion(problem, text, "sample", index)
+            for problem, samples in problems.items()
+            for index, text in enumerate(samples)
+        ]
+        summary = run_grade(tmp_path / "m" / "sft" / f"seed{seed}", rows, method="sft", seed=seed)
+        for k, values in by_hand.items():
+            assert summary["maj_at_k"][str(k)] == pytest.approx(np.mean(values[seed - 1]))
+        write_json(tmp_path / "m" / "sft" / f"seed{seed}" / "train" / "summary.json", {})
+    study = make_study(models=["m"], methods=["sft"], seeds_of={"sft": [1, 2]})
+    frame, curves = build_comparison(study, tmp_path)
+    ends = ("", "_ci_low", "_ci_high")
+    for row in curves.iter_rows(named=True):
+        found = [row[f"maj_at_k{end}"] for end in ends]
+        if row["k"] == 3:  # maj@k is of powers of two alone
+            assert found == [None, None, None]
+        else:
+            assert found == pytest.approx(list(mean_interval(by_hand[row["k"]])))
+    (row,) = frame.iter_rows(named=True)
+    for name in ("pass_at", "maj_at"):
+        last = curves.row(3, named=True)
+        assert [row[f"{name}_n{end}"] for end in ends] == [last[f"{name}_k{end}"] for end in ends]
+    low, high = (100 * bound for bound in mean_interval(by_hand[4])[1:])
+    for text in (to_markdown(frame), to_html(frame)):
+        assert "Repeated sampling" in text
+        assert f"58.3 [{low:.1f}, {high:.1f}]" in text
+
+
+def test_a_study_without_samples_has_no_table_of_repeated_sampling(study_dir: Path) -> None:
+    frame, curves = build_comparison(make_study(), study_dir)
+    assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame)
+    assert row_of(frame, "sft")["maj_at_n"] is None
+
+
 def set_stats(study_dir: Path, method: str, **changes: Any) -> None:
     for stats in (study_dir / "m1" / method).glob("seed*/completions/test.stats.json"):
         write_json(stats, {**read_json(stats), **changes})
@@ -492,6 +544,8 @@ def test_a_suite_without_greedy_is_compared_by_its_samples(tmp_path: Path) -> No
     row = build(study, tmp_path).row(0, named=True)
     assert (row["accuracy"], row["pass_at_1"], row["num_samples"]) == (0.25, 0.25, 4)
     assert (row["pass_at_n"], row["maj_at_n"]) == (0.5, 0.5)
+    low, high = row["maj_at_n_ci_low"], row["maj_at_n_ci_high"]
+    assert (low, high) == pytest.approx(mean_interval([[1.0, 0.0]])[1:])
 
 
 def test_runs_of_different_problems_are_not_compared(study_dir: Path) -> None:

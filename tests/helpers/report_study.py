@@ -1,7 +1,8 @@
 """A small finished study for the tests of the report, made with the project's own scripts.
 
 Problem `k` of 40: base is right on the first 4, sft on the first 16, grpo on the first 36, and
-`twin` answers as sft does but for two problems. Some completions are hostile.
+`twin` is right where sft is but for two problems, and on the last five has a wrong answer of its
+own. Some completions are hostile.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def completion_rows(method: str, seed: int, num_samples: int, greedy: bool) -> l
     for number in range(NUM_PROBLEMS):
         for sample in range(-1 if greedy else 0, num_samples):
             right = is_right(method, number) and sample < 2
-            text = f"{method} thinks of {number}.\n#### {7 if right else 8}"
+            wrong = 9 if method == "twin" and number >= 35 else 8
+            text = f"{method} thinks of {number}.\n#### {7 if right else wrong}"
             if method == "grpo" and seed == 0 and sample < 0 and number < len(hostile):
                 text = hostile[number]
             rows.append(
