@@ -52,13 +52,16 @@ def make_workspace(folder: Path, overlay: dict[str, Any]) -> None:
     (folder / "large.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
 
 
-def plan(folder: Path, *options: str) -> tuple[float, dict[str, int]]:
+def plan(
+    folder: Path, *options: str, seconds_at_most: float | None = None
+) -> tuple[float, dict[str, int]]:
     """Seconds of a dry run in `folder`, and its jobs by rule."""
     command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--cores", "2"]
     started = time.monotonic()
     result = subprocess.run(
         [*command, *options, "--configfile", "large.yaml"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        timeout=seconds_at_most,
     )  # fmt: skip
     seconds = time.monotonic() - started
     if result.returncode != 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,6 +131,29 @@ def test_a_phase_that_its_time_cut_is_not_a_success_and_stands_in_the_report(
     assert f"**Not done in its time, so only in part: {phase}.**" in report
     code, report = check({}, "--phase", phase, "--again")
     assert code == 0 and "Not done" not in report
+
+
+def test_no_phase_goes_on_when_the_minutes_are_up(check: Callable[..., tuple[int, str]]) -> None:
+    def endless(running: Any) -> None:
+        running.run("-c", "import time; time.sleep(600)", until=math.inf)
+
+    code, report = check({"prepare": endless, "sft": endless}, "--minutes", "0.02")
+    assert code == 1
+    assert "**Not done in its time, so only in part: prepare, sft.**" in report
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_its_time_cut_is_named_and_takes_none_from_the_others(
+    check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = {"long": ["-c", "import time; time.sleep(600)"], "short": ["-c", "print('| 1 |')"]}
+    monkeypatch.setattr(kit, "Study", lambda _: None)
+    monkeypatch.setattr(kit, "benchmark_commands", lambda *_: commands)
+    code, report = check({"benchmarks": kit.run_benchmarks}, "--minutes", "2")
+    assert code == 1
+    assert "Not done in its time, so only in part: benchmarks" in report
+    assert "stopped at the end of their time: long" in report
+    assert (tmp_path / "state" / "benchmarks" / "short.md").read_text("utf-8") == "| 1 |\n"
 
 
 def test_what_is_left_for_another_call_comes_before_what_was_cut(

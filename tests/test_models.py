@@ -22,11 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gsm8k_core.config import LoraSettings, ModelSettings, TrainSettings
+from gsm8k_core.distributed import give_memory
 from gsm8k_core.errors import ConfigError, ModelError
 from gsm8k_core.models import (
     autocast,
+    empty_model,
     find_in_wheel,
     load_model,
+    load_plain_weights,
     load_tokenizer,
     plain_weights,
     prepare_model,
@@ -384,6 +387,21 @@ def test_saved_weights_come_back_bit_for_bit(folder: Path, tokenizer: Any) -> No
     ):
         assert torch.equal(a, b), name
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_model_without_memory_is_the_loaded_one_once_it_has_its_weights(folder: Path) -> None:
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [0, 7]}))
+    loaded, empty = load_model(folder, CPU), empty_model(folder)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    give_memory(empty, CPU)
+    load_plain_weights(empty, plain_weights(loaded))
+    assert [name for name, _ in empty.named_parameters()] == [
+        name for name, _ in loaded.named_parameters()
+    ]  # tied ones once, and in the order in which ranks send them
+    ids = torch.arange(20).reshape(2, 10)
+    assert torch.equal(empty(ids).logits, loaded(ids).logits)
+    assert empty.generation_config.eos_token_id == [0, 7]
 
 
 def test_weights_digest_tells_weights_apart_and_nothing_else(folder: Path) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import plan_scale
 from gsm8k_core.config import load_config
 from gsm8k_core.files import write_json
 from gsm8k_core.planning import jobs_by_rule, num_parameters
@@ -102,3 +103,18 @@ def test_snakemake_plans_the_jobs_that_the_plan_counts_for_four_hundred_runs(
     counted = jobs_by_rule(config)
     assert {**counted, "total": sum(counted.values())} == jobs
     assert jobs["train_sft"] + jobs["train_grpo"] + jobs["train_dpo"] + jobs["finish_rounds"] == 400
+
+
+@pytest.mark.slow
+def test_snakemake_plans_four_thousand_training_runs_with_the_jobs_that_are_counted_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_scale.make_workspace(tmp_path, plan_scale.large_study(20, 20, 10))
+    seconds, jobs = plan_scale.plan(tmp_path, seconds_at_most=600)
+    with capsys.disabled():  # to be read in CI's log; how long it takes is no test
+        print(f"\n4,000 training runs, {jobs['total']:,} jobs planned in {seconds:.1f} s")
+    counted = jobs_by_rule(load_config(ROOT / "config.yaml", [tmp_path / "large.yaml"]))
+    assert jobs == {**counted, "total": sum(counted.values())}
+    assert jobs["total"] == 17_625
+    trained = ("train_sft", "train_grpo", "finish_rounds", "train_dpo")
+    assert sum(jobs[rule] for rule in trained) == 4_000

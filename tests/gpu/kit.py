@@ -15,7 +15,8 @@ The phases, in order, each with its share of the minutes (what one leaves over g
 
 State is kept in a folder (`--state`), so a call that is cut short, or ends by `--call-minutes`, is
 gone on with by the same command; exit code 75 says that something is left to do, 1 that something
-failed or did not end in its time. Where calls may be killed after ten minutes:
+failed or did not end in its time. No command goes on when the minutes are up. Where calls may be
+killed after ten minutes:
 
     bash tests/gpu/check.sh --minutes 27 --call-minutes 9 --output results       # three times
 
@@ -99,10 +100,10 @@ print(json.dumps({
 
 
 class Stopped(Exception):
-    """A command ran out of its phase's time (`box`) or of this call's (`call`)."""
+    """What ran out of its phase's time, or of all minutes (`box`), or of this call's (`call`)."""
 
-    def __init__(self, limit: str) -> None:
-        super().__init__(limit)
+    def __init__(self, limit: str, what: str = "stopped at the end of its time") -> None:
+        super().__init__(what)
         self.limit = limit
 
 
@@ -188,11 +189,12 @@ class Kit:
         """Run Python with `words` from the repository's root; returns its seconds.
 
         What it says goes to logs/<phase>.log, standard output to `output` if given. Raises Stopped
-        at the phase's or the call's end (the command is asked to stop, then made to), Failed with
-        the log's last line.
+        at the phase's or the call's end, or that of all minutes (the command is asked to stop, then
+        made to), Failed with the log's last line.
         """
         arguments = [str(word) for word in words]
-        end = min(self.phase_end if until is None else until, self.call_end)
+        minutes_end = time.monotonic() + self.seconds_left()
+        end = min(self.phase_end if until is None else until, self.call_end, minutes_end)
         log = self.folder / "logs" / f"{self.phase}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -259,7 +261,7 @@ class Kit:
             entry["status"] = "done"
         except Stopped as stop:
             if stop.limit == "box":
-                entry |= {"status": "cut", "reason": "stopped at the end of its time"}
+                entry |= {"status": "cut", "reason": str(stop)}
             else:
                 entry["reason"] = "the call's time was up"
         except Failed as error:
@@ -527,14 +529,32 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
     )
     engines += ["--config", *study.files, "--data", study.data / "test.jsonl"]
     commands = {
-        "ceilings": ["ceilings.py", *device, *ceilings, "--output", kit.folder / "ceilings.json"],
-        "scoring": ["scoring.py", *device, *scoring],
-        "scoring without entropy": ["scoring.py", *device, *scoring, "--without-entropy"],
-        "engines": ["engines.py", *model, *engines],
+        "ceilings": [
+            "benchmarks/ceilings.py",
+            *device,
+            *ceilings,
+            "--output",
+            kit.folder / "ceilings.json",
+        ],
+        "scoring": ["benchmarks/scoring.py", *device, *scoring],
+        "scoring without entropy": [
+            "benchmarks/scoring.py",
+            *device,
+            *scoring,
+            "--without-entropy",
+        ],
+        "engines": ["benchmarks/engines.py", *model, *engines],
     }
     if importlib.util.find_spec("trl") is not None:
         data = study.data / "train.jsonl"
-        commands["grpo against TRL"] = ["grpo.py", *model, "--data", data, *device, *grpo]
+        commands["grpo against TRL"] = [
+            "benchmarks/grpo.py",
+            *model,
+            "--data",
+            data,
+            *device,
+            *grpo,
+        ]
     return commands
 
 
@@ -542,29 +562,32 @@ def run_benchmarks(kit: Kit) -> None:
     study = Study(kit)
     folder = kit.folder / "benchmarks"
     folder.mkdir(exist_ok=True)
-    faults = []
+    faults, cut = [], []
     commands = benchmark_commands(kit, study)
     finished = kit.facts("benchmarks").setdefault("finished", [])
     for number, (name, words) in enumerate(commands.items()):
         if name in finished:
             continue
-        command = [f"benchmarks/{words[0]}", *words[1:]]
         output = folder / f"{name}.md"
         # None may eat what is left for those after it.
         left = kit.phase_end - time.monotonic()
         until = time.monotonic() + max(left / (len(commands) - number) * 1.5, 5.0)
         try:
-            kit.run(*command, until=min(until, kit.phase_end), output=output)
+            kit.run(*words, until=min(until, kit.phase_end), output=output)
         except Failed as error:
             faults.append(str(error))
         except Stopped as stop:
             if stop.limit == "call":
                 raise
-            faults.append(f"{name}: stopped at the end of its time")
+            cut.append(name)
         finished.append(name)
-    if faults:
+    if faults or cut:
         kit.facts("benchmarks")["finished"] = []
-        raise Failed("; ".join(faults))
+    what = f"stopped at the end of their time: {', '.join(cut)}"
+    if faults:
+        raise Failed("; ".join(faults + [what] * bool(cut)))
+    if cut:
+        raise Stopped("box", what)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -598,7 +621,7 @@ def train(kit: Kit, method: str) -> None:
             except Stopped as stop:
                 if stop.limit == "call":
                     raise
-                raise Failed("its time was up before a few steps had shown its speed") from None
+                raise Stopped("box", "stopped before a few steps had shown its speed") from None
             seconds = seconds_a_step(trial / "train" / "metrics.jsonl")
             startup = max(seconds_trial - seconds * TRIAL_STEPS[method], 0.0)
             box = kit.phase_end - time.monotonic() - startup
@@ -623,7 +646,7 @@ def train(kit: Kit, method: str) -> None:
         if stop.limit == "call":
             raise
         if not checkpoints:
-            raise Failed("its time was up before the first checkpoint") from None
+            raise Stopped("box", "stopped before its first checkpoint") from None
         last = int(checkpoints[-1].name.removeprefix("step-"))
         facts["cut"] = f"cut after {last} steps, the time being up"
         kit.run(*words, "--max-steps", last, until=math.inf)

@@ -5,6 +5,7 @@ One study is submitted once and looked at from many sides: each job of it costs 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import psutil
@@ -21,26 +23,41 @@ from workspace import ROOT, make_workspace
 
 from gsm8k_core.files import read_json
 
-STUDY = {
-    "study": {"name": "submitted", "methods": ["base", "sft"]},
+STUDY: dict[str, Any] = {  # the methods of the default study
+    "study": {"name": "submitted", "methods": ["base", "sft", "rft", "grpo", "dr_grpo"]},
     "models": {
         "tiny-qwen2": {
             "gpus": 1, "mem_mb": 700, "training_minutes": 7, "generation_minutes": 3,
         },
     },
     "datasets": {"arithmetic_debug": {"num_train": 200, "num_val": 10, "num_test": 20}},
+    "defaults": {"expert_iteration": {"prompts_per_round": 40}},
     "methods": {"sft": {"num_steps": 300, "checkpoint_every_steps": 10}},
     "suites": {"debug": {"limit": 5, "max_new_tokens": 8}},
     "tracking": {"project": "maths", "mode": "disabled"},
 }  # fmt: skip
 COMPARISON = "artifacts/results/submitted/comparison.csv"
+ON_TWO_GPUS: dict[str, Any] = {
+    "study": {"name": "ranks", "methods": ["grpo"]},
+    "models": {"tiny-qwen2": {"gpus": 2, "threads": 2}},
+    "datasets": {"arithmetic_debug": {"num_train": 50, "num_val": 5, "num_test": 5}},
+    "methods": {
+        "grpo": {
+            "from": "base",
+            # An untrained model solves nothing, and is rewarded for its lengths.
+            "reward": {"length": 1.0, "length_shaping": {"start": 0, "end": 16}},
+            "max_new_tokens": 16,
+        },
+    },
+}
 SFT = "artifacts/experiments/submitted/tiny-qwen2/sft/seed0"
 PLANTED = {
     "WANDB_API_KEY": "planted00000000000000000000000000000wandb",
     "HF_TOKEN": "hf_plantedPLANTED0123456789",
 }
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+# The first test waits for the whole story: some minutes, more on a busy machine.
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass
@@ -66,26 +83,24 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def edited_workspace(folder: Path) -> Path:
-    make_workspace(folder, STUDY)
+def edited_workspace(folder: Path, study: dict[str, Any] = STUDY) -> Path:
+    make_workspace(folder, study)
     # The profile as its reader edits it.
     profile = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
-    for partition in ("cpu", "gpu"):
-        assert profile.count(f"# slurm_partition: {partition}\n") == 1
-        profile = profile.replace(
-            f"# slurm_partition: {partition}\n", f"slurm_partition: {partition}\n"
-        )
+    for line in ("slurm_partition: cpu", "slurm_partition: gpu", "slurm_account: myproject"):
+        assert profile.count(f"# {line}\n") == 1
+        profile = profile.replace(f"# {line}\n", f"{line}\n")
     (folder / "edited").mkdir()
     (folder / "edited" / "config.yaml").write_text(profile, encoding="utf-8")
     return folder
 
 
 def start(
-    workspace: Path, environment: dict[str, str], *words: str, log: str
+    workspace: Path, environment: dict[str, str], *words: str, log: str, target: str = COMPARISON
 ) -> subprocess.Popen[bytes]:
     with (workspace / log).open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "snakemake", COMPARISON, *words,
+            [sys.executable, "-m", "snakemake", target, *words,
              "--configfile", "studies/debug.yaml", "study.yaml"],
             cwd=workspace,
             env={**environment, **PLANTED, "PYTHONPATH": str(workspace)},
@@ -94,29 +109,35 @@ def start(
         )  # fmt: skip
 
 
-def submit(cluster: Cluster, workspace: Path, *words: str, log: str) -> subprocess.Popen[bytes]:
+def submit(
+    cluster: Cluster, workspace: Path, *words: str, log: str, target: str = COMPARISON
+) -> subprocess.Popen[bytes]:
     profile = [
         "--workflow-profile", "edited",
         "--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "1",
         "--latency-wait", "5",
     ]  # fmt: skip
-    return start(workspace, cluster.environment, *profile, *words, log=log)
+    return start(workspace, cluster.environment, *profile, *words, log=log, target=target)
 
 
 def finished(process: subprocess.Popen[bytes], workspace: Path, log: str) -> tuple[int, str]:
-    code = process.wait(300)
+    code = process.wait(600)
     return code, (workspace / log).read_text(encoding="utf-8")
 
 
-def training_process(workspace: Path) -> psutil.Process:
+def processes_in(workspace: Path) -> list[tuple[psutil.Process, list[str]]]:
+    """What runs in `workspace`, with its command lines."""
+    found = []
     for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-            if "scripts/train_sft.py" in words and process.cwd() == str(workspace):
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError("no training process")
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(workspace):
+                found.append((process, process.cmdline()))
+    return found
+
+
+def training_process(workspace: Path) -> psutil.Process:
+    (found,) = (p for p, words in processes_in(workspace) if "scripts/train_sft.py" in words)
+    return found
 
 
 def checkpoints(workspace: Path) -> list[int]:
@@ -187,6 +208,7 @@ def test_a_job_asks_for_what_the_settings_of_its_model_say(story: Story) -> None
     assert training["NumNodes"] in ("1", "1-1")
     assert training["CPUs/Task"] == "1"
     assert training["Partition"] == "gpu"
+    assert {facts["Account"] for facts in story.facts.values()} == {"myproject"}
 
 
 def test_generation_asks_for_a_gpu_and_its_own_time(story: Story) -> None:
@@ -200,10 +222,10 @@ def test_runs_are_graded_together_one_after_the_other_and_without_a_gpu(story: S
     grading = story.facts["rule_grades_grade"]
     assert "TresPerJob" not in grading
     assert grading["CPUs/Task"] == "1"
-    assert grading["TimeLimit"] == "00:20:00"  # two times ten minutes
+    assert grading["TimeLimit"] == "00:50:00"  # five times ten minutes
     assert grading["MinMemoryNode"] == "4000M"
     assert grading["Partition"] == "cpu"
-    assert len(list(story.workspace.glob("artifacts/experiments/*/*/*/*/metrics/*.json"))) == 2
+    assert len(list(story.workspace.glob("artifacts/experiments/*/*/*/*/metrics/debug.json"))) == 5
 
 
 def test_a_cancelled_job_is_named_and_what_needs_it_is_not_run(story: Story) -> None:
@@ -228,10 +250,13 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(story: Story) -> None:
 def test_small_jobs_do_not_go_to_the_cluster_by_themselves(story: Story) -> None:
     assert sorted(job[0] for job in story.jobs.values()) == [
         "rule_compare",
-        "rule_generate",  # base
-        "rule_generate",  # sft
+        *["rule_generate"] * 5,
+        "rule_generate_round",
         "rule_grades_grade",
-        "rule_train_sft",
+        "rule_train_grpo",
+        "rule_train_grpo",
+        "rule_train_round",
+        "rule_train_sft",  # cancelled
         "rule_train_sft",
     ]
 
@@ -243,7 +268,7 @@ def test_the_results_are_those_of_a_run_without_a_cluster(story: Story) -> None:
         measured = [name for name in table.columns if "seconds" in name or "memory" in name]
         tables.append(table.drop(measured))
     assert tables[0].equals(tables[1])
-    assert tables[0]["method"].to_list() == ["base", "sft"]
+    assert tables[0]["method"].to_list() == STUDY["study"]["methods"]
 
 
 def test_jobs_get_keys_and_the_call_they_belong_to(story: Story) -> None:
@@ -266,6 +291,33 @@ def test_no_key_is_in_a_job_script_a_log_or_a_result(story: Story) -> None:
     assert len(texts) > 30
     for key in PLANTED.values():
         assert not any(key.encode() in text for text in texts)
+
+
+def test_grpo_on_two_gpus_is_one_job_of_two_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    workspace = edited_workspace(tmp_path / "workspace", ON_TWO_GPUS)
+    run = workspace / "artifacts/experiments/ranks/tiny-qwen2/grpo/seed0"
+    before = set(cluster.jobs())
+    target = str((run / "train" / "summary.json").relative_to(workspace))
+    process = submit(cluster, workspace, log="log", target=target)
+    of_torchrun = "torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2"
+
+    def is_launched() -> bool:
+        return any(of_torchrun in " ".join(words) for _, words in processes_in(workspace))
+
+    wait_for(lambda: is_launched() or process.poll() is not None, "torchrun")
+    launched = process.poll() is None
+    code, output = finished(process, workspace, "log")
+    assert code == 0, output
+    (job,) = set(cluster.jobs()) - before
+    facts = cluster.facts(job)
+    assert (facts["TresPerJob"], facts["CPUs/Task"]) == ("gres:gpu:2", "2")
+    assert (facts["NumTasks"], facts["NumNodes"]) == ("1", "1")
+    assert (facts["Partition"], facts["Account"]) == ("gpu", "myproject")
+    assert launched, "the job ran without torchrun"
+    summary = read_json(run / "train" / "summary.json")
+    assert (summary["num_ranks"], summary["num_steps"]) == (2, 2)
+    log = (run / "logs" / "train_grpo.log").read_text(encoding="utf-8")
+    assert "[rank 1] WARNING" in log  # its own: it found no GPU
 
 
 def test_a_profile_that_would_let_one_gpu_work_at_a_time_is_refused(
