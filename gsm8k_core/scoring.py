@@ -26,8 +26,8 @@ from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 LOGITS_PER_BLOCK = {"cpu": 2**20}
 # So narrow a block makes the matrix products slow, and takes no more than the hidden states do.
 MIN_BLOCK_WIDTH = 256
-# Up to so many logits (128 MiB in float32) are kept for the backward pass.
-LOGITS_KEPT = 2**25
+# Up to so many logits (64 MiB in float32) are kept for the backward pass.
+LOGITS_KEPT = 2**24
 
 
 def compute_entropy(logits: torch.Tensor) -> torch.Tensor:
