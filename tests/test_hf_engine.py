@@ -11,6 +11,8 @@ import torch
 from scipy import stats
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gsm8k_core.engines import hf_engine
 from gsm8k_core.engines.base import Completion, Request
@@ -422,3 +424,28 @@ def test_completions_and_log_probs_are_those_with_transformers_own_cache(
     for group, other in zip(found, expected, strict=True):
         for one, two in zip(group, other, strict=True):
             assert one.log_probs == pytest.approx(two.log_probs, abs=1e-6)
+
+
+def test_keys_that_heads_share_are_not_copied_and_nothing_else_changes(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = tiny_model(tokenizer).config
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    shared = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in shared.parameters():
+            parameter.mul_(4.0)
+    wanted = [reference_greedy(shared, prompt, 8, [0]) for prompt in prompts()]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("keys or values were copied")
+
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", refuse)
+    engine = HfEngine(shared, tokenizer, batch_size=64)
+    found = [group[0] for group in tokens(engine.generate([greedy(p, 8) for p in prompts()]))]
+    assert found == wanted
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    with pytest.raises(AssertionError, match="were copied"):  # the check sees a copy
+        shared(torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.tensor([[1, 1], [0, 1]]))
