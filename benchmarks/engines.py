@@ -95,11 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     device = resolve_device(settings.gpus)
     ways: dict[str, Sample] = {}
+    engines: list[Engine] = []
     wanted = "cuda" if device.type == "cuda" else "cpu"
     for name in ("vllm", "transformers") if vllm_build() == wanted else ("transformers",):
         started = time.perf_counter()
         engine = start_engine(args.model, settings.model_copy(update={"engine": name}), device)
         sys.stdout.write(f"{name}: started in {time.perf_counter() - started:.1f} s\n")
+        engines.append(engine)
         ways[name] = sample_with(engine)
         if isinstance(engine, HfEngine):
             ways["generate"] = sample_with_generate(engine, args.batch_size)
@@ -153,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             f"| {name} | {rate:.1f} | {middle:.2f} ({low:.2f}–{high:.2f}) "
             f"| {same[name]}/{len(requests)} |\n"
         )
+    for engine in engines:
+        engine.close()
     return 0
 
 
