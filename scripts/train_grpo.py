@@ -253,17 +253,18 @@ def score_rows(
         scores = score_rows(run, model, rollouts, shortest, **options)
         return {name: values[:0] for name, values in scores.items()}
     width = max(rollouts.lengths[row] for row in rows)
+    inputs = (rollouts.input_ids, rollouts.labels, rollouts.response_mask)
+    return _score(run, model, *(tensor[rows, :width] for tensor in inputs), **options)
+
+
+def _score(
+    run: TrainingRun, model: torch.nn.Module, *inputs: torch.Tensor, **options: Any
+) -> dict[str, torch.Tensor]:
+    """`score_responses` of ids, labels and mask, as the run samples and computes."""
     settings = run.run_settings.method_settings
     assert isinstance(settings, GrpoMethod)
     with run.autocast():
-        return score_responses(
-            model,
-            rollouts.input_ids[rows, :width],
-            rollouts.labels[rows, :width],
-            rollouts.response_mask[rows, :width],
-            temperature=settings.temperature,
-            **options,
-        )
+        return score_responses(model, *inputs, temperature=settings.temperature, **options)
 
 
 def score_packs(
@@ -282,19 +283,16 @@ def score_packs(
     )
     source = (shared.source_rows, shared.source_columns)
     mask = rollouts.response_mask[source] & shared.own
-    settings = run.run_settings.method_settings
-    assert isinstance(settings, GrpoMethod)
-    with run.autocast():
-        scores = score_responses(
-            model,
-            rollouts.input_ids[source],
-            rollouts.labels[source],
-            mask,
-            temperature=settings.temperature,
-            attention_mask=shared.attention_mask,
-            position_ids=shared.source_columns,
-            **options,
-        )
+    scores = _score(
+        run,
+        model,
+        rollouts.input_ids[source],
+        rollouts.labels[source],
+        mask,
+        attention_mask=shared.attention_mask,
+        position_ids=shared.source_columns,
+        **options,
+    )
     # Both masks choose the same tokens in the same order.
     wanted = rollouts.response_mask[rows, : max(rollouts.lengths[row] for row in rows)]
     nothing = torch.zeros(wanted.shape, device=wanted.device)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from small_models import SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
@@ -26,18 +27,6 @@ from gsm8k_core import onednn, scoring
 from gsm8k_core.scoring import compute_entropy, get_response_log_probs, score_responses
 from gsm8k_core.tokenization import attention_mask, collate, collate_packed
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # the default is so small that every token looks alike
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
 RESPONSES = [[7, 8, 9, 10], [11], [12, 13, 14]]
 

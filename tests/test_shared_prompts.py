@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import SIZES
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -25,19 +26,6 @@ from gsm8k_core.shared_prompts import (
 )
 from gsm8k_core.tokenization import collate
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [6], [6], [7, 8]]
 RESPONSES = [[9, 10, 11], [12], [13, 14, 15, 16], [17, 18], [19], [20, 21, 22]]
 PACKS = [[0, 1, 2], [3, 4], [5]]
@@ -45,7 +33,7 @@ PACKS = [[0, 1, 2], [3, 4], [5]]
 
 def tiny(config: type, **changes: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**{**SIZES, **changes})).eval()
+    return AutoModelForCausalLM.from_config(config(**{**SIZES, "head_dim": 4, **changes})).eval()
 
 
 def scores_and_gradients(
