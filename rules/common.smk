@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
 
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE
@@ -29,6 +30,10 @@ shell.prefix(
     f'set -euo pipefail; [ -n "${{{{GSM8K_CONTAINER:-}}}}" ] || export PATH={BIN}:$PATH; '
     'export OMP_WAIT_POLICY=PASSIVE PYTHONPATH="$PWD${{PYTHONPATH:+:$PYTHONPATH}}"; '
 )
+
+# For `benchmark:` Snakemake reads the memory map of a job's processes twice a second at first, 40 ms of
+# the processor each time: a twentieth of a study of short jobs.
+snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 LAYOUT = Layout(CONFIG)
 INVOCATION = Invocation(Path("artifacts/runs"))

@@ -282,7 +282,8 @@ def start_job(pid: int, **environment: str) -> subprocess.Popen[str]:
 
 
 def test_a_job_ends_when_its_snakemake_is_killed_even_where_nobody_has_waited_for_that() -> None:
-    sleeper = [sys.executable, "-c", "import time; time.sleep(120)", "snakemake"]
+    # It need not be called so: Snakemake also has an interface for Python.
+    sleeper = [sys.executable, "-c", "import time; time.sleep(120)"]
     with subprocess.Popen(sleeper) as snakemake, start_job(snakemake.pid) as job:
         assert job.stdout is not None and job.stdout.readline() == "at work\n"
         assert job.poll() is None
@@ -301,9 +302,30 @@ def test_a_job_whose_snakemake_has_gone_before_it_began_does_not_begin() -> None
     assert output == "" and "has gone" in log
 
 
-def test_a_container_that_does_not_see_snakemake_goes_on() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        pass
-    with start_job(gone.pid, GSM8K_CONTAINER="1") as job:
-        assert job.stdout is not None and job.stdout.readline() == "at work\n"
-        job.kill()
+def test_a_process_that_began_later_under_its_number_is_not_its_snakemake() -> None:
+    code = (
+        "import os, platform, subprocess\n"
+        "later = subprocess.Popen(['sleep', '120'], stderr=subprocess.DEVNULL)\n"
+        f"os.environ[{SNAKEMAKE_VARIABLE!r}] = f'{{platform.node()}} {{later.pid}}'\n{JOB}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
+    ) as job:
+        try:
+            _, log = job.communicate(timeout=60)
+        finally:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == -signal.SIGTERM and b"has gone" in log
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_container_that_does_not_see_snakemake_goes_on(is_taken: bool) -> None:
+    """Its number may be another process within."""
+    with subprocess.Popen(["sleep", "120"]) as other:
+        if not is_taken:
+            other.kill()
+            other.wait()
+        with start_job(other.pid, GSM8K_CONTAINER="1") as job:
+            assert job.stdout is not None and job.stdout.readline() == "at work\n"
+            job.kill()
+        other.kill()
