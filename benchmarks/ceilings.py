@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import write_json
 from gsm8k_core.training import device_name
 
@@ -79,4 +79,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

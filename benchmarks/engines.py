@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import add_config_argument, parser, run_script
+from gsm8k_core.cli import add_config_argument, leave, parser, run_script
 from gsm8k_core.config import load_config
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -161,4 +161,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -33,7 +33,7 @@ from benchmarks.common import (
     spread,
     take_turns,
 )
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 
 SUITE = "gsm8k_lm_eval"
 
@@ -223,4 +223,4 @@ def report(args: argparse.Namespace, ours: Side, theirs: Side) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.common import Json, Side, Turns, environment_line, run_turns
 from benchmarks.scoring import ExtraMemory
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 
 SIZES = {
     "scoring": [1024, 2048, 4096, 10_240],
@@ -255,4 +255,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

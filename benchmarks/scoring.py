@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import Json, Side, Turns, environment_line, ratios, run_turns, spread
 from benchmarks.common import take_turns as take_turns_of
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 
 Scores = tuple[Any, Any]
 
@@ -269,4 +269,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Json, Side, Turns, environment_line, ratios, spread, take_turns
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 
 SEED = 0
 
@@ -284,4 +284,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

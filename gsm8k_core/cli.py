@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -64,16 +65,22 @@ def run_script(main: Callable[[], int | None]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Its warnings name every retry twice; the error at the end says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    code = _exit_code(main)
-    # Who has not imported it has no other ranks, nor torch to import for it.
-    distributed = sys.modules.get("gsm8k_core.distributed")
-    if distributed is not None and distributed.has_met():
-        # What threads of gloo are left can abort an interpreter that shuts down, after all the work
-        # is done: torchrun would call the job failed.
+    return _exit_code(main)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` does, but leave out to take torch apart, where it is imported.
+
+    That takes a second of the processor, of transformers mostly (docs/experiments.md), and what
+    threads of gloo are left can abort it: torchrun would call a job failed whose work is done.
+    """
+    if "torch" in sys.modules:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
 
 
 def _exit_code(main: Callable[[], int | None]) -> int:
@@ -368,4 +375,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

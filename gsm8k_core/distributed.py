@@ -34,14 +34,11 @@ Work = TypeVar("Work")
 # A rank that is through with its rollouts waits so long for the slowest. One that has died is seen
 # at once by torchrun, which ends the others.
 TIMEOUT = datetime.timedelta(minutes=30)
-_has_met = False
 
 
 def start(device: torch.device) -> None:
     """Meet the other ranks: NCCL between GPUs, gloo between CPUs. Nothing with one rank."""
-    global _has_met
     if world_size() > 1 and not dist.is_initialized():
-        _has_met = True
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -52,11 +49,6 @@ def _end_with(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def has_met() -> bool:
-    """Whether this process has met other ranks; still true when it has left them."""
-    return _has_met
 
 
 def end() -> None:

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import html
 import logging
-import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from gsm8k_core.cli import parser, progress, run_script
+from gsm8k_core.cli import leave, parser, progress, run_script
 from gsm8k_core.files import Json, iter_jsonl, write_json, write_text
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.overlap import MIN_JACCARD, find_overlap
@@ -138,4 +137,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -33,6 +32,7 @@ from gsm8k_core.chat_api import ChatClient
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    leave,
     parser,
     progress_bar,
     run_script,
@@ -172,4 +172,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -18,10 +18,9 @@ writes a record of this call: command line, commit, versions, hashes.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import leave, parser, run_script, settings_from
 from gsm8k_core.config import Comparison
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.tables import build_comparison, write_comparison
@@ -56,4 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -14,10 +14,9 @@ With --fail-if-worse the exit code is 3 when a cell got significantly worse (cor
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_text
 from gsm8k_core.studies import compare_studies, to_markdown
@@ -66,4 +65,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -7,7 +7,6 @@ A test fails when the page and the code have drifted apart.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from gsm8k_core import config
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import write_text
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -111,4 +110,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from gsm8k_core.cli import (
     add_config_argument,
     add_engine_arguments,
     check_known,
+    leave,
     parser,
     progress_bar,
     run_script,
@@ -305,4 +305,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

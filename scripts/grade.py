@@ -30,14 +30,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import leave, parser, run_script, settings_from
 from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
@@ -260,4 +259,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -21,7 +21,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import add_config_argument, check_known, parser, run_script
+from gsm8k_core.cli import add_config_argument, check_known, leave, parser, run_script
 from gsm8k_core.config import load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.planning import (
@@ -219,4 +219,4 @@ def _hours(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -14,10 +14,9 @@ where study.json is the text that compare.py takes as --study.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import leave, parser, run_script, settings_from
 from gsm8k_core.config import Comparison
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.plots import plot_accuracy, plot_cost, plot_reward, save_figure
@@ -54,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -12,11 +12,10 @@ generated from their seed.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from gsm8k_core.arithmetic import make_arithmetic
-from gsm8k_core.cli import check_known, parser, run_script, settings_from
+from gsm8k_core.cli import check_known, leave, parser, run_script, settings_from
 from gsm8k_core.config import (
     ArithmeticDataset,
     DatasetSettings,
@@ -75,4 +74,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

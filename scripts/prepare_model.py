@@ -9,10 +9,9 @@ Sources: the hub at a pinned revision, a local folder, the GGUF that an installe
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
-from gsm8k_core.cli import check_known, parser, run_script, settings_from
+from gsm8k_core.cli import check_known, leave, parser, run_script, settings_from
 from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings, load_config
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
@@ -53,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

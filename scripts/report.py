@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script, settings_from
+from gsm8k_core.cli import leave, parser, run_script, settings_from
 from gsm8k_core.config import Comparison
 from gsm8k_core.files import write_text
 from gsm8k_core.manifest import CallRecord
@@ -89,4 +88,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -38,7 +38,7 @@ from typing import Any
 
 import polars as pl
 
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl
@@ -236,4 +236,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

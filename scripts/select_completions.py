@@ -12,9 +12,8 @@ on them, not on re-tokenized text.
 from __future__ import annotations
 
 import logging
-import sys
 
-from gsm8k_core.cli import run_script, run_settings_from, selection_parser
+from gsm8k_core.cli import leave, run_script, run_settings_from, selection_parser
 from gsm8k_core.config import ExpertIterationMethod
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import write_jsonl
@@ -55,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

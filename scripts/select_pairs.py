@@ -11,9 +11,8 @@ sampled. The chosen one is right by the strict grade and ended by itself; the re
 from __future__ import annotations
 
 import logging
-import sys
 
-from gsm8k_core.cli import run_script, run_settings_from, selection_parser
+from gsm8k_core.cli import leave, run_script, run_settings_from, selection_parser
 from gsm8k_core.config import DpoMethod
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import write_jsonl
@@ -55,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

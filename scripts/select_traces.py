@@ -12,12 +12,12 @@ the file as it takes any dataset's; `manifest.json` beside it says what was left
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    leave,
     parser,
     run_script,
     settings_from,
@@ -70,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

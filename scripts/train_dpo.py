@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import run_script, run_settings_from, training_parser
+from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import DpoMethod, PromptSettings
 from gsm8k_core.distributed import add, own_microbatches
 from gsm8k_core.dpo import dpo_loss
@@ -160,4 +159,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

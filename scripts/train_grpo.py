@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ import torch
 
 from gsm8k_core import distributed, ranks
 from gsm8k_core.advantages import compute_advantages
-from gsm8k_core.cli import run_script, run_settings_from, training_parser
+from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.distributed import own_microbatches
 from gsm8k_core.engines.base import Completion, Engine, Request
@@ -578,4 +577,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

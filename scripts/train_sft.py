@@ -17,12 +17,11 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import run_script, run_settings_from, training_parser
+from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.distributed import gather, own_work
 from gsm8k_core.errors import ConfigError, DataError
@@ -178,4 +177,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

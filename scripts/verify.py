@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gsm8k_core.cli import parser, progress, run_script
+from gsm8k_core.cli import leave, parser, progress, run_script
 from gsm8k_core.files import read_json
 from gsm8k_core.layout import ARTIFACTS
 from gsm8k_core.records import SUMS, verify_sums
@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

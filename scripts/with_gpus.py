@@ -17,13 +17,12 @@ import fcntl
 import itertools
 import logging
 import os
-import sys
 import tempfile
 import time
 import urllib.parse
 from pathlib import Path
 
-from gsm8k_core.cli import parser, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.errors import ConfigError
 
 log = logging.getLogger("with_gpus")
@@ -109,4 +108,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -262,6 +262,36 @@ def test_an_error_of_a_script_is_one_line_and_exit_code_1(tmp_path: Path) -> Non
     assert not (tmp_path / "d").exists()
 
 
+LEAVING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from gsm8k_core.cli import leave
+class Part:
+    def __del__(self):
+        print("taken apart")
+part = Part()
+pool = ThreadPoolExecutor()
+pool.submit(print, "of a pool")
+threading.Thread(target=lambda: time.sleep(0.3) or print("of a thread")).start()
+atexit.register(print, "at exit")
+sys.modules |= dict.fromkeys(sys.argv[1:])
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("imported", [[], ["torch"]])
+def test_a_script_that_ends_waits_for_threads_and_exit_functions_but_does_not_take_torch_apart(
+    imported: list[str],
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", LEAVING, *imported],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (3, "")
+    lines = ["of a pool", "of a thread", "at exit", *([] if imported else ["taken apart"])]
+    assert result.stdout.splitlines() == lines
+
+
 # Jobs end with snakemake
 
 JOB = (

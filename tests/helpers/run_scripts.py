@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from gsm8k_core import scoring
-from gsm8k_core.cli import run_script
+from gsm8k_core.cli import leave, run_script
 from gsm8k_core.training import TrainingRun
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))
