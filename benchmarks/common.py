@@ -71,6 +71,7 @@ class Side:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.turns: list[Json] = []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
         started = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, *command],
@@ -80,6 +81,7 @@ class Side:
             encoding="utf-8",
             env={
                 **os.environ,
+                "CUDA_VISIBLE_DEVICES": visible[0],  # of several, transformers' Trainer takes all
                 "OMP_NUM_THREADS": str(threads),
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "PYTHONPATH": os.pathsep.join(

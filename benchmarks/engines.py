@@ -90,8 +90,13 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     config = load_config(args.config[0], args.config[1:])
     prompt = config.prompts[config.models[args.model_name].prompt]
-    settings = config.models[args.model_name].model_copy(
-        update={"completions_per_batch": args.batch_size}
+    settings = config.models[args.model_name]
+    settings = settings.model_copy(
+        update={
+            "completions_per_batch": args.batch_size,
+            # The others share the GPU with it.
+            "vllm": settings.vllm.model_copy(update={"gpu_memory_fraction": 0.5}),
+        }
     )
     device = resolve_device(settings.gpus)
     ways: dict[str, Sample] = {}

@@ -336,7 +336,8 @@ def same_loss(trainer: Any, run: Any, problems: list[Any], args: argparse.Namesp
     batch |= {"advantages": advantages, "num_items_in_batch": batch["completion_mask"].sum()}
     model.train()
     trainer.current_gradient_accumulation_steps = 1
-    theirs = trainer._compute_loss(model, batch)
+    with autocast(device, args.dtype):  # before `train`, nothing has put it around the model
+        theirs = trainer._compute_loss(model, batch)
     theirs.backward()
     gradient = take_gradient(model)
     trainer._metrics["train"].clear()

@@ -233,7 +233,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: _Parts) -> None:
 
 def _generator_states() -> Tensors:
     states = {"cpu": torch.random.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
+    # A run on the CPU leaves the GPUs alone that it sees: asking for a state would start CUDA.
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         states[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
     return states
 

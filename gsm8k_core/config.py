@@ -490,7 +490,7 @@ class GrpoMethod(TrainSettings):
     """Compare the sampler's log-probs with the trainer's every so many steps, and in the first two
     of a call (the second is the first with pushed weights); 0 never."""
     max_sampler_gap: PositiveFloat | None = None
-    """Stop where they differ by more on average, in nats; unset: 0.001, or 0.05 in bfloat16."""
+    """Stop where they differ by more on average, in nats; unset: 0.001, or 0.1 in bfloat16."""
     importance_correction: Literal["none", "token", "sequence"] = "none"
     """Weight by trainer/sampler probability, per token or per completion."""
     importance_bound: PositiveFloat = 2.0

@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "problems": sha256_file(args.data),
     }
     attempts_path = args.output.with_name(f".{args.output.name}.attempts")
-    num_gpus = model_settings.vllm.tensor_parallel if engine_name == "vllm" else 1
+    num_gpus = settings.model_settings.vllm.tensor_parallel if engine_name == "vllm" else 1
     attempts = Attempts(
         attempts_path, sha256_json(header), num_gpus if device.type == "cuda" else 0
     )

@@ -61,7 +61,7 @@ from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, tak
 log = logging.getLogger("train_grpo")
 
 # Mean |log-prob difference| a token between engine and trainer that numerics can explain.
-MAX_SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 5e-2}
+MAX_SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)

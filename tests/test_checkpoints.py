@@ -131,6 +131,19 @@ def test_saving_copies_no_moments_on_the_device() -> None:
     assert moments["0.exp_avg"].data_ptr() == own["exp_avg"].data_ptr()
 
 
+def test_a_run_on_the_cpu_does_not_start_cuda_where_there_are_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: int) -> torch.Tensor:
+        raise RuntimeError("CUDA is started")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", start)
+    model, optimizer = new()
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    load_checkpoint(list_checkpoints(tmp_path)[0], model, optimizer)
+
+
 def test_what_was_loaded_can_be_trained_and_saved_again_to_the_same_bytes(tmp_path: Path) -> None:
     random.seed(0)
     model, optimizer = new()

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from gsm8k_core.config import Config, EvaluationSettings, dump, merge
 from gsm8k_core.data import content_digest
@@ -387,6 +388,28 @@ def test_more_memory_for_the_engine_goes_on_with_what_was_begun(
     this.settings["model_settings"]["vllm"] = {"gpu_memory_fraction": 0.5}
     asked = batches_of(monkeypatch, this)
     assert len(asked) == 3
+
+
+def test_a_model_shared_by_two_gpus_counts_the_seconds_of_both(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job()
+    this.settings["model_settings"] |= {"gpus": 2, "vllm": {"tensor_parallel": 2}}
+    start = this.module.start_engine
+    stand_ins = {
+        "resolve_device": lambda _: torch.device("cuda"),
+        "choose_engine": lambda *_: "vllm",
+        "start_engine": lambda folder, settings, *_: start(
+            folder, settings, torch.device("cpu"), "transformers"
+        ),
+        "device_name": lambda _: "a GPU",
+        "peak_memory_mb": lambda _: 0,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(this.module, name, stand_in)
+    this.run()
+    (attempt,) = read_json(this.stats)["attempts"]
+    assert attempt["num_gpus"] == 2
 
 
 def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:

@@ -39,9 +39,12 @@ from gsm8k_core.models import load_tokenizer, stop_ids_of_folder
 
 log = logging.getLogger(__name__)
 
-# Read by vLLM when it is imported. What the user has set wins.
+# Read by vLLM when it is imported, or later. What the user has set wins.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process
+    # In float32 vLLM's attention on a GPU is Triton's, whose products are TF32 if nothing else is
+    # said: alone enough for a gap to the trainer near the bound that stops a run.
+    "TRITON_F32_DEFAULT": "ieee",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # jobs side by side would be bound to the same cores
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -218,8 +221,12 @@ class VllmEngine:
         """See `Engine.close`."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self.llm.llm_engine.engine_core.shutdown()
+        self.wake()  # what sleeps is not mapped, and to be freed it would be unmapped once more
+        core = self.llm.llm_engine.engine_core
+        # Its end lets go of the compiled model, which it no longer finds after the shutdown.
         del self.llm
+        core.shutdown()
+        del core
         cleanup_dist_env_and_memory()
 
 
@@ -239,10 +246,11 @@ def _import_vllm() -> Any:
 
 @contextlib.contextmanager
 def _state_of_process_kept() -> Iterator[None]:
-    """Undo what starting vLLM does to its process: generators, thread setting, LD_PRELOAD."""
+    """Undo what starting vLLM does to its process: generators, threads, LD_PRELOAD."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    num_threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -254,6 +262,8 @@ def _state_of_process_kept() -> Iterator[None]:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
         torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:  # on a GPU one is left, for the trainer too
+            torch.set_num_threads(num_threads)
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:

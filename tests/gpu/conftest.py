@@ -33,15 +33,24 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def start(cuda: torch.device) -> Iterator[Callable[..., Any]]:
-    """`start(folder, dtype, **vllm settings)`: a colocated vLLM engine, closed after the test."""
+    """`start(folder, dtype, **vllm settings)`: a vLLM engine, closed after the test.
+
+    Of those that can sleep (`colocated`), vLLM allows one in a process at a time. Of a share of the
+    GPU, the embedded model would make millions of blocks: the cache has 1 GiB, if nothing else is
+    said.
+    """
     if vllm_build() is None:
         pytest.skip("vLLM is not installed (extra vllm)")
     engines = []
 
-    def build(folder: Path, dtype: str = "bfloat16", **settings: Any) -> VllmEngine:
-        checked = VllmSettings.model_validate({"max_sequences": 64, **settings})
+    def build(
+        folder: Path, dtype: str = "bfloat16", colocated: bool = False, **settings: Any
+    ) -> VllmEngine:
+        checked = VllmSettings.model_validate(
+            {"max_sequences": 64, "kv_cache_gib": 1.0, **settings}
+        )
         fraction = checked.rollout_gpu_memory_fraction
-        engines.append(VllmEngine(folder, checked, dtype, cuda, fraction, colocated=True))
+        engines.append(VllmEngine(folder, checked, dtype, cuda, fraction, colocated))
         return engines[-1]
 
     yield build

@@ -1,0 +1,77 @@
+"""What the vLLM engine does to its process and how it ends: what of that needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gsm8k_core.engines.vllm_engine import ENVIRONMENT, VllmEngine, _state_of_process_kept
+
+# What a kernel is compiled with, and whether one compiled otherwise would be taken from the cache.
+TRITON_SAYS = """
+import json
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+print(json.dumps([knobs.language.fp32_default, get_cache_invalidating_env_vars()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux alone")
+def test_triton_multiplies_float32_as_float32() -> None:
+    name = "TRITON_F32_DEFAULT"
+    environment = {**os.environ, name: ENVIRONMENT[name]}
+    told = subprocess.run(
+        [sys.executable, "-c", TRITON_SAYS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    precision, in_key_of_cache = json.loads(told.stdout)
+    assert precision == "ieee"
+    assert in_key_of_cache[name] == "ieee"
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    with _state_of_process_kept():
+        torch.set_num_threads(before + 1)  # as vLLM sets 1 on a GPU
+    assert torch.get_num_threads() == before
+
+
+class Llm:
+    """Stands in for `vllm.LLM`: tells what is asked of it, and of its end."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+        core = SimpleNamespace(shutdown=lambda: told.append("shutdown"))
+        self.llm_engine = SimpleNamespace(engine_core=core)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake {' '.join(sorted(tags))}")
+
+    def __del__(self) -> None:
+        self.told.append("let go")
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_an_engine_wakes_and_is_let_go_before_it_is_shut_down(
+    monkeypatch: pytest.MonkeyPatch, asleep: bool
+) -> None:
+    told: list[str] = []
+    distributed: Any = ModuleType("vllm.distributed")
+    distributed.cleanup_dist_env_and_memory = lambda: told.append("clean up")
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.llm = Llm(told)
+    engine.asleep = {"weights", "kv_cache"} if asleep else set()
+    engine.close()
+    assert told == ["wake kv_cache weights"] * asleep + ["let go", "shutdown", "clean up"]
