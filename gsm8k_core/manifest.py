@@ -68,6 +68,8 @@ ALLOWED_ENVIRONMENT = (
     "SLURM_JOB_ID",
 )
 INVOCATION_VARIABLE = "GSM8K_INVOCATION"
+CHECKOUT_VARIABLE = "GSM8K_CHECKOUT"  # the commit of a job's code, as its call of snakemake saw it
+IMAGE_COMMIT_VARIABLE = "GSM8K_COMMIT"  # the commit that an image was built from
 INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
@@ -113,12 +115,12 @@ def _output(*command: str, cwd: Path, environment: dict[str, str] | None = None)
 def git_state() -> dict[str, Any]:
     """Commit, whether the tree differs from it, and a digest of how tracked files do.
 
-    Outside a checkout, as in a container, the commit is $GSM8K_COMMIT, or null; whether the tree
-    differs is not known there (null), and `code_digest` tells.
+    Where git does not tell, as in a container, the commit is $GSM8K_CHECKOUT, else $GSM8K_COMMIT,
+    or null; whether the tree differs is not known there (null), and `code_digest` tells.
     """
     commit = run_command("git", "rev-parse", "HEAD")
     if commit is None:
-        named = os.environ.get("GSM8K_COMMIT", "")
+        named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get(IMAGE_COMMIT_VARIABLE, ""))
         commit = named if COMMIT.fullmatch(named) else None
         return {"commit": commit, "dirty": None, "diff_sha256": None}
     difference = run_command("git", "diff", "HEAD")

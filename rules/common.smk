@@ -14,7 +14,12 @@ from gsm8k_core.cli import SNAKEMAKE_VARIABLE
 from gsm8k_core.config import dump, parse_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.layout import Layout, one_of
-from gsm8k_core.manifest import INVOCATION_VARIABLE, Invocation, code_digest
+from gsm8k_core.manifest import (
+    CHECKOUT_VARIABLE,
+    INVOCATION_VARIABLE,
+    Invocation,
+    code_digest,
+)
 from gsm8k_core.records import SUMS, invocation_facts, record_study
 from gsm8k_core.tracking import TRACKING_VARIABLE
 
@@ -55,6 +60,8 @@ os.environ[SNAKEMAKE_VARIABLE] = f"{platform.node()} {os.getpid()}"
 def begin_invocation():
     check_gpu_limit()
     os.environ[INVOCATION_VARIABLE] = INVOCATION.start(CONFIG)
+    # For jobs in a container where git fails: it sees the clone alone, which is too little of a worktree.
+    os.environ[CHECKOUT_VARIABLE] = INVOCATION.manifest["git"]["commit"] or ""
 
 
 def check_gpu_limit():

@@ -96,6 +96,11 @@ def test_outside_a_checkout_there_is_no_commit(
     assert git_state() == unknown
     monkeypatch.setenv("GSM8K_COMMIT", "2fbb610d" * 5)
     assert git_state() == {**unknown, "commit": "2fbb610d" * 5}
+    # In an image that runs the code of a checkout, its own commit is another code's.
+    monkeypatch.setenv("GSM8K_CHECKOUT", "3acc721e" * 5)
+    assert git_state() == {**unknown, "commit": "3acc721e" * 5}
+    monkeypatch.setenv("GSM8K_CHECKOUT", "")
+    assert git_state() == unknown
     assert manifest.uncommitted_changes() == ("", {})
 
 
