@@ -2,9 +2,10 @@
 
 Shapes: `N` completions, `G` group size; completion i answers prompt i // G.
 
-A group whose rewards are all equal says nothing about which completion is better. Its advantages
-are exactly 0: its mean, computed in floating point, can differ from its members in the last bit,
-and dividing that noise by a small epsilon would make a gradient out of it.
+A group whose rewards are all equal says nothing about which completion is better. Where a reward
+is compared with its group, its advantages are exactly 0 then: its mean, computed in floating point,
+can differ from its members in the last bit, and dividing that noise by a small epsilon would make a
+gradient out of it. `batch_zscore` does so where all N are equal; `raw` compares with nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def compute_advantages(
     The std is the unbiased one (divided by the count less one). A group of one has nothing to be
     compared with: its advantage is 0 for `group_zscore` and `group_centered`, and `leave_one_out`
     is not defined. Raises TrainingError that names completion and prompt if a reward is NaN or
-    infinite, ValueError if N is no multiple of the group size.
+    infinite, ValueError if rewards are no tensor of floats or N is no multiple of the group size.
     """
     _check_rewards(rewards, group_size)
     if estimator == "raw":
@@ -131,6 +132,14 @@ def _zscore(groups: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def _check_rewards(rewards: torch.Tensor, group_size: int) -> None:
+    if not isinstance(rewards, torch.Tensor) or not rewards.is_floating_point():
+        found = rewards.dtype if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+        raise ValueError(
+            f"rewards are {found}, expected a tensor of floats: "
+            "torch.tensor(rewards, dtype=torch.float32)"
+        )
+    if group_size < 1:
+        raise ValueError(f"group size must be 1 or more, found {group_size}")
     if rewards.dim() != 1 or rewards.numel() == 0 or rewards.numel() % group_size:
         raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}: expected (N,) with N a multiple of the "

@@ -171,7 +171,7 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
     """The answer that a completion gives, or None where it gives none.
 
     Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
-    Raises ValueError for an unknown mode, and for an empty marker.
+    Raises ValueError for an unknown mode, for an empty marker, and for `\\boxed{}` written out.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is unknown: take {' or '.join(map(repr, get_args(Mode)))}")
@@ -180,6 +180,8 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
             f"marker {marker!r} is empty: take 'boxed', or the text that the answer follows, such "
             "as '####'"
         )
+    if mode == "strict" and marker.startswith("\\boxed"):
+        raise ValueError(f"marker {marker!r}: the one of \\boxed{{}} is called 'boxed'")
     if text is None:
         return None
     if mode == "flexible":
@@ -192,13 +194,22 @@ def is_correct(
 ) -> bool:
     """Whether the completion's answer equals `gold` exactly.
 
-    Raises DataError when `gold` is text that states no number, ValueError as `extract_answer` does.
+    Raises DataError when `gold` is text that states no number, or neither text nor an exact number;
+    ValueError as `extract_answer` does.
     """
     return extract_answer(text, mode, marker) == parse_gold(gold)
 
 
 def parse_gold(gold: str | int | Fraction) -> Fraction:
-    """The reference answer as a number. Raises DataError when it is text that states none."""
+    """The reference answer as a number.
+
+    Raises DataError when it is text that states none, or neither text nor an exact number.
+    """
+    if not isinstance(gold, str | int | Fraction):
+        raise DataError(
+            f"gold answer {gold!r:.80} is not a number: it is of type {type(gold).__name__}, "
+            "expected text such as '18', an int or a Fraction (a float is not exact)"
+        )
     value = Fraction(gold) if isinstance(gold, int | Fraction) else parse_number(gold)
     if value is None:
         raise DataError(

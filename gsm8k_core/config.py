@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -50,7 +51,15 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
 Grade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible", "math_verify"]
-AnswerMarker = Annotated[str, Field(min_length=1)]
+
+
+def _marker_by_its_name(marker: str) -> str:
+    if marker.startswith("\\boxed"):
+        raise ValueError("the marker of \\boxed{} is called 'boxed'")
+    return marker
+
+
+AnswerMarker = Annotated[str, Field(min_length=1), AfterValidator(_marker_by_its_name)]
 
 
 class Settings(BaseModel):
@@ -1030,7 +1039,10 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: Path, overlays: list[Path] | None = None) -> Config:
-    """Read `path`, lay `overlays` over it in order, check the result."""
+    """Read `path`, lay `overlays` over it in order, check the result.
+
+    Raises ConfigError that names a file that cannot be read, or lists every mistake by key.
+    """
     raw: dict[str, Any] = {}
     for file in [path, *(overlays or [])]:
         content = read_yaml(file)

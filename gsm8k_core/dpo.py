@@ -19,8 +19,16 @@ def dpo_loss(
 
     All four inputs are (B,): log-probs of whole responses, in nats. Returns the losses and metrics
     per pair, detached: the implicit rewards `chosen_reward` and `rejected_reward` (β·log π/π_ref),
-    their difference `margin`, and `accuracy`, 1 where the margin is above 0.
+    their difference `margin`, and `accuracy`, 1 where the margin is above 0. Raises ValueError for
+    inputs that are not (B,), such as log-probs of tokens.
     """
+    inputs = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    shapes = [tuple(log_probs.shape) for log_probs in inputs]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        raise ValueError(
+            f"log-probs have shapes {', '.join(map(str, shapes))}: expected (B,) of all four, "
+            "summed over the tokens of each response"
+        )
     chosen_reward = beta * (policy_chosen - ref_chosen)
     rejected_reward = beta * (policy_rejected - ref_rejected)
     margin = chosen_reward - rejected_reward

@@ -39,8 +39,9 @@ def log_generations(
     above 0); a mean over nothing is None.
 
     Prompts are rendered already: no special token is added, unless `prompt_ids` has other ids for
-    them. A `temperature` of 0 is greedy. `on_all_ranks`: all ranks call this with the same prompts,
-    as a model that is spread over them needs; none is done before the others.
+    them. A `temperature` of 0 is greedy. Top-p, top-k and a repetition penalty that the model's
+    generation config holds (Qwen2.5's does) are not used. `on_all_ranks`: all ranks call this with
+    the same prompts, as a model that is spread over them needs; none is done before the others.
     The scores of all steps are kept, B × T × V numbers, so this is for a handful of prompts. The
     model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or a reward
     function comes without one ground truth per prompt, or ids are not of as many prompts.
@@ -91,10 +92,10 @@ def _generate(
     """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
     pad_id = pad_token_id(tokenizer)
     input_ids, attention_mask = _pad_left(prompt_ids, pad_id)
-    sampling: Row = {"do_sample": False}
+    # What is set to do nothing may be otherwise in the model's own generation_config.
+    sampling: Row = {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
-        # top_p and top_k are set because a model's own generation_config may hold others
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     if on_all_ranks:
         sampling["synced_gpus"] = True
     was_training = model.training

@@ -24,7 +24,7 @@ from typing import get_args
 from gsm8k_core import math_verifier
 from gsm8k_core.answers import Marker, extract_answer, parse_gold
 from gsm8k_core.config import Grade, GradingSettings, RewardGrade
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import Json
 from gsm8k_core.lm_eval_grades import lm_eval_answer, lm_eval_gold
 from gsm8k_core.math_verifier import MathVerifier
@@ -46,8 +46,13 @@ class Gold:
 def read_gold(text: str) -> Gold:
     """The reference answer in `text`: a number, or a worked answer that ends in `#### 18`.
 
-    Raises DataError when it states no number.
+    Raises DataError when it states no number, or is no text.
     """
+    if not isinstance(text, str):
+        raise DataError(
+            f"gold answer {text!r:.80} is not a number in words or digits: it is of type "
+            f"{type(text).__name__}, expected text such as '18'"
+        )
     return Gold(value=parse_gold(text.rpartition("####")[2]), lm_eval=lm_eval_gold(text))
 
 

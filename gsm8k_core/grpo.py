@@ -47,10 +47,12 @@ def grpo_microbatch_train_step(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Policy-gradient loss of a microbatch, with `backward()` done.
 
-    Per-token loss of `compute_policy_gradient_loss` (B, T), masked mean over time, mean over the B
-    completions, divided by the accumulation steps. Returns the loss (a detached scalar) and, as
-    metadata, the masked mean of each entry of that function's metadata. A row without response
-    tokens has no mean: the loss is NaN. `policy_loss` is what the training loop uses.
+    `policy_log_probs` and `response_mask` are (B, T), the rest as `compute_policy_gradient_loss`
+    takes it: its per-token loss (B, T), masked mean over time, mean over the B completions, divided
+    by the accumulation steps. Returns the loss (a detached scalar) and, as metadata, the masked
+    mean of each entry of that function's metadata. A row without response tokens has no mean: the
+    loss is NaN. Raises ValueError as that function does, and for a mask of another shape.
+    `policy_loss` is what the training loop uses.
     """
     per_token_loss, per_token = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange

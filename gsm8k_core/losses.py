@@ -27,7 +27,11 @@ LossMetadata = dict[str, torch.Tensor]
 def compute_naive_policy_gradient_loss(
     raw_rewards_or_advantages: torch.Tensor, policy_log_probs: torch.Tensor
 ) -> torch.Tensor:
-    """-A·log π per token (B, T), for rewards or advantages (B, 1) (Williams 1992)."""
+    """-A·log π per token (B, T), for rewards or advantages (B, 1) (Williams 1992).
+
+    Raises ValueError for those of another shape, (B, T) aside: (B,) would be taken for one a token.
+    """
+    _check_advantages(raw_rewards_or_advantages, policy_log_probs)
     return -reinforce_objective(policy_log_probs, raw_rewards_or_advantages)
 
 
@@ -39,11 +43,19 @@ def compute_grpo_clip_loss(
 ) -> tuple[torch.Tensor, LossMetadata]:
     """-min(ρ·A, clip(ρ, 1 ± cliprange)·A) per token (B, T) (Schulman et al. 2017, eq. 7).
 
-    `advantages` (B, 1), log-probs (B, T). Metadata, per token (B, T): `ratio`, and `is_clipped`,
-    true where the clipped term is the smaller one and no gradient flows.
+    `advantages` (B, 1), log-probs (B, T); the old ones are taken as constants. Metadata, per token
+    (B, T): `ratio`, and `is_clipped`, true where the clipped term is the smaller one and no
+    gradient flows. Raises ValueError for other shapes (advantages may be (B, T)).
     """
+    _check_advantages(advantages, policy_log_probs)
+    if old_log_probs.shape != policy_log_probs.shape:
+        raise ValueError(
+            f"old_log_probs {tuple(old_log_probs.shape)} and policy_log_probs "
+            f"{tuple(policy_log_probs.shape)} must have the same shape"
+        )
     everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
-    ratio = policy_ratio(policy_log_probs, old_log_probs, everywhere, "token")
+    # With a gradient of their own they would take away the policy's: on policy all of it.
+    ratio = policy_ratio(policy_log_probs, old_log_probs.detach(), everywhere, "token")
     loss = -ppo_clip_objective(ratio, advantages, cliprange, cliprange)
     below, above = clipped_tokens(ratio, advantages, cliprange, cliprange)
     return loss, {"ratio": ratio.detach(), "is_clipped": below | above}
@@ -60,7 +72,8 @@ def compute_policy_gradient_loss(
     """One of three per-token losses (B, T), with its metadata.
 
     `no_baseline` needs raw_rewards (B, 1); `reinforce_with_baseline` advantages (B, 1); `grpo_clip`
-    advantages, old_log_probs (B, T) and cliprange. Raises ValueError that names what is missing.
+    advantages, old_log_probs (B, T) and cliprange. Raises ValueError that names what is missing or
+    has another shape.
     """
     if loss_type == "no_baseline":
         if raw_rewards is None:
@@ -274,6 +287,15 @@ def soft_overlong_penalty(lengths: torch.Tensor, max_new_tokens: int, buffer: in
     start = max_new_tokens - buffer
     linear = (start - lengths.float()) / max(buffer, 1)
     return linear.clamp(min=-1.0, max=0.0)
+
+
+def _check_advantages(advantages: torch.Tensor, policy_log_probs: torch.Tensor) -> None:
+    shape = policy_log_probs.shape
+    if advantages.shape not in (shape, (*shape[:-1], 1)):
+        raise ValueError(
+            f"advantages (or rewards) have shape {tuple(advantages.shape)}, expected "
+            f"{(*shape[:-1], 1)} for log-probs {tuple(shape)}: advantages[:, None] of (B,)"
+        )
 
 
 def _masked_difference(left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,6 @@ from gsm8k_core.files import read_json, sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
-if not sys.stderr.isatty():
-    transformers_logging.disable_progress_bar()
 
 TINY_VOCABULARY = 512
 TINY_PROBLEMS_FOR_TOKENIZER = 2000
@@ -113,6 +111,20 @@ def seeded(seed: int) -> Iterator[None]:
         torch.random.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def _bars_in_a_terminal_alone() -> Iterator[None]:
+    """No progress bars of transformers and the hub inside the block where stderr is a file."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+@_bars_in_a_terminal_alone()
 def prepare_model(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
     """Write the starting weights and tokenizer into `output_dir`; returns the manifest's facts.
 
@@ -273,6 +285,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{folder}: no usable tokenizer: {_first_line(error)}") from error
 
 
+@_bars_in_a_terminal_alone()
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load weights in float32, in eval mode. Compute may still run in bf16 (see `autocast`).
 
@@ -368,6 +381,7 @@ def _has_bfloat16(device_type: str) -> bool:
     return False
 
 
+@_bars_in_a_terminal_alone()
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path
 ) -> None:

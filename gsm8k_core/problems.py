@@ -30,6 +30,8 @@ class WorkedExample:
 
 @dataclass(frozen=True)
 class Problem:
+    """A row of a problems JSONL; the top of this module says what its parts are."""
+
     id: str
     question: str
     answer: str

@@ -25,7 +25,8 @@ def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
     """1 for the exact answer after `####`, else 0.
 
     Returns `reward` (equal to `answer_reward`), `format_reward` (1 where a number follows the
-    marker, right or wrong) and `answer_reward`. Raises DataError when `ground_truth` is no number.
+    marker, right or wrong) and `answer_reward`. `ground_truth` is text: a number, or a worked
+    answer that ends in `#### 18`. Raises DataError when it is neither.
     """
     components = answer_components(response, ground_truth, "strict", "####")
     return {"reward": components["answer_reward"], **components}
@@ -48,11 +49,13 @@ def length_reward(num_tokens: int, shaping: LengthRewardSettings) -> float:
 
 
 def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
-    """The reward function that a method asks for.
+    """The reward function that a method asks for, called as fn(completion, gold, num_tokens).
 
     It returns `reward`, `answer_reward`, `format_reward`, and `length_reward` and `custom_reward`
     where the settings name them. Raises TrainingError now when the custom function cannot be
-    imported, and when called if it raises or returns what is not a finite number.
+    imported, and when called if it raises or returns what is not a finite number. Where a function
+    of (completion, gold) is wanted, as by `compute_group_normalized_rewards` and `log_generations`,
+    `gsm8k_reward` is one.
     """
     shaping = settings.length_shaping
     custom = None if settings.custom is None else import_reward(settings.custom)

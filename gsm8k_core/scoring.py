@@ -48,11 +48,14 @@ def get_response_log_probs(
     labels: torch.Tensor,
     return_token_entropy: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Log-probability of every label given the tokens before it.
+    """Log-probability in nats of every label given the tokens before it.
 
-    `input_ids` and `labels` are (B, T), right-padded. Returns `log_probs` (B, T), float32, at every
-    position (prompt and padding too: the caller masks), and `token_entropy` (B, T) if asked for.
-    Both carry gradients. Dropout is the caller's: put the model in eval mode.
+    `input_ids` and `labels` are (B, T), right-padded; `labels[b, t]` is the token that follows
+    `input_ids[b, t]`, as `tokenize_prompt_and_output` shifts them. Returns `log_probs` (B, T), of
+    float32 at least, at every position (prompt and padding too: the caller masks), and
+    `token_entropy` (B, T) if asked for. Both carry gradients. Dropout is the caller's: put the
+    model in eval mode. Raises ValueError for a label that is no token (-100 too: what stands in the
+    padding must be one, whichever) and for shapes that differ.
     """
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     return score_responses(
@@ -89,10 +92,15 @@ def score_responses(
     `LOGITS_KEPT` logits exist at once (more only where there are over 100 000 positions). Any other
     module, and any model that changes its logits after the output layer (Gemma's soft-capping,
     Cohere's scale), is asked for plain logits. Raises ValueError for a label outside the
-    vocabulary.
+    vocabulary where the mask is true, and for shapes that differ.
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
+    if not input_ids.shape == labels.shape == response_mask.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)} and response_mask "
+            f"{tuple(response_mask.shape)} must have the same shape"
+        )
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
@@ -111,9 +119,11 @@ def score_responses(
             scores = None
     if scores is None:
         logits = model(**inputs).logits
+        targets = labels[response_mask.bool()]
+        _check_labels(targets, logits.shape[-1])
         selected = _score_logits(
             logits[response_mask.bool()],
-            labels[response_mask.bool()],
+            targets,
             temperature,
             with_entropy,
             entropy_gradient,
@@ -129,6 +139,14 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     """The layer that makes logits from hidden states, of a transformers causal model."""
     find = getattr(model, "get_output_embeddings", None)
     return None if find is None else find()
+
+
+def _check_labels(labels: torch.Tensor, vocabulary: int) -> None:
+    if bool(((labels < 0) | (labels >= vocabulary)).any()):
+        raise ValueError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}, but the vocabulary has "
+            f"{vocabulary} tokens (where nothing counts, put any token and mask it: not -100)"
+        )
 
 
 def _same_tensor(returned: torch.Tensor, computed: list[torch.Tensor]) -> bool:
@@ -165,11 +183,7 @@ def _scoring_in_place_of_logits(
         mask = response_mask.bool()
         hidden, targets = hidden_states[mask], labels[mask]
         vocabulary = len(head.weight)  # type: ignore[arg-type]  # a tensor, in any output layer
-        if bool(((targets < 0) | (targets >= vocabulary)).any()):
-            raise ValueError(
-                f"labels go from {int(targets.min())} to {int(targets.max())}, "
-                f"but the vocabulary has {vocabulary} tokens"
-            )
+        _check_labels(targets, vocabulary)
         if type(head) in (torch.nn.Linear, OneDnnLinear) and head.bias is None and replaced is None:
             selected = _LinearScores.apply(
                 hidden, head.weight, targets, temperature, with_entropy, entropy_gradient

@@ -53,9 +53,12 @@ def tokenize_prompt_and_output(
     """Tokenize prompts and outputs separately, join each pair, pad on the right and shift.
 
     Returns `input_ids`, `labels` (int64) and `response_mask` (bool), each (B, T) with T the longest
-    joined row less one; the mask is true where the label is a token of the output. Raises
-    ValueError if the two lists differ in length or hold nothing.
+    joined row less one; the mask is true where the label is a token of the output. No special token
+    is added: an output that the model is to learn to end ends in `tokenizer.eos_token`. Raises
+    ValueError if the two are no lists, differ in length or hold nothing.
     """
+    if isinstance(prompt_strs, str) or isinstance(output_strs, str):
+        raise ValueError("prompts and outputs are lists of texts, found one text")
     if len(prompt_strs) != len(output_strs):
         raise ValueError(f"{len(prompt_strs)} prompts but {len(output_strs)} outputs")
     prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_strs]

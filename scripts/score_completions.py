@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--output", type=Path, help="a row for each: .parquet, .csv or .jsonl")
     args = arguments.parse_args(argv)
 
-    if not args.marker:
-        raise ConfigError("--marker: give a text, such as '####'")
+    if not args.marker or args.marker.startswith("\\boxed"):
+        raise ConfigError("--marker: give a text, such as '####'; `boxed` is that of \\boxed{}")
     if args.output is not None and args.output.suffix not in WRITERS:
         raise ConfigError(f"--output: {args.output} should end in {', '.join(WRITERS)}")
     golds = None if args.problems is None else read_golds(args.problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_rewards_that_are_no_whole_number_of_groups_are_refused() -> None:
     for rewards in (torch.zeros(5), torch.zeros(0), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="multiple of the group size 2"):
             compute_advantages(rewards, 2)
+
+
+@pytest.mark.parametrize("estimator", EVERY_ESTIMATOR)
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], torch.tensor([1, 0]), torch.tensor([True, False])])
+def test_rewards_that_are_no_tensor_of_floats_are_refused(
+    estimator: AdvantageEstimator, rewards: Any
+) -> None:
+    with pytest.raises(ValueError, match="expected a tensor of floats"):
+        compute_advantages(rewards, 2, estimator)
+
+
+@pytest.mark.parametrize("group_size", [0, -2])
+def test_a_group_of_nobody_is_refused(group_size: int) -> None:
+    with pytest.raises(ValueError, match=f"group size must be 1 or more, found {group_size}"):
+        compute_advantages(torch.tensor([1.0, 0.0]), group_size)
 
 
 def test_groups_with_nothing_to_learn_from_are_found() -> None:

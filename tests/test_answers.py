@@ -8,6 +8,7 @@ import time
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -314,6 +315,12 @@ def test_a_gold_answer_may_be_a_whole_number() -> None:
     assert parse_gold(-18) == -18
 
 
+@pytest.mark.parametrize("gold", [18.0, np.int64(18), ["18"], None])
+def test_a_gold_answer_that_is_neither_text_nor_exact_is_an_error_that_says_so(gold: Any) -> None:
+    with pytest.raises(DataError, match=f"of type {type(gold).__name__}, expected text such as"):
+        is_correct("#### 18", gold, "strict")
+
+
 @pytest.mark.parametrize("mode", ["Strict", "", "lm_eval_strict", None])
 def test_an_unknown_mode_is_an_error_that_names_it(mode: Any) -> None:
     for text in ("#### 18", None):
@@ -328,6 +335,13 @@ def test_an_empty_marker_is_an_error_that_says_what_to_take() -> None:
         with pytest.raises(ValueError, match="marker '' is empty: take 'boxed', or the text"):
             extract_answer(text, "strict", "")
     assert extract_answer("It is 18", "flexible", "") == 18  # which reads no marker
+
+
+@pytest.mark.parametrize("marker", ["\\boxed{}", "\\boxed"])
+def test_the_marker_of_a_box_is_known_by_its_name_alone(marker: str) -> None:
+    assert is_correct("\\boxed{18}", "18", "strict", "boxed")
+    with pytest.raises(ValueError, match=r"the one of \\boxed\{\} is called 'boxed'"):
+        is_correct("\\boxed{18}", "18", "strict", marker)
 
 
 def test_nothing_is_never_right() -> None:

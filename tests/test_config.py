@@ -102,6 +102,10 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             {"methods": {"sft": {"lora": {"ranks": 4}}}},
             "methods.sft.lora.ranks: unknown key; did you mean 'rank'?",
         ),
+        (
+            {"suites": {"gsm8k": {"marker": "\\boxed{}"}}},
+            "suites.gsm8k.marker: the marker of \\boxed{} is called 'boxed'",
+        ),
         ({"studdy": {}}, "studdy: unknown key; did you mean 'study'?"),
         ({"study": {"sedes": [1]}}, "study.sedes: unknown key; did you mean 'seeds'?"),
         (

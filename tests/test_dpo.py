@@ -58,3 +58,14 @@ def test_a_hopeless_pair_has_a_finite_loss() -> None:
     low, high = torch.tensor([-9999.0]), torch.tensor([0.0])
     losses, _ = dpo_loss(low, high, high, low, beta=1.0)
     assert losses.item() == pytest.approx(19998.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1), (1,), ()])
+def test_log_probs_that_are_not_one_a_response_are_refused(shape: tuple[int, ...]) -> None:
+    summed = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"expected \(B,\) of all four"):
+        dpo_loss(summed, summed, summed, torch.zeros(shape), 0.1)
+    if len(shape) != 1:
+        other = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"expected \(B,\) of all four"):
+            dpo_loss(other, other, other, other, 0.1)

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from gsm8k_core.generation import log_generations
 
@@ -54,6 +59,18 @@ def grade(response: str, ground_truth: str) -> dict[str, float]:
 PROMPTS = ["what is two plus two", "two", "is two"]
 SCRIPT = [[FOUR, EOS, PAD, PAD], [FIVE, FIVE, FIVE, EOS], [FOUR, FOUR, FOUR, FOUR]]
 SPREAD = [1, 2, 4, 8]
+REAL_MODEL = Qwen2Config(
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.5,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+    bos_token_id=None,
+)
 
 
 def test_rows_hold_response_length_end_entropy_and_rewards() -> None:
@@ -112,6 +129,7 @@ def test_prompts_are_padded_on_the_left_and_sampled_from_the_whole_distribution(
     assert model.asked["return_dict_in_generate"] and model.asked["output_scores"]
     assert (model.asked["do_sample"], model.asked["temperature"]) == (True, 0.7)
     assert (model.asked["top_p"], model.asked["top_k"]) == (1.0, 0)
+    assert model.asked["repetition_penalty"] == 1.0
     assert not model.asked["training"]  # dropout is off
     assert model.training  # and on again afterwards
 
@@ -138,19 +156,7 @@ def test_inputs_that_do_not_match_are_refused(arguments: dict[str, Any], message
 
 def test_a_real_model_writes_the_same_greedy_completion_alone_and_in_a_batch() -> None:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        bos_token_id=None,
-    )
-    model, tokenizer = Qwen2ForCausalLM(config), word_tokenizer()
+    model, tokenizer = Qwen2ForCausalLM(REAL_MODEL), word_tokenizer()
     together, summary = log_generations(
         model, tokenizer, PROMPTS, max_new_tokens=6, temperature=0.0
     )
@@ -161,3 +167,19 @@ def test_a_real_model_writes_the_same_greedy_completion_alone_and_in_a_batch() -
         assert 0.0 < row["mean_entropy"] < math.log(len(WORDS))
         assert row["truncated"] == (EOS not in row["response_ids"])
     assert summary["num_completions"] == 3
+
+
+def test_what_the_models_own_generation_config_holds_changes_no_completion() -> None:
+    torch.manual_seed(0)
+    model, tokenizer = Qwen2ForCausalLM(REAL_MODEL), word_tokenizer()
+    for temperature in (0.0, 1.0):
+        torch.manual_seed(1)
+        plain, _ = log_generations(model, tokenizer, PROMPTS, None, None, 12, temperature)
+        # as Qwen2.5's own, but for a stronger penalty
+        model.generation_config.update(
+            do_sample=True, temperature=0.7, top_p=0.8, top_k=2, repetition_penalty=3.0
+        )
+        torch.manual_seed(1)
+        found, _ = log_generations(model, tokenizer, PROMPTS, None, None, 12, temperature)
+        assert found == plain
+        model.generation_config = GenerationConfig.from_model_config(model.config)

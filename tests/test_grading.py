@@ -112,6 +112,12 @@ def test_a_gold_answer_that_is_no_number_is_an_error() -> None:
             read_gold(text)
 
 
+@pytest.mark.parametrize("gold", [18, 18.0, None])
+def test_a_gold_answer_that_is_no_text_is_an_error_that_says_so(gold: Any) -> None:
+    with pytest.raises(DataError, match=f"of type {type(gold).__name__}, expected text such as"):
+        read_gold(gold)
+
+
 def test_math_verify_runs_where_it_is_asked_for() -> None:
     pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     with Grader(GradingSettings(math_verify=True)) as grader:

@@ -53,6 +53,41 @@ for name in names:
 """
 
 
+# What an import could change for the process that imports, one line each.
+STATE_AROUND_THE_IMPORT = """
+import json, logging, os, signal, sys, threading, warnings
+import torch, transformers
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers import Qwen2ForCausalLM  # with what it imports, which changes the environment
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as of_transformers
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "logging": (list(logging.root.handlers), logging.root.level),
+        "transformers' logging": of_transformers.get_verbosity(),
+        "progress bars": (
+            of_transformers.is_progress_bar_enabled(), are_progress_bars_disabled()
+        ),
+        "warnings": list(warnings.filters),
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "threads": (threading.active_count(), torch.get_num_threads()),
+        "generator": torch.get_rng_state().tolist(),
+        "dtype": torch.get_default_dtype(),
+        "attention": {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS},
+    }
+
+before = state()
+import gsm8k_core
+for name in gsm8k_core.__all__:
+    getattr(gsm8k_core, name)
+after = state()
+print(json.dumps([part for part in before if before[part] != after[part]]))
+"""
+
+
 def import_in_a_new_process(names: list[str], heavy: tuple[str, ...]) -> str:
     """What the first of `names` to import one of `heavy` did; empty if none does."""
     result = subprocess.run(
@@ -93,6 +128,17 @@ def test_importing_the_library_imports_nothing_of_it() -> None:
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert result.stdout.strip() == "[]"
+
+
+def test_importing_every_public_name_leaves_the_process_as_it_was() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", STATE_AROUND_THE_IMPORT],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert json.loads(result.stdout) == []
 
 
 @pytest.mark.parametrize("name", sorted({*CONTRACT, *gsm8k_core.__all__}))

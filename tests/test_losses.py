@@ -131,6 +131,38 @@ def test_a_loss_without_what_it_needs_says_what_is_missing(loss_type: str, missi
         )
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 2), (3, 1), (4, 1, 1), ()])
+def test_advantages_that_are_not_one_a_completion_are_refused_instead_of_broadcast(
+    shape: tuple[int, ...],
+) -> None:
+    log_probs = torch.zeros(4, 4)  # as wide as high, so that all but two would go through
+    with pytest.raises(ValueError, match=r"expected \(4, 1\) for log-probs \(4, 4\)"):
+        compute_naive_policy_gradient_loss(torch.ones(shape), log_probs)
+    with pytest.raises(ValueError, match=r"expected \(4, 1\) for log-probs \(4, 4\)"):
+        compute_grpo_clip_loss(torch.ones(shape), log_probs, log_probs, 0.2)
+
+
+def test_advantages_may_be_one_a_token() -> None:
+    advantages = torch.tensor([[1.0, -2.0]])
+    loss = compute_naive_policy_gradient_loss(advantages, torch.tensor([[-0.5, -0.25]]))
+    assert loss.tolist() == [[0.5, -0.5]]
+    loss, _ = compute_grpo_clip_loss(advantages, torch.zeros(1, 2), torch.zeros(1, 2), 0.2)
+    assert loss.tolist() == [[-1.0, 2.0]]
+
+
+def test_old_log_probs_of_another_shape_are_refused_instead_of_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"old_log_probs \(2, 1\) and policy_log_probs \(2, 3\)"):
+        compute_grpo_clip_loss(torch.ones(2, 1), torch.zeros(2, 3), torch.zeros(2, 1), 0.2)
+
+
+def test_the_clip_loss_has_its_gradient_also_where_the_old_log_probs_were_not_detached() -> None:
+    policy = torch.zeros(1, 2, requires_grad=True)
+    loss, _ = compute_grpo_clip_loss(torch.tensor([[2.0]]), policy, policy, 0.2)
+    loss.sum().backward()
+    assert policy.grad is not None
+    assert policy.grad.tolist() == [[-2.0, -2.0]]
+
+
 # ------------------------------------------------------------------------------------------- ratio
 
 

@@ -212,8 +212,9 @@ def test_bad_arguments_are_refused_before_anything_is_graded(
 ) -> None:
     with pytest.raises(ConfigError, match=r"should end in \.parquet, \.csv, \.jsonl"):
         script("score_completions").main(["missing.jsonl", "--output", "x.xlsx"])
-    with pytest.raises(ConfigError, match="--marker"):
-        score([{"completion": "x", "gold": "1"}], "--marker", "")
+    for marker in ("", "\\boxed{}"):
+        with pytest.raises(ConfigError, match="--marker"):
+            score([{"completion": "x", "gold": "1"}], "--marker", marker)
 
 
 def test_the_command_line_prints_the_table_alone(tmp_path: Path) -> None:

@@ -226,6 +226,25 @@ def test_the_model_returns_logits_again_after_being_scored_even_after_an_error()
     assert torch.equal(model(batch["input_ids"]).logits, before)
 
 
+def test_labels_that_are_no_tokens_are_refused_whatever_the_model() -> None:
+    batch = collate(PROMPTS, RESPONSES, 0)
+    ignored = batch["labels"].masked_fill(~batch["response_mask"], -100)
+    for model in (tiny_qwen2(), BigramModel()):
+        # With a mask they are not looked at; without one they cannot be scored.
+        found = score_responses(model, batch["input_ids"], ignored, batch["response_mask"])
+        assert torch.equal(found["log_probs"], score_responses(model, **batch)["log_probs"])
+        with pytest.raises(ValueError, match="labels go from -100 to 14, .* not -100"):
+            get_response_log_probs(model, batch["input_ids"], ignored)
+
+
+def test_inputs_of_different_shapes_are_refused() -> None:
+    batch = collate(PROMPTS, RESPONSES, 0)
+    with pytest.raises(ValueError, match=r"input_ids \(3, 6\), labels \(3, 5\) and response_mask"):
+        get_response_log_probs(tiny_qwen2(), batch["input_ids"], batch["labels"][:, 1:])
+    with pytest.raises(ValueError, match="must have the same shape"):
+        score_responses(tiny_qwen2(), **{**batch, "response_mask": batch["response_mask"][0]})
+
+
 def test_tokens_outside_the_mask_have_exactly_zero() -> None:
     batch = collate(PROMPTS, RESPONSES, 0)
     found = score_responses(tiny_qwen2(), **batch, with_entropy=True)

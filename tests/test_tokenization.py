@@ -110,6 +110,12 @@ def test_lists_that_do_not_match_or_hold_nothing_are_refused(
         tokenize_prompt_and_output(["two", "two"], ["four"], word_tokenizer())
 
 
+def test_one_text_in_place_of_a_list_is_refused_and_not_read_letter_by_letter() -> None:
+    for prompts, outputs in (("two", "six"), (["two"], "s"), ("t", ["six"])):
+        with pytest.raises(ValueError, match="lists of texts, found one text"):
+            tokenize_prompt_and_output(prompts, outputs, word_tokenizer())  # type: ignore[arg-type]
+
+
 def test_the_attention_mask_is_true_at_the_first_positions_of_each_row() -> None:
     assert attention_mask([3, 1, 0]).tolist() == [
         [True, True, True],

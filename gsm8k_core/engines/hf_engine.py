@@ -122,7 +122,11 @@ class _Row:
 
 
 class HfEngine:
-    """The Engine of a transformers model. `batch_size` bounds the completions decoded at once."""
+    """The Engine of a transformers model. `batch_size` bounds the completions decoded at once.
+
+    `generate` takes `gsm8k_core.engines.base.Request`s and gives `Completion`s of the same module.
+    Of the model's generation config only the EOS ids are used: no top-p, top-k or penalty.
+    """
 
     name = "transformers"
 
