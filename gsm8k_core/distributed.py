@@ -52,8 +52,8 @@ def _end_with(launcher: int) -> None:
 
 
 def end() -> None:
-    """Leave the other ranks, where there are any."""
-    if dist.is_initialized():
+    """Leave the other ranks, where there are any. A single one's group is vLLM's, which ends it."""
+    if world_size() > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -173,3 +173,27 @@ def test_a_suite_is_generated_by_vllm_as_by_transformers(
     assert len(pairs) == 40 * 3
     greedy = [(a, b) for a, b in pairs if a["decoding"] == "greedy"]
     assert sum(a != b for a, b in greedy) <= 1
+
+
+OPEN = """
+import sys, torch
+from pathlib import Path
+from gsm8k_core import distributed
+from gsm8k_core.cli import leave, run_script
+from gsm8k_core.config import VllmSettings
+from gsm8k_core.engines.vllm_engine import VllmEngine
+def main():
+    global engine  # is there until the end
+    settings = VllmSettings(kv_cache_gib=0.25)
+    engine = VllmEngine(Path(sys.argv[1]), settings, "float32", torch.device("cpu"), 0.5)
+leave(run_script(main))
+"""
+
+
+def test_a_script_that_ends_with_its_engine_open_ends_without_a_word(tiny_folder: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", OPEN, str(tiny_folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
