@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -59,18 +60,8 @@ def grade(response: str, ground_truth: str) -> dict[str, float]:
 PROMPTS = ["what is two plus two", "two", "is two"]
 SCRIPT = [[FOUR, EOS, PAD, PAD], [FIVE, FIVE, FIVE, EOS], [FOUR, FOUR, FOUR, FOUR]]
 SPREAD = [1, 2, 4, 8]
-REAL_MODEL = Qwen2Config(
-    vocab_size=len(WORDS),
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.5,
-    eos_token_id=EOS,
-    pad_token_id=PAD,
-    bos_token_id=None,
-)
+CHANGES = {"initializer_range": 0.5, "eos_token_id": EOS, "pad_token_id": PAD}
+REAL_MODEL = Qwen2Config(**{**SIZES, **CHANGES, "vocab_size": len(WORDS)})
 
 
 def test_rows_hold_response_length_end_entropy_and_rewards() -> None:

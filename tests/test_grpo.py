@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SIZES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gsm8k_core.config import GrpoMethod
@@ -328,17 +329,7 @@ def test_an_entropy_bonus_without_a_gradient_is_an_error_and_not_a_constant() ->
 
 def tiny_qwen2() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=29,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
 
 
 @pytest.mark.parametrize(

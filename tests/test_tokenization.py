@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -183,16 +184,7 @@ def test_packed_examples_are_shifted_by_themselves_and_their_positions_restart()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "initializer_range": 0.5})).eval()
     model.set_attn_implementation(attention)
     assert model.config._attn_implementation == attention
     prompts, responses = [[1, 2, 3], [4], [6, 7], [8]], [[9, 10, 11, 12], [13], [14, 15, 16], [17]]

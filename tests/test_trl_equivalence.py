@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from small_models import SIZES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOTrainer, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -315,16 +316,7 @@ def test_a_kl_of_another_kind_is_ours_alone() -> None:
 
 def test_log_probs_and_entropies_of_a_model_equal_those_of_trls_fused_head() -> None:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
     rows = torch.randint(31, (3, 8))
     mask = torch.arange(7)[None, :] >= torch.tensor([[2], [4], [6]])
     ours = score_responses(
