@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import snakemake.benchmark as snakemake_benchmark
 import yaml
 from flips import files_of, unnoticed_flips
 from workspace import ROOT, make_workspace
@@ -152,6 +153,13 @@ def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
                  "figures/accuracy.png", "figures/reward.svg", "figures/reward.png",
                  "report.html"):  # fmt: skip
         assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
+
+
+def test_how_often_snakemake_measures_a_job_is_still_its_own_setting() -> None:
+    """rules/common.smk sets it by its name, which is no public one."""
+    rules = (ROOT / "rules" / "common.smk").read_text(encoding="utf-8")
+    (name,) = re.findall(r"^snakemake\.benchmark\.(\w+) = ", rules, re.MULTILINE)
+    assert isinstance(getattr(snakemake_benchmark, name), float)
 
 
 def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Path) -> None:
