@@ -113,6 +113,17 @@ def test_another_runtime_error_keeps_its_traceback() -> None:
         run_script(raising(RuntimeError("shapes do not fit")))
 
 
+def test_a_rank_that_loses_another_says_so_before_anything_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsm8k_core.cli.SECONDS_TO_BE_ENDED", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="gloo"):
+        run_script(raising(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")))
+    assert capsys.readouterr().err == "[rank 0] lost contact with another rank\n"
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_script(raising(ZeroDivisionError("a bug")))

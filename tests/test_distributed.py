@@ -363,7 +363,8 @@ def test_a_killed_rank_ends_the_job_which_names_it_and_can_go_on(
     assert job.returncode != 0
     cause = output.split("Root Cause (first observed failure):")[1]
     assert "rank      : 1" in cause and "SIGKILL" in cause
-    assert "[rank 0] lost contact with another rank" in output and "gloo" not in output
+    # Rank 0 says that it has lost contact, unless torchrun ends it before it has noticed.
+    assert "gloo" not in output and output.count("Traceback") <= 1
     wait_until(lambda: not processes_of(run), 10)
 
     # One rank goes on from what two have left.
