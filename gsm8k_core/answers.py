@@ -167,21 +167,28 @@ def parse_number(text: str | None) -> Fraction | None:
     return None if text is None else _read_line(_clean(text))
 
 
-def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fraction | None:
-    """The answer that a completion gives, or None where it gives none.
-
-    Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
-    Raises ValueError for an unknown mode, for an empty marker, and for `\\boxed{}` written out.
-    """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode {mode!r} is unknown: take {' or '.join(map(repr, get_args(Mode)))}")
-    if mode == "strict" and not marker:
+def check_marker(marker: str) -> str:
+    """The marker. Raises ValueError for an empty one, and for `\\boxed{}` written out."""
+    if not marker:
         raise ValueError(
             f"marker {marker!r} is empty: take 'boxed', or the text that the answer follows, such "
             "as '####'"
         )
-    if mode == "strict" and marker.startswith("\\boxed"):
-        raise ValueError(f"marker {marker!r}: the one of \\boxed{{}} is called 'boxed'")
+    if marker.startswith("\\boxed"):
+        raise ValueError("the marker of \\boxed{} is called 'boxed'")
+    return marker
+
+
+def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fraction | None:
+    """The answer that a completion gives, or None where it gives none.
+
+    Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
+    Raises ValueError for an unknown mode, and for a marker as `check_marker` does.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is unknown: take {' or '.join(map(repr, get_args(Mode)))}")
+    if mode == "strict":
+        check_marker(marker)
     if text is None:
         return None
     if mode == "flexible":

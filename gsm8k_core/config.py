@@ -30,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from gsm8k_core.answers import check_marker
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.redaction import redact, secrets_in_settings
 
@@ -51,15 +52,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
 Grade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible", "math_verify"]
-
-
-def _marker_by_its_name(marker: str) -> str:
-    if marker.startswith("\\boxed"):
-        raise ValueError("the marker of \\boxed{} is called 'boxed'")
-    return marker
-
-
-AnswerMarker = Annotated[str, Field(min_length=1), AfterValidator(_marker_by_its_name)]
+AnswerMarker = Annotated[str, Field(min_length=1), AfterValidator(check_marker)]
 
 
 class Settings(BaseModel):

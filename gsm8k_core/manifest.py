@@ -69,7 +69,6 @@ ALLOWED_ENVIRONMENT = (
 )
 INVOCATION_VARIABLE = "GSM8K_INVOCATION"
 CHECKOUT_VARIABLE = "GSM8K_CHECKOUT"  # the commit of a job's code, as its call of snakemake saw it
-IMAGE_COMMIT_VARIABLE = "GSM8K_COMMIT"  # the commit that an image was built from
 INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
@@ -120,7 +119,7 @@ def git_state() -> dict[str, Any]:
     """
     commit = run_command("git", "rev-parse", "HEAD")
     if commit is None:
-        named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get(IMAGE_COMMIT_VARIABLE, ""))
+        named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get("GSM8K_COMMIT", ""))
         commit = named if COMMIT.fullmatch(named) else None
         return {"commit": commit, "dirty": None, "diff_sha256": None}
     difference = run_command("git", "diff", "HEAD")

@@ -118,16 +118,10 @@ def score_responses(
         if not _same_tensor(scores, computed):
             scores = None
     if scores is None:
-        logits = model(**inputs).logits
-        targets = labels[response_mask.bool()]
+        logits, mask = model(**inputs).logits, response_mask.bool()
+        targets = labels[mask]
         _check_labels(targets, logits.shape[-1])
-        selected = _score_logits(
-            logits[response_mask.bool()],
-            targets,
-            temperature,
-            with_entropy,
-            entropy_gradient,
-        )
+        selected = _score_logits(logits[mask], targets, temperature, with_entropy, entropy_gradient)
         scores = _scatter(selected, response_mask)
     result = {"log_probs": scores[..., 0]}
     if with_entropy:

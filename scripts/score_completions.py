@@ -38,6 +38,7 @@ from typing import Any
 
 import polars as pl
 
+from gsm8k_core.answers import check_marker
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.config import GradingSettings
 from gsm8k_core.errors import ConfigError, DataError
@@ -207,8 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--output", type=Path, help="a row for each: .parquet, .csv or .jsonl")
     args = arguments.parse_args(argv)
 
-    if not args.marker or args.marker.startswith("\\boxed"):
-        raise ConfigError("--marker: give a text, such as '####'; `boxed` is that of \\boxed{}")
+    try:
+        check_marker(args.marker)
+    except ValueError as error:
+        raise ConfigError(f"--marker: {error}") from None
     if args.output is not None and args.output.suffix not in WRITERS:
         raise ConfigError(f"--output: {args.output} should end in {', '.join(WRITERS)}")
     golds = None if args.problems is None else read_golds(args.problems)

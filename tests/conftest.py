@@ -21,14 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders within tests/ first: their files take minutes, and the last would run alone.
-
-    pytest-xdist would put the files of the most tests first (`--loadscope-reorder`).
-    """
-    items.sort(key=lambda item: item.path.parent == ROOT / "tests")
-
-
 @pytest.fixture(scope="session")
 def config() -> Config:
     """The repository's own config.yaml."""

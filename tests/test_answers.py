@@ -340,7 +340,7 @@ def test_an_empty_marker_is_an_error_that_says_what_to_take() -> None:
 @pytest.mark.parametrize("marker", ["\\boxed{}", "\\boxed"])
 def test_the_marker_of_a_box_is_known_by_its_name_alone(marker: str) -> None:
     assert is_correct("\\boxed{18}", "18", "strict", "boxed")
-    with pytest.raises(ValueError, match=r"the one of \\boxed\{\} is called 'boxed'"):
+    with pytest.raises(ValueError, match=r"the marker of \\boxed\{\} is called 'boxed'"):
         is_correct("\\boxed{18}", "18", "strict", marker)
 
 

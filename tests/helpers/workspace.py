@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -19,6 +20,12 @@ def make_workspace(folder: Path, study: dict[str, Any] | None = None) -> Path:
     if study is not None:
         write_overlay(folder, "study.yaml", study)
     return folder
+
+
+def read_comparison(path: Path) -> pl.DataFrame:
+    """A comparison.csv without what varies from run to run: seconds and memory."""
+    table = pl.read_csv(path)
+    return table.drop([name for name in table.columns if "seconds" in name or "memory" in name])
 
 
 def write_overlay(workspace: Path, name: str, settings: dict[str, Any]) -> str:

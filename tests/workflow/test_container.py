@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
-from workspace import ROOT, make_workspace
+from workspace import ROOT, make_workspace, read_comparison
 
 from gsm8k_core.files import read_json
 from gsm8k_core.manifest import git_state
@@ -110,11 +109,7 @@ def test_a_study_in_a_container_has_the_results_of_one_without(tmp_path: Path) -
     )  # fmt: skip
     run_snakemake(elsewhere, *words)
 
-    tables = []
-    for workspace in (contained, elsewhere):
-        table = pl.read_csv(workspace / target)
-        measured = [name for name in table.columns if "seconds" in name or "memory" in name]
-        tables.append(table.drop(measured))
+    tables = [read_comparison(workspace / target) for workspace in (contained, elsewhere)]
     assert tables[0].equals(tables[1])
     assert tables[0]["method"].to_list() == ["base", "sft"]
     # Every job: the image's Python, not the host's.

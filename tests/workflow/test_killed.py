@@ -15,7 +15,7 @@ import polars as pl
 import psutil
 import pytest
 from safetensors import safe_open
-from workspace import make_workspace
+from workspace import make_workspace, read_comparison
 
 from gsm8k_core.files import read_json, read_jsonl
 
@@ -141,9 +141,7 @@ def assert_whole(path: Path, same: Path) -> None:
 
 def comparison(workspace: Path) -> pl.DataFrame:
     """The table but for what varies, and for flags: an edit of the code shows there."""
-    table = pl.read_csv(workspace / RESULTS / "comparison.csv")
-    varying = [name for name in table.columns if "seconds" in name or "memory" in name]
-    return table.drop([*varying, "flags"])
+    return read_comparison(workspace / RESULTS / "comparison.csv").drop("flags")
 
 
 def kept_weights(workspace: Path) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 import snakemake.benchmark as snakemake_benchmark
 import yaml
 from flips import files_of, unnoticed_flips
-from workspace import ROOT, make_workspace
+from workspace import ROOT, make_workspace, read_comparison
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.files import read_json, read_jsonl
@@ -134,8 +134,7 @@ def test_a_cluster_that_counts_gpus_in_gres_alone_trains_on_all_of_them(workspac
 
 
 def reproducible_csv(workspace: Path) -> pl.DataFrame:
-    table = pl.read_csv(workspace / "artifacts" / "results" / "small" / "comparison.csv")
-    return table.drop([name for name in table.columns if "seconds" in name or "memory" in name])
+    return read_comparison(workspace / "artifacts" / "results" / "small" / "comparison.csv")
 
 
 def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
