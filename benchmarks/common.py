@@ -134,6 +134,13 @@ def take_turns(sides: Sequence[Side], rounds: int, warm_up: int = 1) -> None:
             side.turn(keep=turn >= 0)
 
 
+def plain_model(folder: Path) -> Any:
+    """The peer's model, as its users load it: in float32, without what `load_model` changes."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
 class Turns:
     """The other end of `Side`, in its process: standard output is kept for what is told."""
 

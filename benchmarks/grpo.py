@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Side, Turns, environment_line, ratios, spread, take_turns
+from benchmarks.common import Side, Turns, environment_line, plain_model, ratios, spread, take_turns
 from gsm8k_core.cli import leave, parser, run_script
 
 NEVER = "<|never|>"
@@ -163,7 +163,7 @@ def trl_side(args: argparse.Namespace) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from gsm8k_core.files import seed_from
-    from gsm8k_core.models import load_model, load_tokenizer, resolve_device
+    from gsm8k_core.models import load_tokenizer
     from gsm8k_core.problems import read_problems
     from gsm8k_core.prompts import render_prompt
     from gsm8k_core.rewards import build_reward_fn
@@ -226,9 +226,8 @@ def trl_side(args: argparse.Namespace) -> None:
         vllm_importance_sampling_correction=False,
         vllm_max_model_length=None,
     )
-    model = load_model(args.model, resolve_device(run.model_settings.gpus))
     trainer = GRPOTrainer(
-        model,
+        plain_model(args.model),
         reward_funcs=reward,  # type: ignore[arg-type]  # which columns it takes is its own choice
         args=settings,
         train_dataset=Dataset.from_list(

@@ -24,7 +24,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Json, Side, Turns, environment_line, ratios, spread, take_turns
+from benchmarks.common import (
+    Json,
+    Side,
+    Turns,
+    environment_line,
+    plain_model,
+    ratios,
+    spread,
+    take_turns,
+)
 from gsm8k_core.cli import leave, parser, run_script
 
 SEED = 0
@@ -136,7 +145,7 @@ def trl_side(args: argparse.Namespace) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from gsm8k_core.files import seed_from
-    from gsm8k_core.models import load_model, load_tokenizer, resolve_device
+    from gsm8k_core.models import load_tokenizer
     from gsm8k_core.training import endless_order, take
     from scripts.train_sft import load_examples
 
@@ -190,7 +199,7 @@ def trl_side(args: argparse.Namespace) -> None:
     ]
     tokens_of_microbatch: list[int] = []
     trainer: Any = SFTTrainer(
-        load_model(args.model, resolve_device(run.model_settings.gpus)),
+        plain_model(args.model),
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

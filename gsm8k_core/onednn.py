@@ -57,6 +57,16 @@ def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return product(a, b) if applies_to(a, b) else a @ b.T
 
 
+def repeating_size(size: int) -> int:
+    """`size`, or up to a sixteenth more: one of sixteen sizes from each power of two to the next.
+
+    For a shape that it has not had lately, oneDNN makes a kernel first, which takes longer than a
+    small product. Batches that are padded to these sizes have few shapes (docs/experiments.md).
+    """
+    step = 1 << max(0, size.bit_length() - 5)
+    return -(-size // step) * step
+
+
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(

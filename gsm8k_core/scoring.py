@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from gsm8k_core import onednn
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 
 # Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. Other devices
@@ -101,12 +103,19 @@ def score_responses(
             f"input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)} and response_mask "
             f"{tuple(response_mask.shape)} must have the same shape"
         )
+    head = _output_layer(model)
+    num_positions = input_ids.shape[-1]
+    if head is not None and attention_mask is None and position_ids is None:
+        width = _width_to_compute(model, head, num_positions)
+        input_ids, labels, response_mask = (
+            functional.pad(tensor, (0, width - num_positions))
+            for tensor in (input_ids, labels, response_mask)
+        )
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    head = _output_layer(model)
     scores = None
     if head is not None:
         # A cache is useless here, and with one transformers does not read packing off position_ids.
@@ -123,6 +132,7 @@ def score_responses(
         _check_labels(targets, logits.shape[-1])
         selected = _score_logits(logits[mask], targets, temperature, with_entropy, entropy_gradient)
         scores = _scatter(selected, response_mask)
+    scores = scores[:, :num_positions]
     result = {"log_probs": scores[..., 0]}
     if with_entropy:
         result["token_entropy"] = scores[..., 1] if entropy_gradient else scores[..., 1].detach()
@@ -133,6 +143,15 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     """The layer that makes logits from hidden states, of a transformers causal model."""
     find = getattr(model, "get_output_embeddings", None)
     return None if find is None else find()
+
+
+def _width_to_compute(model: torch.nn.Module, head: torch.nn.Module, width: int) -> int:
+    """Positions of rows padded on the right, so that their shapes come again (`onednn`)."""
+    if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight):
+        return width
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
+    padded = onednn.repeating_size(width)
+    return padded if padded <= longest else width
 
 
 def _check_labels(labels: torch.Tensor, vocabulary: int) -> None:
@@ -179,9 +198,16 @@ def _scoring_in_place_of_logits(
         vocabulary = len(head.weight)  # type: ignore[arg-type]  # a tensor, in any output layer
         _check_labels(targets, vocabulary)
         if type(head) in (torch.nn.Linear, OneDnnLinear) and head.bias is None and replaced is None:
+            count = len(hidden)
+            if onednn.applies_to(hidden, head.weight):
+                more = onednn.repeating_size(count) - count
+                hidden, targets = (
+                    functional.pad(hidden, (0, 0, 0, more)),
+                    functional.pad(targets, (0, more)),
+                )
             selected = _LinearScores.apply(
                 hidden, head.weight, targets, temperature, with_entropy, entropy_gradient
-            )
+            )[:count]
         elif hidden.shape[0] * vocabulary <= LOGITS_KEPT:
             selected = score_chunk(hidden, targets)
         else:
