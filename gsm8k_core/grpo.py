@@ -138,6 +138,18 @@ def policy_loss(
     return loss, metrics | {"step_sum/loss": loss.item()}
 
 
+def has_gradient(advantages: torch.Tensor, settings: GrpoMethod) -> torch.Tensor:
+    """Bool (B,), false for completions whose loss has a gradient of exactly 0.
+
+    Every objective is a multiple of the advantage, which is 0 in a group of equal rewards; what is
+    added to it, KL to the reference and the entropy bonus, is not.
+    """
+    in_loss = settings.kl_coefficient > 0 and settings.kl_placement == "loss"
+    if in_loss or settings.entropy_coefficient > 0:
+        return torch.ones_like(advantages, dtype=torch.bool)
+    return advantages != 0
+
+
 def _objective(
     policy_log_probs: torch.Tensor,
     ratio: torch.Tensor,

@@ -38,6 +38,7 @@ from gsm8k_core.grpo import (
     Metrics,
     PolicyBatch,
     add_metrics,
+    has_gradient,
     policy_loss,
     sampler_gap,
     summarize_metrics,
@@ -300,9 +301,10 @@ def score_packs(
     }
 
 
-def own_packs(run: TrainingRun, rollouts: Rollouts, rows: range) -> list[list[list[int]]]:
-    """This rank's microbatches of `rows`, which are whole groups, as lists of packs."""
-    packs = [pack for pack in rollouts.packs if pack[0] in rows]
+def own_packs(
+    run: TrainingRun, rollouts: Rollouts, packs: list[list[int]]
+) -> list[list[list[int]]]:
+    """This rank's microbatches of `packs`, each a list of some."""
     widths = [
         shared_width(pack, rollouts.prompt_lengths[pack[0]], rollouts.lengths) for pack in packs
     ]
@@ -312,13 +314,35 @@ def own_packs(run: TrainingRun, rollouts: Rollouts, rows: range) -> list[list[li
     ]
 
 
+def learning_first(
+    run: TrainingRun, rollouts: Rollouts, rows: range, learnt: list[bool]
+) -> list[tuple[list[list[int]], bool]]:
+    """This rank's microbatches of `rows`, and whether they need a backward pass, by `learnt` (N,).
+
+    One at least does: the optimizer goes on with its momentum even where nothing is learnt.
+    """
+    packs = [pack for pack in rollouts.packs if pack[0] in rows]
+    learns = [any(learnt[row] for row in pack) for pack in packs]
+    learns[0] |= not any(learns)
+    parts = [
+        [pack for pack, learn in zip(packs, learns, strict=True) if learn is backward]
+        for backward in (True, False)
+    ]
+    return [
+        (microbatch, backward)
+        for part, backward in zip(parts, (True, False), strict=True)
+        for microbatch in own_packs(run, rollouts, part)
+    ]
+
+
 @torch.no_grad()
 def score_all(
     run: TrainingRun, model: torch.nn.Module, rollouts: Rollouts, first_row: int = 0
 ) -> torch.Tensor:
     """Log-probs (N, T) of the completions from `first_row` on under `model`, without gradients."""
     log_probs = torch.zeros_like(rollouts.sampler_log_probs)
-    for packs in own_packs(run, rollouts, range(first_row, len(rollouts.lengths))):
+    wanted = [pack for pack in rollouts.packs if pack[0] >= first_row]
+    for packs in own_packs(run, rollouts, wanted):
         rows, scores = score_packs(run, model, rollouts, packs)
         log_probs[rows, : scores["log_probs"].shape[1]] = scores["log_probs"]
     return distributed.add_tensor(log_probs)
@@ -362,7 +386,9 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
 def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor) -> Metrics:
     """All optimizer steps on one batch of rollouts; returns their metrics.
 
-    The trainer's log-probs before the first update are compared with the sampler's.
+    The trainer's log-probs before the first update are compared with the sampler's. Completions
+    without a gradient, most of them where a model solves few problems or nearly all, count in the
+    metrics, but go through no backward pass.
     """
     settings = run.run_settings.method_settings
     assert isinstance(settings, GrpoMethod)
@@ -374,6 +400,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     if before is None:
         before = torch.zeros_like(rollouts.sampler_log_probs)
     before[:minibatch_size] = 0.0
+    learnt = has_gradient(advantages, settings).tolist()
     for epoch in range(settings.epochs_per_batch):
         for start in range(0, num_rows, minibatch_size):
             on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
@@ -386,15 +413,16 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
-            for packs in own_packs(run, rollouts, minibatch):
-                rows, scores = score_packs(
-                    run,
-                    run.model,
-                    rollouts,
-                    packs,
-                    with_entropy=True,
-                    entropy_gradient=settings.entropy_coefficient > 0,
-                )
+            for packs, backward in learning_first(run, rollouts, minibatch, learnt):
+                with torch.set_grad_enabled(backward):
+                    rows, scores = score_packs(
+                        run,
+                        run.model,
+                        rollouts,
+                        packs,
+                        with_entropy=True,
+                        entropy_gradient=settings.entropy_coefficient > 0,
+                    )
                 log_probs = scores["log_probs"]
                 width = log_probs.shape[1]
                 if on_policy:
@@ -406,7 +434,8 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                     settings,
                     normalizer,
                 )
-                loss.backward()
+                if backward:
+                    loss.backward()
                 parts.append(metrics)
             updates.append(run.update())
             if on_policy:

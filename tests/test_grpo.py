@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from gsm8k_core.grpo import (
     PolicyBatch,
     add_metrics,
     grpo_microbatch_train_step,
+    has_gradient,
     policy_loss,
     sampler_gap,
     summarize_metrics,
@@ -221,6 +223,34 @@ def test_loss_and_metrics_of_microbatches_add_up_to_those_of_the_step(
         for rows in torch.arange(len(policy)).split(size)
     ]
     assert add_metrics(parts) == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"objective": "ppo_clip", "dual_clip": 3.0, "ratio_level": "sequence"}, False),
+        ({"objective": "cispo", "importance_correction": "token"}, False),
+        ({"objective": "reinforce", "aggregation": "constant"}, False),
+        ({"kl_coefficient": 0.1, "kl_placement": "reward"}, False),
+        ({"kl_coefficient": 0.1}, True),
+        ({"entropy_coefficient": 0.1}, True),
+    ],
+)
+def test_a_completion_without_advantage_has_no_gradient_unless_something_is_added_to_its_loss(
+    changes: dict[str, Any], expected: bool
+) -> None:
+    log_probs, batch = random_batch(0)
+    batch = replace(batch, response_mask=torch.ones_like(batch.response_mask))
+    batch.advantages[1] = 0.0
+    settings_ = method(**changes)
+    entropy = log_probs * log_probs
+    policy_loss(log_probs, entropy, batch, settings_, 4.0)[0].backward()
+    assert log_probs.grad is not None
+    found = log_probs.grad.abs().amax(dim=-1) > 0.0
+    assert bool(found[1]) is expected
+    assert has_gradient(batch.advantages, settings_)[1] == expected
+    assert bool(has_gradient(batch.advantages, settings_)[found].all())
 
 
 def test_on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped() -> None:

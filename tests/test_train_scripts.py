@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gsm8k_core import shared_prompts, training
+from gsm8k_core import grpo, scoring, shared_prompts, training
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.shared_prompts import ForwardCost
@@ -224,11 +225,77 @@ def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
          "--starting-model", str(sft_folder), "--data", str(arithmetic_folder / "train.jsonl"),
          "--output-dir", str(tmp_path / "run")]
     )  # fmt: skip
-    first, *later = used
-    assert first[1] is None and sorted(first[0]) == list(range(16))
-    assert len(later) == 3
+    on_policy = [row for rows, old in used if old is None for row in rows]
+    assert sorted(on_policy) == list(range(16))
+    later = [(rows, old) for rows, old in used if old is not None]
+    assert sorted(row for rows, _ in later for row in rows) == sorted([*range(32), *range(16, 32)])
     for rows, old in later:
         torch.testing.assert_close(old, whole[0][rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"minibatches": 2, "epochs_per_batch": 2}])
+def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backward_pass(
+    train: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    (tmp_path / "half.py").write_text(
+        "def reward(completion, gold):\n    return len(completion) % 7 if int(gold) % 2 else 1.0\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    common = {**SMALL, "reward": {"answer": 0.0, "custom": "half:reward"}, "adam_epsilon": 1e-3,
+              "learning_rate": 1e-3, "share_prompts": False, **changes}  # fmt: skip
+    has_gradient, score = grpo.has_gradient, scoring.score_responses
+    num_useful: list[int] = []
+    num_rows = {True: 0, False: 0}
+
+    def note(advantages: torch.Tensor, settings: Any) -> torch.Tensor:
+        useful = has_gradient(advantages, settings)
+        num_useful.append(int(useful.sum()))
+        return useful
+
+    def count(model: Any, input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        if "with_entropy" in options:  # an update, not what is scored before it
+            num_rows[torch.is_grad_enabled()] += len(input_ids)
+        return score(model, input_ids, *rest, **options)
+
+    monkeypatch.setattr(grpo, "has_gradient", note)
+    monkeypatch.setattr(scoring, "score_responses", count)
+    less = train("train_grpo", "grpo", name="less", **common)
+    epochs = changes.get("epochs_per_batch", 1)
+    assert 0 < sum(num_useful) < 64
+    assert num_rows == {
+        True: sum(num_useful) * epochs,
+        False: (64 - sum(num_useful)) * epochs,
+    }
+    monkeypatch.setattr(grpo, "has_gradient", lambda a, _: torch.ones_like(a, dtype=torch.bool))
+    everything = train("train_grpo", "grpo", name="everything", **common)
+    assert largest_difference(less, everything) < 1e-6
+    for one, other in zip(metrics_of(less), metrics_of(everything), strict=True):
+        assert 0.0 < one["fraction_equal_reward_groups"] < 1.0
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"tokens_per_second", "peak_memory_mb"}:
+            if not name.startswith("seconds"):
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_a_step_in_which_nothing_is_learnt_goes_on_with_the_momentum(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first.py").write_text(
+        "calls = 0\n\ndef reward(completion, gold):\n    global calls\n    calls += 1\n"
+        "    return len(completion) if calls <= 32 else 1.0\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    common = {**SMALL, "reward": {"answer": 0.0, "custom": "first:reward"}, "schedule": "constant"}
+    once = train("train_grpo", "grpo", name="once", **{**common, "num_steps": 1})
+    monkeypatch.setattr(sys.modules["first"], "calls", 0)
+    twice = train("train_grpo", "grpo", name="twice", **common)
+    assert [row["grad_norm"] > 0.0 for row in metrics_of(twice)] == [True, False]
+    assert largest_difference(once, twice) > 0.0
 
 
 def test_grpo_raises_the_reward(train: Callable[..., Path]) -> None:
