@@ -92,3 +92,10 @@ def test_a_loaded_model_has_such_layers_where_they_are_faster(
     reached = model(torch.tensor([[5, 6, 7]])).logits
     monkeypatch.setattr(onednn, "is_faster", lambda: not wanted)
     torch.testing.assert_close(model(torch.tensor([[5, 6, 7]])).logits, reached, atol=1e-5, rtol=0)
+
+
+def test_repeating_sizes_are_few_and_at_most_a_sixteenth_larger() -> None:
+    padded = [onednn.repeating_size(size) for size in range(4096)]
+    assert all(size <= more <= size * 17 / 16 for size, more in enumerate(padded))
+    assert padded == sorted(padded) == [onednn.repeating_size(size) for size in padded]
+    assert len({more for more in padded if 1024 <= more < 2048}) == 16

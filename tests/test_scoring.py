@@ -19,6 +19,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -111,6 +113,40 @@ def test_scores_and_gradients_by_block_equal_those_of_plain_logits(
     cut(width, kept)
     monkeypatch.setattr(onednn, "is_faster", lambda: by_onednn)
     assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature)
+
+
+@pytest.mark.parametrize(
+    ("num_positions", "longest", "faster", "expected"),
+    [
+        (33, 64, True, 34),
+        (33, 64, False, 33),
+        (32, 64, True, 32),
+        (37, 37, True, 37),  # a position more has no embedding
+    ],
+)
+def test_rows_are_padded_to_repeating_widths_where_onednn_multiplies(
+    num_positions: int,
+    longest: int,
+    faster: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "is_faster", lambda: faster)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=37, n_positions=longest, n_embd=16, n_layer=1, n_head=2)
+    ).eval()
+    onednn.use_in(model)
+    widths = []
+    model.transformer.wte.register_forward_hook(lambda *of: widths.append(of[1][0].shape[-1]))
+    batch = collate([[1, 2], [3] * 20], [[4] * (num_positions - 1), [5]], 0)
+    scores = score_responses(model, **batch, with_entropy=True)
+    assert widths == [expected]
+    monkeypatch.setattr(onednn, "is_faster", lambda: False)
+    plain = score_responses(model, **batch, with_entropy=True)
+    for name, values in plain.items():
+        assert scores[name].shape == (2, num_positions)
+        torch.testing.assert_close(scores[name], values, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_of_very_different_logits_add_up(cut: Callable[[int, int], None]) -> None:

@@ -335,7 +335,7 @@ def _sample(
     if bool(greedy.all()):
         tokens = log_probs.argmax(-1)
     else:
-        cumulative = log_probs.double().exp().cumsum(-1)
+        cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
         # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
