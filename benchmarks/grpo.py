@@ -59,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     found.add_argument(
         "--trl-checkpointing",
         action="store_true",
-        help="gradient checkpointing in TRL: its default, and slower",
+        help="gradient checkpointing in TRL: its default",
     )
     found.add_argument(
         "--trl-cache", help="TRL's cache_implementation (its default: a growing one)"

@@ -2,9 +2,9 @@
 
 Both train the same weights on the same token ids, in the same order, on the response tokens alone,
 with the same optimizer, rate and examples per step, each in a process of its own; they take turns,
-a turn being `--steps` optimizer steps. The losses of all steps are compared. TRL gets its own best
-settings for this: the whole step as one microbatch, tokens made beforehand, no gradient
-checkpointing, no worker processes, no logging to anything.
+a turn being `--steps` optimizer steps. The losses of all steps are compared. For TRL tokens
+are made beforehand; it has no worker processes and logs to nothing. Its microbatch and gradient
+checkpointing are options: what it comes with, and what is fastest.
 
     python benchmarks/sft.py --model artifacts/models/tiny-qwen2 --model-name tiny-qwen2 \\
         --data $GSM8K_DIR/train.jsonl --batch-size 32 --steps 10

@@ -302,7 +302,7 @@ class TrainSettings(Settings):
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is scaled down to this norm."""
     tokens_per_microbatch: PositiveInt = 16_384
-    """Most tokens (padding included) in one forward, and on a CPU never more than 2,048, which is
+    """Most tokens (padding included) in one forward, and on a CPU at most about 2,048, which is
     faster; does not change the gradient."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""

@@ -134,8 +134,8 @@ def own_work(
 ) -> list[list[Work]]:
     """This rank's microbatches: `cut` of its share of `lengths`, as many as any rank has.
 
-    Where another rank has more, empty ones are added: for those, a forward and a backward without
-    a loss must be done.
+    Where another rank has more, empty ones are added: for those, what the others do, a forward or a
+    forward and a backward, must be done without a loss.
     """
     by_rank = [cut(share) for share in shares(lengths, world_size())]
     own = by_rank[rank()]

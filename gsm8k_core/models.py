@@ -294,11 +294,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load weights in float32, in eval mode. Compute may still run in bf16 (see `autocast`).
 
-    On Linux, the process keeps memory that it frees from then on (`keep_freed_memory`). Raises
-    ModelError also where the files lack weights: transformers would draw them at random.
+    Raises ModelError also where the files lack weights: transformers would draw them at random.
     """
     _check_folder(folder)
-    keep_freed_memory()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -319,14 +317,14 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep up to 1 GiB of freed memory for what is asked for next.
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc's malloc keep up to 1 GiB of freed memory, where `device` is a CPU.
 
     By default it gives the memory of freed tensors back, and the kernel maps and clears it anew
     for the next ones: up to a tenth of a training step on a CPU (docs/experiments.md). Blocks above
     32 MiB are given back as before. Does nothing where there is no glibc.
     """
-    if sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux":
         return
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

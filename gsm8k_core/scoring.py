@@ -106,11 +106,11 @@ def score_responses(
     head = _output_layer(model)
     num_positions = input_ids.shape[-1]
     if head is not None and attention_mask is None and position_ids is None:
-        width = _width_to_compute(model, head, num_positions)
-        input_ids, labels, response_mask = (
-            functional.pad(tensor, (0, width - num_positions))
-            for tensor in (input_ids, labels, response_mask)
-        )
+        more = _width_to_compute(model, head, num_positions) - num_positions
+        if more:  # `pad` copies even where it adds nothing
+            input_ids, labels, response_mask = (
+                functional.pad(tensor, (0, more)) for tensor in (input_ids, labels, response_mask)
+            )
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
@@ -199,12 +199,10 @@ def _scoring_in_place_of_logits(
         _check_labels(targets, vocabulary)
         if type(head) in (torch.nn.Linear, OneDnnLinear) and head.bias is None and replaced is None:
             count = len(hidden)
-            if onednn.applies_to(hidden, head.weight):
-                more = onednn.repeating_size(count) - count
-                hidden, targets = (
-                    functional.pad(hidden, (0, 0, 0, more)),
-                    functional.pad(targets, (0, more)),
-                )
+            more = onednn.repeating_size(count) - count
+            if more and onednn.applies_to(hidden, head.weight):
+                hidden = functional.pad(hidden, (0, 0, 0, more))
+                targets = functional.pad(targets, (0, more))
             selected = _LinearScores.apply(
                 hidden, head.weight, targets, temperature, with_entropy, entropy_gradient
             )[:count]

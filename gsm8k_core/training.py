@@ -58,6 +58,7 @@ from gsm8k_core.models import (
     autocast,
     compute_dtype,
     empty_model,
+    keep_freed_memory,
     load_model,
     load_plain_weights,
     load_tokenizer,
@@ -236,6 +237,7 @@ class TrainingRun:
         )
 
     def _load_starting_model(self) -> PreTrainedModel:
+        keep_freed_memory(self.device)
         if ranks.world_size() == 1:
             return load_model(self.starting_model, self.device)
         if ranks.is_main():  # to be spread over the ranks: it need not fit on one GPU

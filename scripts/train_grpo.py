@@ -314,7 +314,7 @@ def own_packs(
     ]
 
 
-def learning_first(
+def update_microbatches(
     run: TrainingRun, rollouts: Rollouts, rows: range, learnt: list[bool]
 ) -> list[tuple[list[list[int]], bool]]:
     """This rank's microbatches of `rows`, and whether they need a backward pass, by `learnt` (N,).
@@ -322,16 +322,12 @@ def learning_first(
     One at least does: the optimizer goes on with its momentum even where nothing is learnt.
     """
     packs = [pack for pack in rollouts.packs if pack[0] in rows]
-    learns = [any(learnt[row] for row in pack) for pack in packs]
-    learns[0] |= not any(learns)
-    parts = [
-        [pack for pack, learn in zip(packs, learns, strict=True) if learn is backward]
-        for backward in (True, False)
-    ]
+    learning = [pack for pack in packs if any(learnt[row] for row in pack)] or packs[:1]
+    first_rows = {pack[0] for pack in learning}
+    rest = [pack for pack in packs if pack[0] not in first_rows]
     return [
-        (microbatch, backward)
-        for part, backward in zip(parts, (True, False), strict=True)
-        for microbatch in own_packs(run, rollouts, part)
+        *((microbatch, True) for microbatch in own_packs(run, rollouts, learning)),
+        *((microbatch, False) for microbatch in own_packs(run, rollouts, rest)),
     ]
 
 
@@ -400,7 +396,8 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     if before is None:
         before = torch.zeros_like(rollouts.sampler_log_probs)
     before[:minibatch_size] = 0.0
-    learnt = has_gradient(advantages, settings).tolist()
+    # Ranks that disagreed by a rounding would wait for each other forever.
+    learnt = distributed.broadcast(has_gradient(advantages, settings).tolist())
     for epoch in range(settings.epochs_per_batch):
         for start in range(0, num_rows, minibatch_size):
             on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
@@ -413,7 +410,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
-            for packs, backward in learning_first(run, rollouts, minibatch, learnt):
+            for packs, backward in update_microbatches(run, rollouts, minibatch, learnt):
                 with torch.set_grad_enabled(backward):
                     rows, scores = score_packs(
                         run,

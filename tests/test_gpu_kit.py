@@ -177,12 +177,13 @@ def test_tests_that_are_stopped_have_still_told_what_failed(tmp_path: Path) -> N
         encoding="utf-8",
     )
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'tests.xml'}"]
-    process = subprocess.Popen(
-        [sys.executable, *words, str(tests)],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        process_group=0,
-    )
+    with kit.stoppable():
+        process = subprocess.Popen(
+            [sys.executable, *words, str(tests)],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            process_group=0,
+        )
     while not began.exists() and process.poll() is None:
         time.sleep(0.05)
     kit._stop(process)

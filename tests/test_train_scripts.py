@@ -281,6 +281,15 @@ def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backwa
                 assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5, nan_ok=True)
 
 
+def test_training_on_a_cpu_keeps_freed_memory(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[torch.device] = []
+    monkeypatch.setattr(training, "keep_freed_memory", devices.append)
+    train("train_sft", "sft", num_steps=1, batch_size=2)
+    assert devices == [torch.device("cpu")]
+
+
 def test_a_step_in_which_nothing_is_learnt_goes_on_with_the_momentum(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,13 @@ from gsm8k_core.engines.base import Engine
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.vllm_engine import VllmEngine, vllm_build
 from gsm8k_core.errors import ModelError
-from gsm8k_core.models import autocast, compute_dtype, load_model, load_tokenizer
+from gsm8k_core.models import (
+    autocast,
+    compute_dtype,
+    keep_freed_memory,
+    load_model,
+    load_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +76,7 @@ def start_engine(
         dtype = compute_dtype(device, settings.dtype)
         fraction = settings.vllm.gpu_memory_fraction
         return VllmEngine(folder, settings.vllm, dtype, device, fraction)
+    keep_freed_memory(device)
     return HfEngine(
         load_model(folder, device),
         load_tokenizer(folder),
