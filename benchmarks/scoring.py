@@ -150,17 +150,17 @@ def one_side(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model: Any = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            intermediate_size=args.hidden,
-            num_hidden_layers=0,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
+    config = Qwen2Config(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden,
+        num_hidden_layers=0,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     )
+    with torch.device(args.device):
+        model: Any = Qwen2ForCausalLM(config)
     model.model.embed_tokens.requires_grad_(False)
     torch.nn.init.normal_(model.lm_head.weight, std=2.0 / args.hidden**0.5)
     tokens = torch.randint(args.vocabulary, (args.rows, args.tokens + 1))

@@ -314,6 +314,10 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             f"{folder}: {len(report['missing_keys'])} weights are missing ({missing}, …)"
         )
     onednn.use_in(model)
+    if device.type == "cuda":
+        # cuDNN's attention, PyTorch's first choice on Hopper, is planned anew for every shape: the
+        # CPU takes longer for that than the GPU for a small layer (docs/experiments.md).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval()
 
 
@@ -330,6 +334,16 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MALLOPT_TRIM_THRESHOLD, 2**30)
         mallopt(MALLOPT_MMAP_THRESHOLD, 2**25)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse what each layer of the decoder computes, in place.
+
+    All layers share one program, for all shapes. The embedding and the head stay as they are. Where
+    tokens are sampled one by one, `torch.compiler.set_stance("force_eager")` switches it off.
+    """
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

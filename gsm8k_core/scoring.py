@@ -11,13 +11,17 @@ once, and read and written in main memory many times (docs/benchmarks.md compare
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from gsm8k_core import onednn
@@ -28,6 +32,9 @@ from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 LOGITS_PER_BLOCK = {"cpu": 2**20}
 # So narrow a block makes the matrix products slow, and takes no more than the hidden states do.
 MIN_BLOCK_WIDTH = 256
+# A GPU's matrix products want rows that begin at multiples of 16 bytes: others take several times
+# as long (docs/experiments.md).
+BLOCK_STEP = 64
 # Up to so many logits (64 MiB in float32) are kept for the backward pass.
 LOGITS_KEPT = 2**24
 
@@ -265,24 +272,19 @@ class _LinearScores(torch.autograd.Function):
         kept = []
         # Made before the loop: a small tensor that outlives its turn would cut the place of a block
         # in two, and the memory would grow by a block each turn.
-        chosen, largest, log_sums, entropies = (
+        chosen, log_sums, entropies = (
             torch.zeros(shape, dtype=_at_least_float32(rows[:0]).dtype, device=hidden.device)
-            for shape in [(len(hidden),), *[(len(ctx.blocks), len(hidden))] * 3]
+            for shape in [(len(hidden),), *[(len(ctx.blocks), len(hidden))] * 2]
         )
+        statistics_of = _fused(_block_statistics, device)
         for number, block in enumerate(ctx.blocks):
-            logits = _scaled_logits(rows, weight[block].to(ctx.dtype), temperature)
-            largest[number] = logits.amax(dim=-1)
-            logits -= largest[number, :, None]
-            places = labels - block.start
-            here = (places >= 0) & (places < logits.shape[-1])
-            found = logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-            chosen += torch.where(here, found + largest[number], 0.0)
-            exponentials = logits.exp()
-            total = exponentials.sum(dim=-1)
-            log_sums[number] = total.log() + largest[number]
-            if with_entropy:
-                mean_logit = exponentials.mul_(logits).sum(dim=-1) / total
-                entropies[number] = total.log() - mean_logit
+            logits = matmul_transposed(rows, weight[block].to(ctx.dtype))
+            places, here = _places(labels, block)
+            log_sums[number], entropy = statistics_of(logits, temperature, with_entropy)
+            if entropy is not None:
+                entropies[number] = entropy
+            found = _scaled(logits.gather(-1, places)[:, 0], temperature)
+            chosen += torch.where(here, found, 0.0)
             if block.stop <= num_kept:
                 kept.append(logits)
         log_sum = log_sums.logsumexp(dim=0)
@@ -291,60 +293,101 @@ class _LinearScores(torch.autograd.Function):
             log_weights = log_sums - log_sum
             columns.append((log_weights.exp() * (entropies - log_weights)).sum(dim=0))
         scores = torch.stack(columns, dim=-1)
-        ctx.save_for_backward(hidden, weight, labels, scores, log_sum, largest - log_sum, *kept)
+        ctx.save_for_backward(hidden, weight, labels, scores, log_sum, *kept)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, labels, scores, log_sum, shifts, *kept = ctx.saved_tensors
+        hidden, weight, labels, scores, log_sum, *kept = ctx.saved_tensors
+        device = hidden.device.type
         rows = hidden.to(ctx.dtype)
         hidden_gradient = torch.zeros_like(_at_least_float32(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        of_label = gradient[:, 0, None] / ctx.temperature
-        # p times this is minus the gradient of the logits, but for the label's own entry.
-        constant, slope = of_label, torch.zeros_like(of_label)
+        of_label = gradient[:, 0] / ctx.temperature
+        # p·(constant + slope·log p) is minus the gradient of the logits, but for the label's own.
+        constant, slope = of_label, None
         if ctx.entropy_gradient:
-            slope = gradient[:, 1, None] / ctx.temperature
-            constant = of_label + slope * scores[:, 1, None]
+            slope = gradient[:, 1] / ctx.temperature
+            constant = of_label + slope * scores[:, 1]
+        of_label = of_label + _gradient_of_logits(scores[:, 0], constant, slope)
+        gradient_of = _fused(_block_gradient, device)
         for number, block in enumerate(ctx.blocks):
             matrix = weight[block].to(ctx.dtype)
-            if number < len(kept):
-                log_probs = kept[number] + shifts[number, :, None]
-            else:
-                log_probs = _scaled_logits(rows, matrix, ctx.temperature).sub_(log_sum[:, None])
-            of_logits = log_probs.exp()
-            if ctx.entropy_gradient:
-                of_logits *= log_probs.mul_(-slope).sub_(constant)
-            else:
-                of_logits *= -constant
-            places = labels - block.start
-            here = (places >= 0) & (places < of_logits.shape[-1])
-            of_logits.scatter_add_(
-                -1,
-                places.clamp(0, of_logits.shape[-1] - 1)[:, None],
-                torch.where(here[:, None], of_label, 0.0),
-            )
-            of_logits = of_logits.to(ctx.dtype)
+            logits = kept[number] if number < len(kept) else matmul_transposed(rows, matrix)
+            of_logits = gradient_of(logits, ctx.temperature, log_sum, constant, slope)
+            places, here = _places(labels, block)
+            others = of_logits.gather(-1, places)
+            own = of_label[:, None].to(others.dtype)
+            of_logits.scatter_(-1, places, torch.where(here[:, None], own, others))
             hidden_gradient += matmul_transposed(of_logits, matrix.T)
             if weight_gradient is not None:
-                weight_gradient[block] = matmul_transposed(of_logits.T.contiguous(), rows.T)
+                columns = of_logits.T.contiguous() if device == "cpu" else of_logits.T
+                weight_gradient[block] = matmul_transposed(columns, rows.T)
         return hidden_gradient.to(hidden.dtype), weight_gradient, None, None, None, None
+
+
+def _block_statistics(
+    logits: torch.Tensor, temperature: float, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log Z_b and, if asked for, H_b, each (M,), of a block's unscaled logits (M, width)."""
+    scaled = _scaled(logits, temperature)
+    largest = scaled.amax(dim=-1)
+    scaled = scaled - largest[:, None]
+    exponentials = scaled.exp()
+    total = exponentials.sum(dim=-1)
+    log_total = total.log()
+    entropy = None
+    if with_entropy:
+        entropy = log_total - exponentials.mul_(scaled).sum(dim=-1) / total
+    return log_total + largest, entropy
+
+
+def _block_gradient(
+    logits: torch.Tensor,
+    temperature: float,
+    log_sum: torch.Tensor,
+    constant: torch.Tensor,
+    slope: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of a block's unscaled logits (M, width), as if no label were in it."""
+    log_probs = _scaled(logits, temperature) - log_sum[:, None]
+    columns = None if slope is None else slope[:, None]
+    return _gradient_of_logits(log_probs, constant[:, None], columns).to(logits.dtype)
+
+
+def _gradient_of_logits(
+    log_probs: torch.Tensor, constant: torch.Tensor, slope: torch.Tensor | None
+) -> torch.Tensor:
+    """-p·(constant + slope·log p)."""
+    minus = -constant
+    return log_probs.exp() * (minus if slope is None else (minus - slope * log_probs))
+
+
+def _places(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of the labels within a block, (M, 1), and whether they are there at all, (M,)."""
+    places = labels - block.start
+    last = block.stop - block.start - 1
+    return places.clamp(0, last)[:, None], (places >= 0) & (places <= last)
+
+
+@functools.cache
+def _fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`function` as one kernel on a GPU, where each operation would read and write all the logits.
+
+    Without Triton, or a C compiler that it needs, as it is.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if device == "cpu" or not has_triton() or compiler is None:
+        return function
+    return torch.compile(function, dynamic=True)
 
 
 def _blocks(vocabulary: int, num_positions: int, device: str) -> list[slice]:
     """The vocabulary, cut into blocks of `LOGITS_PER_BLOCK` logits of all positions."""
     width = LOGITS_PER_BLOCK.get(device, LOGITS_KEPT) // max(1, num_positions)
-    width = max(width, MIN_BLOCK_WIDTH)
+    width = max(width - width % BLOCK_STEP, MIN_BLOCK_WIDTH)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
-
-
-def _scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over the temperature, (M, width of the block), in float32 at least."""
-    logits = _at_least_float32(matmul_transposed(hidden, weight))
-    if temperature != 1.0:
-        logits /= temperature
-    return logits
 
 
 def _score_logits(
@@ -355,9 +398,7 @@ def _score_logits(
     entropy_gradient: bool,
 ) -> torch.Tensor:
     """Log-prob of `labels` (M,) and, if asked for, the entropy, from logits (M, V): (M, 1 or 2)."""
-    scaled = _at_least_float32(logits)
-    if temperature != 1.0:
-        scaled = scaled / temperature
+    scaled = _scaled(logits, temperature)
     chosen = scaled.gather(-1, labels[:, None]).squeeze(-1)
     columns = [chosen - torch.logsumexp(scaled, dim=-1)]
     if with_entropy:
@@ -369,6 +410,12 @@ def _scatter(selected: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Rows (M, C) to the true places of `mask` (B, T), 0 elsewhere: (B, T, C)."""
     scattered = selected.new_zeros((*mask.shape, selected.shape[-1]))
     return scattered.masked_scatter(mask.bool()[..., None].expand_as(scattered), selected)
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over the temperature, in float32 at least."""
+    logits = _at_least_float32(logits)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ from gsm8k_core.generation import log_generations
 from gsm8k_core.manifest import Attempts, provenance
 from gsm8k_core.models import (
     autocast,
+    compile_layers,
     compute_dtype,
     empty_model,
     keep_freed_memory,
@@ -239,7 +240,10 @@ class TrainingRun:
     def _load_starting_model(self) -> PreTrainedModel:
         keep_freed_memory(self.device)
         if ranks.world_size() == 1:
-            return load_model(self.starting_model, self.device)
+            model = load_model(self.starting_model, self.device)
+            if self.run_settings.model_settings.compile_layers:
+                compile_layers(model)
+            return model
         if ranks.is_main():  # to be spread over the ranks: it need not fit on one GPU
             return load_model(self.starting_model, torch.device("cpu"))
         return empty_model(self.starting_model)
@@ -523,7 +527,7 @@ class TrainingRun:
                 plain,
                 self.tokenizer,
                 model_settings.completions_per_batch,
-                forward_context=self.autocast,
+                forward_context=self._sampling_context,
             )
         return VllmEngine(
             self.starting_model,
@@ -534,6 +538,15 @@ class TrainingRun:
             model_settings.vllm.rollout_gpu_memory_fraction,
             colocated=True,
         )
+
+    @contextlib.contextmanager
+    def _sampling_context(self) -> Iterator[None]:
+        """Autocast; compiled layers are not for a cache that grows by a token at a time."""
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(self.autocast())
+            if self.run_settings.model_settings.compile_layers:
+                contexts.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
 
     # -------------------------------------------------------------------------------------- finish
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -417,13 +418,15 @@ def test_the_first_logits_are_made_once_and_the_others_again_for_the_backward_pa
     cut: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    scaled_logits = scoring._scaled_logits
+    matmul_transposed = scoring.matmul_transposed
+    width = tiny_qwen2().config.hidden_size
 
-    def counted(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-        made.append(len(weight))
-        return scaled_logits(hidden, weight, temperature)
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.shape[-1] == width:  # hidden states, by a block of the output layer
+            made.append(len(b))
+        return matmul_transposed(a, b)
 
-    monkeypatch.setattr(scoring, "_scaled_logits", counted)
+    monkeypatch.setattr(scoring, "matmul_transposed", counted)
     # 8 response tokens, blocks of 20 and 17
     for kept, again in ((8 * 37, []), (8 * 37 - 1, [17]), (8 * 20 - 1, [20, 17])):
         cut(20, kept)
@@ -431,6 +434,37 @@ def test_the_first_logits_are_made_once_and_the_others_again_for_the_backward_pa
         found = score_responses(tiny_qwen2(), **collate(PROMPTS, RESPONSES, 0))["log_probs"]
         found.sum().backward()
         assert made == [20, 17, *again]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_what_a_gpu_computes_in_one_kernel_is_what_each_operation_gives(with_entropy: bool) -> None:
+    """The compiler's kernels for a CPU; tests/gpu has those for a GPU."""
+    torch.manual_seed(0)
+    statistics, gradient = (
+        torch.compile(function, dynamic=True, fullgraph=True)
+        for function in (scoring._block_statistics, scoring._block_gradient)
+    )
+    for rows, width, dtype in ((5, 128, torch.float32), (9, 64, torch.bfloat16)):
+        logits = (3 * torch.randn(rows, width)).to(dtype)
+        log_sum, constant, slope = torch.randn(3, rows) + 4.0
+        options = log_sum, constant, slope if with_entropy else None
+        torch.testing.assert_close(
+            statistics(logits, 0.7, with_entropy),
+            scoring._block_statistics(logits, 0.7, with_entropy),
+        )
+        torch.testing.assert_close(
+            gradient(logits, 0.7, *options), scoring._block_gradient(logits, 0.7, *options)
+        )
+
+
+def test_blocks_begin_where_a_gpu_reads_at_its_best() -> None:
+    for positions in (1, 7, 2047, 13_001, 10**6):
+        blocks = scoring._blocks(50_257, positions, "cuda")
+        assert all(block.start % 64 == 0 for block in blocks)
+        assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+        assert blocks[0].start == 0 and blocks[-1].stop == 50_257
 
 
 # ----------------------------------------------------------------------------------------- entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,10 @@ def train(
     arithmetic_folder: Path,
     tmp_path: Path,
 ) -> Callable[..., Path]:
-    """`train(script, method, name=, data=, val=, seed=, **overrides)` -> the run's folder."""
+    """`train(script, method, name=, data=, val=, seed=, model=, **overrides)` -> the run's folder.
+
+    `model` is laid over the model's settings, `overrides` over the method's.
+    """
 
     def call(
         script_name: str,
@@ -50,12 +54,15 @@ def train(
         val: bool = False,
         seed: int = 0,
         flags: tuple[str, ...] = (),
+        model: dict[str, Any] | None = None,
         **overrides: Any,
     ) -> Path:
         output = tmp_path / name
+        settings = json.loads(run_json(method, seed=seed, **overrides))
+        settings["model_settings"] |= model or {}
         arguments = [
             "--settings",
-            run_json(method, seed=seed, **overrides),
+            json.dumps(settings),
             "--starting-model",
             str(sft_folder),
             "--data",
@@ -279,6 +286,21 @@ def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backwa
         for name in one.keys() - {"tokens_per_second", "peak_memory_mb"}:
             if not name.startswith("seconds"):
                 assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch warns itself, and hides it
+def test_a_grpo_run_with_compiled_layers_is_the_one_without(train: Callable[..., Path]) -> None:
+    common = {**SMALL, "minibatches": 2, "kl_coefficient": 0.1, "adam_epsilon": 1e-3}
+    plain = train("train_grpo", "grpo", name="plain", **common)
+    compiled = train(
+        "train_grpo", "grpo", name="compiled", model={"compile_layers": True}, **common
+    )
+    assert largest_difference(plain, compiled) < 1e-5
+    for one, other in zip(metrics_of(plain), metrics_of(compiled), strict=True):
+        for name in ("loss", "grad_norm", "reward_mean", "sampler_gap_mean", "kl"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
 
 
 def test_training_on_a_cpu_keeps_freed_memory(

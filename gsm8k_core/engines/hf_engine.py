@@ -58,6 +58,9 @@ class RoomyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (R, heads, new, width) each; returns all so far."""
+        # Under autocast the rotary embedding leaves keys in float32, which attention would take to
+        # the dtype of the values again for every token.
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
