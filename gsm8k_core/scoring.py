@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from gsm8k_core import onednn
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 
-# Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. Other devices
-# want fewer and larger products: as many as may be kept, a guess so far.
+# Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. A GPU wants
+# few blocks: starting their kernels takes longer than small ones run (docs/experiments.md).
 LOGITS_PER_BLOCK = {"cpu": 2**20}
+LOGITS_PER_BLOCK_OF_OTHERS = 2**26
 # So narrow a block makes the matrix products slow, and takes no more than the hidden states do.
 MIN_BLOCK_WIDTH = 256
 # A GPU's matrix products want rows that begin at multiples of 16 bytes: others take several times
@@ -97,8 +98,9 @@ def score_responses(
     these are log-probs of the distribution sampled from. The entropy carries a gradient only with
     `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
 
-    For causal models of transformers, with or without PEFT adapters or FSDP2, no more than
-    `LOGITS_KEPT` logits exist at once (more only where there are over 100 000 positions). Any other
+    For causal models of transformers, with or without PEFT adapters or FSDP2, no more logits exist
+    at once than `LOGITS_KEPT` and two blocks of them, `LOGITS_PER_BLOCK` on a CPU and on other
+    devices `LOGITS_PER_BLOCK_OF_OTHERS` each (more only with over 100 000 positions). Any other
     module, and any model that changes its logits after the output layer (Gemma's soft-capping,
     Cohere's scale), is asked for plain logits. Raises ValueError for a label outside the
     vocabulary where the mask is true, and for shapes that differ.
@@ -385,7 +387,7 @@ def _fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 def _blocks(vocabulary: int, num_positions: int, device: str) -> list[slice]:
     """The vocabulary, cut into blocks of `LOGITS_PER_BLOCK` logits of all positions."""
-    width = LOGITS_PER_BLOCK.get(device, LOGITS_KEPT) // max(1, num_positions)
+    width = LOGITS_PER_BLOCK.get(device, LOGITS_PER_BLOCK_OF_OTHERS) // max(1, num_positions)
     width = max(width - width % BLOCK_STEP, MIN_BLOCK_WIDTH)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ def test_scoring_is_compared_with_whole_logits(capsys: pytest.CaptureFixture[str
     assert importlib.import_module("benchmarks.scoring").main(SCORING.split()) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
     assert rows[-3:] == ["| ours", "| whole logits", "| TRL's head"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch warns itself, and hides it
+def test_a_training_step_is_compared_with_one_of_compiled_layers(
+    sft_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--model {sft_folder} --rows 2 --shortest 20 --rounds 2".split()
+    assert importlib.import_module("benchmarks.training_step").main(words) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2:] == ["| as loaded", "| compiled layers"]
 
 
 @pytest.mark.slow

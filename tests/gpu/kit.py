@@ -511,16 +511,18 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
     small = kit.settings["device"] == "cpu"
     device = ["--device", kit.settings["device"]]
     model = ["--model", study.weights, "--model-name", study.model]
-    ceilings, scoring, engines, grpo = (
+    ceilings, scoring, training_step, engines, grpo = (
         (
             ["--sizes", 256, 512, "--copy-mib", 64, "--rounds", 2],
             ["--hidden", 32, "--vocabulary", 500, "--rows", 2, "--tokens", 16, "--rounds", 1],
+            ["--rows", 1, "--shortest", 16, "--rounds", 1],
             ["--num-problems", 4, "--max-new-tokens", 8, "--batch-size", 2],
             ["--prompts", 2, "--group-size", 2, "--max-new-tokens", 4, "--rounds", 1],
         )
         if small
         else (
             [],
+            ["--dtype", "bfloat16"],
             ["--dtype", "bfloat16"],
             ["--num-problems", 512, "--max-new-tokens", 256, "--batch-size", 256],
             ["--prompts", 16, "--group-size", 16, "--max-new-tokens", 128, "--rounds", 4]
@@ -542,6 +544,13 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
             *device,
             *scoring,
             "--without-entropy",
+        ],
+        "training step": [
+            "benchmarks/training_step.py",
+            "--model",
+            study.weights,
+            *device,
+            *training_step,
         ],
         "engines": ["benchmarks/engines.py", *model, *engines],
     }
