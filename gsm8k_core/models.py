@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from gsm8k_core import distributed, onednn, ranks
 from gsm8k_core.arithmetic import make_problems
+from gsm8k_core.compiling import compile_error
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
 from gsm8k_core.errors import ConfigError, ModelError
 from gsm8k_core.files import read_json, sha256_file, sha256_json
@@ -314,11 +315,15 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             f"{folder}: {len(report['missing_keys'])} weights are missing ({missing}, …)"
         )
     onednn.use_in(model)
-    if device.type == "cuda":
-        # cuDNN's attention, PyTorch's first choice on Hopper, is planned anew for every shape: the
-        # CPU takes longer for that than the GPU for a small layer (docs/experiments.md).
-        torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval()
+
+
+def set_up_process(device: torch.device) -> None:
+    """What makes this process faster on `device`, whichever model it computes with."""
+    keep_freed_memory(device)
+    # PyTorch's first choice of attention on Hopper, which is planned anew for every shape: the CPU
+    # takes longer for that than the GPU for a small layer (docs/experiments.md).
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -339,10 +344,26 @@ def keep_freed_memory(device: torch.device) -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Let torch.compile fuse what each layer of the decoder computes, in place.
 
-    All layers share one program, for all shapes. The embedding and the head stay as they are. Where
-    tokens are sampled one by one, `torch.compiler.set_stance("force_eager")` switches it off.
+    All layers share a program for each situation: with a gradient or without, with a mask or
+    without, one row or several. The embedding and the head stay as they are. Where tokens are
+    sampled one by one, `torch.compiler.set_stance("force_eager")` switches it off. Raises
+    ConfigError where torch.compile does not work, and for a model whose layers it does not know.
     """
-    for layer in model.get_decoder().layers:
+    problem = compile_error(model.device.type)
+    if problem is not None:
+        raise ConfigError(
+            f"models.<name>.compile_layers: torch.compile does not work here ({problem}): set it "
+            "to false, or install a C compiler and Python's headers"
+        )
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise ConfigError(
+            f"models.<name>.compile_layers: not for {type(model).__name__}, whose layers are not "
+            "where other models have them: set it to false"
+        )
+    # With a reference model and shared prompts there are more situations than the usual 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in layers:
         layer.compile(dynamic=True)
 
 

@@ -5,15 +5,15 @@ Shapes: `B` rows, `T` positions, `V` vocabulary, `H` hidden width, `M` positions
 With a vocabulary of 150 000, the logits of one batch take more memory than the rest of a training
 step. So the output layer runs inside the model's own forward, but only on the positions that count
 and for a block of the vocabulary at a time, small enough for the processor's cache; its logits are
-computed again for the backward pass, but for those of the first blocks. Whole logits are computed
-once, and read and written in main memory many times (docs/benchmarks.md compares).
+computed again for the backward pass, but for those of the first blocks, as many as may be kept.
+Whole logits are computed once, and read and written in main memory many times (docs/benchmarks.md
+compares).
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from gsm8k_core import onednn
+from gsm8k_core.compiling import compile_error
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
+
+log = logging.getLogger(__name__)
 
 # Of all positions and a block of the vocabulary: 4 MiB in float32, for a CPU's cache. A GPU wants
 # few blocks: starting their kernels takes longer than small ones run (docs/experiments.md).
@@ -98,9 +100,9 @@ def score_responses(
     these are log-probs of the distribution sampled from. The entropy carries a gradient only with
     `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
 
-    For causal models of transformers, with or without PEFT adapters or FSDP2, no more logits exist
-    at once than `LOGITS_KEPT` and two blocks of them, `LOGITS_PER_BLOCK` on a CPU and on other
-    devices `LOGITS_PER_BLOCK_OF_OTHERS` each (more only with over 100 000 positions). Any other
+    For causal models of transformers, with or without PEFT adapters or FSDP2, the logits that exist
+    at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU
+    `LOGITS_PER_BLOCK_OF_OTHERS` (more only with over 100 000 positions). Any other
     module, and any model that changes its logits after the output layer (Gemma's soft-capping,
     Cohere's scale), is asked for plain logits. Raises ValueError for a label outside the
     vocabulary where the mask is true, and for shapes that differ.
@@ -267,7 +269,7 @@ class _LinearScores(torch.autograd.Function):
             ctx.dtype = torch.get_autocast_dtype(device)
         ctx.temperature = temperature
         ctx.entropy_gradient = with_entropy and entropy_gradient
-        ctx.blocks = _blocks(len(weight), len(hidden), device)
+        ctx.blocks = _blocks(len(weight), len(hidden), _logits_per_block(device))
         # The first blocks, for the backward pass; of the others the logits are made again.
         num_kept = LOGITS_KEPT // max(1, len(hidden)) if any(ctx.needs_input_grad) else 0
         rows = hidden.to(ctx.dtype)
@@ -289,6 +291,7 @@ class _LinearScores(torch.autograd.Function):
             chosen += torch.where(here, found, 0.0)
             if block.stop <= num_kept:
                 kept.append(logits)
+            del logits  # before those of the next block are made
         log_sum = log_sums.logsumexp(dim=0)
         columns = [chosen - log_sum]
         if with_entropy:
@@ -312,7 +315,7 @@ class _LinearScores(torch.autograd.Function):
         if ctx.entropy_gradient:
             slope = gradient[:, 1] / ctx.temperature
             constant = of_label + slope * scores[:, 1]
-        of_label = of_label + _gradient_of_logits(scores[:, 0], constant, slope)
+        of_label = of_label + _gradient_of_logits_(scores[:, 0].clone(), constant, slope)
         gradient_of = _fused(_block_gradient, device)
         for number, block in enumerate(ctx.blocks):
             matrix = weight[block].to(ctx.dtype)
@@ -326,6 +329,8 @@ class _LinearScores(torch.autograd.Function):
             if weight_gradient is not None:
                 columns = of_logits.T.contiguous() if device == "cpu" else of_logits.T
                 weight_gradient[block] = matmul_transposed(columns, rows.T)
+                del columns
+            del logits, of_logits
         return hidden_gradient.to(hidden.dtype), weight_gradient, None, None, None, None
 
 
@@ -355,15 +360,17 @@ def _block_gradient(
     """Gradient of a block's unscaled logits (M, width), as if no label were in it."""
     log_probs = _scaled(logits, temperature) - log_sum[:, None]
     columns = None if slope is None else slope[:, None]
-    return _gradient_of_logits(log_probs, constant[:, None], columns).to(logits.dtype)
+    return _gradient_of_logits_(log_probs, constant[:, None], columns).to(logits.dtype)
 
 
-def _gradient_of_logits(
+def _gradient_of_logits_(
     log_probs: torch.Tensor, constant: torch.Tensor, slope: torch.Tensor | None
 ) -> torch.Tensor:
-    """-p·(constant + slope·log p)."""
-    minus = -constant
-    return log_probs.exp() * (minus if slope is None else (minus - slope * log_probs))
+    """-p·(constant + slope·log p); overwrites `log_probs`."""
+    probabilities = log_probs.exp()
+    if slope is None:
+        return probabilities.mul_(-constant)
+    return probabilities.mul_(log_probs.mul_(-slope).sub_(constant))
 
 
 def _places(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,19 +382,28 @@ def _places(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Ten
 
 @functools.cache
 def _fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function` as one kernel on a GPU, where each operation would read and write all the logits.
-
-    Without Triton, or a C compiler that it needs, as it is.
+    """`function` through torch.compile on a GPU, where each operation would read and write all the
+    logits; as it is on a CPU, and with a warning where torch.compile does not work.
     """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if device == "cpu" or not has_triton() or compiler is None:
+    if device == "cpu":
+        return function
+    problem = compile_error(device)
+    if problem is not None:
+        log.warning("torch.compile does not work here, so scoring is slower: %s", problem)
         return function
     return torch.compile(function, dynamic=True)
 
 
-def _blocks(vocabulary: int, num_positions: int, device: str) -> list[slice]:
-    """The vocabulary, cut into blocks of `LOGITS_PER_BLOCK` logits of all positions."""
-    width = LOGITS_PER_BLOCK.get(device, LOGITS_PER_BLOCK_OF_OTHERS) // max(1, num_positions)
+def _logits_per_block(device: str) -> int:
+    if device in LOGITS_PER_BLOCK:
+        return LOGITS_PER_BLOCK[device]
+    # Without fused kernels, several float32 copies of a block's logits exist at once.
+    return LOGITS_PER_BLOCK_OF_OTHERS if compile_error(device) is None else LOGITS_KEPT
+
+
+def _blocks(vocabulary: int, num_positions: int, logits_per_block: int) -> list[slice]:
+    """The vocabulary, cut into blocks of so many logits of all positions."""
+    width = logits_per_block // max(1, num_positions)
     width = max(width - width % BLOCK_STEP, MIN_BLOCK_WIDTH)
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 

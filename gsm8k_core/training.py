@@ -59,13 +59,13 @@ from gsm8k_core.models import (
     compile_layers,
     compute_dtype,
     empty_model,
-    keep_freed_memory,
     load_model,
     load_plain_weights,
     load_tokenizer,
     plain_weights,
     resolve_device,
     save_model,
+    set_up_process,
     weights_digest,
 )
 from gsm8k_core.problems import Problem, read_problems
@@ -238,12 +238,14 @@ class TrainingRun:
         )
 
     def _load_starting_model(self) -> PreTrainedModel:
-        keep_freed_memory(self.device)
+        set_up_process(self.device)
         if ranks.world_size() == 1:
             model = load_model(self.starting_model, self.device)
             if self.run_settings.model_settings.compile_layers:
                 compile_layers(model)
             return model
+        if self.run_settings.model_settings.compile_layers and ranks.is_main():
+            log.warning("compile_layers is for one GPU: of several, each computes as without it")
         if ranks.is_main():  # to be spread over the ranks: it need not fit on one GPU
             return load_model(self.starting_model, torch.device("cpu"))
         return empty_model(self.starting_model)
@@ -426,7 +428,7 @@ class TrainingRun:
         rows: list[Json] = []
         for start in range(0, len(problems), at_once):
             part = slice(start, start + at_once)
-            with self.autocast():
+            with self._sampling_context():
                 rows += log_generations(
                     self.model,
                     self.tokenizer,

@@ -32,7 +32,7 @@ def test_a_training_step_is_compared_with_one_of_compiled_layers(
     words = f"--model {sft_folder} --rows 2 --shortest 20 --rounds 2".split()
     assert importlib.import_module("benchmarks.training_step").main(words) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert rows[-2:] == ["| as loaded", "| compiled layers"]
+    assert rows[-2:] == ["| plain", "| compiled layers"]
 
 
 @pytest.mark.slow

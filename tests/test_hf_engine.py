@@ -449,3 +449,12 @@ def test_keys_that_heads_share_are_not_copied_and_nothing_else_changes(
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
     with pytest.raises(AssertionError, match="were copied"):  # the check sees a copy
         shared(torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.tensor([[1, 1], [0, 1]]))
+
+
+def test_cached_keys_have_the_dtype_that_attention_reads() -> None:
+    """Under autocast keys come in float32, from the rotary embedding, and values in bfloat16."""
+    layer = RoomyLayer()
+    for _ in range(2):
+        keys, values = layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).bfloat16())
+        assert keys.dtype == values.dtype == torch.bfloat16
+    assert keys.shape == (1, 2, 6, 4)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -439,7 +443,7 @@ def test_the_first_logits_are_made_once_and_the_others_again_for_the_backward_pa
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("with_entropy", [True, False])
-def test_what_a_gpu_computes_in_one_kernel_is_what_each_operation_gives(with_entropy: bool) -> None:
+def test_what_is_compiled_for_a_gpu_gives_what_each_operation_does(with_entropy: bool) -> None:
     """The compiler's kernels for a CPU; tests/gpu has those for a GPU."""
     torch.manual_seed(0)
     statistics, gradient = (
@@ -459,9 +463,42 @@ def test_what_a_gpu_computes_in_one_kernel_is_what_each_operation_gives(with_ent
         )
 
 
+def test_a_gpu_without_a_compiler_scores_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scoring, "compile_error", lambda _: "Python.h: No such file")
+    scoring._fused.cache_clear()
+    assert scoring._fused(scoring._block_gradient, "cuda") is scoring._block_gradient
+    assert scoring._logits_per_block("cuda") == scoring.LOGITS_KEPT
+    assert "Python.h: No such file" in caplog.text
+    scoring._fused.cache_clear()
+
+
+@pytest.mark.slow
+def test_whether_torch_compile_works_is_found_by_trying(tmp_path: Path) -> None:
+    """In processes of their own: it is asked once in each."""
+    program = "from gsm8k_core.compiling import compile_error; print(compile_error('cpu'))"
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / compiler),
+                "CXX": compiler,
+            },
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
+        ).stdout.strip()
+        for compiler in ("g++", "no-such-compiler")
+    ]
+    assert (answers[0] == "None") == (shutil.which("g++") is not None)
+    assert answers[1] not in ("", "None")
+
+
 def test_blocks_begin_where_a_gpu_reads_at_its_best() -> None:
     for positions in (1, 7, 2047, 13_001, 10**6):
-        blocks = scoring._blocks(50_257, positions, "cuda")
+        blocks = scoring._blocks(50_257, positions, scoring.LOGITS_PER_BLOCK_OF_OTHERS)
         assert all(block.start % 64 == 0 for block in blocks)
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert blocks[0].start == 0 and blocks[-1].stop == 50_257

@@ -294,6 +294,7 @@ def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backwa
 def test_a_grpo_run_with_compiled_layers_is_the_one_without(train: Callable[..., Path]) -> None:
     common = {**SMALL, "minibatches": 2, "kl_coefficient": 0.1, "adam_epsilon": 1e-3}
     plain = train("train_grpo", "grpo", name="plain", **common)
+    torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
     compiled = train(
@@ -307,11 +308,24 @@ def test_a_grpo_run_with_compiled_layers_is_the_one_without(train: Callable[...,
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
 
 
-def test_training_on_a_cpu_keeps_freed_memory(
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch warns itself, and hides it
+def test_logged_generations_compile_nothing(train: Callable[..., Path]) -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model, options = {"compile_layers": True}, {"num_steps": 1, "batch_size": 2}
+    run = train("train_sft", "sft", val=True, model=model, **options)
+    assert 0 < graphs["unique_graphs"] < 6
+    assert metrics_of(run)[0]["loss"] > 0.0
+
+
+def test_training_sets_up_its_process_for_the_device(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[torch.device] = []
-    monkeypatch.setattr(training, "keep_freed_memory", devices.append)
+    monkeypatch.setattr(training, "set_up_process", devices.append)
     train("train_sft", "sft", num_steps=1, batch_size=2)
     assert devices == [torch.device("cpu")]
 

@@ -16,9 +16,9 @@ from gsm8k_core.errors import ModelError
 from gsm8k_core.models import (
     autocast,
     compute_dtype,
-    keep_freed_memory,
     load_model,
     load_tokenizer,
+    set_up_process,
 )
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def start_engine(
         dtype = compute_dtype(device, settings.dtype)
         fraction = settings.vllm.gpu_memory_fraction
         return VllmEngine(folder, settings.vllm, dtype, device, fraction)
-    keep_freed_memory(device)
+    set_up_process(device)
     return HfEngine(
         load_model(folder, device),
         load_tokenizer(folder),

@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from gsm8k_core import scoring
+from gsm8k_core.compiling import compile_error
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.vllm_engine import vllm_build
@@ -188,6 +190,35 @@ def test_scores_by_block_are_those_of_whole_logits_in_less_memory(cuda: torch.de
         del log_probs
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
     assert peaks[1] < peaks[0] / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_scores_and_their_gradients_are_those_of_whole_logits(
+    cuda: torch.device, dtype: torch.dtype, temperature: float
+) -> None:
+    if compile_error("cuda") is None:
+        fused = scoring._fused(scoring._block_gradient, "cuda")
+        assert fused is not scoring._block_gradient
+    torch.manual_seed(0)
+    hidden = torch.randn(600, 64, device=cuda, dtype=dtype)
+    weight = torch.randn(300_007, 64, device=cuda, dtype=dtype) / 4  # several blocks
+    labels = torch.randint(300_007, (600,), device=cuda)
+    found = []
+    for whole in (False, True):
+        rows, matrix = (part.clone().requires_grad_() for part in (hidden, weight))
+        if whole:
+            logits = rows @ matrix.T
+            scores = scoring._score_logits(logits, labels, temperature, True, True)
+        else:
+            scores = scoring._LinearScores.apply(rows, matrix, labels, temperature, True, True)
+        loss = scores[:, 0].sum() + 0.3 * scores[:, 1].sum()
+        gradients = torch.autograd.grad(loss, (rows, matrix))
+        found.append([scores.detach().float(), *(gradient.float() for gradient in gradients)])
+    assert len(scoring._blocks(300_007, 600, scoring._logits_per_block("cuda"))) > 2
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).norm() < bound * expected.norm()
 
 
 def test_sft_on_two_gpus_has_the_losses_of_one(

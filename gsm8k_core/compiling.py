@@ -1,0 +1,28 @@
+"""Whether torch.compile can make kernels here: on a GPU it needs Triton, a C compiler, and more."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+
+import torch
+
+
+@functools.cache
+def compile_error(device_type: str) -> str | None:
+    """Why torch.compile makes no kernel for `device_type` ("cpu", "cuda"); None where it does.
+
+    Found by making a small one: a compiler without Python's headers, or a cache that cannot be
+    written, shows in no other way.
+    """
+    try:
+        compiled = torch.compile(_sum_of_exponentials, dynamic=True)
+        compiled(torch.ones(2, 64, device=device_type))
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def _sum_of_exponentials(values: torch.Tensor) -> torch.Tensor:
+    return values.exp().sum(dim=-1)
