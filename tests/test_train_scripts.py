@@ -290,7 +290,7 @@ def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backwa
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("default")  # torch warns itself, and hides it
+@pytest.mark.filterwarnings("ignore")  # torch's own
 def test_a_grpo_run_with_compiled_layers_is_the_one_without(train: Callable[..., Path]) -> None:
     common = {**SMALL, "minibatches": 2, "kl_coefficient": 0.1, "adam_epsilon": 1e-3}
     plain = train("train_grpo", "grpo", name="plain", **common)
@@ -310,7 +310,7 @@ def test_a_grpo_run_with_compiled_layers_is_the_one_without(train: Callable[...,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("default")  # torch warns itself, and hides it
+@pytest.mark.filterwarnings("ignore")  # torch's own
 def test_logged_generations_compile_nothing(train: Callable[..., Path]) -> None:
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]

@@ -171,7 +171,7 @@ class Kit:
 
     @property
     def site(self) -> Path:
-        return self.folder / "site"
+        return self.folder / "site-packages"  # so named, as dill knows libraries by it
 
     def environment(self) -> dict[str, str]:
         """Of every command: what was installed here, no network, the device that was asked for."""
@@ -181,6 +181,8 @@ class Kit:
         if (self.folder / "data" / "gsm8k").is_dir():  # received: there is no network
             found["GSM8K_DIR"] = str(self.folder / "data" / "gsm8k")
             found |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        if (self.site / "vllm").is_dir() and not (self.site / "flashinfer").is_dir():
+            found["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM imports otherwise
         if self.settings["device"] == "cpu":
             found["CUDA_VISIBLE_DEVICES"] = ""
         return found
@@ -349,6 +351,7 @@ def install(kit: Kit) -> None:
         for path in files:
             if path.suffix == ".jsonl":
                 shutil.copyfile(path, data / path.name)
+        unpack([path for path in files if path.name.startswith("environment-")], kit.site)
         wheels = [path for path in files if path.suffix == ".whl" and not is_installed(path)]
         command = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
         if wheels:
@@ -377,6 +380,25 @@ def install(kit: Kit) -> None:
     if facts["gpu"] is None and kit.settings["device"] != "cpu":
         raise Failed("torch sees no GPU here (--device cpu rehearses the kit on a CPU)")
     say(f"   {facts['gpu'] or 'CPU'}, torch {facts['packages']['torch']}, Python {sys.version[:6]}")
+
+
+def unpack(archives: list[Path], site: Path) -> None:
+    """The locked environment into `site`, and CUDA's libraries from where this Python has them."""
+    if not archives:
+        return
+    site.mkdir(exist_ok=True)
+    command = ["tar", "--extract", "--directory", str(site), "--file"]
+    running = [subprocess.Popen([*command, str(path)]) for path in archives]
+    for path, process in zip(archives, running, strict=True):
+        if process.wait() != 0:
+            raise Failed(f"{path.name}: tar gave {process.returncode}")
+    own = importlib.util.find_spec("nvidia")
+    for place in (own.submodule_search_locations or []) if own is not None else []:
+        for folder in Path(place).iterdir():
+            link = site / "nvidia" / folder.name
+            if folder.is_dir() and not link.exists() and folder != link:
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(folder)
 
 
 def add_site(kit: Kit) -> None:

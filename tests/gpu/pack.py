@@ -8,6 +8,10 @@ That machine is taken to have Python, CUDA's torch, transformers and what comes 
     bash tests/gpu/pack.sh /somewhere/pack
     bash tests/gpu/check.sh --receive /somewhere/pack/piece1        # there, once for each piece
 
+With `--vllm` the whole locked environment travels instead, vLLM and torch included, for one GPU
+architecture (slim.py): that machine then needs Python and CUDA's libraries alone (those of its own
+torch do), and runs the versions of uv.lock. It takes uv here, and some minutes.
+
 Versions are those of uv.lock. GSM8K is taken from $GSM8K_DIR (or --gsm8k), else it is downloaded
 and verified as scripts/prepare_data.py does.
 """
@@ -26,6 +30,8 @@ import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+from slim import write_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
@@ -47,6 +53,8 @@ LOCKED = (
     "hypothesis",  # of the tests
     "sortedcontainers",
 )
+# What runs the tests; a machine whose own packages are used has it.
+TEST_TOOLS = ("execnet", "iniconfig", "pluggy", "pytest", "pytest-timeout", "pytest-xdist")
 # Peers of the scoring benchmark; nothing else needs them.
 PEERS = ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1")
 # pip matches a platform's number exactly, so each glibc that a wheel may name is listed.
@@ -158,6 +166,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("output_dir", type=Path, metavar="DIR", help="must not exist yet")
     arguments.add_argument("--python", default="3.12", help="that machine's (default: 3.12)")
     arguments.add_argument("--piece-mib", type=int, default=45, help="default: 45")
+    arguments.add_argument("--vllm", action="store_true", help="the whole locked environment")
+    arguments.add_argument(
+        "--architecture", type=int, default=90, help="of its GPU (default: 90, an H100 or H200)"
+    )
     arguments.add_argument("--gsm8k", default=os.environ.get("GSM8K_DIR"), metavar="FOLDER")
     args = arguments.parse_args(argv)
     if args.output_dir.exists():
@@ -166,7 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     versions = locked_versions(ROOT / "uv.lock")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        download_wheels([*(f"{n}=={versions[n]}" for n in LOCKED), *PEERS], args.python, folder)
+        packages = [*(f"{name}=={versions[name]}" for name in LOCKED), *PEERS]
+        if args.vllm:
+            packages += [f"{name}=={versions[name]}" for name in TEST_TOOLS]
+            write_environment(folder, args.python, args.architecture, packages)
+        else:
+            download_wheels(packages, args.python, folder)
         find_gsm8k(args.gsm8k, folder)
         for piece in write_pieces(sorted(folder.iterdir()), args.output_dir, args.piece_mib * MIB):
             size = sum(path.stat().st_size for path in piece.iterdir())
