@@ -19,7 +19,7 @@ MIB = 2**20
 # Without FlashInfer vLLM starts only with VLLM_USE_FLASHINFER_SAMPLER=0 (kit.py sets it).
 SURPLUS_PACKAGES = frozenset(
     "altair anthropic fastsafetensors flashinfer-python fonttools grpcio "
-    "hf-xet instanttensor llvmlite matplotlib nccl4py numba nvidia-cutlass-dsl "
+    "hf-xet instanttensor llvmlite matplotlib nccl-extensions nccl4py numba nvidia-cutlass-dsl "
     "nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu12 "
     "nvidia-cutlass-dsl-libs-cu13 opencv-python-headless pulp pynvvideocodec quack-kernels "
     "snakemake sqlalchemy tilelang tokenspeed-triton torchaudio "
@@ -29,6 +29,7 @@ SURPLUS_FILES = (
     "**/__pycache__",
     "*/tests",
     "**/*.a",
+    "cuda/bindings/*.cpp",
     "mistral_common/data/tekken_*.json",
     "pycountry/locales",
     "triton/backends/nvidia/bin/ptxas-blackwell",
