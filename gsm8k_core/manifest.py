@@ -151,7 +151,8 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
             left_out[name] = reason
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "index"
-        shutil.copyfile(index, copy)
+        # With its time: git compares the content of files that are no older than the index.
+        shutil.copy2(index, copy)
         environment = {"GIT_INDEX_FILE": str(copy)}
         if small:
             run_command(

@@ -174,6 +174,20 @@ def test_a_patch_that_ends_in_a_blank_line_of_context_applies(tree: Path, tmp_pa
     assert (tree / "file").read_text(encoding="utf-8") == "a\nB\n\n"
 
 
+def test_a_file_changed_in_the_second_of_its_commit_is_in_the_patch(tree: Path) -> None:
+    """Of the same size in the same second: git reads it where its index is no younger."""
+    git_in(tree, "config", "core.trustctime", "false")  # the one time that cannot be set
+    instant = (1_700_000_000, 1_700_000_000)
+    (tree / "file").write_text("a\n", encoding="utf-8")
+    os.utime(tree / "file", instant)
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
+    (tree / "file").write_text("b\n", encoding="utf-8")
+    for path in (tree / "file", tree / ".git" / "index"):
+        os.utime(path, instant)
+    assert "+b" in manifest.uncommitted_changes()[0]
+
+
 def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     tree: Path, tmp_path: Path, config: Config
 ) -> None:
