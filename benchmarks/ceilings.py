@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import settle
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import write_json
 from gsm8k_core.training import device_name
@@ -25,18 +26,13 @@ from gsm8k_core.training import device_name
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int, times: int) -> float:
     """Median seconds of one call of `work`, over `rounds` rounds of `times` calls."""
-
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     found = []
     for _ in range(rounds + 1):
-        settle()
+        settle(device.type)
         started = time.perf_counter()
         for _ in range(times):
             work()
-        settle()
+        settle(device.type)
         found.append((time.perf_counter() - started) / times)
     return statistics.median(found[1:])
 

@@ -52,6 +52,14 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else platform.processor()} ({psutil.cpu_count()} cores)"
 
 
+def settle(device: str) -> None:
+    """Wait until the device has done what it was told: before every reading of the clock."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median, and the range in brackets."""
     low, middle, high = min(values), statistics.median(values), max(values)

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Json, Side, Turns, environment_line, ratios, run_turns, spread
+from benchmarks.common import Json, Side, Turns, environment_line, ratios, run_turns, settle, spread
 from benchmarks.common import take_turns as take_turns_of
 from gsm8k_core.cli import leave, parser, run_script
 
@@ -173,8 +173,7 @@ def one_side(args: argparse.Namespace) -> None:
     memory = ExtraMemory(args.device)
 
     def synchronise() -> float:
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        settle(args.device)
         return time.perf_counter()
 
     def turn() -> Json:

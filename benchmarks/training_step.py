@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Json, environment_line, ratios, spread
+from benchmarks.common import Json, environment_line, ratios, settle, spread
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.models import autocast, compile_layers, load_model
@@ -57,7 +57,7 @@ class Way:
         torch.backends.cuda.enable_cudnn_sdp(self.name == "cuDNN attention")
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         mask[:, input_ids.shape[1] // 2 :] = True
-        settle(self.device)
+        settle(self.device.type)
         started = time.perf_counter()
         with autocast(self.device, self.dtype):
             scores = score_responses(
@@ -68,14 +68,9 @@ class Way:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        settle(self.device)
+        settle(self.device.type)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens": input_ids.numel(), "loss": loss.item()}
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops(model: Any, length: int) -> int:
@@ -103,9 +98,9 @@ def main(argv: list[str] | None = None) -> int:
         return torch.randint(vocabulary, (args.rows, length)).to(args.device)
 
     Way("plain", args).step(rows(args.shortest))  # starts CUDA, and compiles what all score with
-    first = [rows(args.shortest), rows(args.shortest + 1)]
+    warm_up = [rows(args.shortest), rows(args.shortest + 1)]
     for way in ways:
-        way.steps = [way.step(inputs) for inputs in first]
+        way.steps = [way.step(inputs) for inputs in warm_up]
     lengths = [args.shortest + args.longer_by * turn for turn in range(args.rounds)]
     for turn, length in enumerate([*lengths, *[lengths[-1]] * SAME_LENGTH_TURNS]):
         inputs = rows(length)

@@ -7,6 +7,8 @@ import subprocess
 
 import torch
 
+from gsm8k_core.errors import first_line
+
 
 @functools.cache
 def compile_error(device_type: str) -> str | None:
@@ -19,8 +21,7 @@ def compile_error(device_type: str) -> str | None:
         compiled = torch.compile(_sum_of_exponentials, dynamic=True)
         compiled(torch.ones(2, 64, device=device_type))
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[0] if lines else type(error).__name__
+        return first_line(error) or type(error).__name__
     return None
 
 

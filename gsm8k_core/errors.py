@@ -33,3 +33,9 @@ class BusyError(Gsm8kError):
 
 class TrainingError(Gsm8kError):
     """A run cannot go on: a non-finite loss, a reward that is no number, a broken checkpoint."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of one's own."""
+    lines = str(error).strip().split("\n")
+    return lines[0][:300]

@@ -37,7 +37,7 @@ from gsm8k_core import distributed, onednn, ranks
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.config import ArithmeticDataset, ModelSettings
-from gsm8k_core.errors import ConfigError, ModelError
+from gsm8k_core.errors import ConfigError, ModelError, first_line
 from gsm8k_core.files import read_json, sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
@@ -195,7 +195,7 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
     except (OSError, HTTPError, ValueError) as error:
         raise ModelError(
             f"{name}: the hub cannot be reached and the local cache does not hold it; "
-            f"connect once, or download it elsewhere and set source: path ({_first_line(error)})"
+            f"connect once, or download it elsewhere and set source: path ({first_line(error)})"
         ) from error
     _copy_files(snapshot, output_dir)
     commit = snapshot.name  # the hub's cache has a folder for each commit
@@ -288,7 +288,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
 
 
 @_bars_in_a_terminal_alone()
@@ -307,7 +307,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: cannot load the model: {first_line(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -382,7 +382,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
                 folder, local_files_only=True
             )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: cannot load the model: {first_line(error)}") from error
     onednn.use_in(model)
     return model.eval()
 
@@ -403,11 +403,6 @@ def _check_folder(folder: Path) -> None:
                     f"{folder}: {name} is missing, so a removal of these weights was cut short; "
                     "delete the folder, then run again to have them trained anew"
                 )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().split("\n")
-    return lines[0][:300]
 
 
 def weights_digest(folder: Path) -> str:

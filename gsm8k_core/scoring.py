@@ -102,10 +102,10 @@ def score_responses(
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, the logits that exist
     at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU
-    `LOGITS_PER_BLOCK_OF_OTHERS` (more only with over 100 000 positions). Any other
-    module, and any model that changes its logits after the output layer (Gemma's soft-capping,
-    Cohere's scale), is asked for plain logits. Raises ValueError for a label outside the
-    vocabulary where the mask is true, and for shapes that differ.
+    `LOGITS_PER_BLOCK_OF_OTHERS` (more only with over 100 000 positions). Any other module, and any
+    model that changes its logits after the output layer (Gemma's soft-capping, Cohere's scale), is
+    asked for plain logits. Raises ValueError for a label outside the vocabulary where the mask is
+    true, and for shapes that differ.
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")

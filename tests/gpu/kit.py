@@ -396,7 +396,7 @@ def unpack(archives: list[Path], site: Path) -> None:
     for place in (own.submodule_search_locations or []) if own is not None else []:
         for folder in Path(place).iterdir():
             link = site / "nvidia" / folder.name
-            if folder.is_dir() and not link.exists() and folder != link:
+            if folder.is_dir() and not link.exists():
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(folder)
 

@@ -19,12 +19,11 @@ MIB = 2**20
 # Without FlashInfer vLLM starts only with VLLM_USE_FLASHINFER_SAMPLER=0 (kit.py sets it).
 SURPLUS_PACKAGES = frozenset(
     "altair anthropic fastsafetensors flashinfer-python fonttools grpcio "
-    "hf-xet instanttensor llvmlite matplotlib nccl-extensions nccl4py numba nvidia-cutlass-dsl "
-    "nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu12 "
-    "nvidia-cutlass-dsl-libs-cu13 opencv-python-headless pulp pynvvideocodec quack-kernels "
-    "snakemake sqlalchemy tilelang tokenspeed-triton torchaudio "
-    "torchcodec vl-convert-python wandb z3-solver".split()
+    "hf-xet instanttensor llvmlite matplotlib nccl-extensions nccl4py numba "
+    "opencv-python-headless pulp pynvvideocodec quack-kernels snakemake sqlalchemy tilelang "
+    "tokenspeed-triton torchaudio torchcodec vl-convert-python wandb z3-solver".split()
 )
+KEPT_OF_NVIDIA = ("nvidia-nccl-cu13", "nvidia-ml-py")
 SURPLUS_FILES = (
     "**/__pycache__",
     "*/tests",
@@ -89,7 +88,7 @@ def requirements(uv: str) -> list[str]:
         line
         for line, name in names.items()
         if name not in SURPLUS_PACKAGES
-        and (not name.startswith("nvidia-") or name in ("nvidia-nccl-cu13", "nvidia-ml-py"))
+        and (not name.startswith("nvidia-") or name in KEPT_OF_NVIDIA)
     ]
 
 
