@@ -50,6 +50,8 @@ MALLOPT_MMAP_THRESHOLD = -3
 TINY_VOCABULARY = 512
 TINY_PROBLEMS_FOR_TOKENIZER = 2000
 TINY_SEED = 0
+# Kinds of models whose attention `is_plain_decoder` vouches for.
+PLAIN_DECODERS = ("llama", "qwen2", "qwen3")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
@@ -444,6 +446,19 @@ def save_model(
         tokenizer.save_pretrained(output_dir)
     except SafetensorError as error:
         raise ModelError(f"{output_dir}: cannot write the weights: {error}") from error
+
+
+def is_plain_decoder(model: Any) -> bool:
+    """Whether it is of a kind whose layers attend by `sdpa` to all tokens before, under any mask.
+
+    Positions are rotary in all of these. Other kinds may be so too, but are not known to be.
+    """
+    config = getattr(model, "config", None)
+    return (
+        getattr(config, "model_type", None) in PLAIN_DECODERS
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and not getattr(config, "use_sliding_window", False)
+    )
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

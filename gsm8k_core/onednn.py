@@ -1,13 +1,16 @@
 """Matrix products by oneDNN where PyTorch's own, by MKL, are slow: AMD's processors with AVX-512.
 
-MKL gives those its kernels for AVX2, at half the speed or less (docs/experiments.md). The operator
-is the one that torch.compile uses for a linear layer. What is chosen depends on the processor
-alone, never on a measurement, so a rerun on the same machine computes the same.
+MKL gives those its kernels for AVX2. Zen 5, whose AVX-512 units are twice as wide, computes with
+them at half its speed or less; Zen 4 computes large products a tenth slower and small ones faster
+(docs/experiments.md). The operator is the one that torch.compile uses for a linear layer. What is
+chosen depends on the processor and the matrix alone, never on a measurement, so a rerun on the same
+machine computes the same.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,32 +19,39 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+FAMILY_OF_ZEN_4 = 25
+
 
 @functools.cache
-def is_faster() -> bool:
-    """Whether this processor is one that MKL is slow on, and this PyTorch has oneDNN."""
+def smallest_matrix() -> float:
+    """Entries of a matrix from which on oneDNN multiplies by it faster: 0 for all, inf for none."""
     try:
         described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
-        return False
-    return (
-        re.search(r"^vendor_id\s*: AuthenticAMD$", described, re.MULTILINE) is not None
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return math.inf
+    family = re.search(
+        r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", described, re.MULTILINE
     )
+    if (
+        family is None
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or not torch.backends.mkldnn.is_available()
+        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return math.inf
+    return 2**17 if int(family[1]) <= FAMILY_OF_ZEN_4 else 0
 
 
-def applies_to(*tensors: torch.Tensor) -> bool:
+def applies_to(rows: torch.Tensor, matrix: torch.Tensor) -> bool:
     """Whether `product` takes these: not empty, float32 on the CPU, no subclass, no autocast."""
     return (
-        all(
+        matrix.numel() >= smallest_matrix()
+        and all(
             tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
-            for tensor in tensors
+            for tensor in (rows, matrix)
         )
-        and is_faster()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.overrides.has_torch_function(tensors)
+        and not torch.overrides.has_torch_function((rows, matrix))
     )
 
 
@@ -54,7 +64,7 @@ def product(
 
 def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b.T` of matrices, without a gradient, by what is faster."""
-    return product(a, b) if applies_to(a, b) else a @ b.T
+    return product(a.contiguous(), b) if applies_to(a, b) else a @ b.T
 
 
 def repeating_size(size: int) -> int:
@@ -103,8 +113,6 @@ class OneDnnLinear(torch.nn.Linear):
 
 def use_in(model: torch.nn.Module) -> None:
     """Let the linear layers of a model be `OneDnnLinear`, in place, where that is faster."""
-    if not is_faster():
-        return
     for part in model.modules():
-        if type(part) is torch.nn.Linear:
+        if type(part) is torch.nn.Linear and part.weight.numel() >= smallest_matrix():
             part.__class__ = OneDnnLinear

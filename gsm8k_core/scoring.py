@@ -158,7 +158,7 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def _width_to_compute(model: torch.nn.Module, head: torch.nn.Module, width: int) -> int:
     """Positions of rows padded on the right, so that their shapes come again (`onednn`)."""
-    if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight):
+    if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight, head.weight):
         return width
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
     padded = onednn.repeating_size(width)
@@ -327,9 +327,7 @@ class _LinearScores(torch.autograd.Function):
             of_logits.scatter_(-1, places, torch.where(here[:, None], own, others))
             hidden_gradient += matmul_transposed(of_logits, matrix.T)
             if weight_gradient is not None:
-                columns = of_logits.T.contiguous() if device == "cpu" else of_logits.T
-                weight_gradient[block] = matmul_transposed(columns, rows.T)
-                del columns
+                weight_gradient[block] = matmul_transposed(of_logits.T, rows.T)
             del logits, of_logits
         return hidden_gradient.to(hidden.dtype), weight_gradient, None, None, None, None
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# Decoders with rotary positions and full attention in each layer, whose forward takes any mask.
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+from gsm8k_core.models import is_plain_decoder
+
 # What is estimated to cost more than this share of a row for each completion is not worth it.
 WORTH_IT = 0.9
 
@@ -31,11 +31,9 @@ class ForwardCost:
     @classmethod
     def of(cls, model: Any) -> ForwardCost | None:
         """None for a model that is not known to be right with prompts shared."""
-        config: Any = getattr(model, "config", None)
-        if getattr(config, "model_type", None) not in MODEL_TYPES:
+        if not is_plain_decoder(model):
             return None
-        if config._attn_implementation != "sdpa" or getattr(config, "use_sliding_window", False):
-            return None
+        config = model.config
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         kept = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}

@@ -509,6 +509,15 @@ class TrainingRun:
         engine.sleep()
 
     @property
+    def samples_with_itself(self) -> bool:
+        """Whether the engine is the model in training, in float32.
+
+        Log-probs of its completions are then what scoring them would give, but for rounding.
+        """
+        dtype = compute_dtype(self.device, self.run_settings.model_settings.dtype)
+        return getattr(self._engine, "model", None) is self.model and dtype == "float32"
+
+    @property
     def _num_updates(self) -> int:
         return int(self.progress["num_updates_done"])
 

@@ -102,7 +102,8 @@ class Rollouts:
     own_rows: list[int]
     """Those that this rank's engine sampled."""
     old_log_probs: torch.Tensor | None = None
-    """(N, T), zeros for the first minibatch: its update is on policy; None where that is all"""
+    """(N, T), zeros for the first minibatch, whose update is on policy; None where that is all, and
+    where the sampler's are the trainer's"""
     ref_log_probs: torch.Tensor | None = None
 
 
@@ -393,8 +394,10 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     parts: list[Metrics] = []
     updates: list[dict[str, float]] = []
     before = rollouts.old_log_probs
+    measured = slice(None)  # the rows whose log-probs the trainer itself has computed
     if before is None:
-        before = torch.zeros_like(rollouts.sampler_log_probs)
+        before = rollouts.sampler_log_probs.clone()
+        measured = slice(minibatch_size)
     before[:minibatch_size] = 0.0
     # Ranks that disagreed by a rounding would wait for each other forever.
     learnt = distributed.broadcast(has_gradient(advantages, settings).tolist())
@@ -443,7 +446,8 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
         summary["loss"] /= len(updates)
         summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
         summary["learning_rate"] = updates[-1]["learning_rate"]
-        summary |= sampler_gap(before, rollouts.sampler_log_probs, rollouts.response_mask)
+        tensors = (before, rollouts.sampler_log_probs, rollouts.response_mask)
+        summary |= sampler_gap(*(tensor[measured] for tensor in tensors))
     return summary
 
 
@@ -557,7 +561,7 @@ def main(argv: list[str] | None = None) -> int:
         if every and (step <= steps_done + 2 or step % every == 0):
             check_sampler(run, rollouts)
         in_reward = reference is not None and settings.kl_placement == "reward"
-        if updates_per_step > 1 or in_reward:
+        if (updates_per_step > 1 or in_reward) and not run.samples_with_itself:
             first_row = 0 if in_reward else len(rollouts.lengths) // settings.minibatches
             old = score_all(run, run.model, rollouts, first_row)
             rollouts = replace(rollouts, old_log_probs=old)
@@ -565,8 +569,11 @@ def main(argv: list[str] | None = None) -> int:
             rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
         if in_reward:
-            assert rollouts.old_log_probs is not None and rollouts.ref_log_probs is not None
-            kl = kl_estimate(rollouts.old_log_probs, rollouts.ref_log_probs, settings.kl_estimator)
+            assert rollouts.ref_log_probs is not None
+            sampled_with = rollouts.old_log_probs
+            if sampled_with is None:
+                sampled_with = rollouts.sampler_log_probs
+            kl = kl_estimate(sampled_with, rollouts.ref_log_probs, settings.kl_estimator)
             rewards = rewards - settings.kl_coefficient * masked_sum(
                 kl, rollouts.response_mask, dim=-1
             )

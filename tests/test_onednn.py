@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gsm8k_core.models import load_model
 
 @pytest.fixture
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: 0)
 
 
 def layers(bias: bool) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -63,34 +64,46 @@ def test_other_types_are_computed_by_pytorch() -> None:
     ours.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(torch.ones(2, 24)).dtype == torch.bfloat16
-    assert onednn.applies_to(ours.weight)
-    assert not onednn.applies_to(ours.weight.to("meta"))
+    assert onednn.applies_to(ours.weight, ours.weight)
+    assert not onednn.applies_to(ours.weight, ours.weight.to("meta"))
 
 
 @pytest.mark.parametrize(
-    ("vendor", "capability", "expected"),
-    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False),
-     ("GenuineIntel", "AVX512", False)],
+    ("vendor", "family", "capability", "expected"),
+    [("AuthenticAMD", 26, "AVX512", 0), ("AuthenticAMD", 25, "AVX512", 2**17),
+     ("AuthenticAMD", 26, "AVX2", math.inf), ("GenuineIntel", 6, "AVX512", math.inf)],
 )  # fmt: skip
-def test_it_is_taken_on_processors_of_amd_with_avx512_alone(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool
+def test_it_is_taken_on_processors_of_amd_with_avx512_alone_and_on_zen_4_for_large_matrices(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, family: int, capability: str, expected: float
 ) -> None:
-    described = f"processor\t: 0\nvendor_id\t: {vendor}\n"
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: described)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert onednn.is_faster.__wrapped__() is expected
+    assert onednn.smallest_matrix.__wrapped__() == expected
+
+
+def test_only_layers_of_that_size_are_replaced_and_only_their_products_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: 1000)
+    small, large = torch.nn.Linear(24, 40), torch.nn.Linear(25, 40)
+    model = torch.nn.ModuleList([small, large])
+    onednn.use_in(model)
+    assert [type(layer) for layer in model] == [torch.nn.Linear, onednn.OneDnnLinear]
+    assert not onednn.applies_to(torch.ones(99, 24), small.weight)
+    assert onednn.applies_to(torch.ones(1, 25), large.weight)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_loaded_model_has_such_layers_where_they_are_faster(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
-    monkeypatch.setattr(onednn, "is_faster", lambda: wanted)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: 0 if wanted else math.inf)
     model = load_model(tiny_folder, torch.device("cpu"))
     kinds = {type(part) for part in model.modules() if isinstance(part, torch.nn.Linear)}
     assert kinds == {onednn.OneDnnLinear if wanted else torch.nn.Linear}
     reached = model(torch.tensor([[5, 6, 7]])).logits
-    monkeypatch.setattr(onednn, "is_faster", lambda: not wanted)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: math.inf if wanted else 0)
     torch.testing.assert_close(model(torch.tensor([[5, 6, 7]])).logits, reached, atol=1e-5, rtol=0)
 
 

@@ -116,7 +116,7 @@ def test_scores_and_gradients_by_block_equal_those_of_plain_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cut(width, kept)
-    monkeypatch.setattr(onednn, "is_faster", lambda: by_onednn)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: 0 if by_onednn else math.inf)
     assert_same_scores(tiny_qwen2(tie_word_embeddings=tied), temperature)
 
 
@@ -136,7 +136,7 @@ def test_rows_are_padded_to_repeating_widths_where_onednn_multiplies(
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(onednn, "is_faster", lambda: faster)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: 0 if faster else math.inf)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=37, n_positions=longest, n_embd=16, n_layer=1, n_head=2)
@@ -147,7 +147,7 @@ def test_rows_are_padded_to_repeating_widths_where_onednn_multiplies(
     batch = collate([[1, 2], [3] * 20], [[4] * (num_positions - 1), [5]], 0)
     scores = score_responses(model, **batch, with_entropy=True)
     assert widths == [expected]
-    monkeypatch.setattr(onednn, "is_faster", lambda: False)
+    monkeypatch.setattr(onednn, "smallest_matrix", lambda: math.inf)
     plain = score_responses(model, **batch, with_entropy=True)
     for name, values in plain.items():
         assert scores[name].shape == (2, num_positions)

@@ -254,7 +254,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int], None]:
 
     def run_until(this: Job, nth_problem: int) -> None:
         calls = 0
-        decode = HfEngine._decode_batch
+        decode = HfEngine._decode
 
         def counting(self: Any, requests: list[Any]) -> Any:
             nonlocal calls
@@ -264,7 +264,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int], None]:
             return decode(self, requests)
 
         with monkeypatch.context() as patch:
-            patch.setattr(HfEngine, "_decode_batch", counting)
+            patch.setattr(HfEngine, "_decode", counting)
             with pytest.raises(Killed):
                 this.run()
 
@@ -312,13 +312,13 @@ def test_a_torn_last_line_is_done_again(
 def batches_of(monkeypatch: pytest.MonkeyPatch, this: Job) -> list[int]:
     """Run the job; how many requests each batch held that it decoded."""
     asked: list[int] = []
-    decode = HfEngine._decode_batch
+    decode = HfEngine._decode
 
     def counting(self: Any, requests: list[Any]) -> Any:
         asked.append(len(requests))
         return decode(self, requests)
 
-    monkeypatch.setattr(HfEngine, "_decode_batch", counting)
+    monkeypatch.setattr(HfEngine, "_decode", counting)
     this.run()
     return asked
 

@@ -202,7 +202,9 @@ def test_every_preset_trains_and_logs_the_same_metrics(
     assert summary["seconds_training"] > 0 and summary["provenance"]["packages"]["torch"]
 
 
+@pytest.mark.parametrize("samples_with_itself", [True, False])
 def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
+    samples_with_itself: bool,
     script: Callable[[str], ModuleType],
     run_json: Callable[..., str],
     sft_folder: Path,
@@ -210,28 +212,47 @@ def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The first minibatch is on policy and gives its own; only the others are scored beforehand.
+    # The first minibatch is on policy and gives its own; the others are scored beforehand where the
+    # engine is not the model in training. An engine that is says the same of what it has sampled.
     module = script("train_grpo")
-    update_policy, cut = module.update_policy, module._cut
+    update_policy, cut, score_all = module.update_policy, module._cut, module.score_all
+    if not samples_with_itself:
+        monkeypatch.setattr(TrainingRun, "samples_with_itself", False)
+    sampler_gap = module.sampler_gap
+    compared: list[int] = []
+    scored: list[int] = []
     whole: list[torch.Tensor] = []
     used: list[tuple[list[int], torch.Tensor | None]] = []
 
     def score_and_update(run: TrainingRun, rollouts: Any, advantages: torch.Tensor) -> Any:
-        whole.append(module.score_all(run, run.model, rollouts))
+        whole.append(score_all(run, run.model, rollouts))
         return update_policy(run, rollouts, advantages)
 
     def note(rollouts: Any, rows: list[int], width: int, advantages: Any, old: Any) -> Any:
         used.append((rows, None if old is None else old[rows].clone()))
         return cut(rollouts, rows, width, advantages, old)
 
+    def score(run: TrainingRun, model: Any, rollouts: Any, first_row: int = 0) -> torch.Tensor:
+        scored.append(first_row)
+        return score_all(run, model, rollouts, first_row)
+
+    def gap(trainer: torch.Tensor, *others: torch.Tensor) -> Any:
+        compared.append(len(trainer))
+        return sampler_gap(trainer, *others)
+
     monkeypatch.setattr(module, "update_policy", score_and_update)
     monkeypatch.setattr(module, "_cut", note)
+    monkeypatch.setattr(module, "score_all", score)
+    monkeypatch.setattr(module, "sampler_gap", gap)
     small = {**SMALL, "num_steps": 1, "minibatches": 2, "epochs_per_batch": 2}
     module.main(
         ["--settings", run_json("grpo", **small, learning_rate=3e-3),
          "--starting-model", str(sft_folder), "--data", str(arithmetic_folder / "train.jsonl"),
          "--output-dir", str(tmp_path / "run")]
     )  # fmt: skip
+    assert scored == ([] if samples_with_itself else [16])
+    # First a microbatch, as a check; then only what the trainer itself has computed.
+    assert compared[1:] == [16 if samples_with_itself else 32]
     on_policy = [row for rows, old in used if old is None for row in rows]
     assert sorted(on_policy) == list(range(16))
     later = [(rows, old) for rows, old in used if old is not None]

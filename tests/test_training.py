@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
@@ -407,6 +409,21 @@ def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_ca
     engine: Any = run._start_engine()
     assert engine.model is not run.model
     assert all(parameter.requires_grad for parameter in engine.model.parameters())
+
+
+def test_what_samples_is_the_trainer_only_where_it_is_the_same_model_in_float32(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    assert not run.samples_with_itself, "nothing samples yet"
+    with run.sampling():
+        pass
+    assert run.samples_with_itself
+    monkeypatch.setattr(training, "compute_dtype", lambda *_: "bfloat16")
+    assert not run.samples_with_itself, "decoding and scoring round differently"
+    monkeypatch.undo()
+    run._engine = HfEngine(copy.deepcopy(run.model), run.tokenizer)
+    assert not run.samples_with_itself, "a copy of the weights may be behind"
 
 
 def test_disabled_dropout_makes_training_mode_deterministic(tiny_folder: Path) -> None:

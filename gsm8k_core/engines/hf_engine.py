@@ -10,13 +10,15 @@ Shapes: `R` rows still decoding, `P` prompts, `T` time, `V` vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,14 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gsm8k_core.engines.base import (
     Completion,
-    FinishReason,
     OnDone,
     Request,
     check_lengths,
     completion_text,
     in_order,
 )
-from gsm8k_core.models import load_plain_weights, stop_token_ids
+from gsm8k_core.models import is_plain_decoder, load_plain_weights, stop_token_ids
 from gsm8k_core.tokenization import split_by_token_budget
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 COMPACT_BELOW = 0.8
 # Tokens that the key-value cache has room for before it is copied to a larger place.
 CACHE_ROOM = 64
+# Tokens that gather before they are copied to the others, and an eighth of these if that is more.
+MIN_NEWEST = 8
 # Tokens of prompts in one forward, padding included. On a CPU, more of them do not fit its cache,
 # and lie in memory that is mapped anew for every operation (docs/experiments.md).
 PREFILL_TOKENS = {"cpu": 2048}
@@ -52,7 +55,10 @@ class RoomyLayer(DynamicLayer):
     `keys` and `values` (R, heads, T, width) are views of the part in use.
     """
 
-    room: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, tokens_of_room: int = CACHE_ROOM) -> None:
+        super().__init__()
+        self.tokens_of_room = tokens_of_room
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -76,21 +82,6 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         return self.keys, self.values
 
-    def place(
-        self, rows: list[int], keys: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
-    ) -> None:
-        """Fill some rows of a cache for `shape` = (rows, tokens), at their right end."""
-        num_rows, length = shape
-        if self.room is None:
-            self.lazy_initialization(keys, values)
-            heads, width = keys.shape[1], keys.shape[3]
-            size = (num_rows, heads, length + CACHE_ROOM, width)
-            self.room = (keys.new_zeros(size), values.new_zeros(size))
-            self.keys, self.values = (part[:, :, :length] for part in self.room)
-        start = length - keys.shape[-2]
-        for part, given in zip(self.room, (keys, values), strict=True):
-            part[rows, :, start:length] = given
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
@@ -98,30 +89,60 @@ class RoomyLayer(DynamicLayer):
 
     def _larger(self, old: torch.Tensor | None, new: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = new.shape
-        larger = new.new_empty((rows, heads, length + CACHE_ROOM, width))
+        larger = new.new_empty((rows, heads, length + self.tokens_of_room, width))
         if old is not None and old.numel():
             larger[:, :, : old.shape[-2]] = old
         return larger
 
 
+class TwoPartLayer(DynamicLayer):
+    """A layer's key-value cache on a CPU: most tokens without a gap, the newest with room for more.
+
+    A cache with room has gaps between its rows, and over these a CPU reads at less than half the
+    speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have none, and new
+    tokens gather in `newest` until they are worth a copy of all. `_attend` reads both parts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest = RoomyLayer(MIN_NEWEST)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (R, heads, new, width) each; returns the part that they went to."""
+        if not self.get_seq_length():
+            return super().update(key_states.to(value_states.dtype), value_states)
+        if self.newest.get_seq_length() >= self.newest.tokens_of_room:
+            self._join()
+        return self.newest.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens in both parts."""
+        return super().get_seq_length() + self.newest.get_seq_length()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._join()
+        super().batch_select_indices(indices)
+
+    def _join(self) -> None:
+        keys, values = self.newest.keys, self.newest.values
+        if keys is not None and values is not None:
+            super().update(keys, values)
+            self.newest = RoomyLayer(max(MIN_NEWEST, self.get_seq_length() // 8))
+
+
 def _new_cache(model: PreTrainedModel) -> DynamicCache:
     """The model's own cache, with room in the layers that keep every token."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    of_all: type[DynamicLayer] = RoomyLayer
+    # In bfloat16 `_attend` would round its scores, where PyTorch's kernel does not.
+    in_float32 = model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if model.device.type == "cpu" and in_float32 and is_plain_decoder(model):
+        of_all = TwoPartLayer
+    cache.layers = [of_all() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-@dataclass
-class _Row:
-    """One completion while it is being decoded."""
-
-    request: Request
-    seed: int
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finished: Completion | None = None
 
 
 class HfEngine:
@@ -158,12 +179,10 @@ class HfEngine:
         done: list[dict[int, Completion]] = [{} for _ in requests]
         try:
             for batch in self._batches(requests):
-                with _keys_shared_by_heads():
-                    rows = self._decode_batch([request for _, _, request in batch])
-                for (index, first, _), group in zip(batch, rows, strict=True):
-                    for k, row in enumerate(group, start=first):
-                        assert row.finished is not None
-                        done[index][k] = row.finished
+                completions = iter(self._decode([request for _, _, request in batch]))
+                for index, first, request in batch:
+                    for k in range(first, first + len(request.seeds)):
+                        done[index][k] = next(completions)
                     if on_done and len(done[index]) == len(requests[index].seeds):
                         on_done(index, in_order(done[index]))
         finally:
@@ -203,53 +222,93 @@ class HfEngine:
             num_rows += len(request.seeds)
         return batches
 
-    def _decode_batch(self, requests: list[Request]) -> list[list[_Row]]:
-        rows = [[_Row(request, seed) for seed in request.seeds] for request in requests]
-        with torch.no_grad(), self.forward_context():
-            self._decode(requests, [row for group in rows for row in group])
-        return rows
-
-    def _decode(self, requests: list[Request], rows: list[_Row]) -> None:
+    @torch.no_grad()
+    def _decode(self, requests: list[Request]) -> list[Completion]:
+        """A completion for every seed of every request, decoded as one batch."""
         device = self.model.device
-        logits, mask, position, cache = self._prefill([r.prompt_ids for r in requests])
+        owners = [request for request in requests for _ in request.seeds]
+        limits = torch.tensor([request.max_new_tokens for request in owners], device=device)
+        temperatures = torch.tensor([request.temperature for request in owners], device=device)
+        uniforms = _uniforms(requests).to(device)
+        stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
 
-        # One row a completion: each prompt's cache stands once for every seed of it.
-        counts = torch.tensor([len(request.seeds) for request in requests], device=device)
-        expand = torch.repeat_interleave(torch.arange(len(requests), device=device), counts)
-        if len(expand) != len(requests):
-            cache.batch_select_indices(expand)
-        logits, mask, position = logits[expand], mask[expand], position[expand]
-        temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
-        uniforms = _uniforms(rows).to(device)
-        active = rows
+        token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
+        log_probs = torch.zeros(uniforms.shape, device=device)
+        lengths, stopped = limits.clone(), torch.zeros_like(limits, dtype=torch.bool)
+        active = torch.arange(len(owners), device=device)  # the rows that are decoded
+        running = torch.ones_like(stopped)  # which of these have not finished
 
-        for step in range(uniforms.shape[1]):
-            tokens, log_probs = _sample(logits, temperatures, uniforms[:, step])
-            for row, token, log_prob in zip(
-                active, tokens.tolist(), log_probs.tolist(), strict=True
-            ):
-                if row.finished is None:
-                    row.token_ids.append(token)
-                    row.log_probs.append(log_prob)
-                    row.finished = self._finish(row)
-            keep = [i for i, row in enumerate(active) if row.finished is None]
-            if not keep:
-                return
-            if len(keep) < COMPACT_BELOW * len(active):
-                kept = torch.tensor(keep, device=device)
-                cache.batch_select_indices(kept)
-                active = [active[i] for i in keep]
-                tokens, mask, position = tokens[kept], mask[kept], position[kept]
-                temperatures, uniforms = temperatures[kept], uniforms[kept]
-            position = position + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
+        with self.forward_context():
+            logits, mask, position, cache = self._prefill([r.prompt_ids for r in requests])
+            # One row a completion: each prompt's cache stands once for every seed of it.
+            counts = torch.tensor([len(request.seeds) for request in requests], device=device)
+            expand = torch.repeat_interleave(torch.arange(len(requests), device=device), counts)
+            if len(expand) != len(requests):
+                cache.batch_select_indices(expand)
+            logits, mask, position = logits[expand], mask[expand], position[expand]
+
+            for step in range(uniforms.shape[1]):
+                tokens, chosen = _sample(logits, temperatures, uniforms[:, step])
+                token_ids[active, step], log_probs[active, step] = tokens, chosen
+                ends = (tokens[:, None] == stop_ids).any(dim=-1)
+                if any(request.stop for request in owners):
+                    ends |= self._ends_in_a_stop_text(owners, token_ids[:, : step + 1], active)
+                ends &= running
+                stopped[active[ends]], lengths[active[ends]] = True, step + 1
+                running &= ~ends & (limits[active] > step + 1)
+                num_running = int(running.sum())
+                if not num_running:
+                    break
+                if num_running < COMPACT_BELOW * len(active):
+                    kept = running.nonzero()[:, 0]
+                    cache.batch_select_indices(kept)
+                    active, running, tokens = active[kept], running[kept], tokens[kept]
+                    mask, position = mask[kept], position[kept]
+                    temperatures, uniforms = temperatures[kept], uniforms[kept]
+                position = position + 1
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                logits = self._forward(cache, tokens[:, None], mask, position[:, None])
+
+        return [
+            Completion(
+                ids[:length],
+                of_tokens[:length],
+                "stop" if has_stopped else "length",
+                completion_text(self.tokenizer, ids[:length], request.stop),
+            )
+            for request, ids, of_tokens, length, has_stopped in zip(
+                owners,
+                token_ids.tolist(),
+                log_probs.tolist(),
+                lengths.tolist(),
+                stopped.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _forward(
+        self,
+        cache: DynamicCache,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        position_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Last logits (R, V) after `input_ids` (R, new), which the cache takes up.
+
+        `mask` (R, T) is of all tokens, those in the cache too.
+        """
+        of_queries = mask
+        if input_ids.shape[1] == 1 and all(type(layer) is TwoPartLayer for layer in cache.layers):
+            of_queries = mask.bool()[:, None, None]  # as transformers would make it, for each layer
+        with _attention_from(cache):
+            return self.model(
+                input_ids=input_ids,
+                attention_mask=of_queries,
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[:, -1]  # (R, V)
+                logits_to_keep=1,
+            ).logits[:, -1]
 
     def _prefill(
         self, prompts: list[list[int]]
@@ -261,57 +320,62 @@ class HfEngine:
         mask = _left_pad(prompts, self.pad_id, device)[1]
         cache = _new_cache(self.model)
         # What keeps less than every token has a shape of its own.
-        if len(groups) == 1 or not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
+        whole = all(isinstance(layer, RoomyLayer | TwoPartLayer) for layer in cache.layers)
+        if len(groups) == 1 or not whole:
             return self._forward_prompts(prompts, cache), mask, mask.sum(-1) - 1, cache
         logits: list[torch.Tensor] = []
+        caches = []
         for group in groups:
-            part = _new_cache(self.model)
-            logits.append(self._forward_prompts([prompts[row] for row in group], part))
-            layers: Any = zip(cache.layers, part.layers, strict=True)
-            for layer, of_part in layers:
-                layer.place(group, of_part.keys, of_part.values, tuple(mask.shape))
+            caches.append(_new_cache(self.model))
+            logits.append(self._forward_prompts([prompts[row] for row in group], caches[-1]))
         order = torch.tensor([row for group in groups for row in group], device=device).argsort()
+        for number, layer in enumerate(cache.layers):
+            parts: list[Any] = [part.layers[number] for part in caches]
+            keys, values = (
+                torch.cat([_pad_left(tensor, mask.shape[1]) for tensor in tensors])[order]
+                for tensors in ([part.keys for part in parts], [part.values for part in parts])
+            )
+            layer.update(keys, values)  # type: ignore[union-attr]  # these all take them
+            for part in parts:
+                part.reset()
         return torch.cat(logits)[order], mask, mask.sum(-1) - 1, cache
 
     def _forward_prompts(self, prompts: list[list[int]], cache: DynamicCache) -> torch.Tensor:
         """Last logits (P, V) of prompts, which the empty cache takes up."""
         input_ids, mask = _left_pad(prompts, self.pad_id, self.model.device)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        return self._forward(cache, input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
-    def _finish(self, row: _Row) -> Completion | None:
-        """The completion, if its last token ended it."""
-        if row.token_ids[-1] in self.stop_ids:
-            return self._completion(row, "stop")
-        for stop in row.request.stop:
+    def _ends_in_a_stop_text(
+        self, owners: list[Request], token_ids: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether the newest token of each row of `active` (R,) completes one of its stop texts."""
+        found = []
+        for row, ids in zip(active.tolist(), token_ids[active].tolist(), strict=True):
             # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
-            tail = row.token_ids[-len(stop.encode("utf-8")) - 1 :]
-            if stop in completion_text(self.tokenizer, tail, []):
-                return self._completion(row, "stop")
-        if len(row.token_ids) == row.request.max_new_tokens:
-            return self._completion(row, "length")
-        return None
-
-    def _completion(self, row: _Row, reason: FinishReason) -> Completion:
-        text = completion_text(self.tokenizer, row.token_ids, row.request.stop)
-        return Completion(row.token_ids, row.log_probs, reason, text)
+            found.append(
+                any(
+                    stop
+                    in completion_text(self.tokenizer, ids[-len(stop.encode("utf-8")) - 1 :], [])
+                    for stop in owners[row].stop
+                )
+            )
+        return torch.tensor(found, device=active.device)
 
 
-def _uniforms(rows: list[_Row]) -> torch.Tensor:
-    """Draws from [0, 1) by each row's seed, one a token, (R, longest limit), float64."""
-    uniforms = np.zeros((len(rows), max(row.request.max_new_tokens for row in rows)))
-    for row, of_row in zip(rows, uniforms, strict=True):
-        if row.request.temperature > 0.0:
-            generator = np.random.Generator(np.random.Philox(key=row.seed))
-            limit = row.request.max_new_tokens
-            of_row[:limit] = generator.random(limit)
+def _uniforms(requests: list[Request]) -> torch.Tensor:
+    """Draws from [0, 1) by each seed, one a token, (R, longest limit), float64."""
+    rows = [(request, seed) for request in requests for seed in request.seeds]
+    uniforms = np.zeros((len(rows), max(request.max_new_tokens for request in requests)))
+    for (request, seed), of_row in zip(rows, uniforms, strict=True):
+        if request.temperature > 0.0:
+            generator = np.random.Generator(np.random.Philox(key=seed))
+            of_row[: request.max_new_tokens] = generator.random(request.max_new_tokens)
     return torch.from_numpy(uniforms)
+
+
+def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys or values (P, heads, T, width), with zeros before them so that T is `length`."""
+    return functional.pad(states, (0, 0, length - states.shape[-2], 0))
 
 
 def _left_pad(
@@ -349,13 +413,14 @@ def _sample(
 
 
 @contextlib.contextmanager
-def _keys_shared_by_heads() -> Iterator[None]:
-    """Let `sdpa` on a CPU read keys and values that several heads share as they are.
+def _attention_from(cache: DynamicCache) -> Iterator[None]:
+    """Let `sdpa` on a CPU read `cache` as it lies, where transformers would copy keys and values.
 
-    Where there is a mask, transformers copies them for each head: with prompts of a thousand tokens
-    four fifths of a decoding step (docs/experiments.md). What is computed is the same.
+    With a mask, transformers repeats those that several heads share for each of them: with prompts
+    of a thousand tokens four fifths of a decoding step (docs/experiments.md). What is computed is
+    the same.
     """
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = functools.partial(_attention, cache)
     try:
         yield
     finally:
@@ -363,6 +428,7 @@ def _keys_shared_by_heads() -> Iterator[None]:
 
 
 def _attention(
+    cache: DynamicCache,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -372,11 +438,37 @@ def _attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, heads, T, width) to (B, T, heads, width)."""
+    number: Any = getattr(module, "layer_idx", None)
+    layer = None if number is None else cache.layers[number]
+    if isinstance(layer, TwoPartLayer) and layer.newest.get_seq_length():
+        return _attend(query, layer, attention_mask, scaling), None
     if query.device.type != "cpu" or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-    attended = torch.nn.functional.scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
     )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor,
+    layer: TwoPartLayer,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one token a row, (R, heads, 1, width), to both parts of a layer's cache.
+
+    Gives (R, 1, heads, width). PyTorch's own kernel for CPUs takes twice as long for one token.
+    """
+    rows, heads, _, width = query.shape
+    older: list[Any] = [layer.keys, layer.values]
+    newer: list[Any] = [layer.newest.keys, layer.newest.values]
+    # Heads that share keys lie next to each other.
+    query = query.reshape(rows, older[0].shape[1], -1, width) * (scaling or width**-0.5)
+    scores = torch.cat([query @ older[0].mT, query @ newer[0].mT], dim=-1)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    weights = scores.softmax(-1).split([older[0].shape[2], newer[0].shape[2]], dim=-1)
+    return (weights[0] @ older[1] + weights[1] @ newer[1]).view(rows, 1, heads, width)
