@@ -6,7 +6,41 @@ Names are imported on first use, so that what needs no torch does not wait for i
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gsm8k_core.advantages import compute_advantages as compute_advantages
+    from gsm8k_core.advantages import (
+        compute_group_normalized_rewards as compute_group_normalized_rewards,
+    )
+    from gsm8k_core.answers import extract_answer as extract_answer
+    from gsm8k_core.answers import is_correct as is_correct
+    from gsm8k_core.config import load_config as load_config
+    from gsm8k_core.engines.base import Completion as Completion
+    from gsm8k_core.engines.base import Request as Request
+    from gsm8k_core.engines.hf_engine import HfEngine as HfEngine
+    from gsm8k_core.generation import log_generations as log_generations
+    from gsm8k_core.grpo import PolicyBatch as PolicyBatch
+    from gsm8k_core.grpo import grpo_microbatch_train_step as grpo_microbatch_train_step
+    from gsm8k_core.grpo import policy_loss as policy_loss
+    from gsm8k_core.losses import aggregate as aggregate
+    from gsm8k_core.losses import compute_grpo_clip_loss as compute_grpo_clip_loss
+    from gsm8k_core.losses import (
+        compute_naive_policy_gradient_loss as compute_naive_policy_gradient_loss,
+    )
+    from gsm8k_core.losses import compute_policy_gradient_loss as compute_policy_gradient_loss
+    from gsm8k_core.losses import kl_estimate as kl_estimate
+    from gsm8k_core.losses import step_normalizer as step_normalizer
+    from gsm8k_core.masking import masked_mean as masked_mean
+    from gsm8k_core.masking import masked_normalize as masked_normalize
+    from gsm8k_core.problems import Problem as Problem
+    from gsm8k_core.problems import read_problems as read_problems
+    from gsm8k_core.rewards import build_reward_fn as build_reward_fn
+    from gsm8k_core.rewards import gsm8k_reward as gsm8k_reward
+    from gsm8k_core.scoring import compute_entropy as compute_entropy
+    from gsm8k_core.scoring import get_response_log_probs as get_response_log_probs
+    from gsm8k_core.sft import sft_microbatch_train_step as sft_microbatch_train_step
+    from gsm8k_core.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
 
 _HOME = {
     "Problem": "problems",
@@ -25,10 +59,17 @@ _HOME = {
     "compute_grpo_clip_loss": "losses",
     "compute_naive_policy_gradient_loss": "losses",
     "compute_policy_gradient_loss": "losses",
+    "aggregate": "losses",
+    "kl_estimate": "losses",
+    "step_normalizer": "losses",
+    "policy_loss": "grpo",
+    "PolicyBatch": "grpo",
     "sft_microbatch_train_step": "sft",
     "grpo_microbatch_train_step": "grpo",
     "log_generations": "generation",
     "HfEngine": "engines.hf_engine",
+    "Request": "engines.base",
+    "Completion": "engines.base",
     "load_config": "config",
 }
 

@@ -259,6 +259,14 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
     )
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
 def add_config_argument(arguments: argparse._ActionsContainer) -> None:
     """`--config FILE…`, as `load_config` reads them: the first, and overlays."""
     arguments.add_argument(
@@ -317,7 +325,9 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--data", type=Path, required=True, help="what it learns from, JSONL")
     arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
-    arguments.add_argument("--max-steps", type=int, help="an early look: stop after so many steps")
+    arguments.add_argument(
+        "--max-steps", type=positive, help="an early look: stop after so many steps"
+    )
     add_engine_arguments(arguments)
     return arguments
 

@@ -40,6 +40,11 @@ WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
 # Settings of a model that only the scheduler reads.
 SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 # Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
+# Advantages that compare completions of one prompt.
+AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
+# Full fine-tuning at a higher rate, and solutions in fewer tokens, suit the embedded model alone.
+DOUBTFUL_LEARNING_RATE = 1e-4
+DOUBTFUL_NEW_TOKENS = 64
 VLLM_MEMORY_KEYS = (
     "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
     "kv_cache_gib", "sleep_level",
@@ -511,8 +516,8 @@ class GrpoMethod(TrainSettings):
             raise ValueError("dual_clip must be above 1")
         if self.prompts_per_step % self.minibatches:
             raise ValueError("minibatches must divide prompts_per_step")
-        if self.advantage == "leave_one_out" and self.group_size < 2:
-            raise ValueError("leave_one_out needs group_size of 2 or more")
+        if self.advantage in AMONG_A_GROUP and self.group_size < 2:
+            raise ValueError(f"{self.advantage} needs group_size of 2 or more")
         if self.overlong_buffer >= self.max_new_tokens:
             raise ValueError("overlong_buffer must be below max_new_tokens")
         if self.reference_refresh_steps and self.lora is not None:
@@ -939,6 +944,30 @@ class Config(Settings):
         )
 
 
+def doubts(config: Config) -> list[str]:
+    """What a study may have inherited unawares, one line each: settings for the embedded model.
+
+    They are the `defaults` of config.yaml, under every study that is laid over it.
+    """
+    others = [name for name in config.study.models if config.models[name].source != "embedded"]
+    stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
+    lines = []
+    for stage in sorted(stages) if others else []:
+        settings: Any = config.methods[stage]
+        if isinstance(settings, BaseMethod):
+            continue
+        if settings.lora is None and settings.learning_rate > DOUBTFUL_LEARNING_RATE:
+            lines.append(f"methods.{stage}.learning_rate is {settings.learning_rate:g}")
+        new_tokens = getattr(settings, "max_new_tokens", DOUBTFUL_NEW_TOKENS)
+        if new_tokens < DOUBTFUL_NEW_TOKENS:
+            lines.append(f"methods.{stage}.max_new_tokens is {new_tokens}")
+    remedy = (
+        f"is that meant for {', '.join(others)}? The `defaults` of config.yaml are made for the "
+        "embedded model: set it in your study, or lay your file behind studies/qwen2.5-gsm8k.yaml"
+    )
+    return [f"{line}: {remedy}" for line in lines]
+
+
 def dump(settings: BaseModel) -> str:
     """Canonical JSON of a section: the same text whatever the order of keys in the YAML."""
     return json.dumps(settings.model_dump(mode="json", by_alias=True), sort_keys=True)
@@ -1255,11 +1284,28 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
         known = _keys_at(location[:-1], item)
         return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
     if item["type"] == "missing":
-        return f"{key}: missing, and it has no default"
+        return f"{key}: missing, and it has no default{_meant(location, raw)}"
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = sorted(kind for kind, of in KINDS.items() if of.__name__.endswith("Method"))
+        if location[0] == "datasets":
+            kinds = sorted(set(KINDS) - set(kinds))
+        found = item["ctx"].get("tag")
+        what = "missing" if found is None else f"there is no '{found}'"
+        return f"{key}.kind: {what}; expected one of {', '.join(kinds)}{_meant(location, raw)}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
     found = redact(json.dumps(item.get("input"), default=str))
     return f"{key}: {message[0].lower()}{message[1:]}, found {found[:80]}"
+
+
+def _meant(location: list[Any], raw: dict[str, Any]) -> str:
+    """Of an incomplete entry of a registry: another whose name it may be, mistyped."""
+    registry = raw.get(location[0])
+    if len(location) < 2 or not isinstance(registry, dict):
+        return ""
+    others = [str(name) for name in registry if name != location[1]]
+    close = difflib.get_close_matches(str(location[1]), others, n=1)
+    return f" (or did you mean {location[0]}.{close[0]}?)" if close else ""
 
 
 def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:

@@ -43,7 +43,10 @@ def smallest_matrix() -> float:
 
 
 def applies_to(rows: torch.Tensor, matrix: torch.Tensor) -> bool:
-    """Whether `product` takes these: not empty, float32 on the CPU, no subclass, no autocast."""
+    """Whether `product` is right for these and faster: a large enough matrix, float32 on the CPU.
+
+    Neither is empty or of a subclass, and autocast is off.
+    """
     return (
         matrix.numel() >= smallest_matrix()
         and all(

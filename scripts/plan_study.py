@@ -12,6 +12,7 @@ is not prepared yet, say how large it is.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -21,8 +22,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.cli import add_config_argument, check_known, leave, parser, run_script
-from gsm8k_core.config import load_config
+from gsm8k_core.cli import (
+    add_config_argument,
+    check_known,
+    leave,
+    parser,
+    positive,
+    run_script,
+)
+from gsm8k_core.config import doubts, load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.planning import (
     SECONDS_OF_START,
@@ -36,12 +44,18 @@ from gsm8k_core.planning import (
     work_of,
 )
 
+log = logging.getLogger("plan_study")
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     add_config_argument(arguments)
-    arguments.add_argument("--gpus", type=int, default=1, help="GPUs that work at once (default 1)")
-    arguments.add_argument("--cpu-jobs", type=int, default=1, help="jobs without a GPU at once")
+    arguments.add_argument(
+        "--gpus", type=positive, default=1, help="GPUs that work at once (default 1)"
+    )
+    arguments.add_argument(
+        "--cpu-jobs", type=positive, default=1, help="jobs without a GPU at once"
+    )
     arguments.add_argument(
         "--parameters", nargs="+", default=[], metavar="MODEL=N", help="494e6, for instance"
     )
@@ -57,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     config = load_config(args.config[0], args.config[1:])
+    for line in doubts(config):
+        log.warning("%s", line)
     given = {item.name: getattr(args, item.name) for item in fields(Assumptions)}
     given["parameters"] = read_parameters(args.parameters, config.models)
     assumptions = Assumptions(**given)

@@ -15,7 +15,14 @@ import logging
 from pathlib import Path
 
 from gsm8k_core.arithmetic import make_arithmetic
-from gsm8k_core.cli import check_known, leave, parser, run_script, settings_from
+from gsm8k_core.cli import (
+    add_config_argument,
+    check_known,
+    leave,
+    parser,
+    run_script,
+    settings_from,
+)
 from gsm8k_core.config import (
     ArithmeticDataset,
     DatasetSettings,
@@ -34,7 +41,7 @@ log = logging.getLogger("prepare_data")
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--dataset", required=True, help="its name in the config")
-    arguments.add_argument("--config", type=Path, default=Path("config.yaml"))
+    add_config_argument(arguments)
     arguments.add_argument(
         "--settings", metavar="JSON|FILE", help="the dataset's settings, instead of the config's"
     )
@@ -44,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, DatasetSettings)
     else:
-        datasets = load_config(args.config).datasets
+        datasets = load_config(args.config[0], args.config[1:]).datasets
         check_known("--dataset", args.dataset, datasets)
         settings = datasets[args.dataset]
 

@@ -11,7 +11,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from gsm8k_core.cli import check_known, leave, parser, run_script, settings_from
+from gsm8k_core.cli import (
+    add_config_argument,
+    check_known,
+    leave,
+    parser,
+    run_script,
+    settings_from,
+)
 from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings, load_config
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
@@ -23,7 +30,7 @@ log = logging.getLogger("prepare_model")
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--model-name", required=True, help="its name in the config")
-    arguments.add_argument("--config", type=Path, default=Path("config.yaml"))
+    add_config_argument(arguments)
     arguments.add_argument(
         "--settings", metavar="JSON|FILE", help="the model's settings, instead of the config's"
     )
@@ -33,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, ModelSettings)
     else:
-        known = load_config(args.config).models
+        known = load_config(args.config[0], args.config[1:]).models
         check_known("--model-name", args.model_name, known)
         settings = known[args.model_name]
     with atomic_path(args.output_dir) as temporary:

@@ -447,7 +447,9 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
         summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
         summary["learning_rate"] = updates[-1]["learning_rate"]
         tensors = (before, rollouts.sampler_log_probs, rollouts.response_mask)
-        summary |= sampler_gap(*(tensor[measured] for tensor in tensors))
+        trainers, samplers, mask = (tensor[measured] for tensor in tensors)
+        if bool(mask.any()):  # not where all of the first minibatch is truncated and masked
+            summary |= sampler_gap(trainers, samplers, mask)
     return summary
 
 
@@ -561,7 +563,8 @@ def main(argv: list[str] | None = None) -> int:
         if every and (step <= steps_done + 2 or step % every == 0):
             check_sampler(run, rollouts)
         in_reward = reference is not None and settings.kl_placement == "reward"
-        if (updates_per_step > 1 or in_reward) and not run.samples_with_itself:
+        # In a reward the KL to an equal reference must be 0, to the last bit.
+        if in_reward or (updates_per_step > 1 and not run.samples_with_itself):
             first_row = 0 if in_reward else len(rollouts.lengths) // settings.minibatches
             old = score_all(run, run.model, rollouts, first_row)
             rollouts = replace(rollouts, old_log_probs=old)
@@ -569,11 +572,8 @@ def main(argv: list[str] | None = None) -> int:
             rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
         if in_reward:
-            assert rollouts.ref_log_probs is not None
-            sampled_with = rollouts.old_log_probs
-            if sampled_with is None:
-                sampled_with = rollouts.sampler_log_probs
-            kl = kl_estimate(sampled_with, rollouts.ref_log_probs, settings.kl_estimator)
+            assert rollouts.old_log_probs is not None and rollouts.ref_log_probs is not None
+            kl = kl_estimate(rollouts.old_log_probs, rollouts.ref_log_probs, settings.kl_estimator)
             rewards = rewards - settings.kl_coefficient * masked_sum(
                 kl, rollouts.response_mask, dim=-1
             )

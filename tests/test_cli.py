@@ -235,6 +235,11 @@ def test_every_trainer_takes_these_arguments(run_json: Callable[..., str]) -> No
          "--output-dir", "o", "--max-steps", "5"]
     )  # fmt: skip
     assert (given.starting_model, given.val_data, given.max_steps) == (Path("m"), None, 5)
+    for wrong in ("0", "-3", "x"):
+        with pytest.raises(SystemExit):
+            training_parser("").parse_args(
+                ["--starting-model", "m", "--data", "d", "--output-dir", "o", "--max-steps", wrong]
+            )
     assert isinstance(run_settings_from(given), RunSettings)
 
 

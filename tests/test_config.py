@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gsm8k_core.config import Config, dump, load_config, merge, parse_config, read_yaml
+from gsm8k_core.config import Config, doubts, dump, load_config, merge, parse_config, read_yaml
 from gsm8k_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,32 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         (
             {"methods": {"grpo": {"from": "stf"}}},
             "methods.grpo.from: no method 'stf'; did you mean 'sft'?",
+        ),
+        (
+            {"methods": {"gropo": {"learning_rate": 1e-6}}},
+            "methods.gropo.kind: missing; expected one of base, dpo, expert_iteration, grpo, sft "
+            "(or did you mean methods.grpo?)",
+        ),
+        (
+            {"methods": {"mine": {"kind": "ppo"}}},
+            "methods.mine.kind: there is no 'ppo'; expected one of base, dpo, expert_iteration, "
+            "grpo, sft",
+        ),
+        (
+            {"datasets": {"other": {"platinum": True}}},
+            "datasets.other.kind: missing; expected one of arithmetic, gsm8k, gsm_symbolic",
+        ),
+        (
+            {"models": {"tiny-qwen": {"prompt": "plain"}}},
+            "models.tiny-qwen.source: missing, and it has no default (or did you mean "
+            "models.tiny-qwen2?)",
+        ),
+        *(
+            (
+                {"methods": {"grpo": {"advantage": advantage, "group_size": 1}}},
+                f"methods.grpo: {advantage} needs group_size of 2 or more",
+            )
+            for advantage in ("group_zscore", "group_centered", "leave_one_out")
         ),
         ({"study": {"seeds": [3, 1, 3]}}, "study.seeds: listed twice: 3"),
         ({"study": {"models": ["tiny-qwen2"] * 2}}, "study.models: listed twice: tiny-qwen2"),
@@ -450,3 +476,24 @@ def test_a_parent_in_the_defaults_must_exist_too(config: Config) -> None:
     raw["defaults"] = {"dpo": {"from": "sftt"}}
     with pytest.raises(ConfigError, match=r"methods.dpo.from: no method 'sftt'; did you mean"):
         parse_config(raw)
+
+
+def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded_ones() -> None:
+    def lines(overlay: dict[str, Any]) -> list[str]:
+        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)))
+
+    study = {"models": ["smollm2-135m-instruct"], "methods": ["sft", "grpo"], "dataset": "gsm8k"}
+    assert [line.partition(":")[0] for line in lines({"study": study})] == [
+        "methods.grpo.learning_rate is 0.0003",
+        "methods.grpo.max_new_tokens is 48",
+        "methods.sft.learning_rate is 0.004",
+    ]
+    assert (
+        "meant for smollm2-135m-instruct? The `defaults` of config.yaml"
+        in lines({"study": study})[0]
+    )
+    own = {"sft": {"lora": {"rank": 8}}, "grpo": {"learning_rate": 1e-6, "max_new_tokens": 256}}
+    assert lines({"study": study, "defaults": own}) == []
+    assert lines({}) == []
+    for path in sorted((ROOT / "studies").glob("*.yaml")):
+        assert lines(read_yaml(path)) == []

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2ForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -410,8 +417,7 @@ def test_the_cache_in_two_parts_holds_what_transformers_own_holds() -> None:
 
 
 @pytest.mark.parametrize("num_heads", [2, 6])
-@pytest.mark.parametrize("masked", [True, False])
-def test_attention_to_both_parts_is_pytorchs_over_the_whole(num_heads: int, masked: bool) -> None:
+def test_attention_to_both_parts_is_pytorchs_over_the_whole(num_heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     layer, rows, heads = TwoPartLayer(), 3, 2
     shapes = [(rows, heads, new, 8) for new in (7, 1, 1)]
@@ -420,8 +426,7 @@ def test_attention_to_both_parts_is_pytorchs_over_the_whole(num_heads: int, mask
         layer.update(keys, values)
     keys, values = (torch.cat(parts, dim=2) for parts in states)
     query = torch.randn(rows, num_heads, 1, 8, generator=generator)
-    mask = torch.arange(9) >= torch.tensor([[0], [3], [8]]) if masked else None
-    mask = None if mask is None else mask[:, None, None]
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [8]]))[:, None, None]
     for scaling in (None, 0.7):
         expected = torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
@@ -444,9 +449,12 @@ def test_the_cache_is_in_two_parts_only_for_models_that_read_it_so(tokenizer: An
     assert kinds(model) == {RoomyLayer}
 
 
+@pytest.mark.parametrize("kind", [TwoPartLayer, RoomyLayer])
 def test_completions_do_not_depend_on_how_many_prompts_are_prefilled_at_once(
-    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
+    monkeypatch.setattr(hf_engine, "is_plain_decoder", lambda _: kind is TwoPartLayer)
+    assert {type(layer) for layer in hf_engine._new_cache(engine.model).layers} == {kind}
     requests = sampled([1, 2, 3], max_new_tokens=CACHE_ROOM + 20)
     widths: list[int] = []
     forward = HfEngine._forward_prompts
@@ -506,6 +514,30 @@ def test_keys_that_heads_share_are_not_copied_and_nothing_else_changes(
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
     with pytest.raises(AssertionError, match="were copied"):  # the check sees a copy
         shared(torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.tensor([[1, 1], [0, 1]]))
+
+
+def test_a_cache_that_is_reset_holds_no_memory() -> None:
+    for layer in (RoomyLayer(), TwoPartLayer()):
+        layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+        layer.reset()
+        assert (layer.keys, layer.values) == (None, None) and layer.get_seq_length() == 0
+        assert getattr(layer, "room", None) is None
+
+
+def test_layers_that_read_the_keys_of_others_decode_as_transformers_does(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=64,
+        vocab_size_per_layer_input=len(tokenizer), hidden_size_per_layer_input=8,
+        altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+        eos_token_id=0, bos_token_id=0, pad_token_id=1, initializer_range=0.5,
+    )  # fmt: skip
+    model = Gemma3nForCausalLM(config).eval()
+    found = HfEngine(model, tokenizer).generate([greedy(prompt, 8) for prompt in prompts()])
+    for prompt, (completion,) in zip(prompts(), found, strict=True):
+        assert completion.token_ids == reference_greedy(model, prompt, 8, [0])
 
 
 def test_cached_keys_have_the_dtype_that_attention_reads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -145,6 +146,20 @@ def test_importing_every_public_name_leaves_the_process_as_it_was() -> None:
 def test_every_public_name_can_be_imported_from_the_package(name: str) -> None:
     assert callable(getattr(gsm8k_core, name))
     assert name in gsm8k_core.__all__ and name in dir(gsm8k_core)
+
+
+def test_type_checkers_are_told_of_the_same_names_from_the_same_modules() -> None:
+    assert (LIBRARY / "py.typed").is_file()
+    tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        (alias.asname, f"{node.module}")
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert told == {(name, f"gsm8k_core.{home}") for name, home in gsm8k_core._HOME.items()}
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gsm8k_core import grpo, scoring, shared_prompts, training
+from gsm8k_core import advantages, grpo, losses, scoring, shared_prompts, training
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.shared_prompts import ForwardCost
@@ -259,6 +259,40 @@ def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
     assert sorted(row for rows, _ in later for row in rows) == sorted([*range(32), *range(16, 32)])
     for rows, old in later:
         torch.testing.assert_close(old, whole[0][rows], atol=1e-5, rtol=1e-5)
+
+
+def test_a_first_minibatch_that_is_masked_as_a_whole_leaves_the_others_to_be_learnt_from(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_half(mask: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return mask & (torch.arange(len(mask)) >= len(mask) // 2)[:, None]
+
+    monkeypatch.setattr(losses, "mask_truncated", first_half)
+    run = train("train_grpo", "grpo", **{**SMALL, "minibatches": 2, "mask_truncated": True})
+    for row in metrics_of(run):
+        assert row["grad_norm"] > 0 and "sampler_gap_mean" not in row
+
+
+def test_kl_in_the_reward_to_an_equal_reference_is_zero_to_the_last_bit(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "same.py").write_text(
+        "def reward(completion, gold):\n    return 1.0\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    computed: list[torch.Tensor] = []
+    compute_advantages = advantages.compute_advantages
+
+    def note(*arguments: Any) -> torch.Tensor:
+        computed.append(compute_advantages(*arguments))
+        return computed[-1]
+
+    monkeypatch.setattr(advantages, "compute_advantages", note)
+    kl = {"kl_coefficient": 0.1, "kl_placement": "reward", "kl_estimator": "k1"}
+    reward = {"answer": 0.0, "custom": "same:reward"}
+    changes = {**SMALL, **kl, "num_steps": 1, "minibatches": 2, "reward": reward}
+    train("train_grpo", "reinforce_pp", **changes)
+    assert [float(values.abs().max()) for values in computed] == [0.0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"minibatches": 2, "epochs_per_batch": 2}])

@@ -87,6 +87,12 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.room = None
 
+    def reset(self) -> None:
+        """Empty it, and free its memory."""
+        super().reset()
+        self.keys = self.values = self.room = None
+        self.is_initialized = False
+
     def _larger(self, old: torch.Tensor | None, new: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = new.shape
         larger = new.new_empty((rows, heads, length + self.tokens_of_room, width))
@@ -112,7 +118,7 @@ class TwoPartLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (R, heads, new, width) each; returns the part that they went to."""
         if not self.get_seq_length():
-            return super().update(key_states.to(value_states.dtype), value_states)
+            return super().update(key_states, value_states)
         if self.newest.get_seq_length() >= self.newest.tokens_of_room:
             self._join()
         return self.newest.update(key_states, value_states)
@@ -130,7 +136,7 @@ class TwoPartLayer(DynamicLayer):
         keys, values = self.newest.keys, self.newest.values
         if keys is not None and values is not None:
             super().update(keys, values)
-            self.newest = RoomyLayer(max(MIN_NEWEST, self.get_seq_length() // 8))
+            self.newest = RoomyLayer(max(MIN_NEWEST, super().get_seq_length() // 8))
 
 
 def _new_cache(model: PreTrainedModel) -> DynamicCache:
@@ -143,6 +149,11 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
         of_all = TwoPartLayer
     cache.layers = [of_all() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def _has_two_parts(cache: DynamicCache) -> bool:
+    """Whether its layers are `TwoPartLayer`s: all of them are, or none is."""
+    return bool(cache.layers) and isinstance(cache.layers[0], TwoPartLayer)
 
 
 class HfEngine:
@@ -298,7 +309,7 @@ class HfEngine:
         `mask` (R, T) is of all tokens, those in the cache too.
         """
         of_queries = mask
-        if input_ids.shape[1] == 1 and all(type(layer) is TwoPartLayer for layer in cache.layers):
+        if input_ids.shape[1] == 1 and _has_two_parts(cache):
             of_queries = mask.bool()[:, None, None]  # as transformers would make it, for each layer
         with _attention_from(cache):
             return self.model(
@@ -349,6 +360,8 @@ class HfEngine:
         self, owners: list[Request], token_ids: torch.Tensor, active: torch.Tensor
     ) -> torch.Tensor:
         """Whether the newest token of each row of `active` (R,) completes one of its stop texts."""
+        longest = max(len(stop.encode("utf-8")) for owner in owners for stop in owner.stop)
+        token_ids = token_ids[:, -longest - 1 :]
         found = []
         for row, ids in zip(active.tolist(), token_ids[active].tolist(), strict=True):
             # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
@@ -438,14 +451,15 @@ def _attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, heads, T, width) to (B, T, heads, width)."""
-    number: Any = getattr(module, "layer_idx", None)
-    layer = None if number is None else cache.layers[number]
-    if isinstance(layer, TwoPartLayer) and layer.newest.get_seq_length():
-        return _attend(query, layer, attention_mask, scaling), None
     if query.device.type != "cpu" or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
+    if _has_two_parts(cache):
+        number: Any = module.layer_idx
+        layer: Any = cache.layers[number]
+        if layer.newest.get_seq_length():
+            return _attend(query, layer, attention_mask, scaling), None
     attended = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
     )
@@ -455,7 +469,7 @@ def _attention(
 def _attend(
     query: torch.Tensor,
     layer: TwoPartLayer,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
     """Attention of one token a row, (R, heads, 1, width), to both parts of a layer's cache.
@@ -468,7 +482,6 @@ def _attend(
     # Heads that share keys lie next to each other.
     query = query.reshape(rows, older[0].shape[1], -1, width) * (scaling or width**-0.5)
     scores = torch.cat([query @ older[0].mT, query @ newer[0].mT], dim=-1)
-    if attention_mask is not None:
-        scores.masked_fill_(~attention_mask, -torch.inf)
+    scores.masked_fill_(~attention_mask, -torch.inf)
     weights = scores.softmax(-1).split([older[0].shape[2], newer[0].shape[2]], dim=-1)
     return (weights[0] @ older[1] + weights[1] @ newer[1]).view(rows, 1, heads, width)
