@@ -80,6 +80,7 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
             "num_samples": num_samples,
             "pass_at_k": by_k,
             "maj_at_k": by_k,
+            "accuracy_flexible": float(correct.mean()),
             "format_fraction": 1.0,
             "mean_completion_tokens": 175.0,
             "truncated_fraction": 0.0,

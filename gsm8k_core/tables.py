@@ -80,6 +80,7 @@ SCHEMA: dict[str, Any] = {
     "maj_at_n": pl.Float64,
     "maj_at_n_ci_low": pl.Float64,
     "maj_at_n_ci_high": pl.Float64,
+    "accuracy_flexible": pl.Float64,
     "format_fraction": pl.Float64,
     "mean_completion_tokens": pl.Float64,
     "truncated_fraction": pl.Float64,
@@ -117,10 +118,19 @@ METRIC_KEYS = (
     "num_samples",
     "pass_at_k",
     "maj_at_k",
+    "accuracy_flexible",
     "format_fraction",
     "mean_completion_tokens",
     "truncated_fraction",
     "seconds_generating",
+)
+
+
+MEANS_OVER_SEEDS = (
+    "accuracy_flexible",
+    "format_fraction",
+    "mean_completion_tokens",
+    "truncated_fraction",
 )
 
 
@@ -372,10 +382,7 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         "base": None if method == base else base,
         **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence),
         **_at_largest_k(cell, study.confidence),
-        **{
-            key: _mean_of([one[key] for one in cell.metrics])
-            for key in ("format_fraction", "mean_completion_tokens", "truncated_fraction")
-        },
+        **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
     for kind, other, detectable in (
         ("parent", parent, "smallest_detectable_delta"),
@@ -619,6 +626,9 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
     notes = [
         "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
         "Intervals take both seeds and problems as random.",
+        "flexible: the last number counts, wherever it stands. format: the answer stands where the "
+        "prompt asked for it. Accuracy that grows with format while flexible does not is format "
+        "learnt, not arithmetic.",
         "Differences are in points, paired by seed and problem. p is corrected (Holm) over all "
         "methods and suites of a model, one family for parents and one for the base model.",
         "detectable: the smallest difference to the parent that this many problems and seeds would "
@@ -698,6 +708,8 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     "seeds": lambda row: str(row["num_seeds"]),
     "problems": lambda row: str(row["num_problems"]),
     "accuracy %": lambda row: with_interval(row, "accuracy", ".1f"),
+    "flexible %": lambda row: percent(row["accuracy_flexible"], ".1f"),
+    "format %": lambda row: percent(row["format_fraction"], ".1f"),
     "parent": lambda row: row["parent"] or "",
     "vs parent, points": lambda row: with_interval(row, "delta_vs_parent", "+.1f"),
     "p parent": lambda row: p_text(row["p_value_vs_parent_holm"]),

@@ -48,7 +48,13 @@ def row_of(model: str, method: str, suite: str) -> dict[str, Any]:
 
 def write_runs(folder: Path, log: list[dict[str, Any]]) -> pl.DataFrame:
     """Summaries and training logs of every run; returns the comparison."""
-    keys = ("pass_at_k", "maj_at_k", "format_fraction", "mean_completion_tokens")
+    keys = (
+        "pass_at_k",
+        "maj_at_k",
+        "accuracy_flexible",
+        "format_fraction",
+        "mean_completion_tokens",
+    )
     rest: dict[str, Any] = dict.fromkeys(
         (*keys, "truncated_fraction", "seconds_generating", "num_samples")
     )

@@ -326,6 +326,22 @@ def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_d
     assert grpo["mean_completion_tokens"] == 10.0
 
 
+def test_a_gain_that_is_format_alone_can_be_told_from_one_in_arithmetic(study_dir: Path) -> None:
+    # Right from the start, and after training also where the prompt asked for the answer.
+    for method, text in (("base", UNMARKED), ("sft", RIGHT)):
+        for seed in make_study().seeds_of[method]:
+            run = study_dir / "m1" / method / f"seed{seed}"
+            rows = [completion(f"p{i:02d}", text) for i in range(40)]
+            run_grade(run, rows, model="m1", method=method, seed=seed)
+    frame = build(make_study(), study_dir)
+    base, sft = row_of(frame, "base"), row_of(frame, "sft")
+    assert (base["accuracy"], sft["accuracy"]) == (0.0, 1.0)
+    assert (base["accuracy_flexible"], sft["accuracy_flexible"]) == (1.0, 1.0)
+    assert (base["format_fraction"], sft["format_fraction"]) == (0.0, 1.0)
+    for text in (to_markdown(frame), to_html(frame)):
+        assert "flexible %" in text and "format %" in text and "not arithmetic" in text
+
+
 def test_cost_is_that_of_the_stage_and_of_what_came_before_it(study_dir: Path) -> None:
     for method in ("base", "grpo"):  # two GPUs for grpo's completions; sft's device is unknown
         for stats in (study_dir / "m1" / method).glob("seed*/completions/test.stats.json"):
