@@ -1,6 +1,6 @@
 """From a question to the text that the model continues, and from a solution to what SFT imitates.
 
-Rendered text is tokenized with `add_special_tokens=False` (trap 4): a chat template writes its own
+Rendered text is tokenized with `add_special_tokens=False`: a chat template writes its own
 special tokens. Plain prompts get one BOS where the tokenizer has one that it would add itself.
 
 Worked examples come before the question: as turns of their own where the prompt is a chat, else as

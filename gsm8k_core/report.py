@@ -581,6 +581,9 @@ def _table(subject: Subject) -> Json:
     if largest - {1}:
         title = f"maj@{max(largest)}" if len(largest) == 1 else "maj@n"
         columns.append((title, _sampled_cell("maj_at_n")))
+    for name, title in (("accuracy_flexible", "by last number"), ("format_fraction", "in format")):
+        if any(row.get(name) is not None for row in rows):
+            columns.append((title, _share_cell(name)))
     if any(row.get("smallest_detectable_delta") is not None for row in rows):
         columns.append(("detectable from", _detectable_cell))
     return {
@@ -609,6 +612,13 @@ def _sampled_cell(name: str) -> Any:
         if not row["num_samples"]:
             return _cell("")
         return _cell(_percent(row[name]), _interval(row, name, _plain))
+
+    return make
+
+
+def _share_cell(name: str) -> Any:
+    def make(row: Json) -> Json:
+        return _cell("" if row.get(name) is None else _percent(row[name]))
 
     return make
 
@@ -650,6 +660,11 @@ def _table_note(subject: Subject) -> str:
             "A method is called best where it is ahead of every other significantly: by the "
             "p-values here of what it was trained from or what was trained from it, else "
             "Holm-corrected over its differences to all others."
+        )
+    if any(row.get("accuracy_flexible") is not None for row in subject.rows):
+        notes.append(
+            "“By last number”: right where the last number counts, wherever it stands; “in "
+            "format”: the answer stands where the prompt asked for it."
         )
     if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):
         notes.append(

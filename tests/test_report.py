@@ -267,10 +267,11 @@ def test_bands_of_repeated_sampling_are_the_intervals_of_the_comparison(
 def test_the_ranking_shows_the_majority_of_samples_with_its_interval(
     page: Page, paths: Paths
 ) -> None:
-    assert "sampled pass@1\nmaj@2\n" in page.text
+    assert "sampled pass@1\nmaj@2\nby last number\nin format\n" in page.text
     row = pl.read_parquet(paths["comparison"]).filter(pl.col("method") == "grpo").to_dicts()[0]
     low, high = (f"{100 * row[f'maj_at_n_ci_{end}']:.1f}" for end in ("low", "high"))
-    assert f"90.0 % [{low}, {high}]" in squeezed(page.text)
+    shares = f"{100 * row['accuracy_flexible']:.1f} % {100 * row['format_fraction']:.1f} %"
+    assert f"90.0 % [{low}, {high}] {shares}" in squeezed(page.text)
 
 
 def test_agreement_tells_the_same_wrong_answer_from_another_one_and_from_none(page: Page) -> None:
