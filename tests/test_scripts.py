@@ -621,3 +621,20 @@ def test_a_missing_round_is_named(rounds: Callable[..., Path], script: Script) -
     with pytest.raises(DataError, match=r"round1/settings\.json: no such file"):
         script("finish_rounds").main(["--run-dir", str(folder / "nowhere")])
     assert not (folder / "model").exists()
+
+
+@pytest.mark.parametrize(("name", "registry"), [("data", "datasets"), ("model", "models")])
+def test_what_only_an_overlay_names_can_be_prepared_by_that_name(
+    script: Callable[[str], ModuleType], tmp_path: Path, name: str, registry: str
+) -> None:
+    entries = {
+        "datasets": {"mine": {"kind": "arithmetic", "num_train": 5, "num_val": 2, "num_test": 3}},
+        "models": {"mine": {"source": "embedded", "prompt": "plain"}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps({registry: entries[registry]}), encoding="utf-8")
+    words = ["--dataset" if name == "data" else "--model-name", "mine"]
+    files = [str(ROOT / "config.yaml"), str(tmp_path / "mine.yaml")]
+    output = tmp_path / "out"
+    script(f"prepare_{name}").main([*words, "--config", *files, "--output-dir", str(output)])
+    manifest = read_json(output / "manifest.json")
+    assert manifest["dataset" if name == "data" else "model"] == "mine"
