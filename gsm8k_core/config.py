@@ -39,12 +39,12 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
 # Settings of a model that only the scheduler reads.
 SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
-# Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
 # Advantages that compare completions of one prompt.
 AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
 # Full fine-tuning at a higher rate, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
+# Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
 VLLM_MEMORY_KEYS = (
     "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
     "kv_cache_gib", "sleep_level",
@@ -944,28 +944,34 @@ class Config(Settings):
         )
 
 
-def doubts(config: Config) -> list[str]:
-    """What a study may have inherited unawares, one line each: settings for the embedded model.
+def doubts(config: Config, shipped: Config) -> str:
+    """What a study of real models has inherited from config.yaml (`shipped`), made for a toy.
 
-    They are the `defaults` of config.yaml, under every study that is laid over it.
+    One line, or none. A rate above what full fine-tuning of a real model takes counts, and fewer
+    tokens than a solution of GSM8K has; either only where it is config.yaml's own number.
     """
-    others = [name for name in config.study.models if config.models[name].source != "embedded"]
+    real = [name for name in config.study.models if config.models[name].source != "embedded"]
     stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
-    lines = []
-    for stage in sorted(stages) if others else []:
+    inherited: set[str] = set()
+    for stage in stages if real else ():
         settings: Any = config.methods[stage]
-        if isinstance(settings, BaseMethod):
-            continue
-        if settings.lora is None and settings.learning_rate > DOUBTFUL_LEARNING_RATE:
-            lines.append(f"methods.{stage}.learning_rate is {settings.learning_rate:g}")
-        new_tokens = getattr(settings, "max_new_tokens", DOUBTFUL_NEW_TOKENS)
-        if new_tokens < DOUBTFUL_NEW_TOKENS:
-            lines.append(f"methods.{stage}.max_new_tokens is {new_tokens}")
-    remedy = (
-        f"is that meant for {', '.join(others)}? The `defaults` of config.yaml are made for the "
-        "embedded model: set it in your study, or lay your file behind studies/qwen2.5-gsm8k.yaml"
+        toys = shipped.defaults.get(settings.kind, {})
+        for key in ("learning_rate", "max_new_tokens"):
+            value = getattr(settings, key, None)
+            doubtful = (
+                value is not None and value < DOUBTFUL_NEW_TOKENS
+                if key == "max_new_tokens"
+                else value is not None and value >= DOUBTFUL_LEARNING_RATE and not settings.lora
+            )
+            if doubtful and value == toys.get(key):
+                inherited.add(f"defaults.{settings.kind}.{key} ({value:g})")
+    if not inherited:
+        return ""
+    return (
+        f"{', '.join(sorted(inherited))}: made for the embedded model, and inherited from "
+        f"config.yaml for {', '.join(real)}. Set them in your study, or lay your file behind "
+        "studies/qwen2.5-gsm8k.yaml, which does."
     )
-    return [f"{line}: {remedy}" for line in lines]
 
 
 def dump(settings: BaseModel) -> str:
@@ -1284,14 +1290,16 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
         known = _keys_at(location[:-1], item)
         return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
     if item["type"] == "missing":
-        return f"{key}: missing, and it has no default{_meant(location, raw)}"
+        meant = _meant(location, raw) if location[-1] == "source" else ""
+        return f"{key}: missing, and it has no default{meant}"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         kinds = sorted(kind for kind, of in KINDS.items() if of.__name__.endswith("Method"))
         if location[0] == "datasets":
             kinds = sorted(set(KINDS) - set(kinds))
         found = item["ctx"].get("tag")
-        what = "missing" if found is None else f"there is no '{found}'"
-        return f"{key}.kind: {what}; expected one of {', '.join(kinds)}{_meant(location, raw)}"
+        if found is not None:
+            return f"{key}.kind: no kind '{found}'{_suggest(str(found), kinds)}"
+        return f"{key}.kind: missing; expected one of {', '.join(kinds)}{_meant(location, raw)}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
     found = redact(json.dumps(item.get("input"), default=str))

@@ -581,7 +581,7 @@ def _table(subject: Subject) -> Json:
     if largest - {1}:
         title = f"maj@{max(largest)}" if len(largest) == 1 else "maj@n"
         columns.append((title, _sampled_cell("maj_at_n")))
-    for name, title in (("accuracy_flexible", "by last number"), ("format_fraction", "in format")):
+    for name, title in (("accuracy_flexible", "flexible"), ("format_fraction", "in format")):
         if any(row.get(name) is not None for row in rows):
             columns.append((title, _share_cell(name)))
     if any(row.get("smallest_detectable_delta") is not None for row in rows):
@@ -663,7 +663,7 @@ def _table_note(subject: Subject) -> str:
         )
     if any(row.get("accuracy_flexible") is not None for row in subject.rows):
         notes.append(
-            "“By last number”: right where the last number counts, wherever it stands; “in "
+            "“Flexible”: right where the last number counts, wherever it stands; “in "
             "format”: the answer stands where the prompt asked for it."
         )
     if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):

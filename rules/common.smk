@@ -11,7 +11,7 @@ import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
 
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE
-from gsm8k_core.config import doubts, dump, parse_config, read_yaml
+from gsm8k_core.config import doubts, dump, load_config, parse_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.layout import Layout, one_of
 from gsm8k_core.manifest import (
@@ -48,13 +48,13 @@ RESULTS = LAYOUT.results
 
 # Jobs on a cluster read this file too, and need not say it again.
 if workflow.is_main_process:
-    for line in doubts(CONFIG):
-        logger.warning(line)
-    overlays = [read_yaml(Path(path)) for path in workflow.overwrite_configfiles]
-    if overlays and not any("name" in overlay.get("study", {}) for overlay in overlays):
+    SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
+    if doubts(CONFIG, SHIPPED):
+        logger.warning(doubts(CONFIG, SHIPPED))
+    if workflow.overwrite_configfiles and CONFIG.study.name == SHIPPED.study.name:
         logger.warning(
-            f"No file of --configfile sets study.name: its runs go to {LAYOUT.results} and take the "
-            f"place of those of the study '{CONFIG.study.name}'."
+            f"The study has the name that config.yaml gives, '{CONFIG.study.name}': its runs take the "
+            f"place of those in {LAYOUT.experiments}. Set study.name for a study of its own."
         )
 
 # An edit of the library reruns finished jobs only where the study asks for it.

@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     config = load_config(args.config[0], args.config[1:])
-    for line in doubts(config):
-        log.warning("%s", line)
+    if doubt := doubts(config, load_config(args.config[0])):
+        log.warning("%s", doubt)
     given = {item.name: getattr(args, item.name) for item in fields(Assumptions)}
     given["parameters"] = read_parameters(args.parameters, config.models)
     assumptions = Assumptions(**given)

@@ -131,8 +131,7 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         ),
         (
             {"methods": {"mine": {"kind": "ppo"}}},
-            "methods.mine.kind: there is no 'ppo'; expected one of base, dpo, expert_iteration, "
-            "grpo, sft",
+            "methods.mine.kind: no kind 'ppo'; did you mean 'dpo'?",
         ),
         (
             {"datasets": {"other": {"platinum": True}}},
@@ -478,22 +477,29 @@ def test_a_parent_in_the_defaults_must_exist_too(config: Config) -> None:
         parse_config(raw)
 
 
-def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded_ones() -> None:
-    def lines(overlay: dict[str, Any]) -> list[str]:
-        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)))
+def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded_one() -> None:
+    shipped = load_config(ROOT / "config.yaml")
 
-    study = {"models": ["smollm2-135m-instruct"], "methods": ["sft", "grpo"], "dataset": "gsm8k"}
-    assert [line.partition(":")[0] for line in lines({"study": study})] == [
-        "methods.grpo.learning_rate is 0.0003",
-        "methods.grpo.max_new_tokens is 48",
-        "methods.sft.learning_rate is 0.004",
+    def line(overlay: dict[str, Any]) -> str:
+        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)), shipped)
+
+    study = {"models": ["smollm2-135m-instruct"], "methods": ["sft", "grpo", "dapo", "dpo"]}
+    names, _, remedy = line({"study": study}).partition(": ")
+    assert names.split(", ") == [
+        "defaults.dpo.learning_rate (0.0001)",
+        "defaults.dpo.max_new_tokens (48)",
+        "defaults.grpo.learning_rate (0.0003)",
+        "defaults.grpo.max_new_tokens (48)",
+        "defaults.sft.learning_rate (0.004)",
     ]
-    assert (
-        "meant for smollm2-135m-instruct? The `defaults` of config.yaml"
-        in lines({"study": study})[0]
-    )
-    own = {"sft": {"lora": {"rank": 8}}, "grpo": {"learning_rate": 1e-6, "max_new_tokens": 256}}
-    assert lines({"study": study, "defaults": own}) == []
-    assert lines({}) == []
+    assert "from config.yaml for smollm2-135m-instruct. Set them in your study" in remedy
+    # Said once, or meant: a rate of one's own, however high, adapters, the embedded model.
+    own = {
+        "sft": {"lora": {"rank": 8}},
+        "grpo": {"learning_rate": 5e-4, "max_new_tokens": 60},
+        "dpo": {"learning_rate": 1e-6, "max_new_tokens": 256},
+    }
+    assert line({"study": study, "defaults": own}) == ""
+    assert line({}) == ""
     for path in sorted((ROOT / "studies").glob("*.yaml")):
-        assert lines(read_yaml(path)) == []
+        assert line(read_yaml(path)) == ""

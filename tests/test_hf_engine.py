@@ -518,7 +518,9 @@ def test_keys_that_heads_share_are_not_copied_and_nothing_else_changes(
 
 def test_a_cache_that_is_reset_holds_no_memory() -> None:
     for layer in (RoomyLayer(), TwoPartLayer()):
-        layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+        for new in (3, 1):
+            layer.update(torch.ones(1, 2, new, 4), torch.ones(1, 2, new, 4))
+        assert layer.get_seq_length() == 4
         layer.reset()
         assert (layer.keys, layer.values) == (None, None) and layer.get_seq_length() == 0
         assert getattr(layer, "room", None) is None

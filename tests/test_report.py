@@ -267,7 +267,7 @@ def test_bands_of_repeated_sampling_are_the_intervals_of_the_comparison(
 def test_the_ranking_shows_the_majority_of_samples_with_its_interval(
     page: Page, paths: Paths
 ) -> None:
-    assert "sampled pass@1\nmaj@2\nby last number\nin format\n" in page.text
+    assert "sampled pass@1\nmaj@2\nflexible\nin format\n" in page.text
     row = pl.read_parquet(paths["comparison"]).filter(pl.col("method") == "grpo").to_dicts()[0]
     low, high = (f"{100 * row[f'maj_at_n_ci_{end}']:.1f}" for end in ("low", "high"))
     shares = f"{100 * row['accuracy_flexible']:.1f} % {100 * row['format_fraction']:.1f} %"

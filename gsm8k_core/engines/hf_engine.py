@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 COMPACT_BELOW = 0.8
 # Tokens that the key-value cache has room for before it is copied to a larger place.
 CACHE_ROOM = 64
-# Tokens that gather before they are copied to the others, and an eighth of these if that is more.
+# Tokens that gather before they are copied to the others, or an eighth of these if that is more.
 MIN_NEWEST = 8
 # Tokens of prompts in one forward, padding included. On a CPU, more of them do not fit its cache,
 # and lie in memory that is mapped anew for every operation (docs/experiments.md).
@@ -104,8 +104,8 @@ class RoomyLayer(DynamicLayer):
 class TwoPartLayer(DynamicLayer):
     """A layer's key-value cache on a CPU: most tokens without a gap, the newest with room for more.
 
-    A cache with room has gaps between its rows, and over these a CPU reads at less than half the
-    speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have none, and new
+    A cache with room has gaps between its rows, and over these a CPU reads more slowly, at worst at
+    less than half the speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have none, and new
     tokens gather in `newest` until they are worth a copy of all. `_attend` reads both parts.
     """
 
@@ -131,6 +131,13 @@ class TwoPartLayer(DynamicLayer):
         """Keep the rows `indices`."""
         self._join()
         super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Empty it, and free its memory."""
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.newest = RoomyLayer(MIN_NEWEST)
 
     def _join(self) -> None:
         keys, values = self.newest.keys, self.newest.values
@@ -310,7 +317,9 @@ class HfEngine:
         """
         of_queries = mask
         if input_ids.shape[1] == 1 and _has_two_parts(cache):
-            of_queries = mask.bool()[:, None, None]  # as transformers would make it, for each layer
+            of_queries = mask.bool()[
+                :, None, None
+            ]  # transformers takes one of 4 dimensions as it is
         with _attention_from(cache):
             return self.model(
                 input_ids=input_ids,
@@ -474,7 +483,8 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of one token a row, (R, heads, 1, width), to both parts of a layer's cache.
 
-    Gives (R, 1, heads, width). PyTorch's own kernel for CPUs takes twice as long for one token.
+    Gives (R, 1, heads, width). Over keys without gaps PyTorch's own kernel for CPUs takes up to twice
+    as long for one token.
     """
     rows, heads, _, width = query.shape
     older: list[Any] = [layer.keys, layer.values]

@@ -332,13 +332,13 @@ def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: P
 def test_what_an_overlay_may_have_meant_otherwise_is_said_and_a_study_of_its_own_hears_nothing(
     workspace: Path,
 ) -> None:
-    inherited = "methods.sft.learning_rate is 0.004: is that meant for smollm2-135m-instruct?"
-    nameless = "No file of --configfile sets study.name"
+    inherited = "defaults.sft.learning_rate (0.004): made for the embedded model"
+    nameless = "The study has the name that config.yaml gives, 'default'"
     study = {"models": ["smollm2-135m-instruct"], "methods": ["base", "sft"]}
     real = overlay(workspace, "real.yaml", {"study": study})
     said = snakemake(workspace, "-n", overlays=(real,)).stdout
     assert said.count(inherited) == said.count(nameless) == 1
-    assert "take the place of those of the study 'default'" in said
+    assert "take the place of those in artifacts/experiments/default." in said
     for quiet in (snakemake(workspace, "-n"), snakemake(workspace, "-n", overlays=())):
         assert quiet.returncode == 0
         assert inherited not in quiet.stdout and nameless not in quiet.stdout
