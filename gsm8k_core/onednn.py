@@ -1,10 +1,10 @@
 """Matrix products by oneDNN where PyTorch's own, by MKL, are slow: AMD's processors with AVX-512.
 
 MKL gives those its kernels for AVX2. On Zen 5, whose AVX-512 units are twice as wide, these have
-half the speed in large products and less in small ones too; on Zen 4 they are a tenth slower in
-large ones, and faster in small ones (docs/experiments.md). The operator is the one that torch.compile uses for a linear layer. What is
-chosen depends on the processor and the matrix alone, never on a measurement, so a rerun on the same
-machine computes the same.
+half of oneDNN's speed in large products, and less than it in small ones too; on Zen 4 they are a
+tenth slower in large ones, and faster in small ones (docs/experiments.md). The operator is the one
+that torch.compile uses for a linear layer. What is chosen depends on the processor and the matrix
+alone, never on a measurement, so a rerun on the same machine computes the same.
 """
 
 from __future__ import annotations

@@ -212,8 +212,8 @@ def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The first minibatch is on policy and gives its own. The others are scored beforehand, but where
-    # the engine is the model in training: then what it said while it sampled is the same.
+    # The first minibatch is on policy and gives its own. The others are scored beforehand, but not
+    # where the engine is the model in training: what it said as it sampled is the same.
     module = script("train_grpo")
     update_policy, cut, score_all = module.update_policy, module._cut, module.score_all
     if not samples_with_itself:

@@ -105,8 +105,9 @@ class TwoPartLayer(DynamicLayer):
     """A layer's key-value cache on a CPU: most tokens without a gap, the newest with room for more.
 
     A cache with room has gaps between its rows, and over these a CPU reads more slowly, at worst at
-    less than half the speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have none, and new
-    tokens gather in `newest` until they are worth a copy of all. `_attend` reads both parts.
+    less than half the speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have
+    none, and new tokens gather in `newest` until they are worth a copy of all. `_attend` reads both
+    parts.
     """
 
     def __init__(self) -> None:
@@ -317,9 +318,8 @@ class HfEngine:
         """
         of_queries = mask
         if input_ids.shape[1] == 1 and _has_two_parts(cache):
-            of_queries = mask.bool()[
-                :, None, None
-            ]  # transformers takes one of 4 dimensions as it is
+            # Of four dimensions: transformers takes it as it is.
+            of_queries = mask.bool()[:, None, None]
         with _attention_from(cache):
             return self.model(
                 input_ids=input_ids,
@@ -483,8 +483,8 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of one token a row, (R, heads, 1, width), to both parts of a layer's cache.
 
-    Gives (R, 1, heads, width). Over keys without gaps PyTorch's own kernel for CPUs takes up to twice
-    as long for one token.
+    Gives (R, 1, heads, width). Over keys without gaps PyTorch's own kernel for CPUs takes up to
+    twice as long for one token.
     """
     rows, heads, _, width = query.shape
     older: list[Any] = [layer.keys, layer.values]
