@@ -41,7 +41,7 @@ WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
 SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 # Advantages that compare completions of one prompt.
 AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
-# Full fine-tuning at a higher rate, and solutions in fewer tokens, suit the embedded model alone.
+# Full fine-tuning from this rate on, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
 # Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
@@ -947,24 +947,27 @@ class Config(Settings):
 def doubts(config: Config, shipped: Config) -> str:
     """What a study of real models has inherited from config.yaml (`shipped`), made for a toy.
 
-    One line, or none. A rate above what full fine-tuning of a real model takes counts, and fewer
-    tokens than a solution of GSM8K has; either only where it is config.yaml's own number.
+    One line, or none. A rate too high for full fine-tuning of a real model counts, and too few
+    tokens for a solution of GSM8K; either only where it is config.yaml's own number.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
     inherited: set[str] = set()
     for stage in stages if real else ():
         settings: Any = config.methods[stage]
+        if isinstance(settings, BaseMethod):
+            continue
+        doubtful: dict[str, float] = {}
+        if settings.learning_rate >= DOUBTFUL_LEARNING_RATE and settings.lora is None:
+            doubtful["learning_rate"] = settings.learning_rate
+        if getattr(settings, "max_new_tokens", DOUBTFUL_NEW_TOKENS) < DOUBTFUL_NEW_TOKENS:
+            doubtful["max_new_tokens"] = settings.max_new_tokens
         toys = shipped.defaults.get(settings.kind, {})
-        for key in ("learning_rate", "max_new_tokens"):
-            value = getattr(settings, key, None)
-            doubtful = (
-                value is not None and value < DOUBTFUL_NEW_TOKENS
-                if key == "max_new_tokens"
-                else value is not None and value >= DOUBTFUL_LEARNING_RATE and not settings.lora
-            )
-            if doubtful and value == toys.get(key):
-                inherited.add(f"defaults.{settings.kind}.{key} ({value:g})")
+        inherited |= {
+            f"defaults.{settings.kind}.{key} ({value:g})"
+            for key, value in doubtful.items()
+            if value == toys.get(key)
+        }
     if not inherited:
         return ""
     return (
@@ -1293,9 +1296,12 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
         meant = _meant(location, raw) if location[-1] == "source" else ""
         return f"{key}: missing, and it has no default{meant}"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        kinds = sorted(kind for kind, of in KINDS.items() if of.__name__.endswith("Method"))
-        if location[0] == "datasets":
-            kinds = sorted(set(KINDS) - set(kinds))
+        of_methods = location[0] == "methods"
+        kinds = sorted(
+            kind
+            for kind, settings in KINDS.items()
+            if issubclass(settings, BaseMethod | TrainSettings) is of_methods
+        )
         found = item["ctx"].get("tag")
         if found is not None:
             return f"{key}.kind: no kind '{found}'{_suggest(str(found), kinds)}"

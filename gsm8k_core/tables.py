@@ -112,25 +112,20 @@ PASS_AT_K_SCHEMA: dict[str, Any] = {
     "maj_at_k_ci_high": pl.Float64,
 }
 
+MEANS_OVER_SEEDS = (
+    "accuracy_flexible",
+    "format_fraction",
+    "mean_completion_tokens",
+    "truncated_fraction",
+)
 METRIC_KEYS = (
     "accuracy",
     "pass_at_1",
     "num_samples",
     "pass_at_k",
     "maj_at_k",
-    "accuracy_flexible",
-    "format_fraction",
-    "mean_completion_tokens",
-    "truncated_fraction",
+    *MEANS_OVER_SEEDS,
     "seconds_generating",
-)
-
-
-MEANS_OVER_SEEDS = (
-    "accuracy_flexible",
-    "format_fraction",
-    "mean_completion_tokens",
-    "truncated_fraction",
 )
 
 

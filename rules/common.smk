@@ -49,8 +49,8 @@ RESULTS = LAYOUT.results
 # Jobs on a cluster read this file too, and need not say it again.
 if workflow.is_main_process:
     SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
-    if doubts(CONFIG, SHIPPED):
-        logger.warning(doubts(CONFIG, SHIPPED))
+    if doubt := doubts(CONFIG, SHIPPED):
+        logger.warning(doubt)
     if workflow.overwrite_configfiles and CONFIG.study.name == SHIPPED.study.name:
         logger.warning(
             f"The study has the name that config.yaml gives, '{CONFIG.study.name}': its runs take the "

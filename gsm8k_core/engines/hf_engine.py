@@ -250,6 +250,9 @@ class HfEngine:
         temperatures = torch.tensor([request.temperature for request in owners], device=device)
         uniforms = _uniforms(requests).to(device)
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
+        # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
+        num_bytes = [len(stop.encode("utf-8")) for owner in owners for stop in owner.stop]
+        longest_stop = max(num_bytes, default=0)
 
         token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
         log_probs = torch.zeros(uniforms.shape, device=device)
@@ -270,8 +273,9 @@ class HfEngine:
                 tokens, chosen = _sample(logits, temperatures, uniforms[:, step])
                 token_ids[active, step], log_probs[active, step] = tokens, chosen
                 ends = (tokens[:, None] == stop_ids).any(dim=-1)
-                if any(request.stop for request in owners):
-                    ends |= self._ends_in_a_stop_text(owners, token_ids[:, : step + 1], active)
+                if longest_stop:
+                    tail = token_ids[active, max(0, step - longest_stop) : step + 1]
+                    ends |= self._ends_in_a_stop_text([owners[i] for i in active.tolist()], tail)
                 ends &= running
                 stopped[active[ends]], lengths[active[ends]] = True, step + 1
                 running &= ~ends & (limits[active] > step + 1)
@@ -365,23 +369,16 @@ class HfEngine:
         input_ids, mask = _left_pad(prompts, self.pad_id, self.model.device)
         return self._forward(cache, input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
-    def _ends_in_a_stop_text(
-        self, owners: list[Request], token_ids: torch.Tensor, active: torch.Tensor
-    ) -> torch.Tensor:
-        """Whether the newest token of each row of `active` (R,) completes one of its stop texts."""
-        longest = max(len(stop.encode("utf-8")) for owner in owners for stop in owner.stop)
-        token_ids = token_ids[:, -longest - 1 :]
-        found = []
-        for row, ids in zip(active.tolist(), token_ids[active].tolist(), strict=True):
-            # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
-            found.append(
-                any(
-                    stop
-                    in completion_text(self.tokenizer, ids[-len(stop.encode("utf-8")) - 1 :], [])
-                    for stop in owners[row].stop
-                )
+    def _ends_in_a_stop_text(self, owners: list[Request], tail: torch.Tensor) -> torch.Tensor:
+        """Whether the last of a row's newest tokens, `tail` (R, n), completes a stop text: (R,)."""
+        found = [
+            any(
+                stop in completion_text(self.tokenizer, ids[-len(stop.encode("utf-8")) - 1 :], [])
+                for stop in owner.stop
             )
-        return torch.tensor(found, device=active.device)
+            for owner, ids in zip(owners, tail.tolist(), strict=True)
+        ]
+        return torch.tensor(found, device=tail.device)
 
 
 def _uniforms(requests: list[Request]) -> torch.Tensor:
