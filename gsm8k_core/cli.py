@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gsm8k_core import ranks
 from gsm8k_core.config import (
+    Config,
     EngineName,
     ModelSettings,
     RunSettings,
@@ -281,6 +282,11 @@ def add_config_argument(arguments: argparse._ActionsContainer) -> None:
     )
 
 
+def config_from(arguments: argparse.Namespace) -> Config:
+    """What the files of `--config` say, checked."""
+    return load_config(arguments.config[0], arguments.config[1:])
+
+
 def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     """The two ways to say what a training run is: settings as they are, or a cell of a config."""
     group = arguments.add_argument_group("what to train")
@@ -364,7 +370,7 @@ def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
         return settings_from(arguments.settings, RunSettings)
     if arguments.model_name is None or arguments.method is None:
         raise ConfigError("say what to train: --settings, or --model-name and --method")
-    config = load_config(arguments.config[0], arguments.config[1:])
+    config = config_from(arguments)
     check_known("--model-name", arguments.model_name, config.models)
     check_known("--method", arguments.method, config.methods)
     return config.run_settings(arguments.model_name, arguments.method, arguments.seed)

@@ -38,6 +38,7 @@ from gsm8k_core.cli import (
     add_config_argument,
     add_engine_arguments,
     check_known,
+    config_from,
     settings_from,
     with_engine_arguments,
 )
@@ -50,7 +51,6 @@ from gsm8k_core.config import (
     RunSettings,
     SuiteSettings,
     dump,
-    load_config,
 )
 from gsm8k_core.errors import ConfigError, DataError, Gsm8kError
 from gsm8k_core.files import Json, link_or_copy, read_json, sha256_file
@@ -95,7 +95,7 @@ class Subject:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the flags of `add_arguments` say; writes the number to stdout."""
-    config = load_config(args.config[0], args.config[1:])
+    config = config_from(args)
     suite_name = args.suite or config.study.suites[0]
     check_known("--suite", suite_name, config.suites)
     suite = _limited(config.suites[suite_name], args.limit)

@@ -32,13 +32,14 @@ from gsm8k_core.chat_api import ChatClient
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_from,
     leave,
     parser,
     progress_bar,
     run_script,
     settings_from,
 )
-from gsm8k_core.config import CollectionSettings, load_config, merge
+from gsm8k_core.config import CollectionSettings, merge
 from gsm8k_core.errors import ApiError, ConfigError
 from gsm8k_core.files import Json, iter_jsonl, sha256_file, write_json
 from gsm8k_core.manifest import Attempts, provenance
@@ -118,7 +119,7 @@ def settings_of(args: argparse.Namespace) -> CollectionSettings:
     if args.settings is not None:
         settings = settings_from(args.settings, CollectionSettings)
     elif args.traces is not None:
-        config = load_config(args.config[0], args.config[1:])
+        config = config_from(args)
         check_known("--traces", args.traces, config.traces)
         settings = config.collection_settings(args.traces)
     else:

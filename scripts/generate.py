@@ -23,6 +23,7 @@ from gsm8k_core.cli import (
     add_config_argument,
     add_engine_arguments,
     check_known,
+    config_from,
     leave,
     parser,
     progress_bar,
@@ -34,7 +35,6 @@ from gsm8k_core.config import (
     EvaluationSettings,
     SuiteSettings,
     dump,
-    load_config,
     without_memory,
 )
 from gsm8k_core.engines.base import Completion, Engine, Request
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, EvaluationSettings)
     elif args.model_name and args.method and args.suite:
-        config = load_config(args.config[0], args.config[1:])
+        config = config_from(args)
         check_known("--model-name", args.model_name, config.models)
         check_known("--method", args.method, config.methods)
         check_known("--suite", args.suite, config.suites)

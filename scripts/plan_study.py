@@ -25,6 +25,7 @@ from typing import Any
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_from,
     leave,
     parser,
     positive,
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--json", action="store_true", help="JSON instead of Markdown")
     args = arguments.parse_args(argv)
 
-    config = load_config(args.config[0], args.config[1:])
+    config = config_from(args)
     if doubt := doubts(config, load_config(args.config[0])):
         log.warning("%s", doubt)
     given = {item.name: getattr(args, item.name) for item in fields(Assumptions)}

@@ -18,6 +18,7 @@ from gsm8k_core.arithmetic import make_arithmetic
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_from,
     leave,
     parser,
     run_script,
@@ -27,7 +28,6 @@ from gsm8k_core.config import (
     ArithmeticDataset,
     DatasetSettings,
     GsmSymbolicDataset,
-    load_config,
 )
 from gsm8k_core.data import content_digest, make_gsm8k
 from gsm8k_core.files import sha256_file, write_json
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, DatasetSettings)
     else:
-        datasets = load_config(args.config[0], args.config[1:]).datasets
+        datasets = config_from(args).datasets
         check_known("--dataset", args.dataset, datasets)
         settings = datasets[args.dataset]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_from,
     leave,
     parser,
     run_script,
     settings_from,
 )
-from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings, load_config
+from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import prepare_model
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, ModelSettings)
     else:
-        known = load_config(args.config[0], args.config[1:]).models
+        known = config_from(args).models
         check_known("--model-name", args.model_name, known)
         settings = known[args.model_name]
     with atomic_path(args.output_dir) as temporary:

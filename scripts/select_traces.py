@@ -17,12 +17,13 @@ from pathlib import Path
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_from,
     leave,
     parser,
     run_script,
     settings_from,
 )
-from gsm8k_core.config import TraceDatasetSettings, load_config
+from gsm8k_core.config import TraceDatasetSettings
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import sha256_file, write_json
 from gsm8k_core.manifest import provenance
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.settings is not None:
         settings = settings_from(args.settings, TraceDatasetSettings)
     elif args.traces is not None:
-        config = load_config(args.config[0], args.config[1:])
+        config = config_from(args)
         check_known("--traces", args.traces, config.traces)
         settings = config.trace_dataset_settings(args.traces)
     else:
