@@ -15,8 +15,10 @@ Two ways to find the answer:
 
 What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
 `36/2` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
-`- 18` are read as no answer at all rather than as one of their parts. A line with several numbers
-counts only as an equation, whose last side is the answer (`5 + 13 = 18`).
+`- 18` are read as no answer at all rather than as one of their parts. (In running text a sign apart
+from its number may be a dash: to `flexible`, `is - 18` and `#### - 18` are no answer, `Answer - 18`
+is 18.) A line with several numbers counts only as an equation, whose last side is the answer
+(`5 + 13 = 18`).
 """
 
 from __future__ import annotations
@@ -132,14 +134,14 @@ _DIVISION = re.compile(r"(?<=[0-9.])\s*/\s*(?=\.?[0-9])")
 
 # What stands before a number in running text. `\Z` and not `$`: a new line is no join.
 _NEGATED = re.compile(r"\b(?:minus|negative)\s*\Z", re.IGNORECASE)
-_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$]|\b(?:is|are|was|equals))\s*-\s+\Z")
+_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$#]|\b(?:is|are|was|equals))\s*-\s+\Z")
 _JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z")
 _WHOLE_BEFORE = re.compile(rf"{_DIGIT}(?: +and)? +\Z")  # of a mixed number: 18 1/2
 _GROUPS_BEFORE = re.compile(rf"{_DIGIT}(?: |{THIN_SPACE} | {THIN_SPACE})\Z")  # of 1 000
 _LAST_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
 _ANOTHER_STATEMENT = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
 
-_BOX = re.compile(r"\\boxed\s*\{")
+BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _UNREAD_FRACTION = r"\\[cdt]?frac(?:\s*(?:\{[^{}]*\}|[0-9])){0,2}"
 _MIXED_FRACTION = re.compile(rf"(?<=[0-9])\s*{_UNREAD_FRACTION}")
@@ -208,7 +210,7 @@ def is_correct(
 
 
 def parse_gold(gold: str | int | Fraction) -> Fraction:
-    """The reference answer as a number.
+    """The reference answer as a number; text may be a worked answer that ends in `#### 18`.
 
     Raises DataError when it is text that states none, or neither text nor an exact number.
     """
@@ -217,10 +219,12 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
             f"gold answer {gold!r:.80} is not a number: it is of type {type(gold).__name__}, "
             "expected text such as '18', an int or a Fraction (a float is not exact)"
         )
-    value = Fraction(gold) if isinstance(gold, int | Fraction) else parse_number(gold)
+    if isinstance(gold, int | Fraction):
+        return Fraction(gold)
+    value = parse_number(gold.rpartition("####")[2])
     if value is None:
         raise DataError(
-            f"gold answer {str(gold)[:80]!r} is not a number: mend the dataset, nothing can be "
+            f"gold answer {gold[:80]!r} is not a number: mend the dataset, nothing can be "
             "graded against it"
         )
     return value
@@ -242,15 +246,19 @@ def _after_marker(text: str, marker: str) -> Fraction | None:
 def _in_last_box(text: str) -> Fraction | None:
     """The number inside the last `\\boxed{}`."""
     start = None
-    for match in _BOX.finditer(text):
+    for match in BOX.finditer(text):
         start = match.end()
-    if start is None:
-        return None
+    end = None if start is None else closing_brace(text, start)
+    return None if end is None else parse_number(text[start:end])
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """Where the brace that was opened before `start` is closed, if it is."""
     depth = 1
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return parse_number(text[start : match.start()])
+            return match.start()
     return None
 
 

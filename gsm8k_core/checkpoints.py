@@ -225,7 +225,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: _Parts) -> None:
         else:
             value = saved.whole(key)
         state.setdefault(int(index), {})[name] = value
-    # AdamW keeps its step counts on the CPU; load_state_dict moves the moments to the parameters.
+    # load_state_dict moves the moments to the parameters, and step counts where AdamW wants them.
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

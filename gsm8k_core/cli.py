@@ -166,7 +166,8 @@ def _memory_advice(error: RuntimeError) -> str:
     said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
     return (
         f"out of memory ({said}): lower tokens_per_microbatch, or set gradient_checkpointing: "
-        "true; with vLLM lower vllm.rollout_gpu_memory_fraction, or set vllm.sleep_level: 2. "
+        "true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run goes on from its last "
+        "checkpoint. "
         "Weights, gradients and AdamW's moments alone take 16 bytes a parameter: where these do "
         "not fit, set lora, or more gpus"
     )

@@ -197,8 +197,9 @@ class VllmSettings(Settings):
     """Compute type of the engine; unset: the model's."""
     seed: NonNegativeInt = 0
     """The engine's own seed; each completion has one of its own besides."""
-    sleep_level: Literal[0, 1, 2] = 1
-    """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them: the next
+    rollouts want new ones in any case."""
 
 
 def without_memory(settings: VllmSettings) -> VllmSettings:
@@ -260,6 +261,11 @@ class ModelSettings(Settings):
         if missing:
             raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
         return self
+
+    @property
+    def gpus_generating(self) -> int:
+        """GPUs of a job that generates: vLLM shares a model over `tensor_parallel` of them."""
+        return min(self.gpus, self.vllm.tensor_parallel)
 
 
 # ---------------------------------------------------------------------------------------- methods
@@ -514,12 +520,16 @@ class GrpoMethod(TrainSettings):
             raise ValueError("clip_low must be below 1 (the ratio cannot fall below 0)")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError("dual_clip must be above 1")
+        if self.dual_clip is not None and self.objective != "ppo_clip":
+            raise ValueError("dual_clip needs objective: ppo_clip")
         if self.prompts_per_step % self.minibatches:
             raise ValueError("minibatches must divide prompts_per_step")
         if self.advantage in AMONG_A_GROUP and self.group_size < 2:
             raise ValueError(f"{self.advantage} needs group_size of 2 or more")
         if self.overlong_buffer >= self.max_new_tokens:
             raise ValueError("overlong_buffer must be below max_new_tokens")
+        if self.reference_refresh_steps and self.kl_coefficient == 0.0:
+            raise ValueError("reference_refresh_steps needs kl_coefficient above 0")
         if self.reference_refresh_steps and self.lora is not None:
             raise ValueError("reference_refresh_steps does not go with lora: set one of them")
         if self.objective == "cispo" and self.ratio_level == "sequence":
@@ -1072,14 +1082,17 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_config(path: Path, overlays: list[Path] | None = None) -> Config:
+def load_config(path: Path | str, overlays: list[Path] | list[str] | None = None) -> Config:
     """Read `path`, lay `overlays` over it in order, check the result.
 
     Raises ConfigError that names a file that cannot be read, or lists every mistake by key.
     """
     raw: dict[str, Any] = {}
-    for file in [path, *(overlays or [])]:
-        content = read_yaml(file)
+    for file in map(Path, [path, *(overlays or [])]):
+        try:
+            content = read_yaml(file)
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{file}: expected a mapping of settings at the top level")
         raw = merge(raw, content)

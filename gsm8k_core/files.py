@@ -149,16 +149,18 @@ def packaged_json(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def iter_jsonl(path: Path) -> Iterator[Json]:
+def iter_jsonl(path: Path | str) -> Iterator[Json]:
     """Yield the objects of a JSONL file, one at a time.
 
-    Raises DataError that names file and row (from 1) when the file is missing, or a row is not
+    Raises DataError that names file and row (from 1) when the file cannot be read, or a row is not
     UTF-8 or not a JSON object (as the last one of a file that was cut short is not).
     """
     try:
-        handle = path.open("rb")
+        handle = Path(path).open("rb")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
     with handle:
         yield from parse_jsonl(handle, str(path))
 
@@ -189,7 +191,7 @@ def cut_torn_line(path: Path) -> int:
     return size - whole
 
 
-def read_jsonl(path: Path) -> list[Json]:
+def read_jsonl(path: Path | str) -> list[Json]:
     """`iter_jsonl` as a list."""
     return list(iter_jsonl(path))
 

@@ -1,6 +1,6 @@
 """Look at what a model writes: completions with their rewards, lengths and entropies.
 
-Shapes: `B` prompts, `P` the longest prompt, `T` generated positions, `V` vocabulary.
+Shapes: `B` prompts, `T` generated positions, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from gsm8k_core.advantages import RewardFunction
+from gsm8k_core.engines.base import Request, check_requests
+from gsm8k_core.models import stop_token_ids
 from gsm8k_core.scoring import compute_entropy
-from gsm8k_core.tokenization import TokenIds, pad_token_id
+from gsm8k_core.tokenization import TokenIds, collate_prompts, pad_token_id
 
 Row = dict[str, Any]
 
@@ -43,9 +45,12 @@ def log_generations(
     generation config holds (Qwen2.5's does) are not used. `on_all_ranks`: all ranks call this with
     the same prompts, as a model that is spread over them needs; none is done before the others.
     The scores of all steps are kept, B × T × V numbers, so this is for a handful of prompts. The
-    model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or a reward
-    function comes without one ground truth per prompt, or ids are not of as many prompts.
+    model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or one text
+    instead of a list, or a reward function comes without one ground truth per prompt, or ids are
+    not of as many prompts; and ValueError and ModelError as an engine does for its requests.
     """
+    if isinstance(prompts, str) or isinstance(ground_truths, str):
+        raise ValueError("prompts and ground truths are lists of texts, found one text")
     if not prompts:
         raise ValueError("no prompts to generate from")
     if ground_truths is not None and len(ground_truths) != len(prompts):
@@ -58,10 +63,14 @@ def log_generations(
         ]
     elif len(prompt_ids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but token ids of {len(prompt_ids)}")
+    check_requests(
+        [Request(list(ids), [], temperature, max_new_tokens) for ids in prompt_ids],
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    eos_ids = set(stop_token_ids(model, tokenizer))
     responses, entropies = _generate(
         model, tokenizer, prompt_ids, max_new_tokens, temperature, on_all_ranks
     )
-    eos_ids = _eos_token_ids(model, tokenizer)
     rows: list[Row] = []
     for index, prompt in enumerate(prompts):
         response_ids, truncated = _until_eos(responses[index].tolist(), eos_ids)
@@ -91,7 +100,7 @@ def _generate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
     pad_id = pad_token_id(tokenizer)
-    input_ids, attention_mask = _pad_left(prompt_ids, pad_id)
+    input_ids, attention_mask = collate_prompts(prompt_ids, pad_id, model.device)
     # What is set to do nothing may be otherwise in the model's own generation_config.
     sampling: Row = {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
@@ -102,8 +111,8 @@ def _generate(
     model.eval()
     try:
         output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id,
             return_dict_in_generate=True,
@@ -114,21 +123,6 @@ def _generate(
         model.train(was_training)
     entropies = torch.stack([compute_entropy(scores) for scores in output.scores], dim=1)
     return output.sequences[:, input_ids.shape[1] :], entropies
-
-
-def _pad_left(prompt_ids: Sequence[TokenIds], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask (B, P), the prompts at the right edge, where generation goes on."""
-    width = max(len(ids) for ids in prompt_ids)
-    padded = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
-    return torch.tensor(padded), torch.tensor(mask)
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every id that ends a completion: the tokenizer's and those of the generation config."""
-    of_config = model.generation_config.eos_token_id
-    of_config = of_config if isinstance(of_config, list) else [of_config]
-    return {token_id for token_id in (*of_config, tokenizer.eos_token_id) if token_id is not None}
 
 
 def _until_eos(token_ids: list[int], eos_ids: set[int]) -> tuple[list[int], bool]:

@@ -19,6 +19,7 @@ from gsm8k_core.config import GrpoMethod
 from gsm8k_core.losses import (
     LossType,
     aggregate,
+    check_shapes,
     cispo_objective,
     clipped_tokens,
     compute_policy_gradient_loss,
@@ -28,7 +29,7 @@ from gsm8k_core.losses import (
     ppo_clip_objective,
     reinforce_objective,
 )
-from gsm8k_core.masking import masked_mean, masked_sum
+from gsm8k_core.masking import masked, masked_mean, masked_sum
 
 Metrics = dict[str, float]
 """`num_tokens`, `num_completions`; `token_sum/x`, to be divided by num_tokens; `step_sum/x`, a sum
@@ -54,8 +55,17 @@ def grpo_microbatch_train_step(
     loss is NaN. Raises ValueError as that function does, and for a mask of another shape.
     `policy_loss` is what the training loop uses.
     """
+    check_shapes(policy_log_probs, response_mask=response_mask, old_log_probs=old_log_probs)
+    # A NaN outside the mask would reach the gradient through the ratio, as 0·NaN.
+    if old_log_probs is not None:
+        old_log_probs = masked(old_log_probs, response_mask)
     per_token_loss, per_token = compute_policy_gradient_loss(
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+        masked(policy_log_probs, response_mask),
+        loss_type,
+        raw_rewards,
+        advantages,
+        old_log_probs,
+        cliprange,
     )
     loss = masked_mean(per_token_loss, response_mask, dim=-1).mean() / gradient_accumulation_steps
     loss.backward()
@@ -98,9 +108,23 @@ def policy_loss(
     by `losses.aggregate` with `normalizer`, the `losses.step_normalizer` of the whole step. The
     importance weight, of the old policy over the sampler, does not apply to KL and entropy.
     `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the settings ask for
-    something that is not given, or for an entropy bonus of an entropy without gradient.
+    something that is not given, or for an entropy bonus of an entropy without gradient, and for
+    tensors of other shapes.
     """
     mask = batch.response_mask
+    check_shapes(
+        policy_log_probs,
+        token_entropy=token_entropy,
+        response_mask=mask,
+        old_log_probs=batch.old_log_probs,
+        sampler_log_probs=batch.sampler_log_probs,
+        ref_log_probs=batch.ref_log_probs,
+    )
+    if batch.advantages.shape != policy_log_probs.shape[:1]:
+        raise ValueError(
+            f"advantages have shape {tuple(batch.advantages.shape)}, expected "
+            f"{tuple(policy_log_probs.shape[:1])} for log-probs {tuple(policy_log_probs.shape)}"
+        )
     advantages = batch.advantages[:, None]
     # On policy the old log-probs are the new ones: the ratio is exactly 1 (its gradient is not 0).
     old = policy_log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
@@ -122,7 +146,10 @@ def policy_loss(
     if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
         _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
     if batch.ref_log_probs is not None:
-        kl = kl_estimate(policy_log_probs, batch.ref_log_probs, settings.kl_estimator)
+        # A NaN outside the mask would reach the gradient through the estimate, as 0·NaN.
+        kl = kl_estimate(
+            masked(policy_log_probs, mask), masked(batch.ref_log_probs, mask), settings.kl_estimator
+        )
         if settings.kl_placement == "loss":
             per_token_loss = per_token_loss + settings.kl_coefficient * kl
         metrics |= _token_sum("kl", kl, mask)
@@ -178,7 +205,7 @@ def _given(tensor: torch.Tensor | None, setting: str, name: str) -> torch.Tensor
 
 def _count(mask: torch.Tensor) -> Metrics:
     return {
-        "num_tokens": float(mask.sum()),
+        "num_tokens": float(mask.bool().sum()),
         "num_completions": float(mask.bool().any(dim=-1).sum()),
     }
 

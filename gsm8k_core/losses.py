@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.masking import masked_sum
+from gsm8k_core.masking import masked, masked_sum
 
 Level = Literal["token", "sequence"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
@@ -48,11 +48,7 @@ def compute_grpo_clip_loss(
     gradient flows. Raises ValueError for other shapes (advantages may be (B, T)).
     """
     _check_advantages(advantages, policy_log_probs)
-    if old_log_probs.shape != policy_log_probs.shape:
-        raise ValueError(
-            f"old_log_probs {tuple(old_log_probs.shape)} and policy_log_probs "
-            f"{tuple(policy_log_probs.shape)} must have the same shape"
-        )
+    check_shapes(policy_log_probs, old_log_probs=old_log_probs)
     everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
     # With a gradient of their own they would take away the policy's: on policy all of it.
     ratio = policy_ratio(policy_log_probs, old_log_probs.detach(), everywhere, "token")
@@ -109,7 +105,7 @@ def policy_ratio(
     if level == "token":
         return log_ratio.exp()
     if level == "sequence":
-        lengths = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        lengths = mask.bool().sum(dim=-1, keepdim=True).clamp(min=1)
         of_sequence = (log_ratio.sum(dim=-1, keepdim=True) / lengths).detach()
         in_mask = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_ratio))
         # What is in brackets is exactly 0 and carries the gradient of the token's log-prob.
@@ -179,8 +175,10 @@ def kl_estimate(
     With d = log π - log π_ref: k1 = d, k2 = d²/2, k3 = exp(-d) + d - 1. As values k1 and k3 are
     unbiased, k2 is not. As losses on samples of π it is otherwise: the gradient of k1 has mean 0
     (it regularizes nothing), that of k2 has the gradient of KL(π ‖ π_ref) as its mean, and that of
-    k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π).
+    k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π). Raises
+    ValueError if the shapes differ.
     """
+    check_shapes(policy_log_probs, ref_log_probs=ref_log_probs)
     difference = policy_log_probs - ref_log_probs
     if kind == "k1":
         return difference
@@ -213,7 +211,7 @@ def aggregate(
             "raise max_new_tokens or set mask_truncated: false"
         )
     if how == "sequence_mean":
-        lengths = mask.sum(dim=-1).clamp(min=1)
+        lengths = mask.bool().sum(dim=-1).clamp(min=1)
         return (masked_sum(per_token_loss, mask, dim=-1) / lengths).sum() / normalizer
     if how in ("token_mean", "constant"):
         return masked_sum(per_token_loss, mask) / normalizer
@@ -228,7 +226,7 @@ def step_normalizer(how: Aggregation, mask: torch.Tensor, constant: float) -> fl
     theirs. Completions masked as truncated count nowhere.
     """
     if how == "token_mean":
-        return float(mask.sum())
+        return float(mask.bool().sum())
     num_completions = float(mask.bool().any(dim=-1).sum())
     if how == "sequence_mean":
         return num_completions
@@ -289,6 +287,16 @@ def soft_overlong_penalty(lengths: torch.Tensor, max_new_tokens: int, buffer: in
     return linear.clamp(min=-1.0, max=0.0)
 
 
+def check_shapes(policy_log_probs: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError that names the first of `others` whose shape is not the policy's."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != policy_log_probs.shape:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} and policy_log_probs "
+                f"{tuple(policy_log_probs.shape)} must have the same shape"
+            )
+
+
 def _check_advantages(advantages: torch.Tensor, policy_log_probs: torch.Tensor) -> None:
     shape = policy_log_probs.shape
     if advantages.shape not in (shape, (*shape[:-1], 1)):
@@ -299,5 +307,4 @@ def _check_advantages(advantages: torch.Tensor, policy_log_probs: torch.Tensor) 
 
 
 def _masked_difference(left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    difference = left - right
-    return torch.where(mask.bool(), difference, torch.zeros_like(difference))
+    return masked(left - right, mask)

@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 
 
+def masked(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`tensor` where `mask` (bool or {0, 1}, of its shape) is true, 0 elsewhere."""
+    return torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
+
+
 def masked_sum(
     tensor: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None
 ) -> torch.Tensor:
@@ -20,7 +25,7 @@ def masked_sum(
         raise ValueError(
             f"mask {tuple(mask.shape)} and tensor {tuple(tensor.shape)} must have the same shape"
         )
-    kept = torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
+    kept = masked(tensor, mask)
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 

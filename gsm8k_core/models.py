@@ -462,7 +462,9 @@ def is_plain_decoder(model: Any) -> bool:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the generation config's EOS ids and the tokenizer's."""
+    """Every id that ends a completion: the generation config's EOS ids, the tokenizer's, and what
+    its chat template writes after an answer, which is none of them in Qwen2.5's base models.
+    """
     return _stop_ids(model.generation_config, tokenizer)
 
 
@@ -479,10 +481,21 @@ def stop_ids_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
 def _stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = generation.eos_token_id if generation else None
     ids = configured if isinstance(configured, list) else [configured]
-    stops = sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
+    ids = [*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    stops = sorted({i for i in ids if isinstance(i, int)})
     if not stops:
         raise ModelError(f"{tokenizer.name_or_path}: no EOS token, so no completion could ever end")
     return stops
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template writes after an answer, if any."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "6 + 7"}, {"role": "assistant", "content": "13"}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    after = tokenizer(text.rpartition("13")[2], add_special_tokens=False)["input_ids"]
+    return next((i for i in after if i in tokenizer.all_special_ids), None)
 
 
 @torch.no_grad()

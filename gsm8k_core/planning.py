@@ -195,6 +195,7 @@ def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[
     work = []
     for model in config.study.models:
         gpus = config.models[model].gpus
+        generating = config.models[model].gpus_generating
         for method in stages(config):
             if isinstance(config.methods[method], BaseMethod):
                 continue
@@ -213,7 +214,8 @@ def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[
                     Path(layout.run(model, method, seed), "metrics", f"{suite}.json").exists()
                     for seed in seeds
                 )
-                work.append(Work(model, method, suite, len(seeds), done, seconds, source, gpus))
+                cell = Work(model, method, suite, len(seeds), done, seconds, source, generating)
+                work.append(cell)
     return work
 
 
@@ -246,7 +248,7 @@ def _training_seconds(
         passes = settings.epochs_per_batch + scored / 3
         trained = completions * (a.prompt_tokens + length) * passes
         sampled = completions * length
-    flops = _flops(config, a, model)
+    flops = _flops(config.models[model].gpus, a)
     seconds = 6 * size * trained / (flops * a.training_utilisation)
     return seconds + 2 * size * sampled / (flops * a.sampling_utilisation), "arithmetic"
 
@@ -266,12 +268,12 @@ def _generation_seconds(
     if size is None:
         return None, "parameters unknown"
     length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
-    reached = _flops(config, assumptions, model) * assumptions.sampling_utilisation
+    gpus = config.models[model].gpus_generating
+    reached = _flops(gpus, assumptions) * assumptions.sampling_utilisation
     return 2 * size * completions * length / reached, "arithmetic"
 
 
-def _flops(config: Config, assumptions: Assumptions, model: str) -> float:
-    gpus = config.models[model].gpus
+def _flops(gpus: int, assumptions: Assumptions) -> float:
     return gpus * assumptions.gpu_flops if gpus else assumptions.cpu_flops
 
 

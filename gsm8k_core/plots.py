@@ -169,6 +169,8 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 def _accuracy_caption(study: Comparison) -> str:
     level = f"{100 * study.confidence:g} %"
+    if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
+        return f"One seed, with its {level} interval over problems alone"
     return f"Mean over seeds with its {level} interval over seeds and problems; dots: single seeds"
 
 
@@ -243,7 +245,8 @@ def _cost_mark(axes: Axes, row: Json, key: str, index: int | None) -> None:
 
 
 def _cost_look(index: int) -> Json:
-    marker = MARKERS[index % len(MARKERS)]
+    # Moved on by one with each time round the colours: no two methods look alike.
+    marker = MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
     colour = PALETTE[index % len(PALETTE)]
     return {"color": colour, "marker": marker, "linestyle": "none", "markeredgecolor": "white"}
 

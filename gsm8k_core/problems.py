@@ -107,7 +107,7 @@ def checked_text(value: Any, what: str) -> str:
     return value
 
 
-def read_problems(path: Path) -> list[Problem]:
+def read_problems(path: Path | str) -> list[Problem]:
     """Read a problems JSONL. Raises DataError that names file and row for every fault."""
     problems: list[Problem] = []
     seen: set[str] = set()

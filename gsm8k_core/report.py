@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,8 +316,10 @@ def _view(subject: Subject, charts: Json) -> Json:
         "table_note": _table_note(subject),
         "compared": _compared(subject),
         "cost_note": (
-            "Training time includes the stages that a method starts from; generating is for one "
-            "evaluation. Times are of the machines that ran: compare them within a study only. "
+            "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
+            "the charts add the stages that it starts from. All are means over seeds. Generating "
+            "is for one evaluation. Times are of the machines that ran: compare them within a "
+            "study only. "
             "The bands of pass@k and maj@k are their intervals, over seeds and problems."
         ),
         "agreement_note": (
@@ -358,6 +360,8 @@ def _headline(subject: Subject, leads: list[Lead]) -> str:
         for lead in leads
         if lead.difference.delta <= 0 or not _is_significant(lead.p_value, subject.study)
     ]
+    if not unsure and _has_one_run(subject):
+        return f"In one run of each method {name} comes first: {score} of {subject.suite} right"
     if not unsure:
         return f"{name} is best: {score} of {subject.suite} right"
     over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
@@ -367,16 +371,24 @@ def _headline(subject: Subject, leads: list[Lead]) -> str:
     )
 
 
+def _has_one_run(subject: Subject) -> bool:
+    """Whether a method was trained with one seed, of which tests say nothing."""
+    return any(row["num_seeds"] == 1 and row["parent"] is not None for row in subject.rows)
+
+
 def _context(subject: Subject) -> str:
     row, summary = subject.rows[0], subject.metrics[subject.rows[0]["method"]][0]
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = f"{100 * subject.study.confidence:g} %"
+    over = "over seeds and problems; differences are paired by both."
+    if max(seeds) == 1:
+        over = "over problems alone; differences are paired by them."
     return (
         f"{subject.model}, {_count(row['num_problems'], 'problem')}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
         f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
-        "over seeds and problems; differences are paired by both."
+        + over
     )
 
 
@@ -449,7 +461,7 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
     for row in subject.rows:
         if row["parent"] is not None and row["delta_vs_parent"] is not None:
             findings.append(_parent_finding(subject, row))
-    if any(row["num_seeds"] == 1 and row["parent"] is not None for row in subject.rows):
+    if _has_one_run(subject):
         findings.append(
             {
                 "kind": "caution",
@@ -535,11 +547,14 @@ def _difference_words(
             text += (
                 " So few seeds and problems show no difference reliably."
                 if smallest > 1
-                else f" A true one of {_plain(smallest)} points would be found four times in five."
+                else f" A true one of {_plain(smallest)} points would be found four times in five, "
+                "before the correction."
             )
         return {"kind": "open", "text": text}
     better = numbers["delta"] > 0
     verb = "beats" if better else "does worse than"
+    if _has_one_run(subject):
+        verb = "is ahead of" if better else "is behind"
     text = Markup("{} {} {} by {}.").format(name, verb, reference, evidence)
     return {"kind": "better" if better else "worse", "text": text}
 
@@ -653,7 +668,12 @@ def _table_note(subject: Subject) -> str:
     corrected = any(_p_value(row, "parent")[1] for row in subject.rows)
     notes = [
         "p-values are two-sided, "
-        + ("Holm-corrected within a model." if corrected else "not corrected for their number.")
+        + (
+            "Holm-corrected within a model: those against parents, and apart from them those "
+            "against a base that is not the parent."
+            if corrected
+            else "not corrected for their number."
+        )
     ]
     if len(subject.rows) > 1:
         notes.append(
@@ -669,7 +689,7 @@ def _table_note(subject: Subject) -> str:
     if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):
         notes.append(
             "“Detectable from”: the smallest difference to the parent, in points, that as many "
-            "problems and seeds would show four times in five."
+            "problems and seeds would show four times in five, before the correction."
         )
     return " ".join(notes)
 
@@ -906,6 +926,9 @@ FACTS = (
     ("platform", ("provenance", "platform")),
     ("processor", ("provenance", "processor")),
 )
+FACTS_OF_TRAINING = tuple(
+    (name, path) for name, path in FACTS if name == "device" or path[0] == "provenance"
+)
 MAX_VALUES = 6
 MAX_FILES = 200
 
@@ -922,11 +945,17 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         for run in runs
         for suite in study.suites
     ]
+    trained = [run_dir(sources.study_dir, *run) / "train" / "summary.json" for run in runs]
+    summaries = [read_json(path) for path in trained if path.exists()]
     facts = [
-        _fact(name, [_dig(row, path) for row in metrics])
+        _fact(name, [_dig(row, path) for row in metrics], "evaluation")
         for name, path in FACTS
         if any(_dig(row, path) is not None for row in metrics)
     ]
+    for name, path in FACTS_OF_TRAINING:
+        fact = _fact(f"{name}, in training", [_dig(row, path) for row in summaries], "run")
+        if fact["shown"] not in [one["shown"] for one in facts if one["name"] == name]:
+            facts.append({**fact, "differs": True})  # else what stands there is true of both
     written = [str(_dig(row, ("provenance", "written")) or "") for row in metrics]
     facts.append(
         {"name": "completions made", "shown": _span(sorted(filter(None, written))),
@@ -958,14 +987,14 @@ def _dig(row: Json, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _fact(name: str, values: list[Any]) -> Json:
-    """Distinct values of a fact over runs, with how many runs have each where they differ."""
+def _fact(name: str, values: list[Any], noun: str) -> Json:
+    """Distinct values of a fact, with how many of what they are of have each where they differ."""
     texts = ["" if value is None else _fact_text(value) for value in values]
     counts = {text: texts.count(text) for text in dict.fromkeys(texts)}
     if len(counts) == 1:
         return {"name": name, "shown": [text for text in counts if text], "differs": False}
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{text or 'none'} ({_count(n, 'evaluation')})" for text, n in ordered[:MAX_VALUES]]
+    shown = [f"{text or 'none'} ({_count(n, noun)})" for text, n in ordered[:MAX_VALUES]]
     if len(ordered) > MAX_VALUES:
         shown.append(f"and {len(ordered) - MAX_VALUES} more")
     return {"name": name, "shown": shown, "differs": True}
@@ -1052,15 +1081,20 @@ def _hashes(
                 f"{summary.get('starting_weights')}, data {summary.get('data_sha256')}"
             )
     if weights:
-        texts.append(("Starting weights and training data", "\n".join(weights[:MAX_FILES])))
+        texts.append(("Starting weights and training data", _first_lines(weights)))
     return texts
 
 
 def _hash_lines(paths: Sequence[Path]) -> str:
-    lines = [f"{sha256_file(path)}  {path}" for path in paths[:MAX_FILES]]
-    if len(paths) > MAX_FILES:
-        lines.append(f"and {len(paths) - MAX_FILES} more files")
-    return "\n".join(lines)
+    return _first_lines(f"{sha256_file(path)}  {path}" for path in paths)
+
+
+def _first_lines(lines: Iterable[str]) -> str:
+    """As many lines as a page can hold, and how many there are besides."""
+    lines = iter(lines)
+    shown = list(itertools.islice(lines, MAX_FILES))
+    left = sum(1 for _ in lines)
+    return "\n".join([*shown, f"and {left} more"] if left else shown)
 
 
 def _pretty(value: Any) -> str:

@@ -28,6 +28,7 @@ from gsm8k_core.answers import parse_number
 from gsm8k_core.config import Comparison, Grade
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
 from gsm8k_core.problems import Problem
 from gsm8k_core.tables import run_dir
@@ -385,17 +386,20 @@ def locate_answer(
     """Where in `text` the extracted answer stands, or None where no number there has its value.
 
     For people to see; grades never depend on it. Looks where `grading` looks: after the marker for
-    a strict one, from the end for a flexible one.
+    a strict one, from the end for a flexible one, and for math-verify in both places.
     """
     if extracted is None:
         return None
     value = _number(extracted)
-    if grading.endswith("flexible"):
+    if grading == "lm_eval_strict" and marker != GSM8K_COT_MARKER:
+        marker = "####"  # whatever the prompt asks for
+    if not grading.endswith("flexible"):
+        for start, end in islice(_strict_places(text, marker), MAX_CANDIDATES):
+            place = _last_with_value(text, start, end, extracted, value)
+            if place is not None:
+                return place
+    if grading.endswith("flexible") or grading == "math_verify":
         return _last_with_value(text, max(0, len(text) - MAX_LINE), len(text), extracted, value)
-    for start, end in islice(_strict_places(text, marker), MAX_CANDIDATES):
-        place = _last_with_value(text, start, end, extracted, value)
-        if place is not None:
-            return place
     return None
 
 

@@ -80,17 +80,18 @@ def _theme(palette: list[str], surface: dict[str, str]) -> Json:
         "text": {"color": surface["ink"], "fontSize": 12},
         "rule": {"color": surface["quiet"]},
         "view": {"stroke": None},
-        "range": {"category": palette, "symbol": SHAPES},
+        "range": {"category": palette},
     }
 
 
 def _methods(methods: Sequence[str]) -> dict[str, alt.Scale]:
     """Scales that give a method the same look in every chart."""
-    dashes = [DASHES[place % len(DASHES)] for place in range(len(methods))]
+    # With each time round the colours, shapes and dashes move on by one: no two methods look alike.
+    places = [place + place // len(SHAPES) for place in range(len(methods))]
     return {
         "colour": alt.Scale(domain=list(methods)),
-        "shape": alt.Scale(domain=list(methods)),
-        "dash": alt.Scale(domain=list(methods), range=dashes),
+        "shape": alt.Scale(domain=list(methods), range=[SHAPES[n % len(SHAPES)] for n in places]),
+        "dash": alt.Scale(domain=list(methods), range=[DASHES[n % len(DASHES)] for n in places]),
     }
 
 
@@ -152,7 +153,11 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
     )
     height = 26 + len(ranked) * (22 + 14 * len(decodings))
     return _finish(
-        intervals + dots + points, rows, "Accuracy by method", height, ("right answers", "method")
+        intervals + dots + points,
+        rows,
+        "Accuracy by method, with intervals; small ticks are single seeds",
+        height,
+        ("right answers", "method"),
     )
 
 
@@ -375,7 +380,7 @@ def length_chart(rows: list[Json], methods: list[str]) -> Json:
     )
     median = base.mark_tick(thickness=3, size=17).encode(x="q50:Q", tooltip=tooltip)
     height = 40 + len(methods) * 22 * max(1, len(outcomes))
-    title = "Length of completions that are right and wrong"
+    title = "Length of completions that are right and wrong: 5 to 95 %, quartiles and median"
     return _finish(whole + middle + median, rows, title, height, ("tokens", "method"))
 
 

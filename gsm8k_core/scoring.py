@@ -95,10 +95,11 @@ def score_responses(
     """Log-probability of the labels where `response_mask` is true, 0 elsewhere.
 
     `input_ids`, `labels` and `response_mask` are (B, T); `attention_mask` and `position_ids`, if
-    given, too. Returns `log_probs` (B, T) in float32 and, `with_entropy`, `token_entropy` (B, T) in
-    nats. Logits are divided by `temperature`, the one that the tokens were sampled with, so that
-    these are log-probs of the distribution sampled from. The entropy carries a gradient only with
-    `entropy_gradient`: most callers log it, and its gradient costs as much as that of the log-prob.
+    given, too. Returns `log_probs` (B, T), of float32 at least, and, `with_entropy`,
+    `token_entropy` (B, T) in nats. Logits are divided by `temperature`, the one that the tokens
+    were sampled with, so that these are log-probs of the distribution sampled from. The entropy
+    carries a gradient only with `entropy_gradient`: most callers log it, and its gradient costs as
+    much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, the logits that exist
     at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU
@@ -109,11 +110,12 @@ def score_responses(
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
-    if not input_ids.shape == labels.shape == response_mask.shape:
-        raise ValueError(
-            f"input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)} and response_mask "
-            f"{tuple(response_mask.shape)} must have the same shape"
-        )
+    for name, tensor in (("labels", labels), ("response_mask", response_mask)):
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} and {name} {tuple(tensor.shape)} must have "
+                "the same shape"
+            )
     head = _output_layer(model)
     num_positions = input_ids.shape[-1]
     if head is not None and attention_mask is None and position_ids is None:

@@ -40,6 +40,6 @@ def sft_microbatch_train_step(
     loss.backward()
     metadata = {
         "nll_sum": -masked_normalize(policy_log_probs.detach(), response_mask),
-        "num_response_tokens": response_mask.sum(),
+        "num_response_tokens": response_mask.bool().sum(),
     }
     return loss.detach(), metadata

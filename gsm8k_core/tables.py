@@ -444,11 +444,17 @@ def _difference(study: Comparison, method: str, other: str, cells: dict[str, Cel
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
-    """Add Holm's p-values of one model's rows: one family for the parents, one for the base."""
-    for kind in ("parent", "base"):
-        adjusted = holm([row[f"p_value_vs_{kind}"] for row in rows])
-        for row, p_value in zip(rows, adjusted, strict=True):
+    """Add Holm's p-values of one model's rows: one family for the parents, one for the base.
+
+    A method whose parent is the base is tested once, among the parents.
+    """
+    apart = [row for row in rows if row["base"] != row["parent"]]
+    for kind, family in (("parent", rows), ("base", apart)):
+        adjusted = holm([row[f"p_value_vs_{kind}"] for row in family])
+        for row, p_value in zip(family, adjusted, strict=True):
             row[f"p_value_vs_{kind}_holm"] = p_value
+    for row in rows:
+        row.setdefault("p_value_vs_base_holm", row["p_value_vs_parent_holm"])
 
 
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
@@ -517,9 +523,9 @@ def _gpu_seconds_training(summary: Json) -> float | None:
     number, seconds = num_gpus(summary), _seconds_training(summary)
     if not number or seconds is None:
         return _times(number, seconds)
-    # A round's or DPO's completions were sampled before, by a job of one GPU.
+    # A round's or DPO's completions were sampled before, by a job with GPUs of its own.
     sampling = summary.get("seconds_sampling", 0.0)
-    return number * (seconds - sampling) + sampling
+    return number * (seconds - sampling) + summary.get("gpu_seconds_sampling", sampling)
 
 
 def _times(number: int | None, seconds: float | None) -> float | None:
@@ -622,10 +628,10 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
         "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
         "Intervals take both seeds and problems as random.",
         "flexible: the last number counts, wherever it stands. format: the answer stands where the "
-        "prompt asked for it. Accuracy that grows with format while flexible does not is format "
-        "learnt, not arithmetic.",
+        "prompt asked for it. Where accuracy grows with format and flexible does not, read "
+        "completions: format alone may have been learnt, or the model writes on after its answer.",
         "Differences are in points, paired by seed and problem. p is corrected (Holm) over all "
-        "methods and suites of a model, one family for parents and one for the base model.",
+        "methods and suites of a model, one family for parents and one for a base that is none.",
         "detectable: the smallest difference to the parent that this many problems and seeds would "
         "have found four times in five, before correction.",
         "with parents: own training and that of the stages before it. Times, tokens and memory are "

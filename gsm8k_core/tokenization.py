@@ -91,6 +91,16 @@ def collate(prompt_ids: Sequence[TokenIds], response_ids: Sequence[TokenIds], pa
     }
 
 
+def collate_prompts(
+    prompts: Sequence[TokenIds], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (B, T) int64: padded on the left, to be continued."""
+    width = max(map(len, prompts))
+    input_ids = [[pad_id] * (width - len(ids)) + [*ids] for ids in prompts]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
+
+
 def attention_mask(lengths: Sequence[int]) -> torch.Tensor:
     """Bool (B, T), true at the first `lengths[b]` positions of row b; T is the longest length.
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from gsm8k_core.answers import is_correct
+from gsm8k_core.answers import BOX, closing_brace, is_correct
 from gsm8k_core.config import PromptSettings, TraceDatasetSettings, TraceSelectionSettings
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, parse_jsonl, required
@@ -23,8 +23,6 @@ from gsm8k_core.problems import Problem
 from gsm8k_core.prompts import render_solution
 
 THINK_TAG = re.compile(r"</?think>")
-BOX = re.compile(r"\\boxed\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 STUDENT_PROMPTS = (PromptSettings(), PromptSettings(answer_marker="boxed"))
 
 
@@ -158,11 +156,8 @@ def without_marker(content: str) -> str:
     if last_line.lstrip().startswith("####"):
         content = body.rstrip()
     while (box := BOX.search(content)) is not None:
-        depth, end = 1, len(content)
-        for brace in BRACE.finditer(content, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                end = brace.start()
-                break
+        end = closing_brace(content, box.end())
+        if end is None:
+            end = len(content)
         content = content[: box.start()] + content[box.end() : end] + content[end + 1 :]
     return content

@@ -92,10 +92,16 @@ CPU_TOKENS_PER_MICROBATCH = 2048
 MAX_SCORES_KEPT = 2**28
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
-# Settings that may change between a stop and the resume: they do not touch the result.
+# Settings that may change between a stop and the resume: they do not touch the result, but for
+# rounding. Who ran out of memory lowers some of them, and goes on.
 FREE_TO_CHANGE: dict[str, Any] = {
-    "method_settings": {"checkpoint_every_steps", "keep_checkpoints"},
-    "model_settings": {"vllm": set(VLLM_MEMORY_KEYS)},
+    "method_settings": {
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "tokens_per_microbatch",
+        "gradient_checkpointing",
+    },
+    "model_settings": {"vllm": set(VLLM_MEMORY_KEYS), "compile_layers": True},
 }
 
 
@@ -133,7 +139,7 @@ def take(items: Sequence[Item], order: Iterator[int], count: int) -> list[Item]:
 
 def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over what is trained; weight decay on matrices only."""
-    parameters = checkpoints.trained_parameters(model).values()
+    parameters = list(checkpoints.trained_parameters(model).values())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -143,6 +149,8 @@ def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.op
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
+        # On a GPU, what PyTorch takes by itself needs another copy of the weights for each step.
+        fused=all(parameter.is_cuda for parameter in parameters) or None,
     )
 
 
@@ -287,8 +295,12 @@ class TrainingRun:
                 step = self.progress["step"]
                 log.info("resuming after step %d of %d", step, self.num_steps)
             else:
-                log.info(
-                    "%s is of other settings, weights or data: starting afresh", self.state_dir
+                others = [key for key in SAME_RUN if progress.get(key) != self.progress[key]]
+                log.warning(
+                    "%s is of other %s: starting afresh, without its %d steps",
+                    self.state_dir,
+                    " and ".join(others).replace("_", " "),
+                    progress["step"],
                 )
                 distributed.wait_for_all()  # who has read it
                 if ranks.is_main():
@@ -552,8 +564,16 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _sampling_context(self) -> Iterator[None]:
-        """Autocast; compiled layers are not for a cache that grows by a token at a time."""
+        """Autocast; compiled layers are not for a cache that grows by a token at a time.
+
+        Autocast keeps the casts of weights that can be trained, and casts others for every token:
+        beside LoRA's adapters, all pass for such weights here.
+        """
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
         with contextlib.ExitStack() as contexts:
+            for parameter in frozen if self.device.type == "cuda" else []:
+                parameter.requires_grad_(True)
+                contexts.callback(parameter.requires_grad_, False)
             contexts.enter_context(self.autocast())
             if self.run_settings.model_settings.compile_layers:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))

@@ -123,9 +123,7 @@ def model_gpus(wildcards):
 
 
 def generation_gpus(wildcards):
-    """vLLM shares a model over `tensor_parallel` GPUs; nothing else uses more than one."""
-    settings = CONFIG.models[wildcards.model]
-    return min(settings.gpus, settings.vllm.tensor_parallel)
+    return CONFIG.models[wildcards.model].gpus_generating
 
 
 # What begins a job's command asks for its resources: Snakemake leaves that out of what it compares,

@@ -30,6 +30,7 @@ from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
 from gsm8k_core.problems import checked_text
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.records import num_gpus
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import checked_token_ids, collate, pad_token_id
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         sampled = read_json(args.sampling_stats)
         summary |= {
             "seconds_sampling": sampled["seconds_generating"],
+            "gpu_seconds_sampling": (num_gpus(sampled) or 0) * sampled["seconds_generating"],
             "num_sampled_tokens": sampled["num_completion_tokens"],
         }
     run.finish(summary)

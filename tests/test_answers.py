@@ -283,6 +283,8 @@ def test_strict_with_a_configured_marker_reads_after_the_first_that_a_number_fol
         ("The answer is: - 18", None),
         ("The answer is \\( - 18 \\)", None),
         ("- 18 eggs", None),
+        ("#### - 18", None),
+        ("Answer - 18", 18),  # a dash
         ("of 25 eggs - 18", 18),
         ("The area is 18 cm^2, that is to say 18 square cm", 18),
         ("The area is 18 cm^2, not cm^3.", 18),
@@ -306,6 +308,15 @@ def test_numbers_are_exact() -> None:
 def test_a_gold_answer_that_is_no_number_is_an_error_and_not_a_wrong_answer(gold: str) -> None:
     with pytest.raises(DataError, match="is not a number"):
         is_correct("#### 18", gold, "strict")
+
+
+def test_a_gold_answer_may_be_a_worked_one() -> None:
+    for gold in ("5 + 13 = 18, so 18\n#### 18", "#### 18", "of 7 ####18\n"):
+        assert parse_gold(gold) == 18
+        assert is_correct("#### 18", gold, "strict")
+        assert not is_correct("#### 7", gold, "flexible")
+    with pytest.raises(DataError, match="'18 #### none' is not a number"):
+        parse_gold("18 #### none")
 
 
 def test_a_gold_answer_may_be_a_whole_number() -> None:

@@ -82,8 +82,9 @@ class OutOfMemoryError(RuntimeError):
 
 REMEDIES = (
     "lower tokens_per_microbatch, or set gradient_checkpointing: true; with vLLM lower "
-    "vllm.rollout_gpu_memory_fraction, or set vllm.sleep_level: 2. Weights, gradients and AdamW's "
-    "moments alone take 16 bytes a parameter: where these do not fit, set lora, or more gpus"
+    "vllm.rollout_gpu_memory_fraction. The run goes on from its last checkpoint. Weights, "
+    "gradients and AdamW's moments alone take 16 bytes a parameter: where these do not fit, set "
+    "lora, or more gpus"
 )
 
 

@@ -196,6 +196,17 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             "methods.grpo: minibatches must divide prompts_per_step",
         ),
         (
+            {"methods": {"grpo": {"reference_refresh_steps": 5}}},
+            "methods.grpo: reference_refresh_steps needs kl_coefficient above 0",
+        ),
+        *(
+            (
+                {"methods": {"grpo": {"objective": objective, "dual_clip": 3.0}}},
+                "methods.grpo: dual_clip needs objective: ppo_clip",
+            )
+            for objective in ("cispo", "reinforce")
+        ),
+        (
             {"methods": {"Big Name": {"kind": "sft"}}},
             "methods.Big Name: names are lower-case letters, digits, '.', '_' and '-'",
         ),
@@ -323,6 +334,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
 
 
+def test_a_folder_is_named_and_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "config.yaml", [tmp_path])
+    assert str(caught.value) == f"{tmp_path}: Is a directory"
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("study: {seeds: [7]}", encoding="utf-8")
+    assert load_config(str(ROOT / "config.yaml"), [str(overlay)]).study.seeds == [7]
+    with pytest.raises(ConfigError, match="none: no such file"):
+        load_config("none")
+
+
 # what runs depend on
 
 
@@ -433,7 +458,7 @@ def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
     config: Config,
 ) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
-    memory = {"gpu_memory_fraction": 0.5, "tensor_parallel": 2, "sleep_level": 2}
+    memory = {"gpu_memory_fraction": 0.5, "tensor_parallel": 2, "sleep_level": 1}
     raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": memory}
     changed = parse_config(raw)
     raw["models"]["tiny-qwen2"]["gpus"] = 1

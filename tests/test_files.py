@@ -232,6 +232,19 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
         assert str(caught.value).startswith(str(path))
 
 
+def test_rows_that_cannot_be_read_are_named_by_path_and_reason(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_jsonl(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: Is a directory"
+
+
+def test_rows_may_be_named_by_a_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    assert read_jsonl(str(tmp_path / "rows.jsonl")) == [{"a": 1}]
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        read_jsonl(str(tmp_path / "none.jsonl"))
+
+
 def test_json_is_written_as_utf_8_with_a_newline(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": "−5"})
     assert (tmp_path / "x.json").read_bytes() == '{\n  "a": "−5"\n}\n'.encode()

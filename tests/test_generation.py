@@ -17,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gsm8k_core.errors import ModelError
 from gsm8k_core.generation import log_generations
 
 WORDS = ["<eos>", "<pad>", "what", "is", "two", "plus", "four", "five", "six"]
@@ -39,6 +40,7 @@ class ScriptedModel(torch.nn.Module):
         self.script, self.spread = torch.tensor(script), spread
         self.device = torch.device("cpu")
         self.generation_config = SimpleNamespace(eos_token_id=[EOS])
+        self.config = SimpleNamespace(max_position_embeddings=512)
         self.asked: dict[str, Any] = {}
 
     def generate(self, **asked: Any) -> SimpleNamespace:
@@ -138,11 +140,34 @@ def test_a_temperature_of_zero_is_greedy() -> None:
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["two"], "reward_fn": grade}, "reward_fn needs ground_truths"),
         ({"prompts": ["two"], "ground_truths": ["a", "b"]}, "1 prompts but 2 ground truths"),
+        ({"prompts": "two"}, "lists of texts, found one text"),
+        ({"prompts": ["two", "is"], "ground_truths": "ab"}, "lists of texts, found one text"),
+        ({"prompts": ["two"], "temperature": -1.0}, "temperature is -1.0"),
+        ({"prompts": ["two"], "max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
 def test_inputs_that_do_not_match_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         log_generations(ScriptedModel(SCRIPT, SPREAD), word_tokenizer(), **arguments)
+
+
+def test_prompts_that_no_completion_of_the_model_can_follow_are_refused() -> None:
+    model, tokenizer = ScriptedModel(SCRIPT, SPREAD), word_tokenizer()
+    with pytest.raises(ModelError, match="a prompt of no tokens"):
+        log_generations(model, tokenizer, ["two", ""])
+    with pytest.raises(ModelError, match="2 tokens and 511 new ones need 513 .* has 512"):
+        log_generations(model, tokenizer, PROMPTS[1:], max_new_tokens=511)
+    assert model.asked == {}
+
+
+def test_every_id_that_ends_a_completion_is_known_and_there_must_be_one() -> None:
+    model, tokenizer = ScriptedModel(SCRIPT, SPREAD), word_tokenizer()
+    model.generation_config.eos_token_id = FIVE
+    rows, _ = log_generations(model, tokenizer, PROMPTS)
+    assert [row["length"] for row in rows] == [2, 1, 4]
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    with pytest.raises(ModelError, match="no EOS token"):
+        log_generations(model, tokenizer, PROMPTS)
 
 
 def test_a_real_model_writes_the_same_greedy_completion_alone_and_in_a_batch() -> None:

@@ -113,6 +113,46 @@ def test_the_microbatch_step_of_a_row_without_tokens_is_nan_and_not_a_number_mad
     assert math.isnan(loss.item())
 
 
+@pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf])
+def test_what_stands_in_the_padding_does_not_reach_the_microbatch_step(hidden: float) -> None:
+    def step(filler: float) -> tuple[torch.Tensor, ...]:
+        policy, batch = random_batch(0)
+        assert batch.old_log_probs is not None
+        mask = batch.response_mask
+        mask[:, 0] = True
+        log_probs = policy.detach().masked_fill(~mask, filler).requires_grad_()
+        loss, metadata = grpo_microbatch_train_step(
+            log_probs,
+            mask,
+            1,
+            "grpo_clip",
+            advantages=batch.advantages[:, None],
+            old_log_probs=batch.old_log_probs.masked_fill(~mask, filler),
+            cliprange=0.2,
+        )
+        assert log_probs.grad is not None and log_probs.grad.isfinite().all()
+        return loss, log_probs.grad, *metadata.values()
+
+    for found, expected in zip(step(hidden), step(0.0), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["response_mask", "old_log_probs"])
+def test_the_microbatch_step_refuses_another_shape_instead_of_broadcasting(name: str) -> None:
+    policy, batch = random_batch(0)
+    tensors: Any = {"response_mask": batch.response_mask, "old_log_probs": batch.old_log_probs}
+    tensors[name] = tensors[name][:, :1]
+    with pytest.raises(ValueError, match=rf"{name} \(4, 1\) and policy_log_probs \(4, 5\) must"):
+        grpo_microbatch_train_step(
+            policy,
+            gradient_accumulation_steps=1,
+            loss_type="grpo_clip",
+            advantages=batch.advantages[:, None],
+            cliprange=0.2,
+            **tensors,
+        )
+
+
 # ------------------------------------------------------------------------------------ policy loss
 
 
@@ -144,7 +184,7 @@ def loop_loss(policy: Any, entropy: Any, batch: PolicyBatch, settings: GrpoMetho
                 "cispo": clipped * advantage * log_prob,
                 "reinforce": advantage * log_prob,
             }[settings.objective]
-            if settings.objective == "ppo_clip" and settings.dual_clip and advantage < 0:
+            if settings.dual_clip and advantage < 0:
                 objective = max(objective, settings.dual_clip * advantage)
             if settings.importance_correction != "none":
                 of_sequence = settings.importance_correction == "sequence"
@@ -183,7 +223,12 @@ CHOICES = st.fixed_dictionaries(
         "importance_mode": st.sampled_from(["truncate", "mask"]),
         "importance_bound": st.sampled_from([1.1, 2.0]),
     }
-).filter(lambda choices: (choices["objective"], choices["ratio_level"]) != ("cispo", "sequence"))
+).filter(
+    lambda choices: (
+        (choices["objective"], choices["ratio_level"]) != ("cispo", "sequence")
+        and (choices["objective"] == "ppo_clip" or choices["dual_clip"] is None)
+    )
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -305,6 +350,40 @@ def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None
     assert math.isnan(summarize_metrics({"num_tokens": 0.0, "token_sum/kl": 0.0})["kl"])
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf])
+def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient_nor_metrics(
+    hidden: float, kind: str
+) -> None:
+    def step(filler: float) -> tuple[float, torch.Tensor, dict[str, float]]:
+        policy, batch = random_batch(0)
+        outside = ~batch.response_mask
+        assert outside.any()
+        fields: Any = {
+            name: getattr(batch, name).masked_fill(outside, filler)
+            for name in ("old_log_probs", "sampler_log_probs", "ref_log_probs")
+        }
+        log_probs = policy.detach().masked_fill(outside, filler).requires_grad_()
+        settings_ = method(kl_coefficient=0.5, kl_estimator=kind, importance_correction="token")
+        loss, metrics = policy_loss(log_probs, None, replace(batch, **fields), settings_, 4.0)
+        loss.backward()
+        assert log_probs.grad is not None and log_probs.grad.isfinite().all()
+        return loss.item(), log_probs.grad, metrics
+
+    (loss, gradient, metrics), expected = step(hidden), step(0.0)
+    assert (loss, metrics) == (expected[0], expected[2])
+    assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_counted_exactly_whatever_the_masks_dtype(dtype: torch.dtype) -> None:
+    mask = torch.ones(1, 2049, dtype=dtype)  # 2049 is no number of either type
+    _, metrics = policy_loss(
+        torch.zeros(1, 2049), None, PolicyBatch(torch.ones(1), mask), method(), 1.0
+    )
+    assert metrics["num_tokens"] == 2049
+
+
 def test_a_completion_that_is_left_out_changes_neither_loss_nor_gradient() -> None:
     policy, batch = random_batch(5)
     settings_ = method(kl_coefficient=0.1)
@@ -346,6 +425,28 @@ def test_settings_that_need_what_is_not_given_are_an_error(
         policy_loss(
             policy, None, PolicyBatch(batch.advantages, batch.response_mask), method(**choices), 4.0
         )
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 5), (5,), (3, 5), (4, 4)])
+@pytest.mark.parametrize(
+    "name",
+    ["response_mask", "old_log_probs", "sampler_log_probs", "ref_log_probs", "token_entropy"],
+)
+def test_tensors_of_another_shape_are_refused_by_name_instead_of_broadcast(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    policy, batch = random_batch(0)
+    fields: Any = {"token_entropy": None, name: torch.ones(shape)}
+    entropy = fields.pop("token_entropy")
+    with pytest.raises(ValueError, match=rf"{name} .* and policy_log_probs \(4, 5\) must have"):
+        policy_loss(policy, entropy, replace(batch, **fields), method(), 4.0)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (5,), (4, 5), ()])
+def test_advantages_that_are_not_one_a_completion_are_refused(shape: tuple[int, ...]) -> None:
+    policy, batch = random_batch(0)
+    with pytest.raises(ValueError, match=r"advantages have shape .*, expected \(4,\) for log-p"):
+        policy_loss(policy, None, replace(batch, advantages=torch.ones(shape)), method(), 4.0)
 
 
 def test_an_entropy_bonus_without_a_gradient_is_an_error_and_not_a_constant() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -316,6 +317,24 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_says_by_how_much(engine: Hf
         engine.generate([too_long])
     with pytest.raises(ModelError, match="a prompt of no tokens"):
         engine.generate([greedy([])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature is -0\.1: take 0 \(greedy\) or a number above 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1: take 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"stop": ["\n", ""]}, "a stop text is empty, .*: leave it out"),
+    ],
+)
+def test_settings_of_a_request_that_make_no_sense_are_refused(
+    engine: HfEngine, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.generate([greedy([5]), replace(greedy([5]), **changes)])
 
 
 # The model around it

@@ -288,6 +288,12 @@ def test_the_kl_estimators_are_those_of_schulman() -> None:
     assert [kl_estimate(policy, policy, kind).item() for kind in kinds] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3), (3,), ()])
+def test_the_kl_to_log_probs_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ref_log_probs .* and policy_log_probs \(2, 3\) must"):
+        kl_estimate(torch.zeros(2, 3), torch.zeros(shape), "k3")
+
+
 def expectation_over_tokens(kind: KlEstimator, as_loss: bool) -> torch.Tensor:
     """Exact mean under π, over a vocabulary of 6, of the estimate or of its gradient."""
     logits = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -369,6 +375,17 @@ def test_the_parts_of_a_step_add_up_to_the_step(
     assert math.fsum(parts) == pytest.approx(whole)
     of_parts = [step_normalizer(how, part, constant=7) for part in mask.split(microbatch)]
     assert math.fsum(of_parts) == pytest.approx(normalizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_counted_exactly_whatever_the_masks_dtype(dtype: torch.dtype) -> None:
+    everywhere = torch.ones(1, 2049, dtype=torch.bool)
+    mask = everywhere.to(dtype)  # 2049 is no number of either type
+    losses, old = torch.ones(1, 2049), torch.full((1, 2049), -0.5)
+    assert step_normalizer("token_mean", mask, 1) == 2049.0
+    assert aggregate(losses, mask, "sequence_mean", normalizer=1.0).item() == 1.0
+    ratio = policy_ratio(torch.zeros(1, 2049), old, mask, "sequence")
+    assert torch.equal(ratio, policy_ratio(torch.zeros(1, 2049), old, everywhere, "sequence"))
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)

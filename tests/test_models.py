@@ -487,6 +487,19 @@ def test_stop_ids_are_those_of_the_config_and_the_tokenizer(folder: Path, tokeni
     assert stop_token_ids(model, tokenizer) == [0]
 
 
+def test_what_a_chat_template_writes_after_an_answer_ends_a_completion(
+    folder: Path, tokenizer: Any
+) -> None:
+    # As in Qwen2.5's base models, whose EOS is another token.
+    model = load_model(folder, CPU)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(model, tokenizer) == [0, end]
+
+
 def test_a_model_that_could_never_end_is_an_error(folder: Path) -> None:
     model, tokenizer = load_model(folder, CPU), tiny_tokenizer()
     model.generation_config.eos_token_id = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ import pytest
 from benchmarks import plan_scale
 from gsm8k_core.config import load_config
 from gsm8k_core.files import write_json
-from gsm8k_core.planning import jobs_by_rule, num_parameters
+from gsm8k_core.planning import Assumptions, Records, jobs_by_rule, num_parameters, work_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SFT = "artifacts/experiments/other/tiny-qwen2/sft/seed0"
@@ -67,6 +66,21 @@ def test_arithmetic_is_six_flops_a_parameter_and_token(plan: Callable[..., dict]
     assert row["gpu_hours"] == 0
 
 
+def test_an_evaluation_holds_the_gpus_that_vllm_shares_a_model_over(tmp_path: Path) -> None:
+    overlay = tmp_path / "gpus.yaml"
+    records = Records()
+    stats = {"seconds_loading": 0.0, "seconds_generating": 3600.0, "num_completions": 1}
+    records.generating["tiny-qwen2", "arithmetic"].append(stats)
+    held = {}
+    for shared in (1, 4):
+        vllm = f"vllm: {{tensor_parallel: {shared}}}"
+        overlay.write_text(f"models: {{tiny-qwen2: {{gpus: 4, {vllm}}}}}", encoding="utf-8")
+        work = work_of(load_config(ROOT / "config.yaml", [overlay]), records, Assumptions())
+        of_sft = [item for item in work if item.method == "sft"]
+        held[shared] = [item.gpus for item in of_sft]
+    assert held == {1: [4, 1], 4: [4, 4]}  # training, evaluation
+
+
 def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
     plan: Callable[..., dict], tmp_path: Path
 ) -> None:
@@ -86,23 +100,6 @@ def test_parameters_are_counted_in_the_files(tiny_folder: Path) -> None:
     counted = num_parameters(tiny_folder)
     assert counted is not None and 0 < size - 4 * counted < 10_000
     assert num_parameters(tiny_folder / "nothing") is None
-
-
-@pytest.mark.slow
-def test_snakemake_plans_the_jobs_that_the_plan_counts_for_four_hundred_runs(
-    tmp_path: Path,
-) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import plan_scale
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    plan_scale.make_workspace(tmp_path, plan_scale.large_study(4, 10, 10))
-    _, jobs = plan_scale.plan(tmp_path)
-    config = load_config(ROOT / "config.yaml", [tmp_path / "large.yaml"])
-    counted = jobs_by_rule(config)
-    assert {**counted, "total": sum(counted.values())} == jobs
-    assert jobs["train_sft"] + jobs["train_grpo"] + jobs["train_dpo"] + jobs["finish_rounds"] == 400
 
 
 @pytest.mark.slow

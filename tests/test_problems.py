@@ -90,6 +90,14 @@ def test_a_question_with_a_line_separator_is_one_problem(tmp_path: Path) -> None
     assert problem.question == "one\u2028two"
 
 
+def test_a_folder_is_no_file_of_problems_and_a_path_may_be_a_text(tmp_path: Path) -> None:
+    problem = problem_from_row(row(), "here")
+    write_problems(tmp_path / "train.jsonl", [problem])
+    assert read_problems(str(tmp_path / "train.jsonl")) == [problem]
+    with pytest.raises(DataError, match="Is a directory"):
+        read_problems(str(tmp_path))
+
+
 def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(DataError, match="holds no problem"):

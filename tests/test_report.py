@@ -33,9 +33,19 @@ from report_study import (
 
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
-from gsm8k_core.report import Subject, _findings, _headline, _leads, json_for_script, script_text
+from gsm8k_core.files import read_json, write_json
+from gsm8k_core.plots import _cost_look, _look
+from gsm8k_core.report import (
+    Subject,
+    _context,
+    _findings,
+    _headline,
+    _leads,
+    json_for_script,
+    script_text,
+)
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.report_charts import PALETTES, SURFACES, learning_curve
+from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_curve
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -140,7 +150,7 @@ def test_the_headline_names_the_best_method_and_the_table_is_ranked(page: Page) 
 
 
 def subject_of(right: dict[str, int], **tested: float) -> Subject:
-    """Methods of one seed, with how many of the first of 100 problems each gets right.
+    """Methods, with how many of the first of 100 problems each gets right; one seed for three.
 
     All but `base` are trained from it; `tested` has the comparison's Holm-corrected p-values.
     """
@@ -158,7 +168,7 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
     )  # fmt: skip
     rows = [
         {
-            "method": name, "accuracy": count / 100, "num_seeds": 1, "flags": None,
+            "method": name, "accuracy": count / 100, "num_seeds": 3, "flags": None,
             "parent": None if name == "base" else "base",
             "base": None if name == "base" else "base",
             "delta_vs_parent": count / 100 - 0.1 if name in tested else None,
@@ -180,6 +190,23 @@ def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:
         texts = [str(one["text"]) for one in _findings(subject, _leads(subject))]
         told = [text for text in texts if text.startswith("Trained with")]
         assert [text.startswith(f"Trained with {words}:") for text in told] == [True] * bool(words)
+
+
+def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
+    subject = subject_of({"grpo": 60, "base": 10}, grpo=1e-9)
+    assert _headline(subject, _leads(subject)) == "grpo is best: 60.0\u00a0% of test right"
+    assert "grpo</strong> beats <strong>base" in str(_findings(subject, _leads(subject))[0]["text"])
+    for row in subject.rows:
+        row["num_seeds"] = 1
+    assert _headline(subject, _leads(subject)).startswith("In one run of each method grpo comes")
+    finding = str(_findings(subject, _leads(subject))[0]["text"])
+    assert "grpo</strong> is ahead of <strong>base" in finding
+    subject.metrics["grpo"] = [{"accuracy": 0.6}]
+    for row in subject.rows:
+        row["num_problems"] = 100
+    assert "over problems alone; differences are paired by them" in _context(subject)
+    subject.rows[0]["num_seeds"] = 3
+    assert "over seeds and problems; differences are paired by both" in _context(subject)
 
 
 def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
@@ -318,6 +345,30 @@ def test_provenance_names_commit_command_settings_and_files(page: Page, paths: P
     digest = hashlib.sha256(paths["comparison"].read_bytes()).hexdigest()
     for fact in ("abc123", "snakemake --cores 1", '"learning_rate": 0.1', digest, "transformers"):
         assert fact in page.text
+
+
+def test_provenance_names_what_training_ran_on_where_it_is_not_what_evaluation_did(
+    page: Page, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    assert "in training" not in page.text
+    made = make_study(tmp_path, script, num_samples=0)
+    path = made["study_dir"] / "m1" / "sft" / "seed0" / "train" / "summary.json"
+    summary = read_json(path)
+    write_json(path, {**summary, "provenance": {"git": {"commit": "older"}}})
+    assert script("report").main(report_arguments(made)) == 0
+    text = Page(made["output"].read_text(encoding="utf-8")).text
+    assert "commit, in training" in text and "older (1 run)" in text
+
+
+def test_no_two_of_many_methods_look_alike() -> None:
+    methods = [f"method {number}" for number in range(13)]
+    scales = _methods(methods)
+    colours = PALETTES["light"] * 2
+    for kind in ("shape", "dash"):
+        marks = map(str, scales[kind].range)
+        assert len(set(zip(colours, marks, strict=False))) == 13, kind
+    for look in (_look, _cost_look):
+        assert len({str(look(number)) for number in range(13)}) == 13
 
 
 def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() -> None:
@@ -468,6 +519,9 @@ def test_the_place_is_the_one_that_the_grade_reads() -> None:
     assert locate_answer("7 or 7 or 7", "7", "flexible", "####") == (10, 11)
     assert locate_answer("#### 8", "7", "strict", "####") is None
     assert locate_answer("7", None, "strict", "####") is None
+    # math-verify reads more than what follows the marker, and the harness no other marker.
+    assert locate_answer("The result is $18$.", "18", "math_verify", "####") == (14, 17)
+    assert locate_answer("#### 18", "18", "lm_eval_strict", "boxed") == (5, 7)
 
 
 @pytest.mark.parametrize(

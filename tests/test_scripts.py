@@ -540,6 +540,8 @@ def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
             }  # fmt: skip
             write_json(folder / "train" / "summary.json", summary)
             stats = {
+                "device": "NVIDIA", "engine": "vllm",
+                "settings": {"model_settings": {"vllm": {"tensor_parallel": 2}}},
                 "seconds_generating": 4.0, "num_completion_tokens": 1000 * number,
                 "peak_memory_mb": 60 + number,
             }  # fmt: skip
@@ -563,6 +565,7 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
         "num_examples": 30,  # 10 + 20
         "num_sampled_tokens": 3000,  # 1000 + 2000
         "seconds_sampling": 8.0,  # 2 × 4
+        "gpu_seconds_sampling": 16.0,  # on two GPUs
         "seconds_training": 13.0,  # 2 × 2.5 of updates and 8 of sampling
         "peak_memory_mb": 62,  # the sampling of round 2
         "loss": 0.5,  # of the last round

@@ -37,6 +37,13 @@ def test_the_normalize_constant_of_the_microbatch_step_defaults_to_one() -> None
     assert loss.item() == pytest.approx((6.0 + 8.0) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_counted_exactly_whatever_the_masks_dtype(dtype: torch.dtype) -> None:
+    mask = torch.ones(1, 2049, dtype=dtype)  # 2049 is no number of either type
+    _, metadata = sft_microbatch_train_step(torch.zeros(1, 2049, requires_grad=True), mask, 1)
+    assert metadata["num_response_tokens"].item() == 2049
+
+
 def test_the_loss_of_a_step_is_its_mean_nll_per_response_token() -> None:
     assert sft_loss(torch.tensor(LOG_PROBS), MASK, 3).item() == pytest.approx((2 + 4 + 8) / 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -492,6 +493,32 @@ def test_how_often_to_checkpoint_may_change_between_stop_and_resume(
     for number in (1, 2):
         step(run, number)
     assert start(checkpoint_every_steps=1, keep_checkpoints=5).resume()[0] == 2
+
+
+def test_who_ran_out_of_memory_goes_on_with_smaller_microbatches(
+    start: Callable[..., TrainingRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start()
+    run.resume()
+    for number in (1, 2):
+        step(run, number)
+    assert start(tokens_per_microbatch=64, gradient_checkpointing=True).resume()[0] == 2
+    assert "afresh" not in caplog.text
+    assert start(batch_size=3).resume()[0] == 0
+    assert "is of other settings: starting afresh, without its 2 steps" in caplog.text
+
+
+def test_weights_that_are_not_trained_pass_for_such_while_a_gpu_samples(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(lora={"rank": 2})
+    before = [parameter.requires_grad for parameter in run.model.parameters()]
+    assert not all(before)
+    monkeypatch.setattr(run, "device", torch.device("cuda"))
+    monkeypatch.setattr(run, "autocast", contextlib.nullcontext)
+    with run._sampling_context():
+        assert all(parameter.requires_grad for parameter in run.model.parameters())
+    assert [parameter.requires_grad for parameter in run.model.parameters()] == before
 
 
 def test_microbatches_on_a_cpu_are_no_larger_than_its_cache_likes(

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from gsm8k_core.engines.vllm_engine import ENVIRONMENT, VllmEngine, _state_of_process_kept
+from gsm8k_core.engines.vllm_engine import (
+    ENVIRONMENT,
+    VllmEngine,
+    _check_arrival,
+    _state_of_process_kept,
+)
+from gsm8k_core.errors import ModelError
 
 # What a kernel is compiled with, and whether one compiled otherwise would be taken from the cache.
 TRITON_SAYS = """
@@ -59,6 +65,18 @@ class Llm:
 
     def __del__(self) -> None:
         self.told.append("let go")
+
+
+def test_a_push_that_did_not_arrive_is_told_by_one_matrix(caplog: pytest.LogCaptureFixture) -> None:
+    layer = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    engine = torch.nn.ModuleDict({"down_proj": layer})
+    exact = layer.weight.detach().to(torch.float32) * (1 + 1e-4)  # the same in bfloat16
+    _check_arrival({"down_proj.weight": exact}, engine)
+    with pytest.raises(ModelError, match=r"did not take the weights .* its down_proj.weight"):
+        _check_arrival({"down_proj.weight": exact * 1.01}, engine)
+    assert not caplog.text
+    _check_arrival({"down_proj.weight": exact[:2]}, engine)
+    assert "a push is not checked" in caplog.text
 
 
 @pytest.mark.parametrize("asleep", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -63,7 +64,7 @@ class Engine(Protocol):
         """Completions in the order of the requests and of their seeds.
 
         `on_done` hears of each request as it finishes, in any order. Raises ModelError for a
-        request that is empty or too long.
+        request that is empty or too long, ValueError for one whose settings make no sense.
         """
         ...
 
@@ -87,9 +88,20 @@ class Engine(Protocol):
         ...
 
 
-def check_lengths(requests: list[Request], max_length: int | None) -> None:
-    """Raise ModelError for a request that is empty or longer than the model can be asked for."""
+def check_requests(requests: list[Request], max_length: int | None) -> None:
+    """Raise ModelError for a request that is empty or longer than the model can be asked for.
+
+    Raises ValueError for a temperature below 0 or not finite, no new tokens and an empty stop text.
+    """
     for request in requests:
+        if not 0.0 <= request.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {request.temperature}: take 0 (greedy) or a number above 0"
+            )
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {request.max_new_tokens}: take 1 or more")
+        if "" in request.stop:
+            raise ValueError("a stop text is empty, and would end every completion: leave it out")
         needed = len(request.prompt_ids) + request.max_new_tokens
         if not request.prompt_ids:
             raise ModelError("a prompt of no tokens cannot be continued")

@@ -28,12 +28,12 @@ from gsm8k_core.engines.base import (
     Completion,
     OnDone,
     Request,
-    check_lengths,
+    check_requests,
     completion_text,
     in_order,
 )
 from gsm8k_core.models import is_plain_decoder, load_plain_weights, stop_token_ids
-from gsm8k_core.tokenization import split_by_token_budget
+from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
 
 log = logging.getLogger(__name__)
 
@@ -185,14 +185,14 @@ class HfEngine:
         self.batch_size = batch_size
         self.forward_context = forward_context or torch.no_grad
         self.stop_ids = set(stop_token_ids(model, tokenizer))
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.pad_id = pad_token_id(tokenizer)
         self.max_length = getattr(model.config, "max_position_embeddings", None)
 
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Dropout is off meanwhile; the model's mode is put back after."""
-        check_lengths(requests, self.max_length)
+        check_requests(requests, self.max_length)
         was_training = self.model.training
         self.model.eval()
         done: list[dict[int, Completion]] = [{} for _ in requests]
@@ -341,7 +341,7 @@ class HfEngine:
         device = self.model.device
         budget = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS_OF_OTHERS)
         groups = split_by_token_budget([len(prompt) for prompt in prompts], budget)
-        mask = _left_pad(prompts, self.pad_id, device)[1]
+        mask = collate_prompts(prompts, self.pad_id, device)[1]
         cache = _new_cache(self.model)
         # What keeps less than every token has a shape of its own.
         whole = all(isinstance(layer, RoomyLayer | TwoPartLayer) for layer in cache.layers)
@@ -366,7 +366,7 @@ class HfEngine:
 
     def _forward_prompts(self, prompts: list[list[int]], cache: DynamicCache) -> torch.Tensor:
         """Last logits (P, V) of prompts, which the empty cache takes up."""
-        input_ids, mask = _left_pad(prompts, self.pad_id, self.model.device)
+        input_ids, mask = collate_prompts(prompts, self.pad_id, self.model.device)
         return self._forward(cache, input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
     def _ends_in_a_stop_text(self, owners: list[Request], tail: torch.Tensor) -> torch.Tensor:
@@ -395,16 +395,6 @@ def _uniforms(requests: list[Request]) -> torch.Tensor:
 def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
     """Keys or values (P, heads, T, width), with zeros before them so that T is `length`."""
     return functional.pad(states, (0, 0, length - states.shape[-2], 0))
-
-
-def _left_pad(
-    prompts: list[list[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (P, T) int64."""
-    width = max(map(len, prompts))
-    input_ids = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
 
 
 def _sample(

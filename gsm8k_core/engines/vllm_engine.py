@@ -8,6 +8,7 @@ which is the same engine with other kernels; what is said about a GPU below was 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -30,7 +31,7 @@ from gsm8k_core.engines.base import (
     Completion,
     OnDone,
     Request,
-    check_lengths,
+    check_requests,
     completion_text,
     in_order,
 )
@@ -54,6 +55,8 @@ CPU_KV_CACHE_GIB = 1.0
 # lie in memory that is mapped anew for every operation (docs/experiments.md).
 CPU_PREFILL_TOKENS = 1024
 SEED_BITS = 63  # of torch's generators
+# A matrix that vLLM does not merge with others, of any architecture that it trains here.
+WEIGHT_LOOKED_AT = ".down_proj.weight"
 
 
 def vllm_build() -> Literal["cuda", "cpu"] | None:
@@ -136,7 +139,7 @@ class VllmEngine:
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. On a GPU, all requests are scheduled at once."""
-        check_lengths(requests, self.max_length)
+        check_requests(requests, self.max_length)
         engine = self.llm.llm_engine
         places: dict[str, tuple[int, int]] = {}
         waiting = deque(
@@ -192,10 +195,25 @@ class VllmEngine:
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See `Engine.load_weights`. Tensors are copied, and cast to the engine's dtype."""
+        """See `Engine.load_weights`. Tensors are copied, and cast to the engine's dtype.
+
+        Raises ModelError where they did not arrive. Log-probs would not tell: after few updates,
+        those of stale weights differ by no more than bfloat16 does.
+        """
         self._wake("weights")
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self.on_cpu and self.tied:
+        looked_at: dict[str, torch.Tensor] = {}
+
+        def pushed() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name.endswith(WEIGHT_LOOKED_AT):
+                    looked_at.clear()
+                    looked_at[name] = tensor
+                yield name, tensor
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed()})
+        if not self.on_cpu:  # whose kernels pack the weights
+            self.llm.apply_model(functools.partial(_check_arrival, looked_at))
+        elif self.tied:
             self.llm.apply_model(_repack_head)
         if not self.llm.reset_prefix_cache():
             raise ModelError("vLLM kept its prefix cache: it still holds the old weights' keys")
@@ -228,6 +246,20 @@ class VllmEngine:
         core.shutdown()
         del core
         cleanup_dist_env_and_memory()
+
+
+def _check_arrival(pushed: dict[str, torch.Tensor], model: Any) -> None:
+    """Raise ModelError where a parameter of vLLM's model is not what was pushed, if it has it."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in pushed.items():
+        held = parameters.get(name)
+        if held is None or held.shape != tensor.shape:  # quantized, or shared over GPUs
+            log.warning("vLLM holds no %s as the trainer does: a push is not checked", name)
+        elif not torch.equal(held, tensor.to(held)):
+            raise ModelError(
+                f"vLLM did not take the weights that it was given: its {name} differs. It would "
+                "sample from a policy that is no longer trained; engine: transformers does without"
+            )
 
 
 def _repack_head(model: Any) -> None:

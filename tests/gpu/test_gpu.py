@@ -19,6 +19,7 @@ from gsm8k_core.compiling import compile_error
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.vllm_engine import vllm_build
+from gsm8k_core.errors import ModelError
 from gsm8k_core.files import read_json, read_jsonl
 from gsm8k_core.models import autocast, load_model, load_tokenizer, plain_weights
 from gsm8k_core.problems import read_problems
@@ -131,6 +132,28 @@ def test_sleep_gives_the_memory_back_and_wake_goes_on_with_pushed_weights(
     again = engine.generate(requests)
     assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in before]
     engine.sleep()  # is closed so, as a trainer's is
+
+
+def test_a_push_that_does_not_arrive_stops_the_run(
+    start: Callable[..., Any],
+    sft_folder: Path,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, model = start(sft_folder, eager=True), load_model(sft_folder, cuda)
+    engine.load_weights(plain_weights(model))
+    model.model.layers[-1].mlp.down_proj.weight.data.mul_(1.01)
+
+    def lost(_: str, kwargs: dict[str, Any]) -> None:
+        list(kwargs["weights_iterator"])
+
+    arriving = engine.llm.collective_rpc
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.llm, "collective_rpc", lost)
+        with pytest.raises(ModelError, match=r"did not take the weights .*down_proj"):
+            engine.load_weights(plain_weights(model))
+    assert engine.llm.collective_rpc == arriving
+    engine.load_weights(plain_weights(model))
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
