@@ -74,13 +74,13 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
 class Side:
     """One of the two: a process that does a turn when told to."""
 
-    def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], threads: int, wait: bool = True) -> None:
         self.name = name
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.turns: list[Json] = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
@@ -98,8 +98,13 @@ class Side:
             },
         )
         self._usage = psutil.Process(self.process.pid)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it is ready. Sides that are waited for after all have begun start side by side."""
         self.ready = self._read()
-        self.seconds_to_start = time.perf_counter() - started
+        self.seconds_to_start = time.perf_counter() - self._started
 
     def _read(self) -> Json:
         assert self.process.stdout is not None

@@ -234,7 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     names = ways(args)
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "benchmarks.scoring", *argv, "--folder", folder]
-        sides = [Side(name, [*command, "--side", name], args.threads) for name in names]
+        sides = [Side(name, [*command, "--side", name], args.threads, wait=False) for name in names]
+        for side in sides:
+            side.wait()
         take_turns_of(sides, args.rounds)
         for side in sides:
             side.end()

@@ -188,7 +188,8 @@ class VllmSettings(Settings):
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """Type of the key-value cache; `auto`: the compute type."""
     kv_cache_gib: PositiveFloat | None = None
-    """Size of the key-value cache; unset: what the GPU's share leaves, or 1 GiB on a CPU."""
+    """Size of the key-value cache, whatever the GPU's share; unset: what that leaves, or 1 GiB on a
+    CPU."""
     prefix_caching: bool = True
     """Compute a prompt once for all of its completions."""
     eager: bool | None = None

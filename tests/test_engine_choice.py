@@ -137,6 +137,10 @@ class OutOfMemoryError(RuntimeError):
             "was to take 40% of the GPU, which others hold in part: lower vllm.gpu_memory_fraction",
         ),
         (
+            AssertionError("Error in memory profiling. Initial free memory 117 GiB, current 128"),
+            "others on this GPU gave memory back while it measured what is free: start again",
+        ),
+        (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             "lower vllm.kv_cache_gib",
         ),

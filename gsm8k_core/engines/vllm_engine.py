@@ -55,6 +55,7 @@ CPU_KV_CACHE_GIB = 1.0
 # lie in memory that is mapped anew for every operation (docs/experiments.md).
 CPU_PREFILL_TOKENS = 1024
 SEED_BITS = 63  # of torch's generators
+SMALLEST_FRACTION = 0.01
 # A matrix that vLLM does not merge with others, of any architecture that it trains here.
 WEIGHT_LOOKED_AT = ".down_proj.weight"
 
@@ -128,7 +129,10 @@ class VllmEngine:
             # Compiling one small function of its sampler takes 8 s and a C++ compiler.
             torch._dynamo.config.disable = True
         else:
-            options["gpu_memory_utilization"] = memory_fraction
+            # Where the cache has a size, the share decides nothing; vLLM would still refuse to start
+            # beside others that leave less of the GPU than it.
+            fraction = memory_fraction if kv_cache_gib is None else SMALLEST_FRACTION
+            options["gpu_memory_utilization"] = fraction
         with _state_of_process_kept(), _start_errors(folder, settings, memory_fraction):
             self.llm = self.vllm.LLM(**options)
         config = self.llm.llm_engine.model_config
@@ -330,6 +334,11 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
         remedy = (
             f"the engine was to take {memory_fraction:.0%} of the GPU, which others hold in part: "
             "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
+        )
+    elif "Error in memory profiling" in text:
+        remedy = (
+            "others on this GPU gave memory back while it measured what is free: start again, or say "
+            "with vllm.kv_cache_gib how large its cache is, which spares the measuring"
         )
     elif "larger than the available KV cache" in text or "for the cache blocks" in text:
         remedy = (

@@ -134,6 +134,16 @@ def test_sleep_gives_the_memory_back_and_wake_goes_on_with_pushed_weights(
     engine.sleep()  # is closed so, as a trainer's is
 
 
+def test_an_engine_whose_cache_has_a_size_starts_beside_others_that_hold_the_gpu(
+    start: Callable[..., Any], sft_folder: Path, prompts: list[list[int]], cuda: torch.device
+) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - 12 * GIB), dtype=torch.uint8, device=cuda)
+    engine = start(sft_folder, eager=True, kv_cache_gib=1.0)
+    assert len(engine.generate(sampled(prompts))) == len(prompts)
+    del held
+
+
 def test_a_push_that_does_not_arrive_stops_the_run(
     start: Callable[..., Any],
     sft_folder: Path,
