@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     )
     from gsm8k_core.answers import extract_answer as extract_answer
     from gsm8k_core.answers import is_correct as is_correct
+    from gsm8k_core.config import GrpoMethod as GrpoMethod
+    from gsm8k_core.config import RewardSettings as RewardSettings
     from gsm8k_core.config import load_config as load_config
     from gsm8k_core.engines.base import Completion as Completion
     from gsm8k_core.engines.base import Request as Request
     from gsm8k_core.engines.hf_engine import HfEngine as HfEngine
     from gsm8k_core.generation import log_generations as log_generations
     from gsm8k_core.grpo import PolicyBatch as PolicyBatch
+    from gsm8k_core.grpo import add_metrics as add_metrics
     from gsm8k_core.grpo import grpo_microbatch_train_step as grpo_microbatch_train_step
     from gsm8k_core.grpo import policy_loss as policy_loss
+    from gsm8k_core.grpo import summarize_metrics as summarize_metrics
     from gsm8k_core.losses import aggregate as aggregate
     from gsm8k_core.losses import compute_grpo_clip_loss as compute_grpo_clip_loss
     from gsm8k_core.losses import (
@@ -64,6 +68,8 @@ _HOME = {
     "step_normalizer": "losses",
     "policy_loss": "grpo",
     "PolicyBatch": "grpo",
+    "add_metrics": "grpo",
+    "summarize_metrics": "grpo",
     "sft_microbatch_train_step": "sft",
     "grpo_microbatch_train_step": "grpo",
     "log_generations": "generation",
@@ -71,6 +77,8 @@ _HOME = {
     "Request": "engines.base",
     "Completion": "engines.base",
     "load_config": "config",
+    "GrpoMethod": "config",
+    "RewardSettings": "config",
 }
 
 __all__ = sorted(_HOME)

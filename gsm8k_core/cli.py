@@ -28,6 +28,7 @@ from gsm8k_core.config import (
     ModelSettings,
     RunSettings,
     VllmSettings,
+    doubts,
     load_config,
     merge,
     read_yaml,
@@ -299,7 +300,7 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     add_config_argument(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
-    group.add_argument("--seed", type=int, default=0, help="default: 0")
+    group.add_argument("--seed", type=int, help="default: 0")
 
 
 def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
@@ -366,15 +367,28 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     return settings.model_copy(update={"model_settings": model})
 
 
+def refuse_cell_beside_settings(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where a cell is named besides `--settings`, which names one."""
+    for name in ("model_name", "method", "suite", "seed"):
+        if getattr(arguments, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} beside --settings, which says it already: give one")
+
+
 def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
     if arguments.settings is not None:
+        refuse_cell_beside_settings(arguments)
         return settings_from(arguments.settings, RunSettings)
     if arguments.model_name is None or arguments.method is None:
         raise ConfigError("say what to train: --settings, or --model-name and --method")
     config = config_from(arguments)
     check_known("--model-name", arguments.model_name, config.models)
     check_known("--method", arguments.method, config.methods)
-    return config.run_settings(arguments.model_name, arguments.method, arguments.seed)
+    one = {"models": [arguments.model_name], "methods": [arguments.method]}
+    cell = config.model_copy(update={"study": config.study.model_copy(update=one)})
+    if doubt := doubts(cell, load_config(arguments.config[0])):
+        log.warning("%s", doubt)
+    return config.run_settings(arguments.model_name, arguments.method, arguments.seed or 0)
 
 
 def main(argv: list[str] | None = None) -> int:

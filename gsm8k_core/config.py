@@ -956,10 +956,11 @@ class Config(Settings):
 
 
 def doubts(config: Config, shipped: Config) -> str:
-    """What a study of real models has inherited from config.yaml (`shipped`), made for a toy.
+    """What a study of real models has inherited that is made for a toy, as one line, or none.
 
-    One line, or none. A rate too high for full fine-tuning of a real model counts, and too few
-    tokens for a solution of GSM8K; either only where it is config.yaml's own number.
+    From config.yaml (`shipped`): a rate too high for full fine-tuning of a real model, and too few
+    tokens for a solution of GSM8K; either only where it is config.yaml's own number. From the
+    defaults: float32 on a GPU.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
@@ -979,13 +980,24 @@ def doubts(config: Config, shipped: Config) -> str:
             for key, value in doubtful.items()
             if value == toys.get(key)
         }
-    if not inherited:
-        return ""
-    return (
-        f"{', '.join(sorted(inherited))}: made for the embedded model, and inherited from "
-        f"config.yaml for {', '.join(real)}. Set them in your study, or lay your file behind "
-        "studies/qwen2.5-gsm8k.yaml, which does."
-    )
+    found = []
+    if inherited:
+        found.append(
+            f"{', '.join(sorted(inherited))}: made for the embedded model, and inherited from "
+            f"config.yaml for {', '.join(real)}. Set them in your study, or lay your file behind "
+            "studies/qwen2.5-gsm8k.yaml, which does."
+        )
+    slow = [
+        f"models.{name}.dtype"
+        for name in real
+        if config.models[name].gpus and "dtype" not in config.models[name].model_fields_set
+    ]
+    if slow:
+        found.append(
+            f"{', '.join(slow)}: unset, so float32, which takes a GPU several times as long as "
+            "bfloat16 does. Say which."
+        )
+    return " ".join(found)
 
 
 def dump(settings: BaseModel) -> str:
@@ -1090,10 +1102,7 @@ def load_config(path: Path | str, overlays: list[Path] | list[str] | None = None
     """
     raw: dict[str, Any] = {}
     for file in map(Path, [path, *(overlays or [])]):
-        try:
-            content = read_yaml(file)
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror}") from error
+        content = read_yaml(file)
         if not isinstance(content, dict):
             raise ConfigError(f"{file}: expected a mapping of settings at the top level")
         raw = merge(raw, content)
@@ -1101,11 +1110,13 @@ def load_config(path: Path | str, overlays: list[Path] | list[str] | None = None
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML (or JSON) file. Raises ConfigError that names a missing or malformed one."""
+    """Read a YAML (or JSON) file. Raises ConfigError that names one that cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 

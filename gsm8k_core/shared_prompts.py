@@ -52,16 +52,21 @@ class ForwardCost:
 
 
 def completions_per_row(
-    cost: ForwardCost | None, prompt_length: int, completion_lengths: Sequence[int]
+    cost: ForwardCost | None,
+    prompt_length: int,
+    completion_lengths: Sequence[int],
+    most_tokens: int,
 ) -> int:
     """How many of a prompt's completions should share it in one row; 1: none does.
 
-    Lengths in tokens. The estimate takes all completions to be of their mean length.
+    Lengths in tokens. The estimate takes all completions to be of their mean length, and so does
+    the bound `most_tokens` of a row.
     """
-    number = len(completion_lengths)
+    mean = sum(completion_lengths) / max(1, len(completion_lengths))
+    fitting = int((most_tokens - prompt_length) / mean) if mean else 0
+    number = min(len(completion_lengths), fitting)
     if cost is None or number < 2:
         return 1
-    mean = sum(completion_lengths) / number
 
     def estimate(count: int) -> float:
         length = round(prompt_length + count * mean)

@@ -14,7 +14,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -44,8 +44,6 @@ from gsm8k_core.metrics import (
     powers_up_to,
 )
 from gsm8k_core.records import num_gpus
-
-Decoding = Literal["greedy", "sample"]
 
 SCHEMA: dict[str, Any] = {
     "model": pl.String,
@@ -118,15 +116,7 @@ MEANS_OVER_SEEDS = (
     "mean_completion_tokens",
     "truncated_fraction",
 )
-METRIC_KEYS = (
-    "accuracy",
-    "pass_at_1",
-    "num_samples",
-    "pass_at_k",
-    "maj_at_k",
-    *MEANS_OVER_SEEDS,
-    "seconds_generating",
-)
+METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
 
 def run_dir(study_dir: Path, model: str, method: str, seed: int) -> Path:

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import psutil
 from pydantic import ValidationError
 
+from gsm8k_core import ranks
 from gsm8k_core.config import TrackingSettings
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import Json, iter_jsonl, required, write_jsonl
@@ -155,7 +156,7 @@ def start_tracker(folder: Path, run: TrackedRun) -> Tracker | None:
     """The tracker of a run whose folder is `folder`; None where W&B is off or on other ranks."""
     settings = tracking_settings()
     mode = wandb_mode(settings)
-    if mode == "disabled" or os.environ.get("RANK", "0") != "0":
+    if mode == "disabled" or not ranks.is_main():
         return None
     return Tracker(settings, mode, folder, run)
 

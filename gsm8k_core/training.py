@@ -38,7 +38,7 @@ from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine
 from gsm8k_core.engines.vllm_engine import VllmEngine
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -235,6 +235,8 @@ class TrainingRun:
     ) -> TrainingRun:
         """The run that a trainer's arguments (`cli.training_parser`) ask for."""
         num_steps = settings.method_settings.num_steps
+        if settings.method_settings.validate_every_steps and arguments.val_data is None:
+            raise ConfigError("validate_every_steps needs --val-data, problems to validate on")
         return cls(
             settings,
             arguments.starting_model,

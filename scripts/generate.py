@@ -27,6 +27,7 @@ from gsm8k_core.cli import (
     leave,
     parser,
     progress_bar,
+    refuse_cell_beside_settings,
     run_script,
     settings_from,
     with_engine_arguments,
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
-    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--seed", type=int, help="default: 0")
     arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="completions, JSONL")
@@ -186,13 +187,15 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     if args.settings is not None:
+        refuse_cell_beside_settings(args)
         settings = settings_from(args.settings, EvaluationSettings)
     elif args.model_name and args.method and args.suite:
         config = config_from(args)
         check_known("--model-name", args.model_name, config.models)
         check_known("--method", args.method, config.methods)
         check_known("--suite", args.suite, config.suites)
-        settings = config.evaluation_settings(args.model_name, args.method, args.seed, args.suite)
+        seed = args.seed or 0
+        settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
     else:
         raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")
 

@@ -202,11 +202,13 @@ def to_tensors(
     pad_id: int,
     settings: GrpoMethod,
     device: torch.device,
-    cost: ForwardCost | None = None,
+    cost: ForwardCost | None,
+    most_tokens: int,
 ) -> Rollouts:
     """Pad a step's groups into tensors. The sampled ids are used as they are.
 
-    With the model's `cost`, prompts are shared where that is less work.
+    With the model's `cost`, prompts are shared where that is less work, in rows of some
+    `most_tokens` at most.
     """
     prompts = [group.prompt_ids for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]
@@ -221,7 +223,7 @@ def to_tensors(
     packs: list[list[int]] = []
     for number, group in enumerate(groups):
         own_lengths = [len(completion.token_ids) for completion in group.completions]
-        together = completions_per_row(cost, len(group.prompt_ids), own_lengths)
+        together = completions_per_row(cost, len(group.prompt_ids), own_lengths, most_tokens)
         start = number * settings.group_size
         rows = range(start, start + len(own_lengths))
         packs += [list(rows[place : place + together]) for place in range(0, len(rows), together)]
@@ -557,7 +559,7 @@ def main(argv: list[str] | None = None) -> int:
         run.progress["num_prompts_taken"] += len(sampled)
         rolled_out = time.perf_counter()
 
-        rollouts = to_tensors(groups, pad_id, settings, run.device, cost)
+        rollouts = to_tensors(groups, pad_id, settings, run.device, cost, run.tokens_per_microbatch)
         every = settings.check_sampler_every_steps
         # The first step of a call, the first after a push, and every so many.
         if every and (step <= steps_done + 2 or step % every == 0):

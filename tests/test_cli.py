@@ -27,7 +27,7 @@ from gsm8k_core.cli import (
     settings_from,
     training_parser,
 )
-from gsm8k_core.config import ModelSettings, RunSettings, dump
+from gsm8k_core.config import ModelSettings, RunSettings, dump, load_config
 from gsm8k_core.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,25 @@ def test_a_cell_of_the_config_and_its_settings_are_the_same_run() -> None:
     by_name = run_settings_from(run_arguments(*CONFIG, *cell))
     assert (by_name.method, by_name.seed, by_name.parent) == ("grpo", 2, "sft")
     assert run_settings_from(run_arguments("--settings", dump(by_name))) == by_name
+
+
+@pytest.mark.parametrize(
+    "cell", [("--seed", "0"), ("--model-name", "tiny-qwen2"), ("--method", "sft")]
+)
+def test_a_cell_named_beside_its_settings_is_refused(cell: tuple[str, str]) -> None:
+    settings = dump(load_config(ROOT / "config.yaml").run_settings("tiny-qwen2", "grpo", 2))
+    with pytest.raises(ConfigError, match=f"{cell[0]} beside --settings, which says it already"):
+        run_settings_from(run_arguments("--settings", settings, *cell))
+
+
+def test_a_cell_of_a_real_model_is_told_what_is_made_for_a_toy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_settings_from(run_arguments(*CONFIG, "--model-name", "tiny-qwen2", "--method", "sft"))
+    assert not caplog.text
+    real = ("--model-name", "qwen2.5-1.5b-instruct", "--method", "sft")
+    run_settings_from(run_arguments(*CONFIG, *real))
+    assert "defaults.sft.learning_rate (0.004): made for the embedded model" in caplog.text
 
 
 def test_overlays_of_the_config_apply(tmp_path: Path) -> None:

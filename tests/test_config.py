@@ -526,5 +526,11 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     }
     assert line({"study": study, "defaults": own}) == ""
     assert line({}) == ""
+    # Of a model that somebody adds, float32 on a GPU is seldom meant.
+    added = {"source": "hub", "hub_id": "a/b", "revision": "0" * 40, "prompt": "plain"}
+    of_added = {"study": {**study, "models": ["b"]}, "defaults": own, "models": {"b": added}}
+    assert line(of_added).startswith("models.b.dtype: unset, so float32")
+    for meant in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"gpus": 0}):
+        assert line({**of_added, "models": {"b": {**added, **meant}}}) == ""
     for path in sorted((ROOT / "studies").glob("*.yaml")):
         assert line(read_yaml(path)) == ""

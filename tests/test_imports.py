@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,3 +187,19 @@ def test_the_library_prints_nothing() -> None:
         if line.strip().startswith("print(")
     ]
     assert printing == []
+
+
+def test_the_library_example_of_the_readme_runs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (LIBRARY.parent / "README.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "artifacts" / "models").mkdir(parents=True)
+    (tmp_path / "artifacts" / "models" / "tiny-qwen2").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["rewards"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    gradients = [parameter.grad for parameter in names["model"].parameters()]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert any(bool(gradient.any()) for gradient in gradients)

@@ -81,20 +81,22 @@ COST = ForwardCost(per_token=1000.0, per_pair=1.0)
 
 
 def test_long_prompts_are_shared_and_short_ones_are_not() -> None:
-    assert completions_per_row(COST, 100, [10] * 4) == 4
-    assert completions_per_row(COST, 2, [40] * 4) == 1
+    assert completions_per_row(COST, 100, [10] * 4, 10_000) == 4
+    assert completions_per_row(COST, 2, [40] * 4, 10_000) == 1
     # Attention over all completions grows with their square: some of them share.
-    assert 1 < completions_per_row(COST, 100, [40] * 64) < 16
+    assert 1 < completions_per_row(COST, 100, [40] * 64, 10_000) < 16
+    # No row is longer than a microbatch may be.
+    assert [completions_per_row(COST, 100, [10] * 4, most) for most in (131, 119, 50)] == [3, 1, 1]
 
 
 def test_nothing_is_shared_where_nothing_is_known_or_there_is_one_completion() -> None:
-    assert completions_per_row(None, 1000, [1] * 8) == 1
-    assert completions_per_row(COST, 1000, [1]) == 1
+    assert completions_per_row(None, 1000, [1] * 8, 10_000) == 1
+    assert completions_per_row(COST, 1000, [1], 10_000) == 1
 
 
 @given(st.integers(1, 2000), st.lists(st.integers(1, 500), min_size=1, max_size=32))
 def test_sharing_is_never_estimated_to_cost_more(prompt: int, completions: list[int]) -> None:
-    number = completions_per_row(COST, prompt, completions)
+    number = completions_per_row(COST, prompt, completions, 10_000)
     mean = sum(completions) / len(completions)
     assert 1 <= number <= len(completions)
     row = COST.of_row(round(prompt + number * mean), causal=number == 1)

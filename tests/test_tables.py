@@ -596,7 +596,7 @@ def test_a_file_that_is_missing_or_torn_is_named(study_dir: Path, name: str) -> 
 
 def test_a_summary_without_its_numbers_is_refused(study_dir: Path) -> None:
     write_json(study_dir / "m1" / "sft" / "seed3" / "metrics" / "test.json", {"accuracy": 1.0})
-    with pytest.raises(DataError, match="pass_at_k.*missing"):
+    with pytest.raises(DataError, match="pass_at_1.*missing"):
         build(make_study(), study_dir)
 
 

@@ -180,6 +180,7 @@ def test_without_a_project_and_on_other_ranks_there_is_no_tracker(
     assert start_tracker(tmp_path, RUN) is None
     monkeypatch.setenv("GSM8K_TRACKING", '{"project": "p"}')
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert start_tracker(tmp_path, RUN) is None
     assert list(tmp_path.iterdir()) == []
 

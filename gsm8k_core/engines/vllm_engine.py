@@ -129,8 +129,8 @@ class VllmEngine:
             # Compiling one small function of its sampler takes 8 s and a C++ compiler.
             torch._dynamo.config.disable = True
         else:
-            # Where the cache has a size, the share decides nothing; vLLM would still refuse to start
-            # beside others that leave less of the GPU than it.
+            # Where the cache has a size the share decides nothing, but vLLM would refuse to start
+            # where others leave less of the GPU than it.
             fraction = memory_fraction if kv_cache_gib is None else SMALLEST_FRACTION
             options["gpu_memory_utilization"] = fraction
         with _state_of_process_kept(), _start_errors(folder, settings, memory_fraction):
@@ -337,8 +337,8 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
         )
     elif "Error in memory profiling" in text:
         remedy = (
-            "others on this GPU gave memory back while it measured what is free: start again, or say "
-            "with vllm.kv_cache_gib how large its cache is, which spares the measuring"
+            "others on this GPU gave memory back while it measured what is free: start again, or "
+            "say with vllm.kv_cache_gib how large its cache is, which spares the measuring"
         )
     elif "larger than the available KV cache" in text or "for the cache blocks" in text:
         remedy = (
