@@ -1,6 +1,6 @@
 """Look at what a model writes: completions with their rewards, lengths and entropies.
 
-Shapes: `B` prompts, `T` generated positions, `V` vocabulary.
+Shapes: `B` prompts, `T` generated positions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from gsm8k_core.advantages import RewardFunction
 from gsm8k_core.engines.base import Request, check_requests
@@ -44,8 +45,7 @@ def log_generations(
     them. A `temperature` of 0 is greedy. Top-p, top-k and a repetition penalty that the model's
     generation config holds (Qwen2.5's does) are not used. `on_all_ranks`: all ranks call this with
     the same prompts, as a model that is spread over them needs; none is done before the others.
-    The scores of all steps are kept, B × T × V numbers, so this is for a handful of prompts. The
-    model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or one text
+    The model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or one text
     instead of a list, or a reward function comes without one ground truth per prompt, or ids are
     not of as many prompts; and ValueError and ModelError as an engine does for its requests.
     """
@@ -69,7 +69,7 @@ def log_generations(
     )
     eos_ids = set(stop_token_ids(model, tokenizer))
     responses, entropies = _generate(
-        model, tokenizer, prompt_ids, max_new_tokens, temperature, on_all_ranks
+        model, tokenizer, prompt_ids, eos_ids, max_new_tokens, temperature, on_all_ranks
     )
     rows: list[Row] = []
     for index, prompt in enumerate(prompts):
@@ -89,11 +89,27 @@ def log_generations(
     return rows, _summarize(rows)
 
 
+class _Entropies(LogitsProcessor):
+    """Keeps the entropy of every step's distribution, (B,), and changes nothing.
+
+    The distributions themselves would be T × B × vocabulary numbers.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature or 1.0  # greedy decoding knows none
+        self.of_steps: list[torch.Tensor] = []
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.of_steps.append(compute_entropy(scores / self.temperature))
+        return scores
+
+
 @torch.no_grad()
 def _generate(
     model: Any,
     tokenizer: Any,
     prompt_ids: Sequence[TokenIds],
+    eos_ids: set[int],
     max_new_tokens: int,
     temperature: float,
     on_all_ranks: bool,
@@ -107,22 +123,22 @@ def _generate(
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     if on_all_ranks:
         sampling["synced_gpus"] = True
+    entropies = _Entropies(temperature)
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(
+        sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id,
-            return_dict_in_generate=True,
-            output_scores=True,
+            eos_token_id=sorted(eos_ids),
+            logits_processor=LogitsProcessorList([entropies]),
             **sampling,
         )
     finally:
         model.train(was_training)
-    entropies = torch.stack([compute_entropy(scores) for scores in output.scores], dim=1)
-    return output.sequences[:, input_ids.shape[1] :], entropies
+    return sequences[:, input_ids.shape[1] :], torch.stack(entropies.of_steps, dim=1)
 
 
 def _until_eos(token_ids: list[int], eos_ids: set[int]) -> tuple[list[int], bool]:

@@ -88,8 +88,6 @@ Item = TypeVar("Item")
 # What larger microbatches compute leaves a CPU's cache, in memory that is mapped anew each time:
 # 1.2 to 1.8 times as slow (docs/experiments.md).
 CPU_TOKENS_PER_MICROBATCH = 2048
-# Numbers (1 GiB of them) that `log_generations` may keep of the distributions of all its tokens.
-MAX_SCORES_KEPT = 2**28
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
 # Settings that may change between a stop and the resume: they do not touch the result, but for
@@ -438,22 +436,18 @@ class TrainingRun:
             components = answer_components(completion, gold, "strict", prompt.answer_marker)
             return {"reward": components["answer_reward"], **components}
 
-        at_once = max(1, MAX_SCORES_KEPT // (num_tokens * self.model.config.vocab_size))
-        rows: list[Json] = []
-        for start in range(0, len(problems), at_once):
-            part = slice(start, start + at_once)
-            with self._sampling_context():
-                rows += log_generations(
-                    self.model,
-                    self.tokenizer,
-                    texts[part],
-                    golds[part],
-                    reward,
-                    num_tokens,
-                    temperature=0.0,
-                    prompt_ids=ids[part],
-                    on_all_ranks=ranks.world_size() > 1,
-                )[0]
+        with self._sampling_context():
+            rows, _ = log_generations(
+                self.model,
+                self.tokenizer,
+                texts,
+                golds,
+                reward,
+                num_tokens,
+                temperature=0.0,
+                prompt_ids=ids,
+                on_all_ranks=ranks.world_size() > 1,
+            )
         if self.samples is None:
             return
         names = {"response": "completion", "ground_truth": "gold", "length": "num_tokens"}

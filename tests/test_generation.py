@@ -19,6 +19,7 @@ from transformers import (
 
 from gsm8k_core.errors import ModelError
 from gsm8k_core.generation import log_generations
+from gsm8k_core.scoring import compute_entropy
 
 WORDS = ["<eos>", "<pad>", "what", "is", "two", "plus", "four", "five", "six"]
 EOS, PAD, FOUR, FIVE = 0, 1, 6, 7
@@ -43,15 +44,13 @@ class ScriptedModel(torch.nn.Module):
         self.config = SimpleNamespace(max_position_embeddings=512)
         self.asked: dict[str, Any] = {}
 
-    def generate(self, **asked: Any) -> SimpleNamespace:
+    def generate(self, **asked: Any) -> torch.Tensor:
         self.asked = {**asked, "training": self.training}
-        scores = []
         for width in self.spread:
             step = torch.full((len(self.script), len(WORDS)), -math.inf)
             step[:, :width] = 0.0
-            scores.append(step)
-        sequences = torch.cat([asked["input_ids"], self.script], dim=1)
-        return SimpleNamespace(sequences=sequences, scores=tuple(scores))
+            assert torch.equal(asked["logits_processor"](asked["input_ids"], step), step)
+        return torch.cat([asked["input_ids"], self.script], dim=1)
 
 
 def grade(response: str, ground_truth: str) -> dict[str, float]:
@@ -119,7 +118,7 @@ def test_prompts_are_padded_on_the_left_and_sampled_from_the_whole_distribution(
     log_generations(model, word_tokenizer(), PROMPTS, max_new_tokens=4, temperature=0.7)
     assert model.asked["input_ids"].tolist() == [[2, 3, 4, 5, 4], [1, 1, 1, 1, 4], [1, 1, 1, 3, 4]]
     assert model.asked["attention_mask"].tolist() == [[1] * 5, [0] * 4 + [1], [0] * 3 + [1] * 2]
-    assert model.asked["return_dict_in_generate"] and model.asked["output_scores"]
+    assert model.asked["eos_token_id"] == [EOS]
     assert (model.asked["do_sample"], model.asked["temperature"]) == (True, 0.7)
     assert (model.asked["top_p"], model.asked["top_k"]) == (1.0, 0)
     assert model.asked["repetition_penalty"] == 1.0
@@ -183,6 +182,26 @@ def test_a_real_model_writes_the_same_greedy_completion_alone_and_in_a_batch() -
         assert 0.0 < row["mean_entropy"] < math.log(len(WORDS))
         assert row["truncated"] == (EOS not in row["response_ids"])
     assert summary["num_completions"] == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_entropies_are_those_of_the_distributions_that_generate_returns(
+    temperature: float,
+) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = Qwen2ForCausalLM(REAL_MODEL).eval(), word_tokenizer()
+    torch.manual_seed(1)
+    (row,), _ = log_generations(model, tokenizer, ["two"], None, None, 12, temperature)
+    torch.manual_seed(1)
+    greedy: dict[str, Any] = {"do_sample": False}
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    output = model.generate(
+        torch.tensor([[4]]), attention_mask=torch.ones(1, 1), max_new_tokens=12,
+        return_dict_in_generate=True, output_scores=True, **(sampled if temperature else greedy),
+    )  # fmt: skip
+    assert row["response_ids"] == output.sequences[0, 1:].tolist()
+    entropies = torch.stack([compute_entropy(scores) for scores in output.scores])
+    assert row["mean_entropy"] == entropies.mean().item()
 
 
 def test_what_the_models_own_generation_config_holds_changes_no_completion() -> None:

@@ -755,29 +755,3 @@ def test_looking_at_what_the_model_writes_changes_no_bit_of_training(
         assert (run / "train" / "completions.jsonl").exists() == bool(every)
         weights.append((run / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-
-
-def test_many_scores_are_kept_a_few_problems_at_a_time(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    default, log_generations = training.MAX_SCORES_KEPT, training.log_generations
-    sizes: dict[int, set[int]] = {1: set(), default: set()}
-
-    def note(model: Any, tokenizer: Any, prompts: list[str], *rest: Any, **options: Any) -> Any:
-        sizes[training.MAX_SCORES_KEPT].add(len(prompts))
-        return log_generations(model, tokenizer, prompts, *rest, **options)
-
-    monkeypatch.setattr(training, "log_generations", note)
-    for most in sizes:
-        monkeypatch.setattr(training, "MAX_SCORES_KEPT", most)
-        run = train("train_sft", "sft", name=f"{most}", val=True, **GENERATIONS)
-        found.append(
-            [
-                (one["completion"], one["num_tokens"])
-                for row in read_jsonl(run / "train" / "completions.jsonl")
-                for one in row["completions"]
-            ]
-        )
-    assert found[0] == found[1]
-    assert sizes[1] == {1} and max(sizes[default]) > 1
