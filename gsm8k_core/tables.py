@@ -627,6 +627,10 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
         "with parents: own training and that of the stages before it. Times, tokens and memory are "
         "means over seeds.",
     ]
+    if frame["gpu_seconds_training"].max():
+        notes.append(
+            "peak memory on a GPU is what torch had allocated: vLLM's cache too, while it sleeps."
+        )
     if frame["num_samples"].max():
         notes.append(
             "pass@n: one of n samples is right. maj@n: the most frequent answer of n samples is. "

