@@ -55,6 +55,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from gsm8k_core.files import Json
+
 Floats = NDArray[np.float64]
 
 SEED_EXPONENT = 1.8  # the γ above
@@ -407,3 +409,23 @@ def _p_values(spread: Spread, shape: tuple[int, ...]) -> Floats:
             np.where(reached > statistic, high, middle),
         )
     return np.exp(high)
+
+
+def smoothed_curve(runs: Sequence[Sequence[Json]], key: str) -> tuple[list[int], Floats, int]:
+    """Steps that the logs of all runs have, the running mean of `key` there, and its window.
+
+    `runs` are rows with `step`, one list a seed. The means are (S, steps), over the last `window`
+    steps, fewer at the start; validations are few, and stay as they are. Steps that a seed lacks
+    are left out: beyond the end of one, a mean over seeds would be of others. (S, 0) where no step
+    is left.
+    """
+    series = [{row["step"]: row[key] for row in run if row.get(key) is not None} for run in runs]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)
+    window = 1 if key == "validation_accuracy" else max(1, len(steps) // 25)
+    if not steps:
+        return [], values, window
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    ends = np.arange(1, len(steps) + 1)
+    starts = np.maximum(ends - window, 0)
+    return steps, (sums[:, ends] - sums[:, starts]) / (ends - starts), window

@@ -21,9 +21,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, read_jsonl
-from gsm8k_core.metrics import Floats
-from gsm8k_core.tables import read_metrics, run_dir
+from gsm8k_core.files import Json, atomic_path
+from gsm8k_core.metrics import smoothed_curve
+from gsm8k_core.tables import read_metrics, read_training_logs, run_dir
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -301,8 +301,9 @@ def plot_reward(study: Comparison, study_dir: Path) -> Figure:
     validated accuracy where a method validates. A study without rewards shows the training loss
     instead, and one that trains nothing says so.
     """
+    logs = {model: read_training_logs(study, study_dir, model) for model in study.models}
     curves = {
-        (model, method): _read_metrics_rows(study, study_dir, model, method)
+        (model, method): logs[model].get(method, [])
         for model in study.models
         for method in study.methods
     }
@@ -353,17 +354,6 @@ def _curves_figure(
     return figure
 
 
-def _read_metrics_rows(
-    study: Comparison, study_dir: Path, model: str, method: str
-) -> list[list[Json]]:
-    """Rows of train/metrics.jsonl, one list per seed; nothing for the base model."""
-    if len(study.chains[method]) == 1:
-        return []
-    seeds = study.seeds_of[method]
-    runs = [run_dir(study_dir, model, method, seed) for seed in seeds]
-    return [read_jsonl(run / "train" / "metrics.jsonl") for run in runs]
-
-
 def _methods_with(
     curves: dict[tuple[str, str], list[list[Json]]], study: Comparison, key: str
 ) -> list[str]:
@@ -376,24 +366,15 @@ def _methods_with(
 
 def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
     """Draw one method; returns the number of steps of its running mean."""
-    series = [{row["step"]: row[key] for row in run if row.get(key) is not None} for run in runs]
-    if not series or not all(series):
-        return 1
-    # Seeds that stopped early end the mean: beyond, it would be one of other seeds.
-    steps = sorted(set.intersection(*map(set, series)))
+    steps, values, window = smoothed_curve(runs, key)
     if not steps:
         return 1
-    values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64)
-    window = 1
     if key == "validation_accuracy":
         values = 100 * values
-    else:
-        window = max(1, len(steps) // 25)
-        values = _running_mean(values, window)
     look = _look(index)
     marker = "o" if len(steps) <= 25 else ""
     axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
-    if len(series) > 1:
+    if len(values) > 1:
         axes.fill_between(
             steps,
             values.min(axis=0),
@@ -403,14 +384,6 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
             linewidth=0,
         )
     return window
-
-
-def _running_mean(values: Floats, window: int) -> Floats:
-    """Mean over the last `window` steps (fewer at the start) of `values (S, steps)`."""
-    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
-    ends = np.arange(1, values.shape[1] + 1)
-    starts = np.maximum(ends - window, 0)
-    return np.asarray((sums[:, ends] - sums[:, starts]) / (ends - starts), dtype=np.float64)
 
 
 def _look(index: int) -> Json:

@@ -25,7 +25,7 @@ from markupsafe import Markup
 
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file
+from gsm8k_core.files import Json, read_json, sha256_file
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -55,6 +55,7 @@ from gsm8k_core.tables import (
     p_text,
     read_comparison,
     read_metrics,
+    read_training_logs,
     run_dir,
 )
 
@@ -111,7 +112,7 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     pairs = [(model, suite) for model in study.models for suite in study.suites]
     charts: Json = {}
     learning = {
-        model: _add(charts, learning_charts(_training_logs(study, sources.study_dir, model),
+        model: _add(charts, learning_charts(read_training_logs(study, sources.study_dir, model),
                                             study.methods))
         for model in study.models
     }  # fmt: skip
@@ -251,18 +252,6 @@ def _read_subject(
     pass_at_k = curves.filter(is_here).to_dicts()
     notes = [note for note in notes_on(here) if note.startswith("flag ")]
     return Subject(study, model, suite, ranked, graded, metrics, pass_at_k, notes)
-
-
-def _training_logs(study: Comparison, study_dir: Path, model: str) -> dict[str, list[list[Json]]]:
-    """Method → rows of train/metrics.jsonl, a list for each seed."""
-    return {
-        method: [
-            read_jsonl(run_dir(study_dir, model, method, seed) / "train" / "metrics.jsonl")
-            for seed in study.seeds_of[method]
-        ]
-        for method in study.methods
-        if len(study.chains[method]) > 1
-    }
 
 
 def _browser(

@@ -13,6 +13,7 @@ import altair as alt
 import numpy as np
 
 from gsm8k_core.files import Json
+from gsm8k_core.metrics import smoothed_curve
 
 # From the hues of Okabe and Ito (2008), moved until each has a contrast of 3:1 or more to the page
 # and every two keep a distance of 15 or more (CIE76) under every common colour blindness (tested).
@@ -225,20 +226,11 @@ def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> li
 
 
 def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float) -> list[Json]:
-    """Mean over seeds of a running mean, with the smallest and the largest seed, by step.
-
-    Steps that a seed lacks are left out: beyond the end of one, the mean would be of others.
-    """
-    series = [{row["step"]: row[key] for row in run if row.get(key) is not None} for run in runs]
-    steps = sorted(set.intersection(*map(set, series))) if series else []
+    """Mean over seeds of a running mean, with the smallest and the largest seed, by step."""
+    steps, means, _ = smoothed_curve(runs, key)
     if not steps:
         return []
-    values = np.array([[one[step] for step in steps] for one in series], dtype=np.float64) * factor
-    window = max(1, len(steps) // 25) if key != "validation_accuracy" else 1
-    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
-    ends = np.arange(1, len(steps) + 1)
-    starts = np.maximum(ends - window, 0)
-    means = (sums[:, ends] - sums[:, starts]) / (ends - starts)
+    means = means * factor
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).astype(int))
     return [
         {

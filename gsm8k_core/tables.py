@@ -32,7 +32,7 @@ from gsm8k_core.differences import (
     training_settings,
 )
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, read_json, write_text
+from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_text
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -492,6 +492,20 @@ def _summaries(
     seeds = study.seeds_of.get(stage, study.seeds_of[method])
     runs = [run_dir(study_dir, model, stage, seed) for seed in seeds]
     return [read_json(run / "train" / "summary.json") for run in runs]
+
+
+def read_training_logs(
+    study: Comparison, study_dir: Path, model: str
+) -> dict[str, list[list[Json]]]:
+    """Method → rows of train/metrics.jsonl, a list for each seed; without the base model."""
+    return {
+        method: [
+            read_jsonl(run_dir(study_dir, model, method, seed) / "train" / "metrics.jsonl")
+            for seed in study.seeds_of[method]
+        ]
+        for method in study.methods
+        if len(study.chains[method]) > 1
+    }
 
 
 def _generation_cost(cell: Cell) -> Json:

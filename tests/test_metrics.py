@@ -23,6 +23,7 @@ from gsm8k_core.metrics import (
     paired_differences,
     pass_at_k,
     powers_up_to,
+    smoothed_curve,
     wilson_interval,
 )
 
@@ -539,3 +540,17 @@ def test_false_positives_over_the_whole_grid(num_seeds: int, num_problems: int) 
     # Two standard errors: 0.6 points of 6,000 studies, 1.0 of 2,000.
     slack = 200 * math.sqrt(0.05 * 0.95 / num_studies)
     assert all(low - slack <= value <= high + slack for value in found.values()), found
+
+
+def test_a_curve_is_the_mean_of_the_steps_before_at_steps_that_all_seeds_have() -> None:
+    def run(number: int, offset: float) -> list[dict[str, float]]:
+        return [{"step": step, "reward": step + offset} for step in range(1, number + 1)]
+
+    # 50 steps in common, a window of 2: 1, (1+2)/2, (2+3)/2, …
+    steps, means, window = smoothed_curve([run(60, 0.0), run(50, 100.0)], "reward")
+    assert (steps, window) == (list(range(1, 51)), 2)
+    assert means[:, :3].tolist() == [[1.0, 1.5, 2.5], [101.0, 101.5, 102.5]]
+    rows = [{"step": 10, "validation_accuracy": 0.5}, {"step": 20, "validation_accuracy": 0.7}]
+    assert smoothed_curve([rows], "validation_accuracy")[1].tolist() == [[0.5, 0.7]]
+    assert smoothed_curve([run(3, 0.0), []], "reward")[0] == []
+    assert smoothed_curve([], "reward")[0] == []

@@ -13,7 +13,6 @@ from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import write_json, write_jsonl
 from gsm8k_core.plots import (
-    _running_mean,
     plot_accuracy,
     plot_cost,
     plot_reward,
@@ -189,11 +188,6 @@ def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
     assert axes.get_xscale() == "log"
     labels = [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()]
     assert labels == ["1 min", "3 min", "10 min", "30 min", "1 h", "3 h", "10 h"]
-
-
-def test_the_running_mean_looks_back_only() -> None:
-    # Window 2 over 1 3 5 7: 1, (1+3)/2, (3+5)/2, (5+7)/2
-    assert _running_mean(np.array([[1.0, 3.0, 5.0, 7.0]]), 2).tolist() == [[1.0, 2.0, 4.0, 6.0]]
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
