@@ -289,6 +289,12 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config[0], arguments.config[1:])
 
 
+def warn_of_toy_settings(config: Config, arguments: argparse.Namespace) -> None:
+    """Log what real models of the study have inherited from the first file of `--config`."""
+    if doubt := doubts(config, load_config(arguments.config[0])):
+        log.warning("%s", doubt)
+
+
 def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     """The two ways to say what a training run is: settings as they are, or a cell of a config."""
     group = arguments.add_argument_group("what to train")
@@ -386,8 +392,7 @@ def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
     check_known("--method", arguments.method, config.methods)
     one = {"models": [arguments.model_name], "methods": [arguments.method]}
     cell = config.model_copy(update={"study": config.study.model_copy(update=one)})
-    if doubt := doubts(cell, load_config(arguments.config[0])):
-        log.warning("%s", doubt)
+    warn_of_toy_settings(cell, arguments)
     return config.run_settings(arguments.model_name, arguments.method, arguments.seed or 0)
 
 

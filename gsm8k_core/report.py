@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -934,15 +934,15 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         for run in runs
         for suite in study.suites
     ]
-    trained = [run_dir(sources.study_dir, *run) / "train" / "summary.json" for run in runs]
-    summaries = [read_json(path) for path in trained if path.exists()]
+    paths = {run: run_dir(sources.study_dir, *run) / "train" / "summary.json" for run in runs}
+    summaries = {run: read_json(path) for run, path in paths.items() if path.exists()}
     facts = [
         _fact(name, [_dig(row, path) for row in metrics], "evaluation")
         for name, path in FACTS
         if any(_dig(row, path) is not None for row in metrics)
     ]
     for name, path in FACTS_OF_TRAINING:
-        fact = _fact(f"{name}, in training", [_dig(row, path) for row in summaries], "run")
+        fact = _fact(f"{name}, in training", [_dig(row, path) for row in summaries.values()], "run")
         if fact["shown"] not in [one["shown"] for one in facts if one["name"] == name]:
             facts.append({**fact, "differs": True})  # else what stands there is true of both
     written = [str(_dig(row, ("provenance", "written")) or "") for row in metrics]
@@ -959,7 +959,7 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         ("Settings of training runs", _training_settings(study, sources.study_dir)),
         ("Settings of evaluations", _evaluation_settings(study, sources.study_dir)),
         ("Commands", _commands(study, sources.runs_dir)),
-        ("Files, by SHA-256", _hashes(study, sources, runs)),
+        ("Files, by SHA-256", _hashes(study, sources, runs, summaries)),
     ]
     return {
         "facts": [fact for fact in facts if fact["shown"]],
@@ -1051,7 +1051,10 @@ def _commands(study: Comparison, runs_dir: Path | None) -> list[tuple[str, str]]
 
 
 def _hashes(
-    study: Comparison, sources: Sources, runs: list[tuple[str, str, int]]
+    study: Comparison,
+    sources: Sources,
+    runs: list[tuple[str, str, int]],
+    summaries: dict[tuple[str, str, int], Json],
 ) -> list[tuple[str, str]]:
     results = [sources.comparison, *dict.fromkeys(sources.problems.values())]
     grades = [
@@ -1060,29 +1063,25 @@ def _hashes(
         for suite in study.suites
     ]
     texts = [("Tables and problems", _hash_lines(results)), ("Grades", _hash_lines(grades))]
-    weights = []
-    for model, method, seed in runs:
-        path = run_dir(sources.study_dir, model, method, seed) / "train" / "summary.json"
-        if path.exists():
-            summary = read_json(path)
-            weights.append(
-                f"{model} / {method} / seed {seed}: starting weights "
-                f"{summary.get('starting_weights')}, data {summary.get('data_sha256')}"
-            )
+    weights = [
+        f"{model} / {method} / seed {seed}: starting weights "
+        f"{summary.get('starting_weights')}, data {summary.get('data_sha256')}"
+        for (model, method, seed), summary in summaries.items()
+    ]
     if weights:
-        texts.append(("Starting weights and training data", _first_lines(weights)))
+        lines = _with_number_left(weights[:MAX_FILES], len(weights))
+        texts.append(("Starting weights and training data", lines))
     return texts
 
 
 def _hash_lines(paths: Sequence[Path]) -> str:
-    return _first_lines(f"{sha256_file(path)}  {path}" for path in paths)
+    shown = [f"{sha256_file(path)}  {path}" for path in paths[:MAX_FILES]]
+    return _with_number_left(shown, len(paths))
 
 
-def _first_lines(lines: Iterable[str]) -> str:
-    """As many lines as a page can hold, and how many there are besides."""
-    lines = iter(lines)
-    shown = list(itertools.islice(lines, MAX_FILES))
-    left = sum(1 for _ in lines)
+def _with_number_left(shown: list[str], number: int) -> str:
+    """Lines, the first of `number`, and how many there are besides."""
+    left = number - len(shown)
     return "\n".join([*shown, f"and {left} more"] if left else shown)
 
 

@@ -393,13 +393,15 @@ def locate_answer(
     value = _number(extracted)
     if grading == "lm_eval_strict" and marker != GSM8K_COT_MARKER:
         marker = "####"  # whatever the prompt asks for
+    stretches: list[tuple[int, int]] = []
     if not grading.endswith("flexible"):
-        for start, end in islice(_strict_places(text, marker), MAX_CANDIDATES):
-            place = _last_with_value(text, start, end, extracted, value)
-            if place is not None:
-                return place
+        stretches += islice(_strict_places(text, marker), MAX_CANDIDATES)
     if grading.endswith("flexible") or grading == "math_verify":
-        return _last_with_value(text, max(0, len(text) - MAX_LINE), len(text), extracted, value)
+        stretches.append((max(0, len(text) - MAX_LINE), len(text)))
+    for start, end in stretches:
+        place = _last_with_value(text, start, end, extracted, value)
+        if place is not None:
+            return place
     return None
 
 

@@ -12,7 +12,6 @@ is not prepared yet, say how large it is.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -30,8 +29,8 @@ from gsm8k_core.cli import (
     parser,
     positive,
     run_script,
+    warn_of_toy_settings,
 )
-from gsm8k_core.config import doubts, load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.planning import (
     SECONDS_OF_START,
@@ -44,8 +43,6 @@ from gsm8k_core.planning import (
     num_files,
     work_of,
 )
-
-log = logging.getLogger("plan_study")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     config = config_from(args)
-    if doubt := doubts(config, load_config(args.config[0])):
-        log.warning("%s", doubt)
+    warn_of_toy_settings(config, args)
     given = {item.name: getattr(args, item.name) for item in fields(Assumptions)}
     given["parameters"] = read_parameters(args.parameters, config.models)
     assumptions = Assumptions(**given)
