@@ -1,10 +1,9 @@
-"""What the command lines share: logging, one-line errors, progress bars, settings arguments."""
+"""What the command lines share: logging, one-line errors, settings arguments."""
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import json
 import logging
 import os
 import platform
@@ -13,13 +12,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from gsm8k_core import ranks
 from gsm8k_core.config import (
@@ -28,16 +26,16 @@ from gsm8k_core.config import (
     ModelSettings,
     RunSettings,
     VllmSettings,
+    checked,
     doubts,
     load_config,
     merge,
-    read_yaml,
+    settings_from,
 )
 from gsm8k_core.errors import ConfigError, Gsm8kError
-from gsm8k_core.redaction import redact, secrets_in_settings
+from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 SECONDS_TO_BE_ENDED = 20.0
 MEMORY_EXCERPT_CHARACTERS = 160
@@ -213,50 +211,6 @@ def _write_redacted_unraisable(failed: sys.UnraisableHookArgs) -> None:
     _write_redacted_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
-def progress(
-    items: Iterable[Item], what: str, total: int | None = None, start: int = 0
-) -> Iterator[Item]:
-    """A tqdm bar in a terminal; nothing in a log file, where a bar would be a thousand lines."""
-    from tqdm import tqdm
-
-    yield from tqdm(items, desc=what, total=total, initial=start, disable=not _shows_bars())
-
-
-def progress_bar(what: str, total: int, start: int = 0) -> Any:
-    """The bar of `progress` for work that calls back: a context manager to call `update()` on."""
-    from tqdm import tqdm
-
-    return tqdm(desc=what, total=total, initial=start, disable=not _shows_bars())
-
-
-def _shows_bars() -> bool:
-    return sys.stderr.isatty() and ranks.is_main()
-
-
-def settings_from(text: str, schema: Any) -> Any:
-    """Check settings given as JSON text, or as the path of a JSON or YAML file, against `schema`.
-
-    Raises ConfigError that lists every mistake by key.
-    """
-    try:
-        raw = json.loads(text)
-        where = "--settings"
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{"):
-            raise ConfigError(f"--settings: not valid JSON ({error}): {text[:200]}") from None
-        path = Path(text)
-        if not path.is_file():
-            raise ConfigError(f"--settings: neither JSON nor a file: {text[:200]}") from None
-        raw, where = read_yaml(path), str(path)
-    if secrets := secrets_in_settings(raw):
-        raise ConfigError(f"{where}: " + "; ".join(secrets))
-    try:
-        return TypeAdapter(schema).validate_python(raw)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
-
-
 def parser(documentation: str | None) -> argparse.ArgumentParser:
     """An ArgumentParser whose --help is the script's own docstring, laid out as written."""
     return argparse.ArgumentParser(
@@ -278,32 +232,57 @@ def add_config_argument(arguments: argparse._ActionsContainer) -> None:
         "--config",
         nargs="+",
         type=Path,
-        default=[Path("config.yaml")],
         metavar="FILE",
         help="config.yaml and overlays (default: config.yaml)",
     )
 
 
+def config_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of `--config`, or its default."""
+    return arguments.config or [Path("config.yaml")]
+
+
 def config_from(arguments: argparse.Namespace) -> Config:
     """What the files of `--config` say, checked."""
-    return load_config(arguments.config[0], arguments.config[1:])
+    first, *overlays = config_files(arguments)
+    return load_config(first, overlays)
+
+
+def add_settings_arguments(arguments: argparse._ActionsContainer) -> None:
+    """`--settings`, as the workflow gives them, and `--config`, for names to stand for them."""
+    arguments.add_argument(
+        "--settings",
+        metavar="JSON|FILE",
+        help="all settings, as the workflow gives them, instead of names in the config",
+    )
+    add_config_argument(arguments)
+
+
+def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") -> Any:
+    """What `--settings` says, checked against `schema`; None without it.
+
+    Raises ConfigError for mistakes in it, and where `--config` or a name in it is given besides,
+    but for the argument `label`, which then names what comes out.
+    """
+    if arguments.settings is None:
+        return None
+    for name in ("config", "model_name", "method", "suite", "seed", "traces"):
+        if name != label and getattr(arguments, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} beside --settings, which says it already: give one")
+    return settings_from(arguments.settings, schema)
 
 
 def warn_of_toy_settings(config: Config, arguments: argparse.Namespace) -> None:
     """Log what real models of the study have inherited from the first file of `--config`."""
-    if doubt := doubts(config, load_config(arguments.config[0])):
+    if doubt := doubts(config, load_config(config_files(arguments)[0])):
         log.warning("%s", doubt)
 
 
 def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     """The two ways to say what a training run is: settings as they are, or a cell of a config."""
     group = arguments.add_argument_group("what to train")
-    group.add_argument(
-        "--settings",
-        metavar="JSON|FILE",
-        help="all settings of the run (a run's settings.json); the workflow gives them so",
-    )
-    add_config_argument(group)
+    add_settings_arguments(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
     group.add_argument("--seed", type=int, help="default: 0")
@@ -326,11 +305,15 @@ def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -
     Raises ConfigError for a value that a setting cannot have.
     """
     given = {name: getattr(arguments, f"vllm_{name}") for name in VllmSettings.model_fields}
-    vllm = {name: yaml.safe_load(text) for name, text in given.items() if text is not None}
+    try:
+        vllm = {name: yaml.safe_load(text) for name, text in given.items() if text is not None}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--vllm-…: {' '.join(str(error).split())}") from None
     overlay: dict[str, Any] = {"vllm": vllm}
     if arguments.engine is not None:
         overlay["engine"] = arguments.engine
-    return settings_from(json.dumps(merge(model.model_dump(mode="json"), overlay)), ModelSettings)
+    merged = merge(model.model_dump(mode="json"), overlay)
+    return checked(merged, ModelSettings, "--engine, --vllm-…")
 
 
 def training_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -346,6 +329,36 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     )
     add_engine_arguments(arguments)
     return arguments
+
+
+def study_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The arguments of what reads all runs of a study."""
+    arguments = parser(documentation)
+    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
+    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
+    return arguments
+
+
+def traces_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The arguments that name a dataset of reasoning traces."""
+    arguments = parser(documentation)
+    add_settings_arguments(arguments)
+    arguments.add_argument("--traces", help="their name in the config")
+    return arguments
+
+
+def traces_settings_from(
+    arguments: argparse.Namespace, schema: Any, of_config: Callable[[Config, str], Any]
+) -> Any:
+    """What the arguments of `traces_parser` name: `schema`, as `of_config` makes it by name."""
+    if (given := given_settings(arguments, schema)) is not None:
+        return given
+    if arguments.traces is None:
+        raise ConfigError("say which traces: --settings, or --traces")
+    config = config_from(arguments)
+    check_known("--traces", arguments.traces, config.traces)
+    return of_config(config, arguments.traces)
 
 
 def selection_parser(documentation: str | None, what: str) -> argparse.ArgumentParser:
@@ -373,18 +386,9 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     return settings.model_copy(update={"model_settings": model})
 
 
-def refuse_cell_beside_settings(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError where a cell is named besides `--settings`, which names one."""
-    for name in ("model_name", "method", "suite", "seed"):
-        if getattr(arguments, name, None) is not None:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} beside --settings, which says it already: give one")
-
-
 def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
-    if arguments.settings is not None:
-        refuse_cell_beside_settings(arguments)
-        return settings_from(arguments.settings, RunSettings)
+    if (given := given_settings(arguments, RunSettings)) is not None:
+        return given
     if arguments.model_name is None or arguments.method is None:
         raise ConfigError("say what to train: --settings, or --model-name and --method")
     config = config_from(arguments)

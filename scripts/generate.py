@@ -10,6 +10,7 @@ are kept in `<output>.partial`, so a killed job goes on where it was.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import random
@@ -20,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from gsm8k_core.cli import (
-    add_config_argument,
     add_engine_arguments,
+    add_settings_arguments,
     check_known,
     config_from,
+    given_settings,
     leave,
     parser,
-    progress_bar,
-    refuse_cell_beside_settings,
     run_script,
-    settings_from,
     with_engine_arguments,
 )
 from gsm8k_core.config import (
@@ -56,6 +55,7 @@ from gsm8k_core.files import (
 from gsm8k_core.manifest import Attempts, provenance, utc_now
 from gsm8k_core.models import resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.progress import progress_bar
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.training import device_name, peak_memory_mb
 
@@ -171,10 +171,28 @@ def read_partial(path: Path, header: Json) -> dict[str, Json]:
     return {}
 
 
+def settings_of(args: argparse.Namespace) -> EvaluationSettings:
+    """The settings that the arguments name."""
+    settings: EvaluationSettings | None = given_settings(args, EvaluationSettings)
+    if settings is None:
+        if not (args.model_name and args.method and args.suite):
+            raise ConfigError(
+                "say what to generate: --settings, or --model-name, --method and --suite"
+            )
+        config = config_from(args)
+        check_known("--model-name", args.model_name, config.models)
+        check_known("--method", args.method, config.methods)
+        check_known("--suite", args.suite, config.suites)
+        settings = config.evaluation_settings(
+            args.model_name, args.method, args.seed or 0, args.suite
+        )
+    model_settings = with_engine_arguments(settings.model_settings, args)
+    return settings.model_copy(update={"model_settings": model_settings})
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow gives them")
-    add_config_argument(arguments)
+    add_settings_arguments(arguments)
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
@@ -186,22 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     add_engine_arguments(arguments)
     args = arguments.parse_args(argv)
 
-    if args.settings is not None:
-        refuse_cell_beside_settings(args)
-        settings = settings_from(args.settings, EvaluationSettings)
-    elif args.model_name and args.method and args.suite:
-        config = config_from(args)
-        check_known("--model-name", args.model_name, config.models)
-        check_known("--method", args.method, config.methods)
-        check_known("--suite", args.suite, config.suites)
-        seed = args.seed or 0
-        settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
-    else:
-        raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")
-
-    settings = settings.model_copy(
-        update={"model_settings": with_engine_arguments(settings.model_settings, args)}
-    )
+    settings = settings_of(args)
     problems = select_problems(args.data, settings.suite_settings)
     device = resolve_device(settings.model_settings.gpus)
     made_by = provenance()  # of the code that runs, not of what hours later lies in its place

@@ -396,9 +396,7 @@ def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:
 def test_threads_and_memory_do_not_fetch_the_weights_again() -> None:
     changed = merge(RAW, {"models": {"tiny-qwen2": {"threads": 7, "mem_mb": 9}}})
     one, two = parse_config(RAW), parse_config(changed)
-    assert one.starting_weights_settings("tiny-qwen2") == two.starting_weights_settings(
-        "tiny-qwen2"
-    )
+    assert len({dump(found.models["tiny-qwen2"].starting_weights()) for found in (one, two)}) == 1
 
 
 def test_stages_parents_and_seeds() -> None:
@@ -486,9 +484,8 @@ def test_another_prompt_does_not_fetch_the_weights_again(config: Config) -> None
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"]["prompt"] = "chat_hash"
     changed = parse_config(raw)
-    assert changed.starting_weights_settings("tiny-qwen2") == config.starting_weights_settings(
-        "tiny-qwen2"
-    )
+    both = (changed, config)
+    assert len({dump(found.models["tiny-qwen2"].starting_weights()) for found in both}) == 1
     assert changed.run_settings("tiny-qwen2", "sft", 0) != config.run_settings(
         "tiny-qwen2", "sft", 0
     )

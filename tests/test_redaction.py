@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gsm8k_core.cli import settings_from
-from gsm8k_core.config import ModelSettings, load_config, merge, parse_config
+from gsm8k_core.config import ModelSettings, load_config, merge, parse_config, settings_from
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import read_json
 from gsm8k_core.redaction import redact, redact_assignments

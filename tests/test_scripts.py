@@ -107,7 +107,7 @@ def test_a_model_that_fails_leaves_the_old_one_and_nothing_else(
 ) -> None:
     output = tmp_path / "m"
     write_text(output / "config.json", "old")
-    settings = json.dumps({"source": "path", "path": str(tmp_path / "none"), "prompt": "plain"})
+    settings = json.dumps({"source": "path", "path": str(tmp_path / "none")})
     arguments = ["--model-name", "m", "--settings", settings, "--output-dir", str(output)]
     with pytest.raises(ModelError, match=r"no config\.json"):
         script("prepare_model").main(arguments)
