@@ -18,13 +18,17 @@ from types import TracebackType
 from typing import Any, NoReturn, get_args
 
 import yaml
+from pydantic import BaseModel
 
 from gsm8k_core import ranks
 from gsm8k_core.config import (
+    METHOD_RESOURCES,
+    MODEL_RESOURCES,
     Config,
     EngineName,
     ModelSettings,
     RunSettings,
+    TrainSettings,
     VllmSettings,
     checked,
     doubts,
@@ -164,9 +168,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _memory_advice(error: RuntimeError) -> str:
     said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
     return (
-        f"out of memory ({said}): lower tokens_per_microbatch, or set gradient_checkpointing: "
-        "true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run goes on from its last "
-        "checkpoint. "
+        f"out of memory ({said}): lower tokens_per_microbatch (where it generates "
+        "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
+        "vllm.rollout_gpu_memory_fraction. The run goes on from its last checkpoint, and finished "
+        "ones stay as they are. "
         "Weights, gradients and AdamW's moments alone take 16 bytes a parameter: where these do "
         "not fit, set lora, or more gpus"
     )
@@ -294,9 +299,35 @@ def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
         "engine", "over the config's settings (docs/settings.md, VllmSettings)"
     )
     group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
-    for name, field in VllmSettings.model_fields.items():
-        flag = "--vllm-" + name.replace("_", "-")
-        group.add_argument(flag, metavar="VALUE", help=field.description)
+    _add_setting(group, ModelSettings, "completions_per_batch")
+    for name in VllmSettings.model_fields:
+        _add_setting(group, VllmSettings, name, "vllm_")
+
+
+def _add_setting(
+    group: argparse._ActionsContainer, section: type[BaseModel], name: str, prefix: str = ""
+) -> None:
+    """A flag for one setting, explained as the setting is."""
+    group.add_argument(
+        f"--{prefix}{name}".replace("_", "-"),
+        metavar="VALUE",
+        help=section.model_fields[name].description,
+    )
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Values of the flags of `_add_setting` that were given, as YAML reads them."""
+    found = {}
+    for name in names:
+        text = getattr(arguments, prefix + name, None)
+        if text is None:
+            continue
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise ConfigError(f"{flag}: {' '.join(str(error).split())}") from None
+    return found
 
 
 def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -> ModelSettings:
@@ -304,16 +335,11 @@ def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -
 
     Raises ConfigError for a value that a setting cannot have.
     """
-    given = {name: getattr(arguments, f"vllm_{name}") for name in VllmSettings.model_fields}
-    try:
-        vllm = {name: yaml.safe_load(text) for name, text in given.items() if text is not None}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--vllm-…: {' '.join(str(error).split())}") from None
-    overlay: dict[str, Any] = {"vllm": vllm}
-    if arguments.engine is not None:
-        overlay["engine"] = arguments.engine
-    merged = merge(model.model_dump(mode="json"), overlay)
-    return checked(merged, ModelSettings, "--engine, --vllm-…")
+    overlay: dict[str, Any] = {
+        **_given(arguments, ("engine", *MODEL_RESOURCES)),
+        "vllm": _given(arguments, VllmSettings.model_fields, "vllm_"),
+    }
+    return checked(merge(model.model_dump(mode="json"), overlay), ModelSettings, "flags")
 
 
 def training_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -328,6 +354,12 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
         "--max-steps", type=positive, help="an early look: stop after so many steps"
     )
     add_engine_arguments(arguments)
+    group = arguments.add_argument_group(
+        "resources", "over the config's settings; they change no result, and may change in mid-run"
+    )
+    for name in METHOD_RESOURCES:
+        _add_setting(group, TrainSettings, name)
+    _add_setting(group, ModelSettings, "compile_layers")
     return arguments
 
 
@@ -382,8 +414,17 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     settings = _run_settings_of_cell(arguments)
     if not hasattr(arguments, "engine"):
         return settings
-    model = with_engine_arguments(settings.model_settings, arguments)
-    return settings.model_copy(update={"model_settings": model})
+    method = settings.method_settings
+    overlay = {
+        **method.model_dump(mode="json", by_alias=True),
+        **_given(arguments, METHOD_RESOURCES),
+    }
+    return settings.model_copy(
+        update={
+            "model_settings": with_engine_arguments(settings.model_settings, arguments),
+            "method_settings": checked(overlay, type(method), "flags"),
+        }
+    )
 
 
 def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -36,17 +37,22 @@ from gsm8k_core.errors import ConfigError
 from gsm8k_core.redaction import redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-# Settings of a model that only the scheduler reads.
-SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 # Advantages that compare completions of one prompt.
 AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
 # Full fine-tuning from this rate on, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
-# Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
-VLLM_MEMORY_KEYS = (
+# Resources: settings that decide memory, speed and what a stop costs, but, rounding aside, no
+# result. A stopped run goes on with others, and a finished one is not made again for them. Of a
+# model, those that only the scheduler reads, and those that its jobs are given as flags:
+SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
+MODEL_RESOURCES = ("completions_per_batch", "compile_layers")
+VLLM_RESOURCES = (
     "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
     "kv_cache_gib", "sleep_level",
+)  # fmt: skip
+METHOD_RESOURCES = (
+    "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
 SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
@@ -66,6 +72,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+
+Section = TypeVar("Section", bound=Settings)
+
+
+def with_defaults(settings: Section, keys: Iterable[str]) -> Section:
+    """The settings with the defaults of `keys`."""
+    fields = type(settings).model_fields
+    return settings.model_copy(update={key: fields[key].default for key in keys})
+
+
+def not_default(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of `keys` that have another value than their default."""
+    fields = type(settings).model_fields
+    found = {key: getattr(settings, key) for key in keys}
+    return {key: value for key, value in found.items() if value != fields[key].default}
 
 
 # --------------------------------------------------------------------------------------- datasets
@@ -201,12 +223,6 @@ class VllmSettings(Settings):
     rollouts want new ones in any case."""
 
 
-def without_memory(settings: VllmSettings) -> VllmSettings:
-    """With the defaults of everything that decides memory and GPUs alone."""
-    fields = VllmSettings.model_fields
-    return settings.model_copy(update={name: fields[name].default for name in VLLM_MEMORY_KEYS})
-
-
 class WeightsSettings(Settings):
     """Where a model's starting weights come from."""
 
@@ -275,16 +291,11 @@ class ModelSettings(WeightsSettings):
             **{name: getattr(self, name) for name in WeightsSettings.model_fields}
         )
 
-    def unscheduled(self) -> ModelSettings:
-        """Without what only the scheduler reads: more memory is no new run.
-
-        Nor are more GPUs than one, or another share of one for vLLM (`vllm_memory` tells a job of
-        them); that it is the GPU or the CPU stays in.
-        """
-        fields = type(self).model_fields
-        defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
-        vllm = without_memory(self.vllm)
-        return self.model_copy(update={**defaults, "gpus": min(self.gpus, 1), "vllm": vllm})
+    def without_resources(self) -> ModelSettings:
+        """With the defaults of what decides no result; whether it is the GPU or the CPU stays."""
+        vllm = with_defaults(self.vllm, VLLM_RESOURCES)
+        of_model = with_defaults(self, (*SCHEDULER_KEYS, *MODEL_RESOURCES))
+        return of_model.model_copy(update={"gpus": min(self.gpus, 1), "vllm": vllm})
 
     @property
     def gpus_generating(self) -> int:
@@ -724,9 +735,7 @@ class SuiteSettings(Settings):
 
     def ungraded(self) -> SuiteSettings:
         """Without what only the grader reads: regrading generates nothing."""
-        fields = type(self).model_fields
-        defaults = {name: fields[name].default for name in ("grading", "marker", "math_verify")}
-        return self.model_copy(update=defaults)
+        return with_defaults(self, ("grading", "marker", "math_verify"))
 
     def graded_by(self, prompt: PromptSettings) -> GradingSettings:
         """How completions that `prompt` asked for are graded."""
@@ -861,7 +870,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             round=round_number,
-            model_settings=self.models[model].unscheduled(),
+            model_settings=self.models[model],
             method_settings=settings,
             prompt=self.train_prompt(model),
         )
@@ -877,20 +886,24 @@ class Config(Settings):
             parent=self.parent_of(method),
             seed=seed,
             suite=suite,
-            model_settings=self.models[model].unscheduled(),
+            model_settings=self.models[model],
             suite_settings=self.suites[suite].ungraded(),
             prompt=self.suite_prompt(model, suite),
         )
 
-    def vllm_memory(self, model: str) -> dict[str, Any]:
-        """What `unscheduled` takes from a model's vLLM settings, where it is not the default."""
-        settings = self.models[model].vllm
-        defaults = VllmSettings()
-        return {
-            name: getattr(settings, name)
-            for name in VLLM_MEMORY_KEYS
-            if getattr(settings, name) != getattr(defaults, name)
-        }
+    def resources(self, model: str, method: str | None = None) -> dict[str, Any]:
+        """Resources of a job that trains `method`, or generates, where they are not the defaults.
+
+        By the flags that give them to scripts (`cli.add_engine_arguments`, `training_parser`).
+        """
+        of_model = self.models[model]
+        found = not_default(of_model, MODEL_RESOURCES)
+        if method is None:
+            found.pop("compile_layers", None)
+        else:
+            found |= not_default(self.trained(method), METHOD_RESOURCES)
+        of_vllm = not_default(of_model.vllm, VLLM_RESOURCES)
+        return found | {f"vllm_{key}": value for key, value in of_vllm.items()}
 
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int
@@ -905,7 +918,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             suite=f"round{round_number}",
-            model_settings=self.models[model].unscheduled(),
+            model_settings=self.models[model],
             suite_settings=SuiteSettings(
                 dataset=self.study.dataset,
                 split="train",
@@ -1030,6 +1043,15 @@ class RunSettings(Settings):
     ]
     prompt: PromptSettings
 
+    def without_resources(self) -> RunSettings:
+        """What decides the run's result: with the defaults of all else."""
+        return self.model_copy(
+            update={
+                "model_settings": self.model_settings.without_resources(),
+                "method_settings": with_defaults(self.method_settings, METHOD_RESOURCES),
+            }
+        )
+
     def of_kind(self, kind: type[Method]) -> Method:
         """The method's settings. Raises ConfigError where they are of another kind."""
         if isinstance(self.method_settings, kind):
@@ -1052,6 +1074,10 @@ class EvaluationSettings(Settings):
     model_settings: ModelSettings
     suite_settings: SuiteSettings
     prompt: PromptSettings
+
+    def without_resources(self) -> EvaluationSettings:
+        """What decides the completions: with the defaults of all else."""
+        return self.model_copy(update={"model_settings": self.model_settings.without_resources()})
 
 
 class CollectionSettings(Settings):

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         parent=subject.parent,
         seed=subject.seed if args.seed is None else args.seed,
         suite=suite_name,
-        model_settings=with_engine_arguments(subject.settings, args).unscheduled(),
+        model_settings=with_engine_arguments(subject.settings, args),
         suite_settings=suite.ungraded(),
         prompt=subject.prompt,
     )

@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
-from gsm8k_core.config import VLLM_MEMORY_KEYS, PromptSettings, RunSettings, TrainSettings
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.engines.start import choose_engine
+from gsm8k_core.engines.start import choose_engine, close_engine
 from gsm8k_core.engines.vllm_engine import VllmEngine
 from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import (
@@ -90,17 +90,6 @@ Item = TypeVar("Item")
 CPU_TOKENS_PER_MICROBATCH = 2048
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
-# Settings that may change between a stop and the resume: they do not touch the result, but for
-# rounding. Who ran out of memory lowers some of them, and goes on.
-FREE_TO_CHANGE: dict[str, Any] = {
-    "method_settings": {
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-        "tokens_per_microbatch",
-        "gradient_checkpointing",
-    },
-    "model_settings": {"vllm": set(VLLM_MEMORY_KEYS), "compile_layers": True},
-}
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -209,7 +198,7 @@ class TrainingRun:
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
-            "settings": sha256_json(settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)),
+            "settings": sha256_json(settings.without_resources().model_dump(mode="json")),
             "starting_weights": weights_digest(starting_model),
             "data": sha256_file(data),
             "num_updates_done": 0,
@@ -594,10 +583,7 @@ class TrainingRun:
 
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
-        best = self.progress["best_validation"]
-        if self._engine is not None and ranks.world_size() == 1:
-            self._engine.close()
-        if best is None:
+        if self.progress["best_validation"] is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
             {"peak_memory_mb": peak_memory_mb(self.device), "provenance": provenance()}
@@ -605,8 +591,8 @@ class TrainingRun:
         if ranks.is_main():
             self._write_results(summary, measured)
         distributed.wait_for_all()
-        if self._engine is not None and ranks.world_size() > 1:
-            self._engine.close()  # vLLM takes the process group down with it
+        if self._engine is not None:
+            close_engine(self._engine)  # vLLM takes the process group down with it
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:
         """All files of a finished run but the weights; `measured` by each rank."""

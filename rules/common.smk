@@ -160,13 +160,23 @@ def training_python(wildcards, resources, threads):
     return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
-def vllm_memory(wildcards, resources):
-    """Flags for what vLLM may take; out of what Snakemake compares, as the above are."""
-    del resources
+def _flags(resources):
     return " ".join(
-        f"--vllm-{name.replace('_', '-')} {value}"
-        for name, value in CONFIG.vllm_memory(wildcards.model).items()
+        f"--{name.replace('_', '-')} {str(value).lower()}"
+        for name, value in resources.items()
     )
+
+
+def training_flags(wildcards, resources):
+    """Flags for what decides memory, speed and what a stop costs; out of what Snakemake compares too."""
+    del resources
+    return _flags(CONFIG.resources(wildcards.model, wildcards.method))
+
+
+def generation_flags(wildcards, resources):
+    """The same for a job that generates."""
+    del resources
+    return _flags(CONFIG.resources(wildcards.model))
 
 
 # A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
@@ -246,7 +256,7 @@ def run_settings(wildcards):
             wildcards.method,
             int(wildcards.seed),
             int(getattr(wildcards, "round", 0)),
-        )
+        ).without_resources()
     )
 
 
@@ -254,7 +264,7 @@ def round_generation_settings(wildcards):
     return dump(
         CONFIG.round_generation_settings(
             wildcards.model, wildcards.method, int(wildcards.seed), int(wildcards.round)
-        )
+        ).without_resources()
     )
 
 
@@ -262,7 +272,7 @@ def evaluation_settings(wildcards):
     return dump(
         CONFIG.evaluation_settings(
             wildcards.model, wildcards.method, int(wildcards.seed), wildcards.suite
-        )
+        ).without_resources()
     )
 
 

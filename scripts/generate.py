@@ -31,14 +31,9 @@ from gsm8k_core.cli import (
     run_script,
     with_engine_arguments,
 )
-from gsm8k_core.config import (
-    EvaluationSettings,
-    SuiteSettings,
-    dump,
-    without_memory,
-)
+from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.engines.start import choose_engine, start_engine
+from gsm8k_core.engines.start import choose_engine, close_engine, start_engine
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
@@ -213,11 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     held = lock(lock_path, str(args.output))
     partial = args.output.with_name(args.output.name + ".partial")
     engine_name = choose_engine(settings.model_settings, args.model, device)
-    model_settings = settings.model_settings.model_copy(
-        update={"vllm": without_memory(settings.model_settings.vllm)}
-    )
     header = {
-        "settings": dump(settings.model_copy(update={"model_settings": model_settings})),
+        "settings": dump(settings.without_resources()),
         "engine": engine_name,
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),
@@ -233,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()
-    engine = start_engine(args.model, settings.model_settings, device, engine_name)
+    engine = None
+    if left:
+        engine = start_engine(args.model, settings.model_settings, device, engine_name)
     seconds_loading = time.perf_counter() - started
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
@@ -252,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
                     log.info("%d of %d problems", len(done), len(problems))
                     attempts.note()
 
-            generate_problems(left, settings, engine, save)
-    engine.close()
+            if engine is not None:
+                generate_problems(left, settings, engine, save)
 
     rows = [row for problem in problems for row in done[problem.id]["rows"]]
     write_jsonl(args.output, rows)
@@ -274,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             "parent": settings.parent,
             "seed": settings.seed,
             "suite": settings.suite,
-            "engine": engine.name,
+            "engine": engine_name,
             "device": device_name(device),
             "dtype": settings.model_settings.dtype,
             "problems_sha256": header["problems"],
@@ -300,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     partial.unlink()
     attempts_path.unlink()
     unlock(lock_path, held)
+    if engine is not None:
+        close_engine(engine)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
         len(rows),

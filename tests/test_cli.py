@@ -81,10 +81,11 @@ class OutOfMemoryError(RuntimeError):
 
 
 REMEDIES = (
-    "lower tokens_per_microbatch, or set gradient_checkpointing: true; with vLLM lower "
-    "vllm.rollout_gpu_memory_fraction. The run goes on from its last checkpoint. Weights, "
-    "gradients and AdamW's moments alone take 16 bytes a parameter: where these do not fit, set "
-    "lora, or more gpus"
+    "lower tokens_per_microbatch (where it generates completions_per_batch), or set "
+    "gradient_checkpointing: true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run "
+    "goes on from its last checkpoint, and finished ones stay as they are. Weights, gradients"
+    " and AdamW's moments alone take 16 bytes a parameter: where these do not fit, set lora, "
+    "or more gpus"
 )
 
 
@@ -187,7 +188,10 @@ def test_mistakes_name_the_argument_that_holds_them() -> None:
     with pytest.raises(ConfigError, match=r"^--study: not valid JSON"):
         settings_from("{bad", ModelSettings, "--study")
     model = ModelSettings(source="embedded", prompt="plain")
-    for value, message in (("0", r"--vllm-…: vllm\.max_sequences: "), (": [", "--vllm-…: ")):
+    for value, message in (
+        ("0", r"flags: vllm\.max_sequences: "),
+        (": [", "--vllm-max-sequences: "),
+    ):
         args = training_parser("").parse_args(
             ["--starting-model", "m", "--data", "d", "--output-dir", "o"]
             + ["--vllm-max-sequences", value]

@@ -412,6 +412,35 @@ def test_a_model_shared_by_two_gpus_counts_the_seconds_of_both(
     assert attempt["num_gpus"] == 2
 
 
+def test_an_engine_that_fails_to_shut_down_takes_no_completion_with_it(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_engine: HfEngine) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(HfEngine, "close", fail)
+    this = job()
+    assert len(this.run()) == 18
+    assert not this.partial.exists()
+    assert "could not be shut down in order: CUDA error: unspecified" in caplog.text
+
+
+def test_a_job_killed_after_its_last_problem_starts_no_engine_again(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    this = job()
+    with monkeypatch.context() as patch:
+        patch.setattr(this.module, "write_jsonl", killed)
+        with pytest.raises(Killed):
+            this.run()
+    monkeypatch.delattr(this.module, "start_engine")
+    assert len(this.run()) == 18
+    assert read_json(this.stats)["engine"] == "transformers"
+
+
 def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
     paths = ["--model", "m", "--data", "d", "--output", "o", "--stats", "s"]
     with pytest.raises(ConfigError, match="say what to generate: --settings, or --model-name"):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
-from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, write_text
@@ -287,6 +287,25 @@ def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., Training
     assert summary["peak_memory_mb"] > 10
     settings = RunSettings.model_validate(read_json(folder / "settings.json"))
     assert settings == run.run_settings
+
+
+def test_an_engine_that_fails_to_shut_down_takes_no_finished_run_with_it(
+    start: Callable[..., TrainingRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        name = "vllm"
+
+        def close(self) -> None:
+            raise RuntimeError("NCCL error")
+
+    run = start(num_steps=1)
+    run.resume()
+    step(run, 1)
+    run._engine = cast(Engine, Failing())
+    run.finish({})
+    assert (run.output_dir / "model" / "model.safetensors").exists()
+    assert read_json(run.output_dir / "train" / "summary.json")["engine"] == "vllm"
+    assert "vllm could not be shut down in order: NCCL error" in caplog.text
 
 
 def test_keep_best_saves_the_weights_of_the_best_validation(
