@@ -71,7 +71,7 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit` does, but leave out to take torch apart, where it is imported.
+    """End this process as `sys.exit` does, but without tearing down torch where it is imported.
 
     That takes a second of the processor, of transformers mostly (docs/experiments.md), and what
     threads of gloo are left can abort it: torchrun would call a job failed whose work is done.
@@ -134,7 +134,7 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
             return False
 
     def end() -> None:
-        log.error("snakemake (process %s) has gone, and so does this job", pid)
+        log.error("snakemake (process %s) has ended, so this job stops", pid)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_BE_ENDED)
         os._exit(128 + signal.SIGTERM)  # where a library has caught the signal
@@ -167,9 +167,9 @@ def _memory_advice(error: RuntimeError) -> str:
     said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
     return (
         f"out of memory ({said}): lower tokens_per_microbatch, or set gradient_checkpointing: "
-        "true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run goes on from its last "
+        "true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run resumes from its last "
         "checkpoint. "
-        "Weights, gradients and AdamW's moments alone take 16 bytes a parameter: where these do "
+        "Weights, gradients and AdamW's moments alone take 16 bytes per parameter: if these do "
         "not fit, set lora, or more gpus"
     )
 
@@ -301,20 +301,20 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--settings",
         metavar="JSON|FILE",
-        help="all settings of the run (a run's settings.json); the workflow gives them so",
+        help="all settings of the run (a run's settings.json), as the workflow passes them",
     )
     add_config_argument(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
-    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
 
 
 def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
     """`--engine` and a flag for every vLLM setting; what is given wins over the config."""
     group = arguments.add_argument_group(
-        "engine", "over the config's settings (docs/settings.md, VllmSettings)"
+        "engine", "override the config's settings (docs/settings.md, section `vllm`)"
     )
-    group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
+    group.add_argument("--engine", choices=get_args(EngineName), help="which engine generates")
     for name, field in VllmSettings.model_fields.items():
         flag = "--vllm-" + name.replace("_", "-")
         group.add_argument(flag, metavar="VALUE", help=field.description)
@@ -337,12 +337,12 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     """The arguments that every trainer takes."""
     arguments = parser(documentation)
     add_run_arguments(arguments)
-    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
-    arguments.add_argument("--data", type=Path, required=True, help="what it learns from, JSONL")
+    arguments.add_argument("--starting-model", type=Path, required=True, help="model to start from")
+    arguments.add_argument("--data", type=Path, required=True, help="what to learn from, JSONL")
     arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
     arguments.add_argument(
-        "--max-steps", type=positive, help="an early look: stop after so many steps"
+        "--max-steps", type=positive, help="stop after this many steps (for a quick look)"
     )
     add_engine_arguments(arguments)
     return arguments
@@ -378,7 +378,7 @@ def refuse_cell_beside_settings(arguments: argparse.Namespace) -> None:
     for name in ("model_name", "method", "suite", "seed"):
         if getattr(arguments, name, None) is not None:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} beside --settings, which says it already: give one")
+            raise ConfigError(f"--{flag} repeats what --settings says: give only one of them")
 
 
 def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:

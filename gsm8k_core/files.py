@@ -224,7 +224,7 @@ def lock(path: Path, what: str) -> int:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise BusyError(
-                f"{what}: {holder or 'another process'} is writing it; wait for its end, or stop it"
+                f"{what}: {holder or 'another process'} is writing it; wait for it, or stop it"
             ) from None
         # Given back, and so removed, between the two calls: others lock the file that comes next.
         if _is_at(path, descriptor):

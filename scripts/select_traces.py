@@ -1,9 +1,9 @@
 """Make a dataset of collected reasoning traces: verify, filter, deduplicate, write demonstrations.
 
-An answer is kept when it is correct (against the problem's gold answer), has reasoning, is neither
-too short nor too long, and is not the same as one before. Each kept trace becomes a problem of its
-own in `<output-dir>/train.jsonl` whose demonstration is the trace in the think format, so SFT takes
-the file as it takes any dataset's; `manifest.json` beside it says what was left out and why.
+An answer is kept if it is correct (against the problem's gold answer), has reasoning, is neither
+too short nor too long, and does not repeat an earlier one. Each kept trace becomes a separate
+problem in `<output-dir>/train.jsonl` whose demonstration is the trace in the think format, so SFT
+reads the file like that of any dataset; `manifest.json` beside it says what was left out and why.
 
     python scripts/select_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
         --answers artifacts/r1_traces/collected/answers.jsonl --output-dir artifacts/r1_traces
@@ -35,11 +35,11 @@ log = logging.getLogger("select_traces")
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow gives them")
+    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow passes them")
     add_config_argument(arguments)
-    arguments.add_argument("--traces", help="their name in the config")
-    arguments.add_argument("--answers", type=Path, required=True, help="as collected, JSONL")
-    arguments.add_argument("--data", type=Path, required=True, help="the problems asked, JSONL")
+    arguments.add_argument("--traces", help="a name under traces in the config")
+    arguments.add_argument("--answers", type=Path, required=True, help="collected answers, JSONL")
+    arguments.add_argument("--data", type=Path, required=True, help="problems asked, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the dataset's folder")
     args = arguments.parse_args(argv)
 
