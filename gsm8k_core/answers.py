@@ -173,7 +173,7 @@ def check_marker(marker: str) -> str:
     """The marker. Raises ValueError for an empty one, and for `\\boxed{}` written out."""
     if not marker:
         raise ValueError(
-            f"marker {marker!r} is empty: take 'boxed', or the text that the answer follows, such "
+            f"marker {marker!r} is empty: use 'boxed', or the text that the answer follows, such "
             "as '####'"
         )
     if marker.startswith("\\boxed"):
@@ -224,7 +224,7 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
     value = parse_number(gold.rpartition("####")[2])
     if value is None:
         raise DataError(
-            f"gold answer {gold[:80]!r} is not a number: mend the dataset, nothing can be "
+            f"gold answer {gold[:80]!r} is not a number: fix the dataset, nothing can be "
             "graded against it"
         )
     return value

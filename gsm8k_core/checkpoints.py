@@ -98,7 +98,7 @@ def load_checkpoint(
         }:
             raise TrainingError(
                 f"{path}: holds other parameters than this model trains; "
-                "delete the folder to start this run afresh"
+                "delete the folder to start this run from scratch"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -138,7 +138,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{path}: damaged ({error}); delete {path.parent} to go on from the one before"
+            f"{path}: damaged ({error}); delete {path.parent} to resume from the one before"
         ) from error
 
 

@@ -73,7 +73,7 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit` does, but leave out to take torch apart, where it is imported.
+    """End this process as `sys.exit` does, but without tearing down torch where it is imported.
 
     That takes a second of the processor, of transformers mostly (docs/experiments.md), and what
     threads of gloo are left can abort it: torchrun would call a job failed whose work is done.
@@ -136,7 +136,7 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
             return False
 
     def end() -> None:
-        log.error("snakemake (process %s) has gone, and so does this job", pid)
+        log.error("snakemake (process %s) has ended, so this job stops", pid)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_BE_ENDED)
         os._exit(128 + signal.SIGTERM)  # where a library has caught the signal
@@ -290,13 +290,13 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     add_settings_arguments(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
-    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
 
 
 def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
     """`--engine` and a flag for every vLLM setting; what is given wins over the config."""
     group = arguments.add_argument_group(
-        "engine", "over the config's settings (docs/settings.md, VllmSettings)"
+        "engine", "override the config's settings (docs/settings.md, section `vllm`)"
     )
     group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
     _add_setting(group, ModelSettings, "completions_per_batch")
@@ -346,12 +346,12 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     """The arguments that every trainer takes."""
     arguments = parser(documentation)
     add_run_arguments(arguments)
-    arguments.add_argument("--starting-model", type=Path, required=True, help="the parent's model")
-    arguments.add_argument("--data", type=Path, required=True, help="what it learns from, JSONL")
+    arguments.add_argument("--starting-model", type=Path, required=True, help="model to start from")
+    arguments.add_argument("--data", type=Path, required=True, help="what to learn from, JSONL")
     arguments.add_argument("--val-data", type=Path, help="validation problems, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
     arguments.add_argument(
-        "--max-steps", type=positive, help="an early look: stop after so many steps"
+        "--max-steps", type=positive, help="stop after this many steps (for a quick look)"
     )
     add_engine_arguments(arguments)
     group = arguments.add_argument_group(

@@ -121,7 +121,7 @@ class Gsm8kDataset(Settings):
     examples_per_test_problem: NonNegativeInt = 0
     """Rows of train drawn for each test problem, for prompts with `examples: of_problem`."""
     examples_seed: int = 1234
-    """Decides them; 1234 draws what lm-evaluation-harness draws."""
+    """Seed of that draw; 1234 draws what lm-evaluation-harness draws."""
 
 
 class ArithmeticDataset(Settings):
@@ -131,7 +131,7 @@ class ArithmeticDataset(Settings):
     seed: int = 0
     """Decides every problem."""
     num_train: PositiveInt = 8000
-    """Problems to learn from; the first ones of families in turn."""
+    """Problems to learn from, families in turn; a smaller number keeps the first ones."""
     num_val: PositiveInt = 200
     """Problems for validation during training."""
     num_test: PositiveInt = 500
@@ -147,7 +147,7 @@ class GsmSymbolicDataset(Settings):
     seed: NonNegativeInt = 0
     """Decides every problem."""
     num_test: PositiveInt = 1000
-    """Problems for the comparison; the same ones whatever the other sizes."""
+    """Problems for the comparison; they do not depend on the other sizes."""
     num_val: PositiveInt = 200
     """Problems for validation during training."""
     num_train: PositiveInt = 5000
@@ -166,7 +166,7 @@ class PromptSettings(Settings):
     """How a question becomes the text that the model continues."""
 
     template: str = "{question}\n"
-    """The user's turn (or the whole prompt where `chat` is off); holds `{question}` once."""
+    """The user's turn (or the whole prompt if `chat` is off); contains `{question}` once."""
     chat: bool = False
     """Wrap in the tokenizer's chat template, with the generation prompt added."""
     system: str | None = None
@@ -179,13 +179,13 @@ class PromptSettings(Settings):
     """Worked examples before the question: the eight of Wei et al. 2022, which end in `The answer
     is N.`, or those that the dataset drew for each problem; unset: none.
 
-    In a chat each is a turn of the user's and one of the assistant's, as lm-evaluation-harness has
-    it; else one is `template`, a space, its solution and an empty line."""
+    In a chat each example is a user turn and an assistant turn, as in lm-evaluation-harness;
+    otherwise it is `template`, a space, its solution and an empty line."""
 
     @model_validator(mode="after")
     def _check(self) -> PromptSettings:
         if self.template.count("{question}") != 1:
-            raise ValueError("template must hold {question} exactly once")
+            raise ValueError("template must contain {question} exactly once")
         if self.system is not None and not self.chat:
             raise ValueError("system needs chat: true")
         return self
@@ -195,32 +195,32 @@ EngineName = Literal["auto", "vllm", "transformers"]
 
 
 class VllmSettings(Settings):
-    """How vLLM generates, where it does. The attention backend is left to it."""
+    """How vLLM generates, where it is used. It picks the attention backend itself."""
 
     tensor_parallel: PositiveInt = 1
-    """GPUs that share one model in evaluation, at most `gpus`; rollouts use the trainer's own."""
+    """GPUs that share one model in evaluation, at most `gpus`; rollouts use the trainer's GPUs."""
     gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
     """Share of the GPU's memory for weights and key-value cache in evaluation."""
     rollout_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """The same in training, where the trainer needs the rest."""
     max_model_length: PositiveInt | None = None
-    """Most tokens of prompt and completion together; unset: as many as the model has positions."""
+    """Longest prompt and completion together, in tokens; unset: the model's number of positions."""
     max_sequences: PositiveInt = 256
     """Completions decoded at once."""
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """Type of the key-value cache; `auto`: the compute type."""
     kv_cache_gib: PositiveFloat | None = None
-    """Size of the key-value cache, whatever the GPU's share; unset: what that leaves, or 1 GiB on a
-    CPU."""
+    """Size of the key-value cache, instead of a share of the GPU; unset: what the weights leave of
+    that share, or 1 GiB on a CPU."""
     prefix_caching: bool = True
     """Compute a prompt once for all of its completions."""
     eager: bool | None = None
-    """No CUDA graphs; unset: graphs on a GPU (slower start, faster decoding)."""
+    """Run without CUDA graphs; unset: graphs on a GPU (slower start, faster decoding)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Compute type of the engine; unset: the model's."""
     sleep_level: Literal[0, 1, 2] = 2
-    """During an update on a GPU: 0 keeps all, 1 moves weights to the CPU, 2 drops them: the next
-    rollouts want new ones in any case."""
+    """During an update on a GPU: 0 keeps everything, 1 moves weights to the CPU, 2 drops them (the
+    next rollouts get new ones in any case)."""
 
 
 class WeightsSettings(Settings):
@@ -257,30 +257,30 @@ class ModelSettings(WeightsSettings):
     """Where starting weights come from, and what a run of them needs."""
 
     prompt: str
-    """Name of the prompt it is trained and evaluated with."""
+    """Name of the prompt that the model is trained and evaluated with."""
     gpus: NonNegativeInt = 1
     """GPUs that a job with this model asks for; 0 keeps it on the CPU even where there is a GPU.
-    Training spreads the model over several (FSDP2), where there are none over so many processes."""
+    Training spreads the model over several GPUs (FSDP2), or without any over as many processes."""
     threads: PositiveInt = 1
     """CPU threads that a job with this model uses."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. bfloat16 needs hardware that has it; master weights stay float32."""
     compile_layers: bool = False
-    """Train through torch.compile, layer by layer: more tokens a second on a GPU, after some
-    seconds of compiling in each job. For one GPU alone; needs a C compiler."""
+    """Compile the layers for training (torch.compile): more tokens per second on a GPU, after some
+    seconds of compiling in each job. Only for one GPU; needs a C compiler."""
     engine: EngineName = "auto"
     """What generates its completions; unset: the config's `engine`."""
     vllm: VllmSettings = VllmSettings()
-    """Laid over the config's `vllm`."""
+    """vLLM's settings for this model, laid over the config's `vllm`."""
     completions_per_batch: PositiveInt = 64
     """Completions that the transformers engine decodes at once."""
     mem_mb: PositiveInt = 4000
-    """Memory that a job with this model asks a cluster for; the first retry asks for twice as much,
-    the second for three times."""
+    """Memory in MB that a job with this model asks a cluster for; the first retry asks for twice
+    as much, the second for three times as much."""
     training_minutes: PositiveInt = 720
-    """Run time that a training job asks a cluster for; a retry goes on from the last checkpoint."""
+    """Run time that a training job asks a cluster for; a retry resumes from the last checkpoint."""
     generation_minutes: PositiveInt = 120
-    """The same of a job that generates completions; a retry goes on after the last problem."""
+    """The same for a job that generates; a retry resumes after the last finished problem."""
 
     def starting_weights(self) -> WeightsSettings:
         """What decides the starting weights, and nothing else.
@@ -326,7 +326,7 @@ class BaseMethod(Settings):
 
 
 class TrainSettings(Settings):
-    """What every trained method has: its parent, its optimizer and how it is kept safe."""
+    """What every trained method has: its parent, its optimizer, its checkpoints and validation."""
 
     parent: str = Field(default="base", alias="from")
     """Method whose model of the same seed is the starting point."""
@@ -351,8 +351,8 @@ class TrainSettings(Settings):
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is scaled down to this norm."""
     tokens_per_microbatch: PositiveInt = 16_384
-    """Most tokens (padding included) in one forward, and on a CPU at most about 2,048, which is
-    faster; does not change the gradient."""
+    """Most tokens (padding included) in one forward; on a CPU at most about 2,048, which is faster.
+    Does not change the gradient."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
     lora: LoraSettings | None = None
@@ -362,11 +362,11 @@ class TrainSettings(Settings):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept of an unfinished run."""
     validate_every_steps: NonNegativeInt = 0
-    """Greedy accuracy on `val` every so many steps; 0 never."""
+    """Measure greedy accuracy on `val` every this many steps; 0: never."""
     validation_max_new_tokens: PositiveInt = 256
     """Longest completion in validation."""
     num_validation_problems: PositiveInt = 100
-    """The first so many problems of `val`."""
+    """How many problems of `val` that uses, from the first one."""
     keep_best: bool = False
     """Save the model of the best validation instead of the last one."""
 
@@ -385,7 +385,7 @@ class SftSettings(TrainSettings):
     max_length: PositiveInt = 1024
     """Longest prompt + response, in tokens; longer demonstrations are left out and counted."""
     packing: bool = False
-    """Put several examples in one row, each blind to the others."""
+    """Put several examples in one row; none attends to another."""
 
 
 class SftMethod(SftSettings):
@@ -409,9 +409,9 @@ class ExpertIterationMethod(SftSettings):
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
     max_kept_per_prompt: PositiveInt = 4
-    """At most so many distinct correct completions of one problem are kept."""
+    """Most distinct correct completions kept per problem."""
     restart_from_parent: bool = False
-    """Train each round from the parent (as RFT does from the base) instead of the last round."""
+    """Train each round from the parent (as RFT does from the base), not from the last round."""
 
 
 class DpoMethod(TrainSettings):
@@ -427,7 +427,7 @@ class DpoMethod(TrainSettings):
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
     max_pairs_per_prompt: PositiveInt = 2
-    """At most so many pairs of one problem."""
+    """Most pairs per problem."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step."""
     beta: PositiveFloat = 0.1
@@ -435,12 +435,12 @@ class DpoMethod(TrainSettings):
 
 
 class LengthRewardSettings(Settings):
-    """Cosine-free length shaping: the reward falls linearly between two lengths, in tokens."""
+    """Length penalty: the reward falls linearly from 0 to −1 between two lengths, in tokens."""
 
     start: NonNegativeInt
-    """Length from which the penalty grows."""
+    """Length up to which there is no penalty."""
     end: PositiveInt
-    """Length at which it is −1."""
+    """Length from which it is −1."""
 
     @model_validator(mode="after")
     def _check(self) -> LengthRewardSettings:
@@ -463,7 +463,7 @@ class RewardSettings(Settings):
     grading: RewardGrade = "strict"
     """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
-    """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it."""
+    """`module:function`, called as fn(completion, gold) -> number; added to the other parts."""
     custom_weight: float = 1.0
     """Weight of the custom reward."""
 
@@ -519,35 +519,35 @@ class GrpoMethod(TrainSettings):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators; k3 is non-negative, k1 as a loss has no gradient in expectation."""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or taken from the reward of the completion."""
+    """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion."""
     reference_refresh_steps: NonNegativeInt = 0
-    """Copy the policy into the reference every so many steps; 0 never."""
+    """Copy the policy into the reference every this many steps; 0: never."""
     entropy_coefficient: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus; 0 none."""
+    """Weight of the entropy bonus; 0: none."""
 
     mask_truncated: bool = False
     """Leave truncated completions out of the loss, numerator and denominator (DAPO §3.4)."""
     overlong_buffer: NonNegativeInt = 0
-    """Soft overlong punishment (DAPO eq. 13) over the last so many tokens; 0 none."""
+    """Soft overlong punishment (DAPO eq. 13) over this many last tokens; 0: none."""
     dynamic_sampling: bool = False
-    """Refill groups whose rewards are all equal (DAPO §3.2)."""
+    """Replace groups whose rewards are all equal by newly sampled ones (DAPO §3.2)."""
     max_refills: PositiveInt = 3
-    """At most so many further rounds of sampling in one step."""
+    """Most additional rounds of sampling in one step."""
 
     share_prompts: bool = True
-    """Let the update compute a prompt once for several of its completions, where that is less work
-    and the model is one that it is known to be right for (`gsm8k_core.shared_prompts`)."""
+    """Let the update compute a prompt once for several of its completions, where that saves work
+    and is known to be right for the model type (`gsm8k_core.shared_prompts`)."""
     check_sampler_every_steps: NonNegativeInt = 10
-    """Compare the sampler's log-probs with the trainer's every so many steps, and in the first two
-    of a call (the second is the first with pushed weights); 0 never."""
+    """Compare the sampler's log-probs with the trainer's every this many steps, and in the first
+    two of a call (the second is the first with pushed weights); 0: never."""
     max_sampler_gap: PositiveFloat | None = None
-    """Stop where they differ by more on average, in nats; unset: 0.001, or 0.1 in bfloat16."""
+    """Stop if they differ by more on average, in nats; unset: 0.001, or 0.1 in bfloat16."""
     importance_correction: Literal["none", "token", "sequence"] = "none"
-    """Weight by trainer/sampler probability, per token or per completion."""
+    """Weight the loss by trainer/sampler probability, per token or per completion."""
     importance_bound: PositiveFloat = 2.0
     """Largest weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the bound are cut to it, or the tokens left out."""
+    """Weights above the bound: `truncate` cuts them to it, `mask` leaves their tokens out."""
 
     @model_validator(mode="after")
     def _check(self) -> GrpoMethod:
@@ -566,7 +566,7 @@ class GrpoMethod(TrainSettings):
         if self.reference_refresh_steps and self.kl_coefficient == 0.0:
             raise ValueError("reference_refresh_steps needs kl_coefficient above 0")
         if self.reference_refresh_steps and self.lora is not None:
-            raise ValueError("reference_refresh_steps does not go with lora: set one of them")
+            raise ValueError("reference_refresh_steps and lora exclude each other: set one of them")
         if self.objective == "cispo" and self.ratio_level == "sequence":
             raise ValueError("cispo is defined on token ratios: set ratio_level: token")
         return self
@@ -590,40 +590,40 @@ class ApiSettings(Settings):
     """An OpenAI-compatible chat API; its key comes from $DEEPSEEK_API_KEY and nowhere else."""
 
     base_url: str
-    """Address up to `/chat/completions`, as `https://api.deepseek.com`."""
+    """Address before `/chat/completions`, such as `https://api.deepseek.com`."""
     model: str
-    """Model that is asked."""
+    """Name of the model to ask."""
     max_tokens: PositiveInt = 8192
     """Longest reasoning and answer together, in tokens."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature; unset: the server's own."""
     parameters: dict[str, Any] = {}
-    """Further fields of the request, as the server knows them."""
+    """Additional fields of the request, named as the server expects them."""
     concurrency: PositiveInt = 8
-    """Requests under way at once."""
+    """Requests in flight at once."""
     max_attempts: PositiveInt = 6
     """Tries for one trace before it counts as failed."""
     request_seconds: PositiveFloat = 1800.0
     """Wall deadline of one request, from connecting to its last byte."""
     backoff_seconds: PositiveFloat = 1.0
-    """Longest wait after the first fault; doubles with each further one (full jitter)."""
+    """Longest wait after the first failure; doubles with each further one (full jitter)."""
     max_backoff_seconds: PositiveFloat = 60.0
-    """Where the doubling ends."""
+    """Upper bound of that wait."""
     max_retry_after_seconds: PositiveFloat = 600.0
-    """A server that asks for a longer wait (`Retry-After`) fails the trace."""
+    """If the server asks for a longer wait (`Retry-After`), the trace counts as failed."""
 
     @model_validator(mode="after")
     def _check(self) -> ApiSettings:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
-            raise ValueError("base_url must be http://HOST or https://HOST, with a path if need be")
+            raise ValueError("base_url must be http://HOST or https://HOST, with a path if needed")
         if "@" in url.netloc or url.query or url.fragment:
-            raise ValueError("base_url must hold no user, password or query; see $DEEPSEEK_API_KEY")
+            raise ValueError("base_url must hold no user, password or query; set $DEEPSEEK_API_KEY")
         for name in self.parameters:
             if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
                 raise ValueError(f"parameters: {name} is set by the collector itself")
             if SECRET_PARAMETER.search(name):
-                raise ValueError(f"parameters: {name} looks like a secret; see $DEEPSEEK_API_KEY")
+                raise ValueError(f"parameters: {name} looks like a secret; set $DEEPSEEK_API_KEY")
         return self
 
 
@@ -635,7 +635,7 @@ class BudgetSettings(Settings):
     money: PositiveFloat | None = None
     """Most money, in the currency of the prices; unset: no limit."""
     prompt_price: NonNegativeFloat = 0.0
-    """Price of a million prompt tokens (not those found in a cache, which are counted so too)."""
+    """Price of a million prompt tokens; those found in a cache are counted at this price too."""
     completion_price: NonNegativeFloat = 0.0
     """Price of a million completion tokens, reasoning included."""
 
@@ -656,17 +656,17 @@ class TraceSelectionSettings(Settings):
     min_characters: NonNegativeInt = 0
     """Shorter demonstrations are left out."""
     max_characters: PositiveInt | None = None
-    """Longer demonstrations are left out; unset: none is (SFT has its `max_length` in tokens)."""
+    """Longer demonstrations are left out; unset: no limit (SFT has its `max_length` in tokens)."""
     max_kept_per_question: PositiveInt = 1
-    """At most so many distinct traces of one question, in the order of their number."""
+    """Most distinct traces kept per question, in the order of their number."""
     think_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
-    """The demonstration; `{answer}` ends with the gold answer behind the prompt's marker."""
+    """The demonstration; `{answer}` ends with the gold answer after the prompt's marker."""
 
     @model_validator(mode="after")
     def _check(self) -> TraceSelectionSettings:
         for part in ("{reasoning}", "{answer}"):
             if self.think_format.count(part) != 1:
-                raise ValueError(f"think_format must hold {part} exactly once")
+                raise ValueError(f"think_format must contain {part} exactly once")
         if not self.think_format.endswith("{answer}"):
             raise ValueError("think_format must end with {answer}, which ends with the marker")
         return self
@@ -680,15 +680,15 @@ class TracesSettings(Settings):
     prompt: str
     """Prompt whose template (and system turn) the server gets."""
     num_questions: PositiveInt | None = None
-    """The first so many questions; unset: all."""
+    """How many questions to ask, from the first one; unset: all."""
     traces_per_question: PositiveInt = 1
-    """Traces collected of each question."""
+    """Traces to collect per question."""
     api: ApiSettings
-    """Which server is asked, and how patiently."""
+    """Which server to ask, and with how much patience."""
     budget: BudgetSettings = BudgetSettings()
-    """What that may cost."""
+    """What the collection may cost."""
     selection: TraceSelectionSettings = TraceSelectionSettings()
-    """What is kept of it."""
+    """Which of its traces become the dataset."""
 
 
 # ---------------------------------------------------------------------------------- suites, study
@@ -702,9 +702,9 @@ class SuiteSettings(Settings):
     split: Literal["train", "val", "test"] = "test"
     """Its split."""
     limit: PositiveInt | None = None
-    """The first so many problems only."""
+    """Use only this many problems, from the first one."""
     shuffle_seed: NonNegativeInt | None = None
-    """Shuffle the problems by this seed before `limit` is taken; unset: in the file's order."""
+    """Shuffle the problems by this seed before `limit` applies; unset: keep the file's order."""
     prompt: str | None = None
     """Prompt name; unset: the model's own."""
     greedy: bool = True
@@ -721,11 +721,11 @@ class SuiteSettings(Settings):
     """The grade that the tables show; every completion carries the others too.
 
     `strict` reads the number after the marker, `flexible` the last one; `lm_eval_strict` and
-    `lm_eval_flexible` are lm-evaluation-harness' own; `math_verify` needs that extra."""
+    `lm_eval_flexible` are lm-evaluation-harness' own; `math_verify` needs its own extra."""
     marker: AnswerMarker | None = None
     """What `strict` reads the answer after: `####`, `boxed` or a text; unset: the prompt's."""
     math_verify: bool = False
-    """Also grade with the package math-verify, which takes some 20 s for 10,000 completions."""
+    """Also grade with the package math-verify, which takes about 20 s for 10,000 completions."""
 
     @model_validator(mode="after")
     def _check(self) -> SuiteSettings:
@@ -758,17 +758,18 @@ class StudySettings(Settings):
     methods: Annotated[list[str], Field(min_length=1)]
     """Methods of the registry."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    """A run each, for every method that trains."""
+    """Every method that trains has one run per seed."""
     suites: Annotated[list[str], Field(min_length=1)]
     """Suites that every run is evaluated on."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals in tables and plots."""
     report_megabytes: PositiveFloat = 20.0
-    """Most that problems and completions may take of report.html; of more, a stratified sample."""
+    """Megabytes for problems and completions in report.html; beyond that, a stratified sample."""
     keep_models: Literal["all", "final", "none"] = "all"
-    """Trained weights that stay on the disk: all, those that a method ends with (not those between
-    the rounds of expert iteration), or none. Others go as soon as nothing else needs them, and what
-    asks for them later, as a new suite does, trains them again (docs/scale.md)."""
+    """Trained weights that stay on disk: `all`; `final`, those that a method ends with (not those
+    between the rounds of expert iteration); or `none`. Others are removed as soon as nothing needs
+    them. If something needs them later, such as a new suite, they are trained again
+    (docs/scale.md)."""
     rerun_on_code_change: bool = False
     """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs.
 
@@ -784,27 +785,27 @@ class StudySettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """W&B beside train/metrics.jsonl, which is always written; no part of what decides a run.
+    """W&B in addition to train/metrics.jsonl, which is always written; not part of what a run is.
 
-    By hand, $GSM8K_TRACKING holds this section as JSON."""
+    When scripts are run by hand, $GSM8K_TRACKING holds this section as JSON."""
 
     project: str | None = None
-    """Project of W&B; unset: no W&B."""
+    """W&B project; unset: no W&B."""
     entity: str | None = None
-    """User or team of W&B that the project belongs to; unset: the key's own."""
+    """W&B user or team that owns the project; unset: the one that the key belongs to."""
     mode: Literal["disabled", "offline", "online"] | None = None
     """Unset: `online` where $WANDB_API_KEY (or ~/.netrc) has a key, else `offline`, which leaves
     files for `wandb sync` in the run's folder."""
     completions_every_steps: NonNegativeInt = 10
-    """Steps between samples of the completions that GRPO trains on, which train/completions.jsonl
-    keeps (and W&B shows); 0 never."""
+    """Steps between samples of the completions that GRPO trains on; they go to
+    train/completions.jsonl (and W&B); 0: never."""
     num_completions: PositiveInt = 8
     """Completions in such a sample."""
     num_generations: NonNegativeInt = 4
-    """SFT, expert iteration and DPO: greedy completions of the first so many problems of `val`,
-    generated before the first step and after the last one, for the same file; 0 none."""
+    """SFT, expert iteration and DPO: the model completes this many problems of `val` (greedily)
+    before the first step and after the last one, for the same file; 0: none."""
     generations_every_steps: NonNegativeInt = 0
-    """Generate them every so many steps as well; 0: at the start and the end alone."""
+    """Generate them every this many steps as well; 0: only at the start and the end."""
 
 
 class Config(Settings):
@@ -825,7 +826,7 @@ class Config(Settings):
     traces: dict[str, TracesSettings] = {}
     """Datasets of reasoning traces, collected from a chat API; `methods.*.dataset` names them."""
     tracking: TrackingSettings = TrackingSettings()
-    """Where training runs are followed, besides their own folder."""
+    """Where training runs are tracked, in addition to their own folder."""
 
     def method_chain(self, method: str) -> list[str]:
         """The methods from the one that starts at the base model down to `method` itself."""
@@ -847,7 +848,7 @@ class Config(Settings):
         return settings
 
     def seeds_of(self, method: str) -> list[int]:
-        """Seeds of a method's runs; the base model has no randomness and one run, seed 0."""
+        """Seeds of a method's runs; the base model is not trained, so it has one run, seed 0."""
         return [0] if isinstance(self.methods[method], BaseMethod) else list(self.study.seeds)
 
     def suite_prompt(self, model: str, suite: str) -> PromptSettings:
@@ -1001,8 +1002,8 @@ def doubts(config: Config, shipped: Config) -> str:
     found = []
     if inherited:
         found.append(
-            f"{', '.join(sorted(inherited))}: made for the embedded model, and inherited from "
-            f"config.yaml for {', '.join(real)}. Set them in your study, or lay your file behind "
+            f"{', '.join(sorted(inherited))}: made for the embedded model, but inherited from "
+            f"config.yaml for {', '.join(real)}. Set them in your study, or put your file after "
             "studies/qwen2.5-gsm8k.yaml, which does."
         )
     slow = [
@@ -1012,8 +1013,8 @@ def doubts(config: Config, shipped: Config) -> str:
     ]
     if slow:
         found.append(
-            f"{', '.join(slow)}: unset, so float32, which takes a GPU several times as long as "
-            "bfloat16 does. Say which."
+            f"{', '.join(slow)}: dtype is unset and defaults to float32, several times slower on a "
+            "GPU than bfloat16: set it explicitly."
         )
     return " ".join(found)
 
@@ -1205,8 +1206,8 @@ def parse_config(raw: dict[str, Any]) -> Config:
     for name, model in config.models.items():
         if 0 < model.gpus < model.vllm.tensor_parallel:
             problems.append(
-                f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, more than "
-                f"its gpus, {model.gpus}"
+                f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, but "
+                f"gpus is only {model.gpus}"
             )
     if problems:
         raise _config_error(problems)
@@ -1321,7 +1322,7 @@ def _check_examples(
         return named(user, "prompt", prompts).get("examples") == "of_problem"
 
     problems = [
-        f"models.{name}.prompt: '{model['prompt']}' shows the examples of each test problem, and "
+        f"models.{name}.prompt: '{model['prompt']}' shows the examples of each test problem, but "
         "training problems have none; name it in a suite"
         for name, model in models.items()
         if of_problem(model)
@@ -1331,7 +1332,7 @@ def _check_examples(
         if of_problem(suite) and not (drawn and suite.get("split", "test") == "test"):
             problems.append(
                 f"suites.{name}.prompt: '{suite['prompt']}' shows each problem's own examples; "
-                "take a dataset with examples_per_test_problem, and its test split"
+                "use a dataset with examples_per_test_problem, and its test split"
             )
     return problems
 

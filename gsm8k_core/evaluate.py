@@ -4,19 +4,19 @@
     python -m gsm8k_core.cli eval --model artifacts/experiments/default/tiny-qwen2/grpo/seed0/model
     python -m gsm8k_core.cli eval --model qwen2.5-0.5b-instruct --suite gsm8k --engine vllm
 
-The jobs are those of the workflow, as processes of their own (a model's memory is free again before
-the next begins), and leave the same files, in a folder of this call alone: two evaluations at once,
-or one beside snakemake, do not meet.
+The jobs are those of the workflow, each in a separate process (so a model's memory is free before
+the next one begins). They leave the same files, in a folder of this call alone: two evaluations at
+once, or one beside snakemake, do not collide.
 
     artifacts/runs/<UTCSTAMP>_<gitsha>/
-        run_manifest.json  sys/  locks/  changes.diff        as of every call
+        run_manifest.json  sys/  locks/  changes.diff        as for every call
         data/  model/                                        problems; starting weights
         completions/{suite}.jsonl, {suite}.stats.json        metrics/{suite}.json
         grades/{suite}.parquet, {suite}.manifest.json        who graded
         SHA256SUMS                                           python scripts/verify.py --run FOLDER
 
 Problems and weights that the workflow or an earlier evaluation has prepared from the same settings
-are linked, once their hashes are right; nothing shared is written.
+are linked if their hashes are right; nothing shared is written.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER",
         help="a model of the config, or a folder of weights (default: the study's first)",
     )
-    arguments.add_argument("--suite", help="of the config (default: the study's first)")
-    arguments.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
-    arguments.add_argument("--prompt", help="of the config; a folder of weights may need it")
-    arguments.add_argument("--seed", type=int, help="of the samples (default: the run's own, or 0)")
+    arguments.add_argument("--suite", help="a suite of the config (default: the study's first)")
+    arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    arguments.add_argument("--prompt", help="a prompt of the config (for a folder of no run)")
+    arguments.add_argument("--seed", type=int, help="sampling seed (default: the run's, or 0)")
     add_config_argument(arguments)
     add_engine_arguments(arguments)
 
@@ -167,7 +167,7 @@ def find_subject(model: str, prompt: str | None, config: Config) -> Subject:
         )
     if prompt is None or chosen is None:
         raise ConfigError(
-            f"--model {model}: say which prompt it is asked with, --prompt NAME; "
+            f"--model {model}: name its prompt with --prompt NAME; "
             f"there are: {', '.join(config.prompts)}"
         )
     settings = ModelSettings(source="path", path=model, prompt=prompt)
@@ -329,7 +329,7 @@ def _run_job(folder: Path, script: str, **options: Any) -> None:
     if result.returncode != 0:
         raise Gsm8kError(
             f"{script} failed with exit code {result.returncode}, see above; {folder} holds what "
-            "there is"
+            "was written so far"
         )
 
 

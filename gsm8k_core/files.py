@@ -224,7 +224,7 @@ def lock(path: Path, what: str) -> int:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise BusyError(
-                f"{what}: {holder or 'another process'} is writing it; wait for its end, or stop it"
+                f"{what}: {holder or 'another process'} is writing it; wait for it, or stop it"
             ) from None
         # Given back, and so removed, between the two calls: others lock the file that comes next.
         if _is_at(path, descriptor):
@@ -263,7 +263,7 @@ def sha256_json(value: Any) -> str:
 def seed_from(*parts: int | str) -> int:
     """A 63-bit seed that depends on `parts` alone: not on call order, nor on Python's hash seed.
 
-    Used for (run seed, step, prompt, sample), so a resumed run samples what it would have sampled.
+    Used for (run seed, step, draw, sample), so a resumed run samples what it would have sampled.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()

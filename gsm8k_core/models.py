@@ -193,7 +193,7 @@ def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, 
     except RevisionNotFoundError as error:
         raise ModelError(f"{name}: the hub has the model but not this revision") from error
     except HFValidationError as error:
-        raise ModelError(f"{name}: no name of a model (models.<name>.hub_id): {error}") from error
+        raise ModelError(f"{name}: not a model's name (models.<name>.hub_id): {error}") from error
     except (OSError, HTTPError, ValueError) as error:
         raise ModelError(
             f"{name}: the hub cannot be reached and the local cache does not hold it; "
@@ -403,7 +403,7 @@ def _check_folder(folder: Path) -> None:
             if not (folder / name).is_file():
                 raise ModelError(
                     f"{folder}: {name} is missing, so a removal of these weights was cut short; "
-                    "delete the folder, then run again to have them trained anew"
+                    "delete the folder, then run again to train them anew"
                 )
 
 

@@ -162,7 +162,7 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
     if found.height != 1:
         raise DataError(
             f"the comparison has {found.height} rows for {model} / {method} / {suite}, expected "
-            "1: it is of another study; run compare.py again"
+            "1: it belongs to another study; run compare.py again"
         )
     return found.row(0, named=True)
 

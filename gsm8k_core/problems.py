@@ -114,7 +114,7 @@ def read_problems(path: Path | str) -> list[Problem]:
     for number, row in enumerate(iter_jsonl(path), start=1):
         problem = problem_from_row(row, f"{path}, row {number}")
         if problem.id in seen:
-            raise DataError(f"{path}, row {number}: id {problem.id!r} stands twice")
+            raise DataError(f"{path}, row {number}: id {problem.id!r} occurs twice")
         seen.add(problem.id)
         problems.append(problem)
     if not problems:

@@ -64,7 +64,7 @@ def shown_examples(
     if not of_problem:
         raise DataError(
             "the prompt shows each problem's own worked examples (examples: of_problem), but this "
-            "problem brings none; take a dataset with examples_per_test_problem above 0, and its "
+            "problem has none; use a dataset with examples_per_test_problem above 0, and its "
             "test split"
         )
     return [

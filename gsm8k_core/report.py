@@ -233,7 +233,7 @@ def _read_subject(
     if missing or here.height != len(rows):
         raise DataError(
             f"the comparison has not one row each for {model} on {suite} with "
-            f"{', '.join(missing or study.methods)}: it is of another study; run compare.py "
+            f"{', '.join(missing or study.methods)}: it belongs to another study; run compare.py "
             "again"
         )
     order = {method: place for place, method in enumerate(study.methods)}

@@ -426,7 +426,7 @@ def _difference(study: Comparison, method: str, other: str, cells: dict[str, Cel
         missing = [seed for seed in seeds if seed not in other_seeds]
         if missing:
             raise DataError(
-                f"{method} has seeds {missing} that {other}, which it is compared with, has not: "
+                f"{method} has seeds {missing}, but {other}, which it is compared with, does not: "
                 "they cannot be compared in pairs"
             )
         values = values[[other_seeds.index(seed) for seed in seeds]]

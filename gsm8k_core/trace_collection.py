@@ -357,7 +357,7 @@ class Collector:
             except ApiError as error:
                 if self._error is None:
                     # Now: `run` raises it only when the last request under way has ended.
-                    log.error("%s; nothing more is asked, what is under way is waited for", error)
+                    log.error("%s; sending no more requests, waiting for those in flight", error)
                     self._error = error
                 self._stop.set()
 
@@ -392,8 +392,8 @@ class Collector:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             raise ApiError(
-                f"{api.base_url}: {self._failed_in_a_row} traces in a row came to nothing, "
-                f"the last one by: {reason}"
+                f"{api.base_url}: {self._failed_in_a_row} traces in a row failed, "
+                f"the last one because of: {reason}"
             )
 
     async def _attempt(
@@ -439,8 +439,8 @@ class Collector:
             raise ApiError(
                 f"{self.settings.api.base_url}: it counted {cost.tokens} tokens for a request of "
                 f"at most {worst.tokens} (a price of {cost.money:g} where {worst.money:g} is the "
-                "most), so it does not keep to max_tokens and no budget can be kept; take the "
-                "budget away to go on"
+                "most), so it does not respect max_tokens and no budget can hold; remove the "
+                "budget to continue"
             )
 
     async def _stopped_within(self, seconds: float) -> bool:

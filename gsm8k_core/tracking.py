@@ -231,7 +231,7 @@ class Tracker:
         except BaseException as error:
             self._has_failed = True
             lines = str(error).strip().split("\n")
-            log.warning("W&B: %s: %s; going on without", type(error).__name__, redact(lines[0]))
+            log.warning("W&B: %s: %s; continuing without", type(error).__name__, redact(lines[0]))
 
     def _start(self, **settings: Any) -> Any:
         """`wandb.init`, tried again when its local service is slow to come up on a busy machine."""
@@ -241,7 +241,7 @@ class Tracker:
             try:
                 return wandb.init(**settings)
             except Exception as error:  # the last attempt is not caught
-                log.info("W&B: start %d failed: %s; again", attempt, redact(str(error)))
+                log.info("W&B: start %d failed: %s; trying again", attempt, redact(str(error)))
         return wandb.init(**settings)
 
     def _send_all(self, mode: str, folder: Path, run: TrackedRun) -> None:

@@ -223,7 +223,7 @@ class TrainingRun:
         """The run that a trainer's arguments (`cli.training_parser`) ask for."""
         num_steps = settings.method_settings.num_steps
         if settings.method_settings.validate_every_steps and arguments.val_data is None:
-            raise ConfigError("validate_every_steps needs --val-data, problems to validate on")
+            raise ConfigError("validate_every_steps needs --val-data: problems to validate on")
         return cls(
             settings,
             arguments.starting_model,
@@ -242,7 +242,7 @@ class TrainingRun:
                 compile_layers(model)
             return model
         if self.run_settings.model_settings.compile_layers and ranks.is_main():
-            log.warning("compile_layers is for one GPU: of several, each computes as without it")
+            log.warning("compile_layers works on one GPU only: with several it is ignored")
         if ranks.is_main():  # to be spread over the ranks: it need not fit on one GPU
             return load_model(self.starting_model, torch.device("cpu"))
         return empty_model(self.starting_model)
@@ -286,7 +286,8 @@ class TrainingRun:
             else:
                 others = [key for key in SAME_RUN if progress.get(key) != self.progress[key]]
                 log.warning(
-                    "%s is of other %s: starting afresh, without its %d steps",
+                    "%s was made with different %s: deleting its checkpoints (%d steps) and "
+                    "starting from scratch",
                     self.state_dir,
                     " and ".join(others).replace("_", " "),
                     progress["step"],
@@ -488,8 +489,8 @@ class TrainingRun:
             before = self.progress.setdefault("engine", self._engine.name)
             if before != self._engine.name:
                 log.warning(
-                    "the run was begun with engine: %s and goes on with %s: it samples other "
-                    "completions than it would have",
+                    "the run was begun with engine: %s and continues with %s, so from here on it "
+                    "samples other completions",
                     before,
                     self._engine.name,
                 )

@@ -7,8 +7,8 @@ every text in a row counts. Test files are problems. Several of each may be give
         --test artifacts/gsm8k/test.jsonl artifacts/gsm8k_platinum/test.jsonl \\
         --output /tmp/overlap.json --markdown /tmp/overlap.md
 
-The 13-grams are GPT-3's (Brown et al. 2020, appendix C); departure: nothing is removed and no score
-is computed again, the report names the problems. gsm8k_core/overlap.py says how near-duplicates are
+The 13-grams are GPT-3's (Brown et al. 2020, appendix C). Departure: nothing is removed and no score
+is recomputed; the report names the problems. gsm8k_core/overlap.py says how near-duplicates are
 measured.
 """
 
@@ -35,7 +35,7 @@ def share(text: str) -> float:
     """A similarity from the command line: above 0, at most 1."""
     value = float(text)
     if not 0.0 < value <= 1.0:
-        raise ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise ArgumentTypeError(f"expected a number above 0 and at most 1, found {text}")
     return value
 
 
@@ -51,7 +51,7 @@ def page(report: Json) -> str:
         "is shorter) occur in a training text; lower case, no punctuation (Brown et al. 2020).",
         f"- *Near*: the {report['shingle_words']}-grams of words, numbers masked, have a Jaccard "
         f"similarity of {report['min_jaccard']} or more with those of a training text.",
-        "- *Identical*: a training text has the very same words.",
+        "- *Identical*: a training text has exactly the same words.",
         "",
         "| test file | problems | shared | near | identical | shorter than "
         f"{report['ngram_words']} words |",
@@ -104,10 +104,10 @@ def _quoted(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--train", nargs="+", type=Path, required=True, help="JSONL")
+    arguments.add_argument("--train", nargs="+", type=Path, required=True, help="any texts, JSONL")
     arguments.add_argument("--test", nargs="+", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="report to write, JSON")
-    arguments.add_argument("--markdown", type=Path, required=True, help="the same for people")
+    arguments.add_argument("--markdown", type=Path, required=True, help="the same as Markdown")
     arguments.add_argument(
         "--min-jaccard",
         type=share,

@@ -1,16 +1,16 @@
 """Collect reasoning traces of train questions from an OpenAI-compatible chat API.
 
-The key is read from $DEEPSEEK_API_KEY; a server of one's own needs none. Answers are appended to
-`<output-dir>/answers.jsonl` as they come, so a collection that was stopped, by whatever, goes on
+The key is read from $DEEPSEEK_API_KEY; your own server may need none. Answers are appended to
+`<output-dir>/answers.jsonl` as they come, so a collection that was stopped for any reason resumes
 where it was and asks for nothing twice. It ends when every trace is there or given up, or when the
-budget is spent: the worst case of a request is reserved before it is sent. Beside the answers lie
+budget is spent: the worst case of a request is reserved before it is sent. Beside the answers are
 incomplete.jsonl, failed.jsonl (asked again by the next run), ledger.jsonl (what may have been paid
-for; it belongs to the folder as long as there is a budget) and attempts.json (every call so far).
+for; keep it in the folder as long as there is a budget) and attempts.json (every call so far).
 
     python scripts/collect_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
         --output-dir artifacts/r1_traces/collected --summary artifacts/r1_traces/collected.json
 
-Another server, such as `vllm serve MODEL`, is a matter of the base URL and the model:
+For another server, such as `vllm serve MODEL`, give its base URL and the model:
 
     python scripts/collect_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
         --base-url http://127.0.0.1:8000/v1 --model MODEL \\
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--base-url", help="another server than the config's")
     arguments.add_argument("--model", help="another model than the config's")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
-    arguments.add_argument("--output-dir", type=Path, required=True, help="answers and ledger")
+    arguments.add_argument("--output-dir", type=Path, required=True, help="folder of the answers")
     arguments.add_argument("--summary", type=Path, required=True, help="counts and cost, JSON")
     args = arguments.parse_args(argv)
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         num_missing = len(collection.missing(problems))
         total = len(problems) * settings.traces_per_question
         if num_missing < total:
-            log.info("going on after %d of %d traces", total - num_missing, total)
+            log.info("resuming after %d of %d traces", total - num_missing, total)
         attempts = Attempts(args.output_dir / "attempts.json", settings.name)
         on_trace = Progress(collection, attempts, total, total - num_missing)
         collector = Collector(collection, client, problems, on_trace)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             on_trace.spend(),
         )
         if collector.budget_spent:
-            log.warning("the budget is spent; raise %s.budget and run it again", settings.name)
+            log.warning("the budget is spent; raise traces.%s.budget and run again", settings.name)
         if summary["num_answers"] == 0:
             raise ApiError(f"{settings.api.base_url}: not one answer; see {args.output_dir}")
         write_json(args.summary, {**summary, **attempts.finish()})

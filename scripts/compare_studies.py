@@ -7,8 +7,8 @@ table, every setting, version and commit that differs, and what only one study h
     python scripts/compare_studies.py --old artifacts/experiments/default \\
         --new /scratch/today/artifacts/experiments/default --output-dir /tmp/changes
 
-With --fail-if-worse the exit code is 3 when a cell got significantly worse (corrected p below
-1 − confidence), which is for checks by machines; 0 otherwise, 1 for an error.
+With --fail-if-worse the exit code is 3 if a cell got significantly worse (corrected p below
+1 − confidence), for automated checks; 0 otherwise, 1 for an error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ EXIT_WORSE = 3
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--old", type=Path, required=True, help="folder with a study's runs")
-    arguments.add_argument("--new", type=Path, required=True, help="the other study's")
+    arguments.add_argument("--new", type=Path, required=True, help="folder with the other's runs")
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
-    arguments.add_argument("--confidence", type=float, default=0.95, help="default: 0.95")
+    arguments.add_argument("--confidence", type=float, default=0.95, help="level, default: 0.95")
     arguments.add_argument(
         "--fail-if-worse", action="store_true", help="exit with 3 if a cell is significantly worse"
     )
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             -100 * row["delta"],
         )
     log.info(
-        "%s: %d rows compared, %d better, %d worse, %d things left out",
+        "%s: %d rows compared, %d better, %d worse, %d left out",
         args.output_dir / "studies.md",
         found.rows.height,
         better.height,

@@ -45,8 +45,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 HEADER = """# Settings
 
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
-`defaults.<kind>` holds settings shared by every method of that kind; a method's own win.
-`engine` and `vllm` hold for every model; a model's own win.
+`defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
+`engine` and `vllm` apply to every model; a model's own settings win.
 """
 
 

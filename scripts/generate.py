@@ -1,7 +1,7 @@
-"""Store a model's completions on a suite: tokens, text, finish reason. Grading comes after.
+"""Store a model's completions on a suite: tokens, text, finish reason. grade.py grades them.
 
 Every completion's random stream depends on (seed, suite, problem, sample) alone. Finished problems
-are kept in `<output>.partial`, so a killed job goes on where it was.
+are kept in `<output>.partial`, so a killed job resumes where it was.
 
     python scripts/generate.py --model-name tiny-qwen2 --method grpo --suite arithmetic --seed 0 \\
         --model /tmp/grpo/model --data artifacts/arithmetic/test.jsonl \\
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
-    arguments.add_argument("--seed", type=int, help="default: 0")
+    arguments.add_argument("--seed", type=int, help="seed of the run (default: 0)")
     arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="completions, JSONL")
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     done = read_partial(partial, header)
     if done:
-        log.info("going on after %d of %d problems", len(done), len(problems))
+        log.info("resuming after %d of %d problems", len(done), len(problems))
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     num_truncated = sum(done[problem.id]["prompt_truncated"] for problem in problems)
     if num_truncated:
         log.warning(
-            "%d of %d prompts were too long for the model: they lost their beginning",
+            "%d of %d prompts were too long for the model and lost their beginning",
             num_truncated,
             len(problems),
         )

@@ -1,13 +1,13 @@
-"""Grade stored completions: no model, no GPU, rerun for free when grading changes.
+"""Grade stored completions: no model, no GPU; free to rerun when grading changes.
 
 Reads the completions that generate.py stored, gives each every grade (gsm8k_core/grading.py) and
 writes one row per completion (Parquet) and one summary (JSON). The grade named by `grading` is the
-one that counts, `correct`; all are kept. `math_verify` is the slow one: it is taken where the
+one that counts, `correct`; all are kept. `math_verify` is slow, so it is computed only where the
 settings say `"math_verify": true` (in a config: `suites.<name>.math_verify`) or name it as the
 grade that counts, and is null elsewhere.
 
 The summary is the same to the byte whenever the same code grades the same completions; it copies
-the `provenance` of what generated. Who graded, and with which versions, stands in a file of its own
+the `provenance` of the completions. Who graded, and with which versions, is in a separate file
 beside the grades (grades/test.manifest.json).
 
     python scripts/grade.py --settings '{"grading": "strict", "marker": "####"}' \\
@@ -15,13 +15,14 @@ beside the grades (grades/test.manifest.json).
         --output metrics/test.json --grades grades/test.parquet
 
 In the summary, `accuracy` is that of the greedy completions (null without them); `pass_at_1` is the
-mean share of correct samples (the greedy accuracy without samples); `pass_at_k` is the unbiased
+mean share of correct samples (without samples, the greedy accuracy); `pass_at_k` is the unbiased
 estimator of Chen et al. 2021. Lengths, truncation, format and the accuracy by each grade
-(`accuracy_strict`, `accuracy_lm_eval_strict`, …) are those of the greedy completions where there
-are any. `math_verify_killed` counts the completions, wrong by that grade, that took it too long.
+(`accuracy_strict`, `accuracy_lm_eval_strict`, …) are those of the greedy completions if there are
+any. `math_verify_killed` counts completions that math-verify took too long for; they count as wrong
+by that grade.
 
 Departures: lm-evaluation-harness compares texts after removing `,` and `$`; `strict` and `flexible`
-compare numbers exactly, so `18.00` is 18 and `1, 18` is nothing (see gsm8k_core/answers.py). The
+compare numbers exactly, so `18.00` is 18 and `1, 18` is no number (gsm8k_core/answers.py). The
 harness' own grades are `lm_eval_strict` and `lm_eval_flexible`: those of its task `gsm8k_cot` where
 the marker is `The answer is`, else those of its task `gsm8k`.
 """
@@ -222,8 +223,8 @@ def read_stats(path: Path) -> Json:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--completions", type=Path, required=True, help="completions JSONL")
-    arguments.add_argument("--stats", type=Path, required=True, help="its .stats.json")
+    arguments.add_argument("--completions", type=Path, required=True, help="completions, JSONL")
+    arguments.add_argument("--stats", type=Path, required=True, help="their .stats.json")
     arguments.add_argument(
         "--settings",
         required=True,

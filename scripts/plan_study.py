@@ -1,8 +1,8 @@
 """What a study will cost, before anything runs: jobs, files, bytes, hours.
 
 Seconds come from the records of finished runs of the same model and method below artifacts/ where
-there are any, else from arithmetic on tokens and parameters; each row says which. Of a model that
-is not prepared yet, say how large it is.
+there are any, otherwise from arithmetic on tokens and parameters; each row says which. If a model
+is not prepared yet, give its size (--parameters).
 
     python scripts/plan_study.py
     python scripts/plan_study.py --config config.yaml studies/qwen2.5-gsm8k.yaml --gpus 8 \\
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     add_config_argument(arguments)
     arguments.add_argument(
-        "--gpus", type=positive, default=1, help="GPUs that work at once (default 1)"
+        "--gpus", type=positive, default=1, help="GPUs that work at once (default: 1)"
     )
     arguments.add_argument(
-        "--cpu-jobs", type=positive, default=1, help="jobs without a GPU at once"
+        "--cpu-jobs", type=positive, default=1, help="jobs without a GPU at once (default: 1)"
     )
     arguments.add_argument(
-        "--parameters", nargs="+", default=[], metavar="MODEL=N", help="494e6, for instance"
+        "--parameters", nargs="+", default=[], metavar="MODEL=N", help="sizes, such as NAME=494e6"
     )
     for item in fields(Assumptions):
         if item.name != "parameters":
@@ -188,7 +188,8 @@ def markdown(plan: dict[str, Any]) -> str:
         "",
     ]
     planning = plan["planning_seconds"]
-    lines.append(f"Planning takes about {planning['estimate']} s (2.2 ms a job)." + (
+    per_job = f"{1000 * SECONDS_PER_JOB:g} ms per job"
+    lines.append(f"Planning takes about {planning['estimate']} s ({per_job})." + (
         f" Measured: {planning['measured']} s; {planning['jobs_left']} jobs are left to do."
         if "measured" in planning else ""
     ))  # fmt: skip
@@ -216,14 +217,14 @@ def markdown(plan: dict[str, Any]) -> str:
             f"Arithmetic: {a['gpu_flops']:.3g} FLOP/s of a GPU ({a['cpu_flops']:.3g} without), of "
             f"which training reaches {a['training_utilisation']:.0%} and sampling "
             f"{a['sampling_utilisation']:.0%}; prompts of {a['prompt_tokens']} and completions of "
-            f"at most {a['completion_tokens']} tokens. It can be wrong by several times."
+            f"at most {a['completion_tokens']} tokens. It can be wrong by a factor of several."
         )
     return "\n".join(lines)
 
 
 def _size(size: float | None) -> str:
     if size is None:
-        return "unknown (say --parameters)"
+        return "unknown (give --parameters)"
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 

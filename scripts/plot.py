@@ -1,9 +1,9 @@
 """Draw the figures of a study: accuracy by method, accuracy against cost, reward over training.
 
 Reads the comparison that compare.py wrote, the summaries below --study-dir (for single seeds) and
-the training logs; writes accuracy, cost and reward, each as .svg and .png. A study without rewards
-shows the training loss in reward.*, one that trains nothing says so there and in cost.*. --manifest
-writes a record of this call: command line, commit, versions, hashes.
+the training logs; writes accuracy, cost and reward, each as .svg and .png. For a study without
+rewards, reward.* shows the training loss; for one that trains nothing, it and cost.* say so.
+--manifest writes a record of this call: command line, commit, versions, hashes.
 
     python scripts/plot.py --study study.json --study-dir artifacts/experiments/demo \\
         --comparison artifacts/results/demo/comparison.parquet \\

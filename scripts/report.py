@@ -1,8 +1,9 @@
 """Write the report of a study: one HTML file that opens from disk and needs no network.
 
-First the answer: which method is best, by how much, how sure that is. Then learning curves, cost,
-pass@k, lengths, agreement between methods, and a browser of all completions with their grades; at
-the end where everything came from. Reads what the runs below --study-dir and compare.py wrote.
+First the answer: which method is best, by how much, and how sure that is. Then learning curves,
+cost, pass@k, lengths, agreement between methods, and a browser of all completions with their
+grades; at the end, where everything came from. Reads what the runs below --study-dir and compare.py
+wrote.
 --manifest writes a record of this call: command line, commit, versions, hash of the page.
 
     python scripts/report.py --study study.json --study-dir artifacts/experiments/demo \\
@@ -10,8 +11,8 @@ the end where everything came from. Reads what the runs below --study-dir and co
         --problems test=artifacts/gsm8k/test.jsonl \\
         --output artifacts/results/demo/report.html
 
-where study.json is the text that compare.py takes as --study. A completion's problem can be linked
-to: report.html#p/MODEL/SUITE/PROBLEM.
+where study.json is the text that compare.py takes as --study. Every problem has a link of its own:
+report.html#p/MODEL/SUITE/PROBLEM.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="SUITE=FILE",
-        help="problems of each suite, JSONL, for questions and solutions (without: ids alone)",
+        help="problems of each suite, JSONL, for questions and solutions (without them: only ids)",
     )
     arguments.add_argument(
         "--runs-dir", type=Path, help="manifests of the calls of snakemake (artifacts/runs)"
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         "--max-megabytes",
         type=megabytes,
         default=20.0,
-        help="of problems and completions in the page; of more, a stratified sample is kept "
+        help="for problems and completions in the page; beyond it, a stratified sample is kept "
         "(default: %(default)g)",
     )
     arguments.add_argument("--output", type=Path, required=True, help="HTML file to write")

@@ -1,18 +1,18 @@
-"""Score completions that any tool wrote: JSONL in, a table of every grade and a row for each out.
+"""Score completions that any tool wrote: JSONL in, a table of all grades out, and a row for each.
 
 A row of the JSONL holds a completion, or a list of them, and its gold answer or its problem's id:
 
     python scripts/score_completions.py samples.jsonl --completion-field output --gold-field answer
 
-The gold answer is a number (`1,000`) or a worked answer that ends in `#### 1,000`. Without one in
-the rows, `--problems` names the JSONL of problems (GSM8K's own test.jsonl, or the one that
-prepare_data.py wrote) and `--id-field` what tells which: the problem's `id`, or its row from 0
-where problems have none.
+The gold answer is a number (`1,000`) or a worked answer that ends in `#### 1,000`. If the rows have
+none, `--problems` names the JSONL of problems (GSM8K's own test.jsonl, or the one that
+prepare_data.py wrote) and `--id-field` the field that says which problem it is: the problem's `id`,
+or its row from 0 where problems have no id.
 
     python scripts/score_completions.py a.jsonl b.jsonl --completion-field response \\
         --problems test.jsonl --id-field index --output scored.parquet
 
-A field may lie deeper, its path joined by dots, with numbers into lists. So for the samples of
+A field may be nested: join its path by dots, with numbers for places in lists. For the samples of
 lm-evaluation-harness (`--log_samples`), and for the batch results of an OpenAI-compatible server:
 
     python scripts/score_completions.py samples_gsm8k.jsonl --completion-field resps.0 \\
@@ -22,8 +22,8 @@ lm-evaluation-harness (`--log_samples`), and for the batch results of an OpenAI-
 
 The table goes to standard output as Markdown, a line for each file: the share that is right by each
 grade (gsm8k_core/grading.py), in percent, and `format %`, the share in which a number follows the
-marker. A completion that is null counts as wrong. The text is graded as it is: cut it at the stops
-of the task before (lm-evaluation-harness stops gsm8k at `Question:`, `</s>` and `<|im_end|>`).
+marker. A completion that is null counts as wrong. The text is graded as it is, so cut it at the
+task's stops first (lm-evaluation-harness stops gsm8k at `Question:`, `</s>` and `<|im_end|>`).
 `--output` (.parquet, .csv or .jsonl) has a row for each completion: its place, its gold, every
 grade, `correct` by `--grading` and the answer `extracted` by it.
 """
@@ -116,7 +116,7 @@ def read_golds(path: Path) -> dict[str, str]:
         where = f"{path}, row {index + 1}"
         problem_id = text_of(row.get("id", index), f"{where}, 'id'")
         if problem_id in golds:
-            raise DataError(f"{where}: id {problem_id!r} stands twice")
+            raise DataError(f"{where}: id {problem_id!r} occurs twice")
         gold = row["gold"] if "gold" in row else field(row, "answer", where)
         golds[problem_id] = text_of(gold, f"{where}, the gold answer")
     return golds
@@ -179,17 +179,17 @@ def table(scored: pl.DataFrame) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("completions", type=Path, nargs="+", help="JSONL, one file or several")
+    arguments.add_argument("completions", type=Path, nargs="+", help="one JSONL file or several")
     arguments.add_argument(
         "--completion-field", default="completion", metavar="PATH", help="default: completion"
     )
     arguments.add_argument("--gold-field", default="gold", metavar="PATH", help="default: gold")
-    arguments.add_argument("--problems", type=Path, help="take golds from this JSONL of problems")
+    arguments.add_argument("--problems", type=Path, help="JSONL of problems with gold answers")
     arguments.add_argument(
         "--id-field",
         default="problem_id",
         metavar="PATH",
-        help="tells the problem (with --problems); default: problem_id",
+        help="names the problem (with --problems); default: problem_id",
     )
     arguments.add_argument(
         "--marker",
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--math-verify", action="store_true", help="also grade with math-verify (slower)"
     )
-    arguments.add_argument("--output", type=Path, help="a row for each: .parquet, .csv or .jsonl")
+    arguments.add_argument("--output", type=Path, help="one row each: .parquet, .csv or .jsonl")
     args = arguments.parse_args(argv)
 
     try:
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     scored = pl.DataFrame(rows, schema=SCHEMA)
     sys.stdout.write(table(scored))
     if grader.num_killed:
-        log.warning("%d completions took math-verify too long", grader.num_killed)
+        log.warning("math-verify took too long for %d completions", grader.num_killed)
     if args.output is not None:
         with atomic_path(args.output) as temporary:
             WRITERS[args.output.suffix](scored, temporary)

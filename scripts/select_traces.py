@@ -1,9 +1,9 @@
 """Make a dataset of collected reasoning traces: verify, filter, deduplicate, write demonstrations.
 
-An answer is kept when it is correct (against the problem's gold answer), has reasoning, is neither
-too short nor too long, and is not the same as one before. Each kept trace becomes a problem of its
-own in `<output-dir>/train.jsonl` whose demonstration is the trace in the think format, so SFT takes
-the file as it takes any dataset's; `manifest.json` beside it says what was left out and why.
+An answer is kept if it is correct (against the problem's gold answer), has reasoning, is neither
+too short nor too long, and does not repeat an earlier one. Each kept trace becomes a separate
+problem in `<output-dir>/train.jsonl` whose demonstration is the trace in the think format, so SFT
+reads the file like that of any dataset; `manifest.json` beside it says what was left out and why.
 
     python scripts/select_traces.py --traces r1_traces --data artifacts/gsm8k/train.jsonl \\
         --answers artifacts/r1_traces/collected/answers.jsonl --output-dir artifacts/r1_traces

@@ -1,12 +1,12 @@
 """Offline DPO (Rafailov et al. 2023) on pairs of correct and incorrect completions.
 
 The reference is the starting model. Departures from the paper: pairs come from grading the parent's
-own completions, not from people; no SFT on the chosen completions comes before.
+own completions, not from people; there is no SFT on the chosen completions first.
 
     python scripts/train_dpo.py --model-name tiny-qwen2 --method dpo --seed 0 \\
         --starting-model /tmp/sft/model --data /tmp/dpo/round1/pairs.jsonl --output-dir /tmp/dpo
 
-Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+Started again after a kill, it resumes from its last checkpoint. On several GPUs:
 `torchrun --standalone --nproc-per-node 4 scripts/train_dpo.py …`
 """
 

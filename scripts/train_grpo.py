@@ -1,8 +1,8 @@
 """Group-relative policy optimization and its family, on GSM8K-like problems.
 
 Each step: sample a group of completions for some prompts, reward them, turn rewards into
-advantages, and take one or several clipped policy-gradient steps. Which advantage, objective,
-aggregation and corrections is a matter of settings (docs/methods.md maps papers to them).
+advantages, and take one or several clipped policy-gradient steps. The settings choose advantage,
+objective, aggregation and corrections (docs/methods.md maps papers to them).
 
 Departures from DeepSeekMath (Shao et al. 2024): no KL term by default, rewards from the exact
 answer alone, groups with equal rewards have advantage exactly 0.
@@ -11,7 +11,7 @@ answer alone, groups with equal rewards have advantage exactly 0.
         --starting-model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\
         --output-dir /tmp/grpo
 
-Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+Started again after a kill, it resumes from its last checkpoint. On several GPUs:
 `torchrun --standalone --nproc-per-node 4 scripts/train_grpo.py …`
 """
 
@@ -380,7 +380,7 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
         raise TrainingError(
             f"the sampler's log-probs differ from the trainer's by {gap['sampler_gap_mean']:.2g} "
             f"nats on average (at most {gap['sampler_gap_max']:.2g}), the bound is {bound:g}: the "
-            "engine samples from other weights than those in training. If its numerics explain it "
+            "engine samples from weights other than those in training. If its numerics explain it "
             "(dtype, kv_cache_dtype), raise max_sampler_gap; engine: transformers has no gap"
         )
 

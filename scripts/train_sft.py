@@ -8,7 +8,7 @@ tokens of the whole optimizer step, so it does not depend on the microbatch size
         --starting-model artifacts/models/tiny-qwen2 --data artifacts/arithmetic/train.jsonl \\
         --output-dir /tmp/sft
 
-Started again after a kill, it goes on from its last checkpoint. On several GPUs:
+Started again after a kill, it resumes from its last checkpoint. On several GPUs:
 `torchrun --standalone --nproc-per-node 4 scripts/train_sft.py …`
 """
 
@@ -76,7 +76,7 @@ def load_examples(
     ]
     if len(examples) < len(questions):
         log.warning(
-            "%d of %d demonstrations are longer than max_length %d and left out",
+            "%d of %d demonstrations are longer than max_length %d and are left out",
             len(questions) - len(examples),
             len(questions),
             settings.max_length,

@@ -4,9 +4,9 @@ Every file of a study is hashed when it finishes (artifacts/results/NAME/SHA256S
 grades, metrics, weights, tables, figures, logs, benchmarks, W&B's files, the manifests of its
 calls, the datasets, traces and starting weights that they came from. Not covered are checkpoints of
 unfinished runs (state/), hidden files, and Snakemake's own log, which ends after the record
-(gsm8k_core/records.py). Weights that the study does not keep (`study.keep_models`) are no
-difference, nor is what `wandb sync` adds. Exits with 1 if anything differs. Run it in the folder
-that holds artifacts/; `eval` leaves the same record in its own folder.
+(gsm8k_core/records.py). Weights that the study does not keep (`study.keep_models`) do not count as
+a difference, nor does what `wandb sync` adds. Exits with 1 if anything differs. Run it in the
+folder that holds artifacts/; `eval` leaves the same record in its own folder.
 
     python scripts/verify.py --study default
     python scripts/verify.py --run artifacts/runs/20261123T054450Z_2fbb610d

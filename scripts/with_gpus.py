@@ -1,13 +1,14 @@
 """Run a command on GPUs of its own: `with_gpus.py 2 python scripts/train_grpo.py …`.
 
 Jobs side by side would all take GPU 0. This waits until as many GPUs as asked for are free, names
-them in $CUDA_VISIBLE_DEVICES and becomes the command. It chooses among those that the variable had
-named, or else among the machine's. A GPU is taken by locking a file in a folder of the user's,
-below the temporary directory; the process keeps that file open, so the GPU is free again when the
-job has ended, however it did.
+them in $CUDA_VISIBLE_DEVICES and becomes the command. It chooses among those that the variable
+already names, otherwise among all of the machine's. A GPU is taken by locking a file in a folder of
+the user's, below the temporary directory. The process keeps that file open, so the GPU is free
+again when the job has ended, for whatever reason.
 
-Left alone is a command that asks for no GPU, or finds none, or runs in a job of a scheduler (SLURM,
-LSF, PBS, SGE): that gives each job devices of its own, and may number them from 0 in all of them.
+The command runs unchanged if it asks for no GPU, if there is none, or in a job of a scheduler
+(SLURM, LSF, PBS, SGE): that gives each job its own devices, and may number them from 0 in every
+job.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def locks_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"gsm8k-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise ConfigError(f"{folder}: not yours; remove it, or set TMPDIR")
+        raise ConfigError(f"{folder}: not a folder of yours; remove it, or set TMPDIR")
     return folder
 
 

@@ -343,7 +343,7 @@ def test_an_unknown_mode_is_an_error_that_names_it(mode: Any) -> None:
 
 def test_an_empty_marker_is_an_error_that_says_what_to_take() -> None:
     for text in ("#### 18", None):
-        with pytest.raises(ValueError, match="marker '' is empty: take 'boxed', or the text"):
+        with pytest.raises(ValueError, match="marker '' is empty: use 'boxed', or the text"):
             extract_answer(text, "strict", "")
     assert extract_answer("It is 18", "flexible", "") == 18  # which reads no marker
 

@@ -221,7 +221,7 @@ def test_a_cell_of_the_config_and_its_settings_are_the_same_run() -> None:
 )
 def test_a_cell_named_beside_its_settings_is_refused(cell: tuple[str, str]) -> None:
     settings = dump(load_config(ROOT / "config.yaml").run_settings("tiny-qwen2", "grpo", 2))
-    with pytest.raises(ConfigError, match=f"{cell[0]} beside --settings, which says it already"):
+    with pytest.raises(ConfigError, match=f"{cell[0]} repeats what --settings says"):
         run_settings_from(run_arguments("--settings", settings, *cell))
 
 
@@ -374,7 +374,7 @@ def test_a_job_ends_when_its_snakemake_is_killed_even_where_nobody_has_waited_fo
         os.kill(snakemake.pid, signal.SIGKILL)  # a zombie until it is waited for
         _, log = job.communicate(timeout=60)
         assert job.returncode == -signal.SIGTERM
-        assert f"snakemake (process {snakemake.pid}) has gone" in log
+        assert f"snakemake (process {snakemake.pid}) has ended" in log
 
 
 def test_a_job_whose_snakemake_has_gone_before_it_began_does_not_begin() -> None:
@@ -383,7 +383,7 @@ def test_a_job_whose_snakemake_has_gone_before_it_began_does_not_begin() -> None
     with start_job(snakemake.pid) as job:
         output, log = job.communicate(timeout=60)
     assert job.returncode == -signal.SIGTERM
-    assert output == "" and "has gone" in log
+    assert output == "" and "has ended" in log
 
 
 def test_a_process_that_began_later_under_its_number_is_not_its_snakemake() -> None:
@@ -399,7 +399,7 @@ def test_a_process_that_began_later_under_its_number_is_not_its_snakemake() -> N
             _, log = job.communicate(timeout=60)
         finally:
             os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == -signal.SIGTERM and b"has gone" in log
+    assert job.returncode == -signal.SIGTERM and b"has ended" in log
 
 
 @pytest.mark.parametrize("is_taken", [False, True])

@@ -168,21 +168,21 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         (
             {"models": {"tiny-qwen2": {"prompt": "lm_eval_5shot"}}},
             "models.tiny-qwen2.prompt: 'lm_eval_5shot' shows the examples of each test problem, "
-            "and training problems have none; name it in a suite",
+            "but training problems have none; name it in a suite",
         ),
         (
             {"suites": {"gsm8k": {"prompt": "lm_eval_5shot"}}},
-            "suites.gsm8k.prompt: 'lm_eval_5shot' shows each problem's own examples; take a "
+            "suites.gsm8k.prompt: 'lm_eval_5shot' shows each problem's own examples; use a "
             "dataset with examples_per_test_problem, and its test split",
         ),
         (
             {"suites": {"gsm8k_lm_eval": {"split": "val"}}},
-            "suites.gsm8k_lm_eval.prompt: 'lm_eval_5shot' shows each problem's own examples; take "
+            "suites.gsm8k_lm_eval.prompt: 'lm_eval_5shot' shows each problem's own examples; use "
             "a dataset with examples_per_test_problem, and its test split",
         ),
         (
             {"prompts": {"plain": {"template": "{question} {question}"}}},
-            "prompts.plain: template must hold {question} exactly once",
+            "prompts.plain: template must contain {question} exactly once",
         ),
         (
             {"datasets": {"models": {"kind": "arithmetic"}}},
@@ -502,7 +502,7 @@ def test_what_running_out_of_memory_or_time_changes_is_no_reason_to_train_again(
 def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": {"tensor_parallel": 4}}
-    message = "models.tiny-qwen2: vllm.tensor_parallel is 4, more than its gpus, 2"
+    message = "models.tiny-qwen2: vllm.tensor_parallel is 4, but gpus is only 2"
     with pytest.raises(ConfigError, match=message):
         parse_config(raw)
 
@@ -553,7 +553,7 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     # Of a model that somebody adds, float32 on a GPU is seldom meant.
     added = {"source": "hub", "hub_id": "a/b", "revision": "0" * 40, "prompt": "plain"}
     of_added = {"study": {**study, "models": ["b"]}, "defaults": own, "models": {"b": added}}
-    assert line(of_added).startswith("models.b.dtype: unset, so float32")
+    assert line(of_added).startswith("models.b.dtype: dtype is unset and defaults to float32")
     for meant in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"gpus": 0}):
         assert line({**of_added, "models": {"b": {**added, **meant}}}) == ""
     for path in sorted((ROOT / "studies").glob("*.yaml")):

@@ -134,11 +134,11 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory. Tried to"), "lower vllm.gpu_memory_fraction"),
         (
             ValueError("Free memory on device (3/79 GiB) on startup is less than desired"),
-            "was to take 40% of the GPU, which others hold in part: lower vllm.gpu_memory_fraction",
+            "needs 40% of the GPU, but others hold part of that: lower vllm.gpu_memory_fraction",
         ),
         (
             AssertionError("Error in memory profiling. Initial free memory 117 GiB, current 128"),
-            "others on this GPU gave memory back while it measured what is free: start again",
+            "others on this GPU freed memory while vLLM measured what is free: start again",
         ),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),

@@ -74,7 +74,7 @@ def test_the_model_of_a_run_brings_that_runs_settings(tmp_path: Path, config: Co
 
 def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None:
     folder = folder_of_weights(tmp_path / "my-weights")
-    with pytest.raises(ConfigError, match="say which prompt it is asked with, --prompt NAME"):
+    with pytest.raises(ConfigError, match="name its prompt with --prompt NAME"):
         find_subject(str(folder), None, config)
     found = find_subject(str(folder), "chat_hash", config)
     assert (found.name, found.settings.source) == ("my-weights", "path")

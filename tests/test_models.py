@@ -316,7 +316,7 @@ def test_a_name_that_no_model_can_have_is_one_line(
     hub: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub(404))
-    check_refused(tmp_path, "no name of a model (models.<name>.hub_id): ", hub_id="bad id!!")
+    check_refused(tmp_path, "not a model's name (models.<name>.hub_id): ", hub_id="bad id!!")
 
 
 def prepare_by_hand(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -196,7 +196,7 @@ def test_a_similarity_out_of_range_is_refused(
     arguments = ["--train", "a", "--test", "b", "--output", "c", "--markdown", "d"]
     with pytest.raises(SystemExit):
         script("check_overlap").main([*arguments, "--min-jaccard", value])
-    assert f"{value} is not above 0 and at most 1" in capsys.readouterr().err
+    assert f"expected a number above 0 and at most 1, found {value}" in capsys.readouterr().err
 
 
 # The real thing

@@ -56,7 +56,7 @@ def test_an_answer_without_a_gold_number_is_an_error(answer: str) -> None:
         ({"gold": "5"}, "row 2: 'gold' is '5' but the answer ends in '4'"),
         ({"gold": 4}, "row 2: 'gold' is 4 but the answer ends in '4'"),
         ({"id": 7}, "row 2: 'id' is missing or not a text"),
-        ({"id": "first"}, "row 2: id 'first' stands twice"),
+        ({"id": "first"}, "row 2: id 'first' occurs twice"),
         ({"answer": "#### 1,2"}, "row 2: no '#### <number>'"),
         ({"question": "\ud800?"}, "row 2: 'question' holds half a surrogate pair at character 0"),
         ({"demonstration": 1}, "row 2: 'demonstration' is missing or not a text"),

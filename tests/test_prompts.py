@@ -148,7 +148,7 @@ def test_the_exemplars_of_wei_2022_are_quoted_as_they_are() -> None:
 
 
 def test_a_problem_without_the_examples_that_the_prompt_shows_is_an_error() -> None:
-    with pytest.raises(DataError, match="brings none.*examples_per_test_problem above 0"):
+    with pytest.raises(DataError, match="has none.*examples_per_test_problem above 0"):
         render_prompt("3?", PLAIN.model_copy(update=OF_PROBLEM), None)
 
 

@@ -203,7 +203,7 @@ def test_a_problem_that_is_not_there_or_there_twice_is_an_error(
     with pytest.raises(DataError, match=r"in\.jsonl, row 1: no problem 'b' in --problems"):
         score([{"problem_id": "b", "completion": "x"}], *arguments)
     write_jsonl(tmp_path / "p.jsonl", [problem, problem])
-    with pytest.raises(DataError, match=r"p\.jsonl, row 2: id 'a' stands twice"):
+    with pytest.raises(DataError, match=r"p\.jsonl, row 2: id 'a' occurs twice"):
         score([{"problem_id": "a", "completion": "x"}], *arguments)
 
 

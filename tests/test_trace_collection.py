@@ -338,7 +338,7 @@ def test_a_trace_that_failed_is_asked_again_by_the_next_run(tmp_path: Path) -> N
 def test_a_server_that_answers_nobody_is_given_up(tmp_path: Path) -> None:
     with ChatServer(lambda *_: "503") as server:
         settings = settings_for(server.url, api={"max_attempts": 1, "concurrency": 4})
-        with pytest.raises(ApiError, match="20 traces in a row came to nothing, the last one by: "):
+        with pytest.raises(ApiError, match="20 traces in a row failed, the last one because of: "):
             collect(tmp_path, settings, additions(1000))
         assert server.asked.total() <= MAX_FAILED_IN_A_ROW + 4
 
@@ -647,7 +647,7 @@ def test_the_script_says_what_there_is_and_what_it_cost(tmp_path: Path) -> None:
     assert first["models"] == {"served-model": 2} and not first["budget_spent"]
     assert first["failed"]["add-1/0"].startswith("HTTP 500")
     assert first["tokens"] == 3 * 53 and first["tokens_maybe_billed_without_reply"] == 2 * 626
-    assert "going on after 3 of 4 traces" in said_again
+    assert "resuming after 3 of 4 traces" in said_again
     assert "3 answers, 1 incomplete, 0 failed" in said_again
     assert server.asked["What is 4 + 1?"] == 0
     assert read_json(tmp_path / "collected.json")["num_requests"] == 6

@@ -300,7 +300,7 @@ def test_selection_does_not_collect_again_and_collection_has_all_it_needs(config
         ({"traces": {"r1_traces": {"budget": {"completion_price": 0}}}},
          "traces.r1_traces.budget: money needs completion_price"),
         ({"traces": {"r1_traces": {"selection": {"think_format": "{answer}"}}}},
-         "traces.r1_traces.selection: think_format must hold {reasoning} exactly once"),
+         "traces.r1_traces.selection: think_format must contain {reasoning} exactly once"),
         ({"traces": {"r1_traces": {"selection": {"think_format": "{answer}{reasoning}"}}}},
          "traces.r1_traces.selection: think_format must end with {answer}"),
         ({"traces": {"gsm8k": {"dataset": "gsm8k", "prompt": "plain",

@@ -523,9 +523,10 @@ def test_who_ran_out_of_memory_goes_on_with_smaller_microbatches(
     for number in (1, 2):
         step(run, number)
     assert start(tokens_per_microbatch=64, gradient_checkpointing=True).resume()[0] == 2
-    assert "afresh" not in caplog.text
+    assert "from scratch" not in caplog.text
     assert start(batch_size=3).resume()[0] == 0
-    assert "is of other settings: starting afresh, without its 2 steps" in caplog.text
+    told = "different settings: deleting its checkpoints (2 steps) and starting from scratch"
+    assert f"state was made with {told}" in caplog.text
 
 
 def test_weights_that_are_not_trained_pass_for_such_while_a_gpu_samples(

@@ -258,11 +258,11 @@ def _check_arrival(pushed: dict[str, torch.Tensor], model: Any) -> None:
     for name, tensor in pushed.items():
         held = parameters.get(name)
         if held is None or held.shape != tensor.shape:  # quantized, or shared over GPUs
-            log.warning("vLLM holds no %s as the trainer does: a push is not checked", name)
+            log.warning("vLLM holds %s in another form than the trainer: push not checked", name)
         elif not torch.equal(held, tensor.to(held)):
             raise ModelError(
-                f"vLLM did not take the weights that it was given: its {name} differs. It would "
-                "sample from a policy that is no longer trained; engine: transformers does without"
+                f"vLLM still holds old weights after a push ({name} differs) and would sample from "
+                "an outdated policy; set engine: transformers"
             )
 
 
@@ -332,13 +332,13 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
         )
     elif "Free memory on device" in text:
         remedy = (
-            f"the engine was to take {memory_fraction:.0%} of the GPU, which others hold in part: "
+            f"the engine needs {memory_fraction:.0%} of the GPU, but others hold part of that: "
             "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
         )
     elif "Error in memory profiling" in text:
         remedy = (
-            "others on this GPU gave memory back while it measured what is free: start again, or "
-            "say with vllm.kv_cache_gib how large its cache is, which spares the measuring"
+            "others on this GPU freed memory while vLLM measured what is free: start again, or "
+            "set vllm.kv_cache_gib, the size of its cache, so that nothing is measured"
         )
     elif "larger than the available KV cache" in text or "for the cache blocks" in text:
         remedy = (
@@ -346,7 +346,7 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
             "raise vllm.gpu_memory_fraction or vllm.kv_cache_gib"
         )
     elif settings.kv_cache_dtype != "auto" and re.search("fp8", text, re.IGNORECASE):
-        remedy = "vllm.kv_cache_dtype: auto does without fp8"
+        remedy = "set vllm.kv_cache_dtype: auto, which does without fp8"
     else:
-        remedy = "engine: transformers does without vLLM"
+        remedy = "set engine: transformers to do without vLLM"
     return f"{folder}: vLLM does not start: {remedy} ({text[:300]})"

@@ -160,7 +160,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(
     arriving = engine.llm.collective_rpc
     with monkeypatch.context() as patched:
         patched.setattr(engine.llm, "collective_rpc", lost)
-        with pytest.raises(ModelError, match=r"did not take the weights .*down_proj"):
+        with pytest.raises(ModelError, match=r"still holds old weights after a push .*down_proj"):
             engine.load_weights(plain_weights(model))
     assert engine.llm.collective_rpc == arriving
     engine.load_weights(plain_weights(model))

@@ -83,7 +83,7 @@ def test_a_push_that_does_not_arrive_stops_the_run_before_it_trains_on_it(
     from gsm8k_core.engines.vllm_engine import VllmEngine
 
     monkeypatch.setattr(VllmEngine, "load_weights", lambda *_: None)
-    with pytest.raises(TrainingError, match="samples from other weights than those in training"):
+    with pytest.raises(TrainingError, match="samples from weights other than those in training"):
         script("train_grpo").main(arguments(check_sampler_every_steps=2))
     rows = read_jsonl(tmp_path / "grpo" / "state" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1]
