@@ -170,9 +170,9 @@ def _memory_advice(error: RuntimeError) -> str:
     return (
         f"out of memory ({said}): lower tokens_per_microbatch (where it generates "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
-        "vllm.rollout_gpu_memory_fraction. The run goes on from its last checkpoint, and finished "
+        "vllm.rollout_gpu_memory_fraction. The run resumes from its last checkpoint, and finished "
         "ones stay as they are. "
-        "Weights, gradients and AdamW's moments alone take 16 bytes a parameter: where these do "
+        "Weights, gradients and AdamW's moments alone take 16 bytes per parameter: if these do "
         "not fit, set lora, or more gpus"
     )
 
@@ -274,7 +274,7 @@ def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") 
     for name in ("config", "model_name", "method", "suite", "seed", "traces"):
         if name != label and getattr(arguments, name, None) is not None:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} beside --settings, which says it already: give one")
+            raise ConfigError(f"--{flag} repeats what --settings says: give only one of them")
     return settings_from(arguments.settings, schema)
 
 
