@@ -834,6 +834,11 @@ class Config(Settings):
             chain.insert(0, parent)
         return chain
 
+    def stages(self) -> list[str]:
+        """The study's methods and those that they start from, each once and behind its parent."""
+        chains = [self.method_chain(method) for method in self.study.methods]
+        return list(dict.fromkeys(stage for chain in chains for stage in chain))
+
     def parent_of(self, method: str) -> str | None:
         """The method that `method` starts from; None for the base model."""
         settings = self.methods[method]
@@ -981,9 +986,8 @@ def doubts(config: Config, shipped: Config) -> str:
     defaults: float32 on a GPU.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
-    stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
     inherited: set[str] = set()
-    for stage in stages if real else ():
+    for stage in config.stages() if real else ():
         settings: Any = config.methods[stage]
         if isinstance(settings, BaseMethod):
             continue

@@ -78,11 +78,7 @@ class Layout:
 
     def training_files(self) -> list[str]:
         """The `train` split of every dataset that a method of the study learns from."""
-        stages = {
-            stage
-            for method in self.config.study.methods
-            for stage in self.config.method_chain(method)
-        }
+        stages = self.config.stages()
         datasets = [self.config.study.dataset] + [
             settings.dataset
             for name, settings in self.config.methods.items()
