@@ -26,6 +26,7 @@ from markupsafe import Markup
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, sha256_file
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -56,7 +57,6 @@ from gsm8k_core.tables import (
     read_comparison,
     read_metrics,
     read_training_logs,
-    run_dir,
 )
 
 MINUS, SPACE = "\u2212", "\u00a0"

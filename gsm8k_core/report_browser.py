@@ -28,10 +28,10 @@ from gsm8k_core.answers import parse_number
 from gsm8k_core.config import Comparison, Grade
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.layout import run_dir
 from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
 from gsm8k_core.problems import Problem
-from gsm8k_core.tables import run_dir
 
 GRADE_COLUMNS = ("problem_id", "decoding", "sample_index", "correct", "extracted")
 COUNTED = ("num_tokens", "truncated")

@@ -31,6 +31,7 @@ from gsm8k_core.differences import (
 )
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
@@ -38,7 +39,6 @@ from gsm8k_core.tables import (
     p_text,
     percent,
     read_grades,
-    run_dir,
     with_interval,
 )
 

@@ -33,6 +33,7 @@ from gsm8k_core.differences import (
 )
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_text
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -117,11 +118,6 @@ MEANS_OVER_SEEDS = (
     "truncated_fraction",
 )
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
-
-
-def run_dir(study_dir: Path, model: str, method: str, seed: int) -> Path:
-    """The folder of one run."""
-    return study_dir / model / method / f"seed{seed}"
 
 
 # ------------------------------------------------------------------------------------------ reading
