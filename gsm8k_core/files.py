@@ -143,6 +143,27 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_record(path: Path) -> Json:
+    """A JSON object; {} where the file is missing, or holds none that can be read.
+
+    For what is told as far as it is known. Where a damaged file would change a result, see
+    `read_optional`.
+    """
+    try:
+        record = read_json(path)
+    except DataError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_optional(path: Path) -> Json:
+    """A JSON object; {} where the file is missing. Raises DataError when it is malformed."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
 def packaged_json(name: str) -> Any:
     """The JSON file `name` of gsm8k_core/resources."""
     path = resources.files("gsm8k_core").joinpath("resources", name)

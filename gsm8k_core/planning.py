@@ -25,8 +25,7 @@ from gsm8k_core.config import (
     SftMethod,
     SuiteSettings,
 )
-from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json
+from gsm8k_core.files import Json, read_record
 from gsm8k_core.layout import ARTIFACTS, Layout
 
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
@@ -143,19 +142,12 @@ class Records:
         records = Records()
         root = Path(ARTIFACTS) / "experiments"
         for path in sorted(root.glob("*/*/*/seed*/train/summary.json")):
-            if summary := _record(path):
+            if summary := read_record(path):
                 records.training[summary["model"], summary["method"]].append(summary)
         for path in sorted(root.glob("*/*/*/seed*/completions/*.stats.json")):
-            if stats := _record(path):
+            if stats := read_record(path):
                 records.generating[stats["model"], stats["suite"]].append(stats)
         return records
-
-
-def _record(path: Path) -> Json | None:
-    try:
-        return read_json(path)
-    except DataError:
-        return None
 
 
 def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float | None:

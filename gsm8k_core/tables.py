@@ -27,12 +27,18 @@ from gsm8k_core.differences import (
     flag_text,
     inconsistent,
     meaning,
-    read_optional,
     training_facts,
     training_settings,
 )
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_text
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    read_json,
+    read_jsonl,
+    read_optional,
+    write_text,
+)
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
