@@ -10,8 +10,9 @@ need no more memory than their means.
 
 from __future__ import annotations
 
+import contextlib
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def answer_codes(extracted: pl.Series) -> pl.Series:
     return extracted.rank("dense").cast(pl.Int64).fill_null(0) - 1
 
 
+@contextlib.contextmanager
+def reading_grades(path: Path) -> Iterator[None]:
+    """What goes wrong in the block as a DataError that names the grades file, and what to run."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run grade.py for it") from error
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
+
+
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
@@ -186,7 +198,7 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     names = ["problem_id", "decoding", "correct"]
     if with_majority:
         names += ["sample_index", "extracted"]
-    try:
+    with reading_grades(path):
         rows = pl.read_parquet(path, columns=names)
         grades = (
             rows.lazy()
@@ -200,10 +212,6 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
             .collect()
         )
         samples = rows.filter(sampled).sort("problem_id", "sample_index") if with_majority else None
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run grade.py for it") from error
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
     if grades.is_empty():
         raise DataError(f"{path}: holds no grades; run grade.py again")
     return grades if samples is None else grades.hstack(_majorities(samples, grades.height))
