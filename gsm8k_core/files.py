@@ -122,15 +122,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[Json]) -> int:
-    """Write one JSON object a line, atomically; returns the number of rows."""
-    num_rows = 0
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
+    """Write one JSON object a line, atomically."""
     with atomic_path(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="\n") as handle:
             for row in rows:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-                num_rows += 1
-    return num_rows
 
 
 def read_json(path: Path) -> Any:
