@@ -34,7 +34,7 @@ from pydantic import (
 
 from gsm8k_core.answers import check_marker
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.redaction import redact, secrets_in_settings
+from gsm8k_core.redaction import is_secret_name, redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 # Advantages that compare completions of one prompt.
@@ -54,7 +54,6 @@ VLLM_RESOURCES = (
 METHOD_RESOURCES = (
     "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
-SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
 Method = TypeVar("Method", bound=BaseModel)
@@ -622,7 +621,7 @@ class ApiSettings(Settings):
         for name in self.parameters:
             if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
                 raise ValueError(f"parameters: {name} is set by the collector itself")
-            if SECRET_PARAMETER.search(name):
+            if is_secret_name(name):
                 raise ValueError(f"parameters: {name} looks like a secret; set $DEEPSEEK_API_KEY")
         return self
 
@@ -835,6 +834,11 @@ class Config(Settings):
             chain.insert(0, parent)
         return chain
 
+    def stages(self) -> list[str]:
+        """The study's methods and those that they start from, each once and behind its parent."""
+        chains = [self.method_chain(method) for method in self.study.methods]
+        return list(dict.fromkeys(stage for chain in chains for stage in chain))
+
     def parent_of(self, method: str) -> str | None:
         """The method that `method` starts from; None for the base model."""
         settings = self.methods[method]
@@ -982,9 +986,8 @@ def doubts(config: Config, shipped: Config) -> str:
     defaults: float32 on a GPU.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
-    stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
     inherited: set[str] = set()
-    for stage in stages if real else ():
+    for stage in config.stages() if real else ():
         settings: Any = config.methods[stage]
         if isinstance(settings, BaseMethod):
             continue

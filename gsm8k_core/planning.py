@@ -25,8 +25,7 @@ from gsm8k_core.config import (
     SftMethod,
     SuiteSettings,
 )
-from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json
+from gsm8k_core.files import Json, read_record
 from gsm8k_core.layout import ARTIFACTS, Layout
 
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
@@ -80,14 +79,6 @@ class Work:
     gpus: int
 
 
-def stages(config: Config) -> dict[str, int]:
-    """Every method that runs for each model, with its seeds; parents outside the study too."""
-    chains = [
-        (stage, method) for method in config.study.methods for stage in config.method_chain(method)
-    ]
-    return {stage: len(config.seeds_of(stage)) for stage, _ in chains}
-
-
 def jobs_by_rule(config: Config) -> dict[str, int]:
     """Jobs of the study from nothing to its report, as `snakemake -n` counts them."""
     jobs: Counter[str] = Counter({"compare": 1, "plot": 1, "report": 1, "all": 1})
@@ -95,9 +86,9 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
     jobs["prepare_model"] = models
     datasets = {config.suites[name].dataset for name in config.study.suites}
     traces: set[str] = set()
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
-        runs = models * seeds
+        runs = models * len(config.seeds_of(method))
         if not isinstance(settings, BaseMethod):
             datasets.add(config.study.dataset)
         if isinstance(settings, SftMethod):
@@ -151,19 +142,12 @@ class Records:
         records = Records()
         root = Path(ARTIFACTS) / "experiments"
         for path in sorted(root.glob("*/*/*/seed*/train/summary.json")):
-            if summary := _record(path):
+            if summary := read_record(path):
                 records.training[summary["model"], summary["method"]].append(summary)
         for path in sorted(root.glob("*/*/*/seed*/completions/*.stats.json")):
-            if stats := _record(path):
+            if stats := read_record(path):
                 records.generating[stats["model"], stats["suite"]].append(stats)
         return records
-
-
-def _record(path: Path) -> Json | None:
-    try:
-        return read_json(path)
-    except DataError:
-        return None
 
 
 def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float | None:
@@ -196,7 +180,7 @@ def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[
     for model in config.study.models:
         gpus = config.models[model].gpus
         generating = config.models[model].gpus_generating
-        for method in stages(config):
+        for method in config.stages():
             if isinstance(config.methods[method], BaseMethod):
                 continue
             seeds = config.seeds_of(method)
@@ -285,10 +269,11 @@ def disk_use(
     known = [size for size in sizes if size is not None]
     rounds = runs = state = 0
     sampled = 0.0
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
         if isinstance(settings, BaseMethod):
             continue
+        seeds = len(config.seeds_of(method))
         runs += seeds
         state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
         if isinstance(settings, ExpertIterationMethod):
@@ -330,9 +315,9 @@ def num_files(config: Config) -> int:
     """Files below artifacts/ at the end, about; Snakemake keeps one more for each output itself."""
     models, keep = len(config.study.models), config.study.keep_models
     total = FILES_OF_RESULTS + models * FILES_OF_MODEL
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
-        runs = models * seeds
+        runs = models * len(config.seeds_of(method))
         if isinstance(settings, BaseMethod):
             continue
         total += runs * (FILES_OF_RUN + (FILES_OF_MODEL if keep != "none" else 0))

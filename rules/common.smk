@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE
 from gsm8k_core.config import doubts, dump, load_config, parse_config
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.layout import Layout, one_of
+from gsm8k_core.layout import RUNS, Layout, one_of
 from gsm8k_core.manifest import (
     CHECKOUT_VARIABLE,
     INVOCATION_VARIABLE,
@@ -41,7 +41,9 @@ shell.prefix(
 snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 LAYOUT = Layout(CONFIG)
-INVOCATION = Invocation(Path("artifacts/runs"))
+INVOCATION = Invocation(Path(RUNS))
+DATA = LAYOUT.data("{dataset}")
+TRACES = LAYOUT.data("{traces}")
 RUN = LAYOUT.run("{model}", "{method}", "{seed}")
 ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
@@ -234,6 +236,7 @@ def weights(path, kept_by):
 
 
 def study_dir(wildcards):
+    """A function, for `snakemake --lint` has no folder as a plain parameter."""
     return LAYOUT.experiments
 
 

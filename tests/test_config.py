@@ -403,6 +403,8 @@ def test_threads_and_memory_do_not_fetch_the_weights_again() -> None:
 def test_stages_parents_and_seeds() -> None:
     config = parse_config(RAW)
     assert config.method_chain("rft") == ["base", "sft", "rft"]
+    alone = parse_config(merge(RAW, {"study": {"methods": ["rft", "grpo"]}}))
+    assert alone.stages() == ["base", "sft", "rft", "grpo"]
     assert config.parent_of("base") is None
     assert config.seeds_of("base") == [0]
     assert config.seeds_of("rft") == config.study.seeds
