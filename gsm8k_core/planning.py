@@ -55,8 +55,12 @@ class Assumptions:
     cpu_flops: float = 50e9
     """Peak of a job without a GPU."""
     training_utilisation: float = 0.3
-    sampling_utilisation: float = 0.03
+    sampling_utilisation: float = 0.1
     """Share of the peak that is reached. Decoding waits for memory."""
+    sampling_seconds_per_token: float = 70e-6
+    """The least on a GPU, however small the model: vLLM's Python (docs/experiments.md)."""
+    engine_start_seconds: float = 60.0
+    """Start of vLLM on a GPU, once in each job that samples."""
     prompt_tokens: int = 150
     completion_tokens: int = 250
     """Mean lengths; no completion is longer than its `max_new_tokens`."""
@@ -216,6 +220,7 @@ def _training_seconds(
     if size is None:
         return None, "parameters unknown"
     a = assumptions
+    gpus = config.models[model].gpus
     trained = sampled = 0.0  # tokens; what is only scored counts a third of what is trained on
     if isinstance(settings, SftMethod | ExpertIterationMethod):
         trained = num_steps * settings.batch_size * (a.prompt_tokens + a.completion_tokens)
@@ -232,9 +237,8 @@ def _training_seconds(
         passes = settings.epochs_per_batch + scored / 3
         trained = completions * (a.prompt_tokens + length) * passes
         sampled = completions * length
-    flops = _flops(config.models[model].gpus, a)
-    seconds = 6 * size * trained / (flops * a.training_utilisation)
-    return seconds + 2 * size * sampled / (flops * a.sampling_utilisation), "arithmetic"
+    seconds = 6 * size * trained / (_flops(gpus, a) * a.training_utilisation)
+    return seconds + _sampling_seconds(size, sampled, gpus, a, rounds), "arithmetic"
 
 
 def _generation_seconds(
@@ -253,8 +257,20 @@ def _generation_seconds(
         return None, "parameters unknown"
     length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
     gpus = config.models[model].gpus_generating
-    reached = _flops(gpus, assumptions) * assumptions.sampling_utilisation
-    return 2 * size * completions * length / reached, "arithmetic"
+    return _sampling_seconds(size, completions * length, gpus, assumptions), "arithmetic"
+
+
+def _sampling_seconds(
+    size: float, tokens: float, gpus: int, assumptions: Assumptions, starts: int = 1
+) -> float:
+    """Seconds to sample `tokens` from a model of `size` parameters, in so many jobs; 0 for none."""
+    if not tokens:
+        return 0.0
+    per_token = 2 * size / (_flops(gpus, assumptions) * assumptions.sampling_utilisation)
+    if not gpus:
+        return tokens * per_token
+    per_token = max(per_token, assumptions.sampling_seconds_per_token / gpus)
+    return tokens * per_token + starts * assumptions.engine_start_seconds
 
 
 def _flops(gpus: int, assumptions: Assumptions) -> float:
@@ -264,10 +280,14 @@ def _flops(gpus: int, assumptions: Assumptions) -> float:
 def disk_use(
     config: Config, assumptions: Assumptions, num_parallel: int
 ) -> dict[str, float | None]:
-    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once."""
+    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once.
+
+    `most at once` adds up what lies on the disk together; checkpoints that newer ones replace, and
+    weights that are dropped, are written besides.
+    """
     sizes = [parameters_of(config, model, assumptions) for model in config.study.models]
     known = [size for size in sizes if size is not None]
-    rounds = runs = state = 0
+    rounds = runs = state = saves = 0
     sampled = 0.0
     for method in config.stages():
         settings = config.methods[method]
@@ -276,10 +296,11 @@ def disk_use(
         seeds = len(config.seeds_of(method))
         runs += seeds
         state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
+        times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+        saves += seeds * times * ((settings.num_steps - 1) // settings.checkpoint_every_steps)
         if isinstance(settings, ExpertIterationMethod):
             rounds += seeds * (settings.rounds - 1)  # the last one is linked, not copied
         if isinstance(settings, ExpertIterationMethod | DpoMethod):
-            times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
             length = min(assumptions.completion_tokens, settings.max_new_tokens)
             rows = times * settings.prompts_per_round * settings.completions_per_prompt
             # The rows that are selected of them are written once more, without their tokens.
@@ -297,10 +318,9 @@ def disk_use(
         grades += rows * BYTES_OF_GRADES
     models = len(config.study.models)
     kept = {"none": 0, "final": runs, "all": runs + rounds}[keep]
-    return {
+    lying = {
         "starting weights": weights if all_known else None,
         "trained weights kept": weights * kept if all_known else (0.0 if keep == "none" else None),
-        "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
         "checkpoints while running": (
             max(known) * STATE_BYTES_PER_PARAMETER * state * num_parallel if all_known else None
         ),
@@ -308,6 +328,15 @@ def disk_use(
         "completions trained on": models * sampled,
         "grades": models * grades,
         "records and logs": models * runs * BYTES_OF_RUN,
+    }
+    sizes_known = [size for size in lying.values() if size is not None]
+    return {
+        **lying,
+        "most at once": sum(sizes_known) if len(sizes_known) == len(lying) else None,
+        "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
+        "checkpoints written in all": (
+            sum(known) * STATE_BYTES_PER_PARAMETER * saves if all_known else None
+        ),
     }
 
 
