@@ -220,7 +220,8 @@ def markdown(plan: dict[str, Any]) -> str:
             f"{a['sampling_utilisation']:.0%}, on a GPU at least "
             f"{1e6 * a['sampling_seconds_per_token']:g} µs per token and "
             f"{a['engine_start_seconds']:g} s per start of vLLM; prompts of {a['prompt_tokens']} "
-            f"and completions of at most {a['completion_tokens']} tokens. It can be wrong by a factor of several."
+            f"and completions of at most {a['completion_tokens']} tokens. It can be wrong by a "
+            "factor of several."
         )
     return "\n".join(lines)
 
