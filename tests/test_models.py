@@ -321,7 +321,7 @@ def test_a_name_that_no_model_can_have_is_one_line(
 
 
 def prepare_by_hand(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = from_hub().model_dump_json()
+    settings = from_hub().starting_weights().model_dump_json()
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "m",
          "--settings", settings, "--output-dir", str(tmp_path / "m")],
