@@ -463,7 +463,9 @@ class RewardSettings(Settings):
     grading: RewardGrade = "strict"
     """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
-    """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it."""
+    """`module:function`, called as fn(completion, gold) -> number; replaces nothing, adds to it.
+
+    An edit of the module's file is another run; what that file imports is not looked at."""
     custom_weight: float = 1.0
     """Weight of the custom reward."""
 

@@ -181,7 +181,9 @@ def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, 
     assert settings.hub_id is not None
     try:
         snapshot = Path(
-            snapshot_download(settings.hub_id, revision=settings.revision, allow_patterns=MODEL_FILES)
+            snapshot_download(
+                settings.hub_id, revision=settings.revision, allow_patterns=MODEL_FILES
+            )
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -300,8 +302,8 @@ def load_tokenizer(folder: Path, name: str | None = None) -> PreTrainedTokenizer
     one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("7", "8"))
     if not has_files or not one or not other or one == other:
         raise ModelError(
-            f"{name}: holds no tokenizer that tells 7 from 8; put the files of the model's own there "
-            "(tokenizer.json, or what its tokenizer's save_pretrained writes)"
+            f"{name}: holds no tokenizer that tells 7 from 8; put the files of the model's own "
+            "there (tokenizer.json, or what its tokenizer's save_pretrained writes)"
         )
     return tokenizer
 
