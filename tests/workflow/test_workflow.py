@@ -343,6 +343,41 @@ def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
 
 
+@pytest.mark.parametrize(
+    ("deleted", "first_rule"),
+    [
+        (".", "train_grpo"),
+        ("model", "train_grpo"),
+        ("train/metrics.jsonl", "train_grpo"),
+        ("completions", "generate"),
+        ("metrics/debug.json", "grade"),
+    ],
+)
+def test_what_is_deleted_of_a_cell_is_made_again_with_the_tables_and_nothing_else(
+    finished: Path, deleted: str, first_rule: str
+) -> None:
+    path = finished / CELLS / "grpo" / "seed0" / deleted
+    path.rename(finished / "deleted")
+    try:
+        jobs = planned_jobs(finished)
+    finally:
+        (finished / "deleted").rename(path)
+    cell = ["train_grpo", "generate", "grade"]
+    rules = [*cell[cell.index(first_rule) :], "compare", "plot", "report", "all"]
+    assert jobs == {**dict.fromkeys(rules, 1), "total": len(rules)}
+
+
+def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -> None:
+    none = overlay(finished, "none.yaml", {"study": {"keep_models": "none"}})
+    path = finished / CELLS / "grpo" / "seed0" / "model"
+    path.rename(finished / "dropped")
+    try:
+        jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, none))
+    finally:
+        (finished / "dropped").rename(path)
+    assert jobs == {}
+
+
 def test_two_runs_from_scratch_give_the_same_weights_and_completions(
     finished: Path, workspace: Path
 ) -> None:
