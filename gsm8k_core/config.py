@@ -462,7 +462,9 @@ class RewardSettings(Settings):
     grading: RewardGrade = "strict"
     """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
-    """`module:function`, called as fn(completion, gold) -> number; added to the other parts."""
+    """`module:function`, called as fn(completion, gold) -> number; added to the other parts.
+
+    An edit of the module's file makes another run; what that file imports is not looked at."""
     custom_weight: float = 1.0
     """Weight of the custom reward."""
 
