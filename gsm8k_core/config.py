@@ -506,9 +506,10 @@ class GrpoMethod(TrainSettings):
     kl_coefficient: NonNegativeFloat = 0.0
     """β of the KL to the reference; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimators; k3 is non-negative, k1 as a loss has no gradient in expectation."""
+    """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation; in
+    the reward k1 alone has that of the KL."""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or taken from the reward of the completion."""
+    """A term of the loss, or taken from the reward of the completion (then `kl_estimator: k1`)."""
     reference_refresh_steps: NonNegativeInt = 0
     """Copy the policy into the reference every so many steps; 0 never."""
     entropy_coefficient: NonNegativeFloat = 0.0
@@ -558,7 +559,33 @@ class GrpoMethod(TrainSettings):
             raise ValueError("reference_refresh_steps does not go with lora: set one of them")
         if self.objective == "cispo" and self.ratio_level == "sequence":
             raise ValueError("cispo is defined on token ratios: set ratio_level: token")
+        if self.objective == "reinforce" and self.minibatches * self.epochs_per_batch > 1:
+            raise ValueError(
+                "objective: reinforce has no ratio to correct what was sampled before an update: "
+                "set minibatches: 1 and epochs_per_batch: 1, or take ppo_clip or cispo"
+            )
+        if self.kl_coefficient > 0.0 and self.kl_placement == "reward":
+            self._check_kl_in_reward()
         return self
+
+    def _check_kl_in_reward(self) -> None:
+        """Raise ValueError for what makes KL in the reward another thing than a penalty of it."""
+        if self.kl_estimator != "k1":
+            raise ValueError(
+                "kl_placement: reward needs kl_estimator: k1: as a reward, k2 and k3 do not have "
+                "the gradient of the KL"
+            )
+        if self.advantage == "group_zscore":
+            raise ValueError(
+                "kl_placement: reward does not go with advantage: group_zscore: in a group that is "
+                "all right or all wrong it would scale differences of KL to spread 1, whatever "
+                "kl_coefficient is; take group_centered, leave_one_out or batch_zscore"
+            )
+        if self.mask_truncated:
+            raise ValueError(
+                "kl_placement: reward does not go with mask_truncated: truncated completions would "
+                "pay no KL, yet count in what others are compared with; set one of them"
+            )
 
 
 MethodSettings = Annotated[
