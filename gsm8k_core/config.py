@@ -537,7 +537,8 @@ class GrpoMethod(TrainSettings):
     importance_bound: PositiveFloat = 2.0
     """Largest weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the bound are cut to it, or the tokens left out."""
+    """Weights above the bound are cut to it, or become 0; what the loss is divided by still counts
+    those tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> GrpoMethod:

@@ -133,16 +133,13 @@ def policy_loss(
     metrics = _count(mask) | _ratio_metrics(ratio, advantages, mask, settings)
 
     if settings.importance_correction != "none":
-        weight = importance_weights(
-            old,
-            _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs"),
-            mask,
-            settings.importance_correction,
-            settings.importance_mode,
-            settings.importance_bound,
-        )
+        sampler = _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs")
+        level, bound = settings.importance_correction, settings.importance_bound
+        weight = importance_weights(old, sampler, mask, level, settings.importance_mode, bound)
         per_token_loss = per_token_loss * weight
         metrics |= _token_sum("importance_weight", weight, mask)
+        truncated = importance_weights(old, sampler, mask, level, "truncate", bound)
+        metrics |= _token_sum("importance_bounded_fraction", truncated >= bound, mask)
     if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
         _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
     if batch.ref_log_probs is not None:

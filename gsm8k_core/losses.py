@@ -261,7 +261,8 @@ def importance_weights(
     probabilities; this weight corrects for it (Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"). `level`: of each token, or of the whole completion
     (the product over its tokens) at every token of it. `mode`: `truncate` takes a weight above
-    `bound` to `bound`, `mask` to 0.
+    `bound` to `bound`, `mask` to 0;
+    `step_normalizer` counts such tokens all the same.
     """
     log_weight = _masked_difference(trainer_log_probs, sampler_log_probs, mask).detach()
     if level == "sequence":

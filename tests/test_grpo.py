@@ -348,6 +348,20 @@ def test_clip_fractions_count_the_tokens_below_and_above_the_range() -> None:
     assert summary["clip_fraction_low"] == pytest.approx(3 / 7)
 
 
+@pytest.mark.parametrize(("mode", "mean"), [("truncate", 1.5), ("mask", 0.5)])
+def test_weights_above_the_bound_are_counted_whatever_becomes_of_them(
+    mode: str, mean: float
+) -> None:
+    # Weights 1, 1, 3 and 4 under a bound of 2, and one outside the mask.
+    old = torch.tensor([[1.0, 1.0, 3.0], [4.0, 9.0, 1.0]]).log()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    batch = PolicyBatch(torch.ones(2), mask, old, sampler_log_probs=torch.zeros(2, 3))
+    settings_ = method(importance_correction="token", importance_mode=mode)
+    summary = summarize_metrics(policy_loss(old, None, batch, settings_, 2.0)[1])
+    assert summary["importance_bounded_fraction"] == 0.5
+    assert summary["importance_weight"] == pytest.approx(mean)
+
+
 def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     batch = PolicyBatch(torch.ones(2), mask, ref_log_probs=torch.zeros(2, 3))
