@@ -181,7 +181,8 @@ def collect_groups(
     """The groups that a step trains on, and all that were sampled for it.
 
     With dynamic sampling (DAPO §3.2), groups of equal rewards are set aside and others sampled, for
-    at most `max_refills` rounds; places still empty then are filled from those set aside.
+    at most `max_refills` rounds; places still empty then are filled from those set aside, as many
+    in each minibatch.
     """
     settings = run_settings.of_kind(GrpoMethod)
     wanted = settings.prompts_per_step
@@ -199,7 +200,12 @@ def collect_groups(
                 aside.append(group)
         if len(kept) == wanted:
             break
-    return kept + aside[: wanted - len(kept)], kept + aside
+    fillers = aside[: wanted - len(kept)]
+    chosen_groups = kept + fillers
+    if fillers:  # at the end, they would leave the last minibatch without a gradient
+        num = settings.minibatches
+        chosen_groups = [group for m in range(num) for group in chosen_groups[m::num]]
+    return chosen_groups, kept + aside
 
 
 def to_tensors(
@@ -448,7 +454,9 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
         summary["loss"] /= len(updates)
-        summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
+        norms = [update["grad_norm"] for update in updates]
+        summary["grad_norm"] = sum(norms) / len(norms)
+        summary["num_updates_without_gradient"] = norms.count(0.0)
         summary["learning_rate"] = updates[-1]["learning_rate"]
         tensors = (before, rollouts.sampler_log_probs, rollouts.response_mask)
         trainers, samplers, mask = (tensor[measured] for tensor in tensors)

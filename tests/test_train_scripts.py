@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from gsm8k_core import advantages, grpo, losses, scoring, shared_prompts, training
+from gsm8k_core.config import RunSettings
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.shared_prompts import ForwardCost
@@ -399,6 +401,7 @@ def test_a_step_in_which_nothing_is_learnt_goes_on_with_the_momentum(
     monkeypatch.setattr(sys.modules["first"], "calls", 0)
     twice = train("train_grpo", "grpo", name="twice", **common)
     assert [row["grad_norm"] > 0.0 for row in metrics_of(twice)] == [True, False]
+    assert [row["num_updates_without_gradient"] for row in metrics_of(twice)] == [0, 1]
     assert largest_difference(once, twice) > 0.0
 
 
@@ -463,6 +466,38 @@ def test_dynamic_sampling_refills_groups_without_spread(
     for row in dynamic:
         assert row["fraction_equal_reward_groups"] == 0
         assert row["num_prompts_sampled"] > 8  # and it says what that cost
+
+
+@pytest.mark.parametrize(
+    ("with_spread", "trained_on"),
+    [
+        # Three kept, then five of those set aside, dealt out to four minibatches of two.
+        ({1, 2, 6}, [[1, 3], [2, 4], [6, 5], [0, 7]]),
+        # All kept, the last five of them from the second round: in the order of sampling.
+        ({1, 2, 6, 8, 9, 10, 11, 12}, [[1, 2], [6, 8], [9, 10], [11, 12]]),
+    ],
+)
+def test_groups_that_fill_empty_places_are_dealt_out_to_the_minibatches(
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    with_spread: set[int],
+    trained_on: list[list[int]],
+) -> None:
+    module: Any = script("train_grpo")
+    settings = RunSettings.model_validate_json(
+        run_json("dapo", prompts_per_step=8, minibatches=4, max_refills=1)
+    )
+
+    def sample(problems: list[int], *_: Any) -> list[Any]:
+        return [module.Group([n], [], [], n in with_spread, "1", 0) for n in problems]
+
+    monkeypatch.setattr(module, "sample_groups", sample)
+    order = itertools.count()
+    groups, sampled = module.collect_groups(range(99), order, None, None, settings, None, 1)
+    found = [group.prompt_ids[0] for group in groups]
+    assert [found[place : place + 2] for place in range(0, 8, 2)] == trained_on
+    assert sorted(group.prompt_ids[0] for group in sampled) == list(range(13))
 
 
 def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
