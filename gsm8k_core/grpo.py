@@ -110,6 +110,8 @@ def policy_loss(
     `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the settings ask for
     something that is not given, or for an entropy bonus of an entropy without gradient, and for
     tensors of other shapes.
+
+    Among the metrics, `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r.
     """
     mask = batch.response_mask
     check_shapes(
@@ -130,7 +132,11 @@ def policy_loss(
     old = policy_log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
     ratio = policy_ratio(policy_log_probs, old, mask, settings.ratio_level)
     per_token_loss = -_objective(policy_log_probs, ratio, advantages, settings)
-    metrics = _count(mask) | _ratio_metrics(ratio, advantages, mask, settings)
+    metrics = _count(mask)
+    if settings.objective != "reinforce":  # which uses no ratio
+        metrics |= _ratio_metrics(ratio, advantages, mask, settings)
+        moved = kl_estimate(masked(old, mask), masked(policy_log_probs.detach(), mask), "k3")
+        metrics |= _token_sum("approx_kl", moved, mask)
 
     if settings.importance_correction != "none":
         sampler = _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs")
@@ -214,12 +220,10 @@ def _token_sum(name: str, values: torch.Tensor, mask: torch.Tensor) -> Metrics:
 def _ratio_metrics(
     ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, settings: GrpoMethod
 ) -> Metrics:
-    """Ratio, and share of tokens clipped below and above; `reinforce` uses no ratio, so has none.
+    """Ratio, and share of tokens clipped below and above.
 
     CISPO clips the weight whatever the advantage's sign.
     """
-    if settings.objective == "reinforce":
-        return {}
     ratio = ratio.detach()
     if settings.objective == "cispo":
         below, above = ratio < 1.0 - settings.clip_low, ratio > 1.0 + settings.clip_high

@@ -320,6 +320,7 @@ def test_on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped() -> None:
         summary = summarize_metrics(metrics)
         assert summary["ratio"] == 1.0
         assert summary["ratio_max"] == 1.0
+        assert summary["approx_kl"] == 0.0
         assert summary["clip_fraction_low"] == 0.0
         assert summary["clip_fraction_high"] == 0.0
         loss.backward()
@@ -360,6 +361,16 @@ def test_weights_above_the_bound_are_counted_whatever_becomes_of_them(
     summary = summarize_metrics(policy_loss(old, None, batch, settings_, 2.0)[1])
     assert summary["importance_bounded_fraction"] == 0.5
     assert summary["importance_weight"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_how_far_the_policy_has_moved_is_a_mean_over_tokens_of_their_own_ratios(level: str) -> None:
+    policy = torch.tensor([[2.0, 0.5, 9.0], [1.0, 9.0, 9.0]]).log()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    batch = PolicyBatch(torch.ones(2), mask, old_log_probs=torch.zeros(2, 3))
+    summary = summarize_metrics(policy_loss(policy, None, batch, method(ratio_level=level), 2.0)[1])
+    # r - 1 - log r: 1 - log 2, -1/2 + log 2 and 0; outside the mask nothing
+    assert summary["approx_kl"] == pytest.approx(0.5 / 3)
 
 
 def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None:

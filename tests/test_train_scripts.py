@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from gsm8k_core import advantages, grpo, losses, scoring, shared_prompts, training
 from gsm8k_core.config import RunSettings
+from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.shared_prompts import ForwardCost
@@ -171,6 +172,7 @@ def test_with_several_updates_the_ratio_leaves_one(train: Callable[..., Path]) -
         train("train_grpo", "grpo", **{**SMALL, "minibatches": 4}, learning_rate=3e-3)
     )
     assert rows[-1]["ratio_max"] > 1.0
+    assert rows[-1]["approx_kl"] > 0.0
 
 
 def test_the_sampler_and_the_trainer_agree_on_the_log_probs(train: Callable[..., Path]) -> None:
@@ -189,14 +191,17 @@ def test_every_preset_trains_and_logs_the_same_metrics(
     run = train("train_grpo", method, **{**SMALL, "minibatches": minibatches})
     wanted = {
         "reward_mean", "reward_std", "answer_reward_mean", "format_reward_mean",
-        "fraction_equal_reward_groups", "completion_length_mean", "completion_length_min",
-        "completion_length_max", "completion_length_mean_terminated", "truncated_fraction",
+        "fraction_equal_reward_groups", "fraction_all_correct_groups",
+        "fraction_all_incorrect_groups", "completion_length_mean", "completion_length_min",
+        "completion_length_max", "completion_length_mean_terminated",
+        "completion_length_mean_correct", "completion_length_mean_incorrect",
+        "truncated_fraction", "num_sampled_tokens", "num_updates_without_gradient",
         "entropy", "sampler_gap_mean", "sampler_gap_max", "effective_sample_size", "grad_norm",
         "learning_rate", "loss", "num_tokens_total", "seconds_rolling_out", "seconds_scoring",
         "seconds_updating", "tokens_per_second", "seconds_total", "peak_memory_mb",
     }  # fmt: skip
     if method not in ("reinforce", "rloo"):  # these use no ratio
-        wanted |= {"ratio", "ratio_max", "clip_fraction_low", "clip_fraction_high"}
+        wanted |= {"ratio", "ratio_max", "approx_kl", "clip_fraction_low", "clip_fraction_high"}
     for row in metrics_of(run):
         assert wanted <= row.keys()
     summary = read_json(run / "train" / "summary.json")
@@ -510,6 +515,51 @@ def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
         assert row["reward_std"] > 0.0
         assert row["fraction_equal_reward_groups"] == 1.0
         assert row["num_prompts_sampled"] == 3 * 8
+
+
+def test_what_dynamic_sampling_leaves_out_counts_as_sampled_but_not_as_trained_on(
+    train: Callable[..., Path],
+) -> None:
+    settings = {**SMALL, "reward": {"answer": 0.0}, "dynamic_sampling": True, "max_refills": 2}
+    run = train("train_grpo", "grpo", **settings)  # equal rewards: 24 groups of 4, 8 trained on
+    rows = metrics_of(run)
+    for row in rows:
+        assert row["num_sampled_tokens"] == round(row["completion_length_mean"] * 24 * 4)
+    summary = read_json(run / "train" / "summary.json")
+    assert summary["num_sampled_tokens"] == sum(row["num_sampled_tokens"] for row in rows)
+    assert "seconds_sampling" not in summary  # they are among those of training already
+    handled = sum(
+        row["tokens_per_second"]
+        * sum(row[f"seconds_{part}"] for part in ("rolling_out", "scoring", "updating"))
+        for row in rows
+    )
+    assert handled > 2 * summary["num_tokens"]
+
+
+def test_correct_and_incorrect_completions_are_told_apart(
+    script: Callable[..., ModuleType],
+) -> None:
+    module: Any = script("train_grpo")
+
+    def group(*completions: tuple[float, int]) -> Any:
+        return module.Group(
+            [1],
+            [Completion([5] * length, [0.0] * length, "stop", "") for _, length in completions],
+            [{"reward": right, "answer_reward": right} for right, _ in completions],
+            has_spread=len({right for right, _ in completions}) > 1,
+            gold="1",
+            sampled_by=0,
+        )
+
+    all_correct, mixed = group((1.0, 2), (1.0, 4)), group((1.0, 6), (0.0, 9))
+    all_incorrect = [group((0.0, 1), (0.0, 2)) for _ in range(2)]
+    metrics = module.rollout_metrics([mixed], [mixed, all_correct, *all_incorrect])
+    assert metrics["fraction_all_correct_groups"] == 1 / 4
+    assert metrics["fraction_all_incorrect_groups"] == 2 / 4
+    assert metrics["fraction_equal_reward_groups"] == 0.0  # of those trained on
+    assert metrics["completion_length_mean_correct"] == 4.0  # 2, 4, 6
+    assert metrics["completion_length_mean_incorrect"] == 3.0  # 9, 1, 2, 1, 2
+    assert metrics["num_sampled_tokens"] == 27
 
 
 def test_completions_that_are_all_truncated_and_masked_give_no_update(
