@@ -372,7 +372,8 @@ class SftSettings(TrainSettings):
     batch_size: PositiveInt = 32
     """Examples per optimizer step (unpacked)."""
     max_length: PositiveInt = 1024
-    """Longest prompt + response, in tokens; longer demonstrations are left out and counted."""
+    """Longest prompt + response, in tokens, where the model has as many positions; longer
+    demonstrations are left out and counted."""
     packing: bool = False
     """Put several examples in one row, each blind to the others."""
 

@@ -743,6 +743,31 @@ def test_demonstrations_that_are_all_too_long_are_an_error(train: Callable[..., 
         train("train_sft", "sft", max_length=5)
 
 
+@pytest.mark.parametrize("kind", ["sft", "rft", "dpo"])
+def test_what_is_longer_than_the_model_has_positions_is_left_out_and_counted(
+    train: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    # As after a round on a prompt that generate.py has cut: the tiny model has 512 positions.
+    def row(question: str, num_tokens: int) -> dict[str, Any]:
+        solution = {"answer": "#### 1", "gold": "1", "demonstration": "x " * num_tokens}
+        ids = [19] * num_tokens
+        return {"id": question[:2], "question": question, **solution, "response_ids": ids,
+                "chosen_ids": [20, 0], "rejected_ids": ids}  # fmt: skip
+
+    name, what = ("train_dpo", "pairs") if kind == "dpo" else ("train_sft", "demonstrations")
+    data = tmp_path / "data.jsonl"
+    fits, long_prompt, long_response = row("1", 9), row("2" * 600, 9), row("3", 600)
+    write_jsonl(data, [fits, long_prompt, long_response])
+    run = train(name, kind, data=data, num_steps=1, batch_size=2)
+    assert f"2 of 3 {what} are longer than the model's 512 positions and left out" in caplog.text
+    assert read_json(run / "train" / "summary.json")["num_examples"] == 1
+    write_jsonl(data, [long_prompt, long_response])
+    with pytest.raises(
+        DataError, match=f"none of its 2 {what} is within the model's 512 positions"
+    ):
+        train(name, kind, name="none left", data=data, num_steps=1)
+
+
 def test_settings_json_of_a_run_starts_the_same_run_again(
     train: Callable[..., Path],
     script: Callable[[str], ModuleType],
