@@ -575,13 +575,10 @@ class TrainingRun:
         model = self.model
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            if ranks.world_size() > 1:
+            # Adapters are merged on the CPU: a GPU need not hold the model twice.
+            if ranks.world_size() > 1 or self.settings.lora is not None:
                 model = load_model(self.starting_model, torch.device("cpu"))
                 load_plain_weights(model, plain_weights(self.model))
-            elif self.settings.lora is not None:
-                import copy
-
-                model = copy.deepcopy(model).merge_and_unload()
             save_model(model, self.tokenizer, temporary)
 
     def finish(self, summary: Json) -> None:

@@ -96,7 +96,11 @@ def test_content_digest_covers_what_sft_imitates_and_what_prompts_show() -> None
         {**row, "demonstration": "e", "examples": [example]},
     ]
     assert len({content_digest([one]) for one in kinds}) == len(kinds)
-    absent = {**row, "demonstration": None, "examples": []}  # as `problem_from_row` reads them
+    absent: dict[str, Any] = {
+        **row,
+        "demonstration": None,
+        "examples": [],
+    }  # as `problem_from_row` reads them
     assert content_digest([absent]) == content_digest([row])
 
 

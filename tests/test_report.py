@@ -45,7 +45,7 @@ from gsm8k_core.report import (
     script_text,
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_curve
+from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_charts, learning_curve
 from gsm8k_core.tables import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -383,6 +383,18 @@ def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() 
         (2, 3.0, 2.0, 4.0),
     ]
     assert learning_curve([[], []], "reward_mean", "grpo", 1.0) == []
+
+
+def test_a_method_is_drawn_by_its_answers_and_by_its_reward_only_where_it_logs_no_answers() -> None:
+    step = {"step": 1, "loss": 0.1, "reward_mean": -0.5}
+    logs = {"grpo": [[{**step, "answer_reward_mean": 0.25}]], "other": [[step]]}
+    charts = learning_charts(logs, ["grpo", "other"])
+    drawn = [chart["spec"]["data"]["values"] for chart in charts]
+    assert [(row["method"], row["mean"]) for rows in drawn for row in rows] == [
+        ("grpo", 25.0),
+        ("other", -0.5),
+    ]
+    assert [chart["y"] for chart in charts] == ["% right", "mean reward of a step"]
 
 
 # ------------------------------------------------------------------------------- shut, and the same

@@ -103,6 +103,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert reproducible_rows(one / metrics) == reproducible_rows(other / metrics)
     completions = "train/completions.jsonl"
     assert (one / completions).read_bytes() == (other / completions).read_bytes()
+    summaries = [read_json(run / "train" / "summary.json") for run in (one, other)]
+    for key in ("num_updates", "num_tokens", "num_prompts", "num_sampled_tokens"):
+        assert summaries[0].get(key) == summaries[1].get(key), key
     assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
     assert not (other / "state").exists()
 
