@@ -14,11 +14,16 @@ Two ways to find the answer:
 - `flexible` is the last number of the text.
 
 What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
-`36/2` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
+`18元` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
 `- 18` are read as no answer at all rather than as one of their parts. (In running text a sign apart
 from its number may be a dash: to `flexible`, `is - 18` and `#### - 18` are no answer, `Answer - 18`
 is 18.) A line with several numbers counts only as an equation, whose last side is the answer
-(`5 + 13 = 18`).
+(`5 + 13 = 18`). Where a number stands before that equation, parted from it by a comma or brackets,
+the number is the answer (`18 dollars, which leaves 20 - 18 = 2`).
+
+A fraction is a number only in lowest terms: `7/3` and `1/2` are, `36/2` and `18/1` are divisions
+that were left undone, and no answer. Who writes them has not done the last step, which is a
+division in one problem of GSM8K out of seven.
 """
 
 from __future__ import annotations
@@ -130,6 +135,7 @@ _POWER_OF_A_UNIT = re.compile(
     r"|s|sec)\s*\^\s*[23]",
     re.IGNORECASE,
 )
+_CUT_OFF = re.compile(r"[^\w=≈]*[=≈]\W*\Z")  # 7/3 = and no more
 _DIVISION = re.compile(r"(?<=[0-9.])\s*/\s*(?=\.?[0-9])")
 
 # What stands before a number in running text. `\Z` and not `$`: a new line is no join.
@@ -212,7 +218,8 @@ def is_correct(
 def parse_gold(gold: str | int | Fraction) -> Fraction:
     """The reference answer as a number; text may be a worked answer that ends in `#### 18`.
 
-    Raises DataError when it is text that states none, or neither text nor an exact number.
+    A fraction must be in lowest terms. Raises DataError when it is text that states no number, or
+    neither text nor an exact number.
     """
     if not isinstance(gold, str | int | Fraction):
         raise DataError(
@@ -284,6 +291,8 @@ def _last_number(text: str) -> Fraction | None:
         return None
     if _SIGN_APART.search(outside):
         return None
+    if number.group(2) and _CUT_OFF.match(text, number.end()):
+        return None
     return _value(prefix, number, text)
 
 
@@ -327,12 +336,21 @@ def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | 
         return None
     if _MULTIPLIES_MONEY.match(rest) and re.search(_CURRENCY, sign.group()):
         return None
-    numerator = _decimal(number.group(1))
-    denominator = Fraction(1) if number.group(2) is None else _decimal(number.group(2))
+    value = _decimal(number.group(1))
+    if number.group(2) is not None:
+        value = _fraction(value, _decimal(number.group(2)))
+    if value is None:
+        return None
+    return -value if "-" in (sign.group(1), sign.group(2)) else value
+
+
+def _fraction(numerator: Fraction | None, denominator: Fraction | None) -> Fraction | None:
+    """The fraction, where it is in lowest terms; else it is a division that was left undone."""
     if numerator is None or not denominator:
         return None
     value = numerator / denominator
-    return -value if "-" in (sign.group(1), sign.group(2)) else value
+    in_lowest_terms = (value.numerator, value.denominator) == (numerator, denominator)
+    return value if in_lowest_terms and denominator > 1 else None
 
 
 def _decimal(text: str) -> Fraction | None:

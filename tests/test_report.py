@@ -501,7 +501,7 @@ def test_a_problem_of_huge_completions_does_not_keep_the_others_out(
         ("so -$5 it is", "-5", "flexible", "####", "-$5"),
         (r"thus \boxed{\frac{1}{2}}", "1/2", "strict", "boxed", r"\frac{1}{2}"),
         (r"\boxed{3} and \boxed{\$1{,}000}", "1000", "strict", "boxed", r"\$1{,}000"),
-        ("The answer is 36/2.", "18", "strict", "The answer is", "36/2"),
+        ("The answer is 37/2.", "37/2", "strict", "The answer is", "37/2"),
         ("7, then 18. And 7.", "7", "lm_eval_flexible", "####", "7"),
         ("😀 #### 7", "7", "strict", "####", "7"),
     ],
