@@ -108,13 +108,18 @@ _DECORATION = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(r"[\s_$(\[]*(?:[a-zA-Z]\b\s*)?=\s*")
-_SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|<\||</|<[a-z]")
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|。|<\||</|<[a-z]")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
 
 _SUFFIX = re.compile(r"[^\W\d_]+")
 _UNIT_LETTERS = frozenset("mglLhs")
-_NOT_UNITS = frozenset("st nd rd th bn mn mil pi".split())
+_NOT_UNITS = frozenset(
+    "st nd rd th bn mn mil pi 千 千元 兆 천 만 억 조 천원 만원 억원 조원".split()
+)
+# Between Cyrillic and the letters of mathematics (𝑥): scripts that put no blank around a number.
+_OTHER_SCRIPTS = "\u0530-\U0001d3ff"
+_OTHER_SCRIPT = re.compile(f"[{_OTHER_SCRIPTS}]")
 _COUNT = "an?|one|two|three|four|five|six|seven|eight|nine"
 _PART = (
     "half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?"
@@ -122,7 +127,7 @@ _PART = (
 )
 _CHANGES_THE_NUMBER = re.compile(
     r"[\s-]*(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?\b"
-    r"|[\s-]*(?:lakhs?|crores?|bn|mn|mil|squared|cubed|factorial)\b"
+    r"|[\s-]*(?:lakhs?|crores?|bn|mn|mil|squared|cubed|factorial)\b|\s*[十百万萬亿億半]"
     rf"|[\s-]*and[\s-]+(?:(?:{_COUNT})[\s-]+)?(?:{_PART})\b"
     rf"|\s+point\s+(?:zero|{_COUNT})\b"
     r"|\s+(?:st|nd|rd|th)\b|\s+(?-i:[xyznkKMBπ])\b|\s*[+^×÷·\\]|\s*\*\s*[\w(]|\s*/\s*[(\\]",
@@ -139,9 +144,12 @@ _CUT_OFF = re.compile(r"[^\w=≈]*[=≈]\W*\Z")  # 7/3 = and no more
 _DIVISION = re.compile(r"(?<=[0-9.])\s*/\s*(?=\.?[0-9])")
 
 # What stands before a number in running text. `\Z` and not `$`: a new line is no join.
-_NEGATED = re.compile(r"\b(?:minus|negative)\s*\Z", re.IGNORECASE)
-_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$#]|\b(?:is|are|was|equals))\s*-\s+\Z")
-_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z")
+_NEGATED = re.compile(r"(?:\b(?:minus|negative)|[负負]|マイナス|마이너스)\s*\Z", re.IGNORECASE)
+_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$#]|\b(?:is|are|was|equals)|[是为為])\s*-\s+\Z")
+_JOINED_BEFORE = re.compile(
+    rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:(?![{_OTHER_SCRIPTS}])[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z"
+    rf"|(?:[第点點比之十百千万萬亿億兆천만억조]|{_DIGIT}(?:[年月时時分]|분의 ?))\Z"
+)
 _WHOLE_BEFORE = re.compile(rf"{_DIGIT}(?: +and)? +\Z")  # of a mixed number: 18 1/2
 _GROUPS_BEFORE = re.compile(rf"{_DIGIT}(?: |{THIN_SPACE} | {THIN_SPACE})\Z")  # of 1 000
 _LAST_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
@@ -330,7 +338,8 @@ def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | 
     suffix = _SUFFIX.match(rest)
     if suffix is not None:
         letters = suffix.group()
-        if len(letters) == 1 and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
+        one = len(letters) == 1 and not _OTHER_SCRIPT.match(letters)
+        if one and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
             return None
     if _CHANGES_THE_NUMBER.match(rest) or (sign.group(1) and sign.group(2)):
         return None

@@ -39,7 +39,8 @@ EIGHTEEN = [
     "18 cm^2.", "Rs. 18", "Rs 18", "\\text{USD }18", "USD 18", "US $18", "A$18", "₩18", "= 18",
     "x = 18", "x = $18", "\\underline{18}", "\\fbox{18}", "\\sim 18", "about 18",
     "approximately $18", "$18\\text{ m}$", "$18 m$", "$18\\text{ m}.$", "18 mm", "18 miles",
-    "18 points", "18 the", "18 square feet", "18 squares",
+    "18 points", "18 the", "18 square feet", "18 squares", "18元", "18円", "18個", "18원", "18千克",
+    "18 元", "18人，谢谢", "18元。", "18ก",
 ]  # fmt: skip
 OTHERS = [
     ("-$5", -5),
@@ -107,7 +108,9 @@ REFUSED = [
     "18 squared", "18 cubed", "18 factorial", "18 lakh", "18 lakhs", "18 crore", "$18 bn", "$18 B",
     "$18 b", "$1.8 mil", "$18m", "$18 m", "US$18m", "€18 m", "Rs. 18 m", "\\$18k", "$18 grand",
     "18 th", "18 B", "18 millions", "18 thousandths", "x^18", "x²", "18²", "18 x^2", "18x²",
-    "18 cm^2.5", "18 cm^23", "18 sum^2", "1 \u2009000",
+    "18 cm^2.5", "18 cm^23", "18 sum^2", "1 \u2009000", "18万元", "18 万", "18億円", "18千",
+    "18만원", "18半", "负18", "マイナス18", "第18", "4分之18", "3点18", "3月18日", "18π", "π18",
+    "18𝑥", "𝑥18", "18к", "18，19", "百18", "18é", "é18",
 ]  # fmt: skip
 MIRRORS = [  # what is right for a gold answer, and what looks like it and is not
     ("18", "18.00", "18.01"),
@@ -212,6 +215,7 @@ def test_a_text_without_a_number_has_no_answer(text: str | None) -> None:
         ("#### Step 1: 9 eggs\n#### Step 2: 2 dollars\n#### 18", 18),  # markdown headings
         ("#### Final answer: 18", 18),
         ("#### 18. She keeps 3.", 18),
+        ("#### 18元。她还剩3个。", 18),
         ("18", None),
         ("\\boxed{18}", None),
         ("### 18", None),
@@ -310,6 +314,13 @@ def test_strict_with_a_configured_marker_reads_after_the_first_that_a_number_fol
         ("The area is 18 cm^2, not cm^3.", 18),
         ("It costs 1,\u202f$18", 18),
         ("xUSD18", None),
+        ("答案是18。", 18),
+        ("答えは18円です。", 18),
+        ("답은 18원입니다.", 18),
+        ("她一共赚了18元，谢谢", 18),
+        ("答案是-18。", -18),
+        ("答案是 - 18", None),
+        ("答案是负18。", None),
     ],
 )
 def test_flexible_reads_the_last_number(text: str, value: Fraction | None) -> None:
