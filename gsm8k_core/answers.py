@@ -8,7 +8,8 @@ Two ways to find the answer:
 - `strict` reads it after the marker that the prompt asked for. For `####` it is the first marker
   that a number follows, as in lm-evaluation-harness: a base model that runs on into the next
   question answers that one after a second marker. Markers that words follow are markdown headings
-  and are passed over. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
+  and are passed over, and so are numbered ones (`#### 1. Find the eggs`) where another marker has
+  the answer. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
   used for intermediate results. A box that is never closed was cut short and is no answer. Any
   other marker (`The answer is`) is text, read as `####` is.
 - `flexible` is the last number of the text.
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -109,6 +111,8 @@ _DECORATION = re.compile(
 )
 _ASSIGNED = re.compile(r"[\s_$(\[]*(?:[a-zA-Z]\b\s*)?=\s*")
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|。|<\||</|<[a-z]")
+_NUMBERED_HEADING = re.compile(r"\s*([0-9]{1,2})[.)]\s+[^\W\d_]")
+_NEW_QUESTION = re.compile(r"^[ \t#*]*(?:Question|Q)[ \t*]*:", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
 
@@ -153,7 +157,18 @@ _JOINED_BEFORE = re.compile(
 _WHOLE_BEFORE = re.compile(rf"{_DIGIT}(?: +and)? +\Z")  # of a mixed number: 18 1/2
 _GROUPS_BEFORE = re.compile(rf"{_DIGIT}(?: |{THIN_SPACE} | {THIN_SPACE})\Z")  # of 1 000
 _LAST_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
-_ANOTHER_STATEMENT = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
+
+# What a side of an equation may hold besides: commas, names of what comes next, brackets.
+_EQUALS = re.compile(r"[=≈]")
+_NAME = re.compile(r"(?<=[0-9])[\s\\]+(?![mglLhs]\b)[a-zA-Z][\s&]*\Z")  # 18 y = 3
+_ANOTHER_STATEMENT = re.compile(
+    rf"[,;](?![0-9])|\b(?:and|or)\b|{_NAME.pattern}|(?<=[0-9])[\s\\]+[A-Z][a-z]+[\s&]*\Z"
+)
+_CLAUSE = re.compile(  # a comma that groups no digits, or a word
+    r"[,;](?![0-9]{3}(?![0-9]))|\b(?:because|since)\b|\b(?:and|or)\b(?=\s+[a-zA-Z][\s&]*\Z)"
+)
+_BRACKET = re.compile(r"[()\[\]]")
+_BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 
 BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -250,12 +265,30 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
 
 def _after_marker(text: str, marker: str) -> Fraction | None:
     """The number after the first `marker` that a number follows."""
+    line = next(_answer_lines(text, marker), None)
+    return None if line is None else _read_line(line)
+
+
+def _answer_lines(text: str, marker: str) -> Iterator[str]:
+    """What follows each `marker` that a number follows, until another question begins.
+
+    Headings that count up (`#### 1. Find the eggs`) are passed over where there is anything else.
+    """
+    headings: list[str] = []
+    found = False
     for segment in text.split(marker)[1:]:
         line = _clean(segment.lstrip().partition("\n")[0])
-        assigned = _ASSIGNED.match(line)  # `#### x = 18` is as good as `#### 18`
-        if _sign(line, assigned.end() if assigned else 0):
-            return _read_line(line)
-    return None
+        if _number_begins(line):
+            heading = None if marker.strip("#") else _NUMBERED_HEADING.match(line)
+            if heading and int(heading.group(1)) == len(headings) + 1:
+                headings.append(line)
+            else:
+                found = True
+                yield line
+        if (found or headings) and _NEW_QUESTION.search(segment):
+            break
+    if headings and not found:
+        yield headings[0]
 
 
 def _in_last_box(text: str) -> Fraction | None:
@@ -308,7 +341,10 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _read_line(line: str) -> Fraction | None:
-    """The one number of a cleaned line: its first sentence, the last side of an equation."""
+    """The one number of a cleaned line: its first sentence, the last side of an equation.
+
+    Or what stands before the equation: `18, which leaves 20 - 18 = 2`, `18 (20 - 18 = 2)`.
+    """
     # A full stop ends the answer only after it: "Rs. 5" and "No. 5" have not begun.
     first_digit = re.search(_DIGIT, line)
     if first_digit is None:
@@ -317,14 +353,58 @@ def _read_line(line: str) -> Fraction | None:
     sentence = line[: end.start()] if end else line
     if re.search(r"[<>!]=|[≠≤≥±]", sentence):
         return None
-    *before, side = re.split(r"[=≈]", sentence)
-    if any(_ANOTHER_STATEMENT.search(part) for part in before[1:]):
-        return None  # x = 18, y = 3
+    sentence = _without_asides(sentence, first_digit.end())
+    *before, side = _EQUALS.split(sentence)
+    if not before:
+        return _only_number(side)
+    # Not the last of two statements: x = 18, y = 3.
+    one = not (_NAME.search(before[0]) or any(map(_ANOTHER_STATEMENT.search, before[1:])))
+    answer = _only_number(side) if one else None
+    first = _BRACKETED.sub(lambda match: " " * len(match.group()), before[0])
+    clause = _CLAUSE.search(first, first_digit.end())
+    if clause is None or not _sign(first):
+        return answer
+    stated = _only_number(before[0][: clause.start()])
+    return stated if stated == answer or not _number_begins(sentence, clause.end()) else None
+
+
+def _without_asides(text: str, start: int) -> str:
+    """Without the brackets after `start` that hold an equation; nothing if one is never closed.
+
+    After an operator, a bracket that is never closed is arithmetic with a slip.
+    """
+    if not _EQUALS.search(text):
+        return text
+    kept: list[str] = []
+    depth = end = 0
+    opened = start
+    for bracket in _BRACKET.finditer(text, start):
+        if bracket.group() in "([":
+            opened = opened if depth else bracket.start()
+            depth += 1
+        elif depth:
+            depth -= 1
+            if depth == 0 and _EQUALS.search(text, opened, bracket.end()):
+                kept.append(text[end:opened])
+                end = bracket.end()
+    if depth and _EQUALS.search(text, opened) and text[:opened].rstrip()[-1:] not in "+-*/×÷·":
+        return ""
+    return " ".join([*kept, text[end:]])
+
+
+def _only_number(side: str) -> Fraction | None:
+    """The number that a text begins with, where it is the only one."""
     sign = _sign(side)
     number = _NUMBER.match(side, sign.end()) if sign else None
     if sign is None or number is None or re.search(_DIGIT, side[number.end() :]):
         return None
     return _value(sign, number, side)
+
+
+def _number_begins(text: str, start: int = 0) -> bool:
+    """Whether a number begins at `start`, or what is assigned one: `x = 18` is as good as `18`."""
+    assigned = _ASSIGNED.match(text, start)
+    return _sign(text, assigned.end() if assigned else start) is not None
 
 
 def _sign(text: str, start: int = 0) -> re.Match[str] | None:

@@ -197,6 +197,62 @@ def test_every_accepted_form_has_a_neighbour_that_is_not(gold: str, right: str, 
         assert not is_correct(sentence.format(wrong), gold, mode, marker), (mode, marker)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        # What stands before an equation is the answer, where it is one by itself.
+        ("18 dollars, which leaves 20 - 18 = 2", 18),
+        ("18 (check: 18 - 16 = 2)", 18),
+        ("18 [20 - 18 = 2 are left]", 18),
+        ("18 (check: 18 - (8 + 8) = 2)", 18),
+        ("18 (x = 2) dollars", 18),
+        ("18 (= 9 + 9)", 18),
+        ("$1,800, so that 2,000 - 1,800 = 200", 1800),
+        ("18 since he has 20 - 18 = 2", 18),
+        ("18, as 9 + 9 = 18", 18),
+        ("x = 18 (check: 18 - 16 = 2)", 18),
+        ("5 + 13 = 18 (check: 20 - 18 = 2)", 18),
+        ("18 dollars, which is 2 * 9 = 18, so 20 - 18 = 2", 18),
+        # Never one of several.
+        ("18, y = 3", None),
+        ("18; y = 3", None),
+        ("18 y = 3", None),
+        ("18 and y = 3", None),
+        ("18, 19, 20 = 21", None),
+        ("18,19,20 = 21", None),
+        ("T=18 A=20", None),
+        ("T = 18 \\\\ A = 20", None),
+        ("Tom = 18 Ann = 20", None),
+        ("x = 18 y = 3", None),
+        ("18 because 20 - 18 = 2", None),
+        ("9 + 9, which leaves 20 - 18 = 2", None),
+        ("18 (check: 18 - 16 = 2", None),  # cut short
+        ("18 (20 - 18 = 2) of 20", None),
+        # An equation all the same.
+        ("18, 5 + 13 = 18", 18),
+        ("2 + (4 * (2 + 2) = 18", 18),
+        ("18 because 36/2 = 18", 18),
+        ("5 boxes of 3 and 3 more so 5 * 3 + 3 = 18", 18),
+        ("2(9) = 18", 18),
+        ("3 (4 + 2) = 18", 18),
+        ("5 (eggs) + 13 (eggs) = 18", 18),
+        ("5 (old, brown) + 13 = 18", 18),
+        ("5 eggs and 13 eggs = 18 eggs", 18),
+        ("(5 + 13 = 18)", 18),
+        ("2 (so 9 + 9 = 18) + 16 = 18", 18),
+        ("1,000 - 982 = 18", 18),
+        ("0.3 hours = 18 minutes", 18),
+        ("x = 0.3 hours = 18 minutes", 18),
+        ("x = 2 s * 9 m/s = 18 m", 18),
+    ],
+)
+def test_an_equation_beside_the_answer_is_not_taken_for_it(text: str, value: int | None) -> None:
+    assert parse_number(text) == value
+    for mode, marker, sentence in MODES:
+        if mode == "strict":
+            assert extract_answer(sentence.format(text), mode, marker) == value, marker
+
+
 @pytest.mark.parametrize("text", ["", "####", "no number", "\\boxed{}", "#### \n", "-", "$", None])
 def test_a_text_without_a_number_has_no_answer(text: str | None) -> None:
     assert parse_number(text) is None
@@ -225,12 +281,21 @@ def test_a_text_without_a_number_has_no_answer(text: str | None) -> None:
         ("#### = 18", 18),
         ("#### **x = 18**", 18),
         ("#### x = 18, y = 3", None),
+        ("#### 1. Find the eggs left\n16 - 7 = 9\n#### 2. Multiply\n9 * 2 = 18\n#### 18", 18),
+        ("#### **1) Find**\n#### 2) Multiply\n#### 18. She keeps 3.", 18),
+        ("#### 1. She keeps one.", 1),
+        ("#### 1. Find\n#### 2. Multiply", 1),  # nothing but headings
+        ("#### 1. She keeps one.\n\nQuestion: 5 + 5?\nAnswer: #### 10", 1),
+        ("#### 1. One.\n\nQ: 5 + 5?\nA: #### 10", 1),
+        ("#### 18. She keeps 3.\n#### 3. She sells them.", 18),  # no heading: nothing counts up
+        ("#### 1.5 eggs\n#### 18", Fraction(3, 2)),
+        ("#### $1. So\n#### 18", 1),
         ("#### Let x = 5\n#### x 5\n#### 18", 18),  # headings
         ("#### - 18\n#### 7", 7),  # no number follows, a list begins
     ],
 )
 def test_strict_reads_after_the_first_marker_that_a_number_follows(
-    text: str, value: int | None
+    text: str, value: Fraction | None
 ) -> None:
     assert extract_answer(text, "strict") == value
 
@@ -246,6 +311,7 @@ def test_strict_reads_after_the_first_marker_that_a_number_follows(
         ("\\boxed{x = 18, y = 3}", None),
         ("\\boxed{x = 18 and y = 3}", None),
         ("\\boxed{9 + 9 = 1{,}8 = 18}", 18),
+        ("\\boxed{With 3 in each of 6 boxes, there are 3 * 6 = 18}", 18),
         ("\\boxed{18 \\text{ eggs}} in 2 days", 18),
         ("\\boxed{\\boxed{18}}", 18),
         ("\\boxed{7} then \\boxed{18", None),  # cut short
@@ -263,6 +329,7 @@ def test_strict_with_boxes_reads_the_last_closed_box(text: str, value: Fraction 
         ("The answer is", "The answer is 18. The answer is 7.", 18),
         ("The answer is", "The answer is not 7. The answer is: **$18**", 18),
         ("The answer is", "The answer is\n18", 18),
+        ("The answer is", "The answer is 1. She keeps it. The answer is 7.", 1),  # no heading
         ("The answer is", "The answer is about $18.", 18),
         ("The answer is", "The answer is about twice as much, 18", None),
         ("The answer is", "the answer is 18", None),
@@ -534,6 +601,13 @@ HOSTILE = {
     "assignments": "#### " + "x = " * 30_000 + "18",
     "blanks_and_a_letter": "#### " + "_" * 50_000 + "x" + " " * 50_000,
     "latex_spaces": "18" + "\\;" * 30_000 + "000",
+    "asides": "#### 18" + " (x = 2)" * 20_000,
+    "open_brackets": "#### 18 = " + "(" * 50_000 + "=" * 50_000,
+    "brackets": "#### 18 = " + "([" * 30_000 + "=",
+    "clauses": "#### 18" + ", 1" * 30_000 + " = 2",
+    "names": "#### x" + " = 18 y" * 20_000 + " " * 50_000 + "x",
+    "headings": "".join(f"#### {n}. Find\n" for n in range(1, 10_000)),
+    "blank_lines": "#### 1. x" + "\n" * 100_000 + "#### 2",
     "similar": "\\sim" * 30_000 + "18",
     "tildes": "1~" * 50_000,
 }
@@ -554,7 +628,7 @@ PIECES = st.sampled_from([
     "\u00a0", "=", "≈", "<", "<<", ">>", "<|", "</", "x", "the ", "answer ", "is ", "and ", "½",
     "\\,", "\\!", "{,}", "\\$", "\\", "US$", "%", "e", "(", ")", "'", ":", "×", "minus ",
     "\u200e", "\0", "\ud800", "! a", "m", "cm", "²", "Rs.", "US ", "\\;", "~", "٬", "·",
-    "about ", "\\sim",
+    "about ", "\\sim", ", ", "[", "]", "because", " y = ", "元", "1. a", "Q:",
 ])  # fmt: skip
 
 
