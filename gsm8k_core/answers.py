@@ -227,6 +227,18 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
     return _in_last_box(text) if marker == "boxed" else _after_marker(text, marker)
 
 
+def contradicts_itself(text: str, marker: Marker = "####") -> bool:
+    """Whether a marker after the one that `strict` reads states another number.
+
+    Before a new question begins, that is: a line with `Question:` or `Q:`. Of several boxes the
+    last is the answer, so they contradict nothing.
+    """
+    if marker == "boxed" or text.count(marker) < 2:
+        return False
+    values = [_read_line(line) for line in _answer_lines(text, marker)]
+    return any(value not in (None, values[0]) for value in values[1:])
+
+
 def is_correct(
     text: str | None, gold: str | int | Fraction, mode: Mode, marker: Marker = "####"
 ) -> bool:

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gsm8k_core.answers import Mode, extract_answer, is_correct, parse_gold, parse_number
+from gsm8k_core.answers import (
+    Mode,
+    contradicts_itself,
+    extract_answer,
+    is_correct,
+    parse_gold,
+    parse_number,
+)
 from gsm8k_core.errors import DataError
 
 MODES: list[tuple[Mode, str, str]] = [
@@ -619,6 +626,7 @@ def test_no_shape_of_text_costs_more_than_its_length(name: str) -> None:
     started = time.process_time()
     for mode, marker, _ in MODES:
         extract_answer(HOSTILE[name], mode, marker)
+        contradicts_itself(HOSTILE[name], marker)
     assert time.process_time() - started < 5.0
 
 
@@ -642,6 +650,7 @@ def test_no_repetition_costs_more_than_its_length(
     started = time.process_time()
     for mode, marker, sentence in MODES:
         extract_answer(sentence.format(text), mode, marker)
+        contradicts_itself(text, marker)
     assert time.process_time() - started < 1.0
 
 
