@@ -312,6 +312,17 @@ def test_math_verify_is_counted_beside_the_others(script: Script, tmp_path: Path
     assert summary["accuracy"] == summary["accuracy_strict"] == 0.5
 
 
+def test_a_majority_under_math_verify_is_not_split_by_the_form_of_its_votes(
+    script: Script, tmp_path: Path
+) -> None:
+    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
+    texts = ["\\boxed{1800}", "\\boxed{1800\\%}", "\\boxed{x=1800}", "#### 7", "#### 7", "#### 8"]
+    rows = [completion(0, text, sample) for sample, text in enumerate([*texts, "#### 7", "#### 9"])]
+    summary, grades = Job(script("grade"), tmp_path, rows).run(grading="math_verify")
+    assert grades["extracted"].to_list() == ["1800"] * 3 + ["7", "7", "8", "7", "9"]
+    assert summary["maj_at_k"]["8"] == 0.5  # three for 1800, three for 7
+
+
 def test_a_missing_package_is_one_line_on_the_command_line(job: Job, tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.modules['math_verify'] = None;"
