@@ -51,6 +51,7 @@ from gsm8k_core.report_charts import (
 )
 from gsm8k_core.tables import (
     COST_COLUMNS,
+    DOUBTS,
     PASS_AT_K_SCHEMA,
     notes_on,
     p_text,
@@ -466,15 +467,19 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
                 "it is 4 to 6.",
             }
         )
-    # Few seeds are no difference between rows, and have been told of.
-    flagged = [
-        row["method"]
-        for row in subject.rows
-        if any(not flag.startswith(("1 seed", "2 seeds")) for flag in _flags(row))
-    ]
-    if flagged:
-        text = f"Not all was made alike: see the flags of {_list(flagged)} below the table."
-        findings.append({"kind": "caution", "text": text})
+    # Few seeds have been told of.
+    for starts, told in (
+        (("seeds: ", "parent: ", "base: "), "Not all was made alike"),
+        (tuple(DOUBTS), "Some numbers need a second look"),
+    ):
+        flagged = [
+            row["method"]
+            for row in subject.rows
+            if any(flag.startswith(starts) for flag in _flags(row))
+        ]
+        if flagged:
+            text = f"{told}: see the flags of {_list(flagged)} below the table."
+            findings.append({"kind": "caution", "text": text})
     return findings
 
 

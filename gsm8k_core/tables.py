@@ -126,6 +126,15 @@ MEANS_OVER_SEEDS = (
 )
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
+# Flags of single rows, with their share after a colon.
+PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
+LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
+DOUBTS = {
+    PROMPTS_CUT: "so many prompts were too long for the model and lost their beginning",
+    CONTRADICTED: "so many completions are right by the first marker, and state another number "
+    "after a later one",
+}
+
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -368,6 +377,7 @@ def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
 def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
     cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
     flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
+    flags += _doubts(cell)
     row: Json = {
         "num_seeds": cell.accuracy.shape[0],
         "num_problems": cell.accuracy.shape[1],
@@ -421,6 +431,23 @@ def _few_seeds(method: str, cell: Cell, base: str) -> str:
     if method == base or num_seeds > 2:
         return ""
     return "1 seed: problems only" if num_seeds == 1 else "2 seeds"
+
+
+def _doubts(cell: Cell) -> list[str]:
+    """`prompts cut: 93 %` and the like: shares of problems or completions, means over seeds."""
+    cut, contradicted = [], []
+    for metrics, stats in zip(cell.metrics, cell.stats, strict=True):
+        num_cut = {**metrics, **stats}.get("num_prompts_truncated") or 0
+        cut.append(num_cut / cell.accuracy.shape[1])
+        # A flexible grade does not read the number that is contradicted.
+        reads_it = metrics.get("grading", "strict") in ("strict", "lm_eval_strict")
+        contradicted.append((metrics.get("contradicted_fraction") or 0.0) if reads_it else 0.0)
+    shares = {PROMPTS_CUT: np.mean(cut), CONTRADICTED: np.mean(contradicted)}
+    return [
+        f"{name}: {100 * share:.3g} %"
+        for name, share in shares.items()
+        if share > 0 and share >= LEAST_TOLD[name]
+    ]
 
 
 def _comparable(names: list[str]) -> list[str]:
@@ -668,6 +695,7 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
     explained = {
         "1 seed": "the interval is of problems alone; another training run may differ by more",
         "2 seeds": "too few to tell seeds from problems well; false positives reach 7 % at 5 %",
+        **DOUBTS,
     }
     notes += [
         f"flag “{word}”: {explained[word] if word in explained else meaning(word)}."

@@ -18,8 +18,10 @@ In the summary, `accuracy` is that of the greedy completions (null without them)
 mean share of correct samples (without samples, the greedy accuracy); `pass_at_k` is the unbiased
 estimator of Chen et al. 2021. Lengths, truncation, format and the accuracy by each grade
 (`accuracy_strict`, `accuracy_lm_eval_strict`, …) are those of the greedy completions if there are
-any. `math_verify_killed` counts completions that math-verify took too long for; they count as wrong
-by that grade.
+any. `contradicted_fraction` is the share of them that is right by `strict` and then states another
+number after a later marker. `num_prompts_truncated` counts the prompts that were too long for the
+model and lost their beginning. `math_verify_killed` counts completions that math-verify took too
+long for; they count as wrong by that grade.
 
 Departures: lm-evaluation-harness compares texts after removing `,` and `$`; `strict` and `flexible`
 compare numbers exactly, so `18.00` is 18 and `1, 18` is no number (gsm8k_core/answers.py). The
@@ -56,6 +58,7 @@ COPIED = (
     "seconds_loading",
     "seconds_generating",
     "num_prompt_tokens",
+    "num_prompts_truncated",
     "num_completion_tokens",
     "provenance",
 )
@@ -79,6 +82,7 @@ GRADES_SCHEMA: dict[str, type[pl.DataType]] = {
     "correct": pl.Boolean,
     **dict.fromkeys(GRADES, pl.Boolean),
     "has_format": pl.Boolean,
+    "contradicted": pl.Boolean,
     "extracted": pl.String,
     "num_tokens": pl.Int64,
     "truncated": pl.Boolean,
@@ -199,6 +203,7 @@ def summarize(grades: pl.DataFrame) -> dict[str, Any]:
         "mean_completion_tokens": _mean(main["num_tokens"]),
         "truncated_fraction": _mean(main["truncated"]),
         "format_fraction": _mean(main["has_format"]),
+        "contradicted_fraction": _mean(main["contradicted"]),
     }
 
 

@@ -218,12 +218,20 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "Not all was made alike" not in words
     made = {**paths, "comparison": tmp_path / "comparison.parquet", "output": tmp_path / "r.html"}
     shutil.copyfile(paths["comparison"].with_name("pass_at_k.csv"), tmp_path / "pass_at_k.csv")
-    flags = pl.when(pl.col("method") == "sft").then(pl.lit("2 seeds; parent: engine"))
+    flags = (
+        pl.when(pl.col("method") == "sft")
+        .then(pl.lit("2 seeds; parent: engine"))
+        .when(pl.col("method") == "twin")
+        .then(pl.lit("2 seeds; prompts cut: 93 %"))
+    )
     table = pl.read_parquet(paths["comparison"])
     table.with_columns(flags=flags.otherwise("flags")).write_parquet(made["comparison"])
     assert script("report").main(report_arguments(made)) == 0
     words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
     assert "Not all was made alike: see the flags of sft below" in words
+    assert "Some numbers need a second look: see the flags of twin below" in words
+    assert "twin: 2 seeds; prompts cut: 93 %" in words
+    assert "flag “prompts cut”: so many prompts were too long" in words
     assert "sft: 2 seeds; parent: engine" in words
 
 
@@ -514,7 +522,7 @@ def test_a_problem_of_huge_completions_does_not_keep_the_others_out(
         ("so -$5 it is", "-5", "flexible", "####", "-$5"),
         (r"thus \boxed{\frac{1}{2}}", "1/2", "strict", "boxed", r"\frac{1}{2}"),
         (r"\boxed{3} and \boxed{\$1{,}000}", "1000", "strict", "boxed", r"\$1{,}000"),
-        ("The answer is 36/2.", "18", "strict", "The answer is", "36/2"),
+        ("The answer is 37/2.", "37/2", "strict", "The answer is", "37/2"),
         ("7, then 18. And 7.", "7", "lm_eval_flexible", "####", "7"),
         ("😀 #### 7", "7", "strict", "####", "7"),
     ],

@@ -153,6 +153,7 @@ def test_grades_hold_one_sorted_row_per_completion(tmp_path: Path) -> None:
         "lm_eval_flexible": True,
         "math_verify": None,
         "has_format": False,
+        "contradicted": False,
         "extracted": None,
         "num_tokens": 10,
         "truncated": False,
@@ -521,6 +522,45 @@ def test_rows_of_other_problems_data_or_starting_weights_are_flagged(study_dir: 
         "2 seeds; parent: problems, training data; base: problems"
     )
     assert "flag “problems”: other problems" in to_markdown(frame)
+
+
+def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: Path) -> None:
+    run = study_dir / "m1" / "base" / "seed0"
+    rows = [completion(f"p{i:02d}", WRONG) for i in range(40)]
+    assert run_grade(run, rows, model="m1", num_prompts_truncated=37)["num_prompts_truncated"] == 37
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "base")["flags"] == "prompts cut: 92.5 %"
+    assert row_of(frame, "sft")["flags"] == "2 seeds"
+    for text in (to_markdown(frame), to_html(frame)):
+        assert "prompts cut: 92.5 %" in text
+        assert "flag “prompts cut”: so many prompts were too long for the model" in text
+    set_stats(study_dir, "sft", num_prompts_truncated=1)  # metrics of an older version
+    set_stats(study_dir, "base", num_prompts_truncated=0)
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "base")["flags"] is None
+    assert row_of(frame, "sft")["flags"] == "2 seeds; prompts cut: 2.5 %"
+
+
+@pytest.mark.parametrize(("grading", "flagged"), [("strict", True), ("flexible", False)])
+def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundred(
+    study_dir: Path, grading: str, flagged: bool
+) -> None:
+    settings = SETTINGS.replace("strict", grading)
+    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    for num_problems, expected in ((101, None), (100, "right and then contradicted: 1 %")):
+        for model in study.models:
+            for method in study.methods:
+                texts = [RIGHT] * (num_problems - 2)
+                # The second is wrong by the number that counts, so nothing right is contradicted.
+                texts += [f"{RIGHT} shells.\n#### 17", f"{WRONG}\n{RIGHT}"]
+                rows = [completion(f"p{i:03d}", text) for i, text in enumerate(texts)]
+                run = study_dir / model / method / f"seed{study.seeds_of[method][0]}"
+                summary = run_grade(run, rows, settings)
+                assert summary["contradicted_fraction"] == 1 / num_problems
+        frame = build(study, study_dir)
+        assert row_of(frame, "base")["flags"] == (expected if flagged else None)
+        if flagged and expected:
+            assert "flag “right and then contradicted”: so many" in to_markdown(frame)
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
