@@ -34,7 +34,9 @@ from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
+    clusters_of,
     markdown_table,
+    notes_on_clusters,
     p_text,
     percent,
     read_grades,
@@ -47,6 +49,7 @@ SCHEMA: dict[str, Any] = {
     "suite": pl.String,
     "num_seeds": pl.Int64,
     "num_problems": pl.Int64,
+    "num_clusters": pl.Int64,
     "accuracy_old": pl.Float64,
     "accuracy_new": pl.Float64,
     "delta": pl.Float64,
@@ -177,13 +180,18 @@ def _compare_cell(
         np.stack([table.select(column).to_series().to_numpy() for table in kept])
         for column in columns
     )
-    found = paired_difference(after, before, confidence)
+    renamed = {"cluster_new": "cluster"}
+    clusters = clusters_of(
+        one for table in kept for one in (table.drop("cluster").rename(renamed), table)
+    )
+    found = paired_difference(after, before, confidence, clusters)
     row: Json = {
         "model": model,
         "method": method,
         "suite": suite,
         "num_seeds": before.shape[0],
         "num_problems": before.shape[1],
+        "num_clusters": None if clusters is None else clusters.n_unique(),
         "accuracy_old": float(before.mean()),
         "accuracy_new": float(after.mean()),
         "delta": found.delta,
@@ -281,6 +289,7 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
             "and of what was trained no verdict, as another seed of the same settings may differ "
             "by more. Flags name few seeds, and what is not the same in both studies.\n"
         )
+        parts += [f"{note}\n" for note in notes_on_clusters(found.rows.iter_rows(named=True))]
     else:
         parts.append("No cell can be compared.\n")
     if found.changes:

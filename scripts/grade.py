@@ -77,6 +77,7 @@ ROW_TYPES: dict[str, type] = {
 CHOICES = {"decoding": ("greedy", "sample"), "finish_reason": ("stop", "length")}
 GRADES_SCHEMA: dict[str, type[pl.DataType]] = {
     "problem_id": pl.String,
+    "cluster": pl.String,
     "decoding": pl.String,
     "sample_index": pl.Int64,
     "correct": pl.Boolean,
@@ -97,6 +98,8 @@ def check_row(row: Json, where: str) -> None:
         if type(row[key]) is not kind:
             found = type(row[key]).__name__
             raise DataError(f"{where}: '{key}' should be {kind.__name__}, found {found}")
+    if type(row.get("cluster")) not in (str, type(None)):  # GSM8K's problems are of none
+        raise DataError(f"{where}: 'cluster' should be str, found {type(row['cluster']).__name__}")
     for key, choices in CHOICES.items():
         if row[key] not in choices:
             expected = " or ".join(map(repr, choices))
@@ -116,11 +119,12 @@ def grade_rows(rows: Iterable[Json], source: str, grader: Grader) -> pl.DataFram
     """One graded row per completion, sorted by problem, decoding and sample.
 
     Raises DataError that names `source` and the row (from 1) for a malformed row, a completion
-    that is there twice, a problem with two gold answers or a gold answer that is no number, and
-    when problems differ in how often they were answered.
+    that is there twice, a problem with two gold answers or two clusters or a gold answer that is no
+    number, and when problems differ in how often they were answered.
     """
     grades: list[Json] = []
     golds: dict[str, tuple[str, Gold]] = {}
+    clusters: dict[str, str | None] = {}
     seen: dict[tuple[str, str, int], int] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -135,9 +139,16 @@ def grade_rows(rows: Iterable[Json], source: str, grader: Grader) -> pl.DataFram
                 f"{where}: gold is {row['gold']!r}, but {gold_text!r} in an earlier row of "
                 f"problem {key[0]!r}"
             )
+        cluster = clusters.setdefault(key[0], row.get("cluster"))
+        if cluster != row.get("cluster"):
+            raise DataError(
+                f"{where}: cluster is {row.get('cluster')!r}, but {cluster!r} in an earlier row of "
+                f"problem {key[0]!r}"
+            )
         grades.append(
             {
                 "problem_id": row["problem_id"],
+                "cluster": cluster,
                 "decoding": row["decoding"],
                 "sample_index": row["sample_index"],
                 **grader.grade(row["completion"], gold),

@@ -41,6 +41,7 @@ from gsm8k_core.report import (
     _findings,
     _headline,
     _leads,
+    _table_note,
     json_for_script,
     script_text,
 )
@@ -208,6 +209,19 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert "over problems alone; differences are paired by them" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
     assert "over seeds and problems; differences are paired by both" in _context(subject)
+
+
+def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
+    plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
+    assert _headline(plain, _leads(plain)).startswith("grpo is best")
+    names = pl.Series([f"c{number // 10}" for number in range(100)])
+    clones.graded.tables[1] = clones.graded.tables[1].with_columns(cluster=names)
+    for row in clones.rows:
+        row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
+    assert "its lead over dpo may be chance" in _headline(clones, _leads(clones))  # one cluster
+    clones.metrics["grpo"] = [{"accuracy": 0.6}]
+    assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
+    assert "test: 100 problems in 10 clusters. Problems of one cluster" in _table_note(clones)
 
 
 def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(

@@ -99,6 +99,28 @@ def test_cells_are_paired_by_seed_and_problem_and_corrected_within_the_model(mak
     assert compare_studies(new, old).rows["verdict"].to_list() == [None, "better"]
 
 
+@pytest.mark.parametrize("told_by", [("old",), ("new",), ("old", "new")])
+def test_clones_are_paired_as_the_clusters_that_either_study_tells_of(
+    make: Maker, told_by: tuple[str, ...]
+) -> None:
+    folders = {"old": make("old", 0.6), "new": make("new", 0.4)}
+    clusters = [f"c{problem % 20}" for problem in range(200)]
+    for name in told_by:
+        for path in folders[name].glob("m/*/*/grades/test.parquet"):
+            grades = pl.read_parquet(path)
+            grades.with_columns(cluster=pl.Series(clusters)).write_parquet(path)
+    found = compare_studies(folders["old"], folders["new"])
+    row = found.rows.row(1, named=True)
+    right = [np.stack([outcomes(chance, seed) for seed in range(3)]) for chance in (0.4, 0.6)]
+    expected = paired_difference(right[0], right[1], 0.95, clusters)
+    assert [row["delta"], row["delta_ci_low"], row["delta_ci_high"], row["p_value"]] == (
+        pytest.approx(list(expected[:4]))
+    )
+    assert (row["num_problems"], row["num_clusters"]) == (200, 20)
+    text = studies.to_markdown(found, folders["old"], folders["new"], 0.95)
+    assert text.count("test: 200 problems in 20 clusters. ") == 1
+
+
 def test_only_problems_and_seeds_that_both_have_are_compared(make: Maker) -> None:
     old, new = make("old", 0.5), make("new", 0.5)
     for seed in range(3):  # problems 50 to 249 instead of 0 to 199
