@@ -51,8 +51,8 @@ What can be had, from simulated studies of logistic effects (tests/test_metrics.
 
 Shares of right samples and maj@k behave as greedy completions do: with eight samples a problem the
 same bounds hold. With clusters (20 to 85 of them, one to five seeds) intervals cover 93 to 98 %,
-and false positives are 3 to 6 %; a few clusters several times as large as the others, as those of the
-embedded problems, are at the low end. Not knowing of them: 53 to 91 %, and 7 to 37 %.
+and false positives are 3 to 6 %; a few clusters several times as large as the others, like those
+of the embedded problems, are at the low end. Without knowing of them: 53 to 91 %, and 7 to 37 %.
 """
 
 from __future__ import annotations
