@@ -3,6 +3,8 @@
 
 
 rule prepare_data:
+    input:
+        local_data,
     output:
         train="artifacts/{dataset}/train.jsonl",
         val="artifacts/{dataset}/val.jsonl",
