@@ -1011,11 +1011,11 @@ class Config(Settings):
 
 
 def doubts(config: Config, shipped: Config) -> str:
-    """What a study of real models has inherited that is made for a toy, as one line, or none.
+    """What a study has inherited that is made for another one, as one line, or none.
 
-    From config.yaml (`shipped`): a rate too high for full fine-tuning of a real model, and too few
-    tokens for a solution of GSM8K; either only where it is config.yaml's own number. From the
-    defaults: float32 on a GPU.
+    From config.yaml (`shipped`), with real models: a rate too high for full fine-tuning, and too
+    few tokens for a solution of GSM8K; either only where it is config.yaml's own number. With a
+    dataset of its own: suites of another one. From the defaults: float32 on a GPU.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
@@ -1040,6 +1040,18 @@ def doubts(config: Config, shipped: Config) -> str:
             f"{', '.join(sorted(inherited))}: made for the embedded model, but inherited from "
             f"config.yaml for {', '.join(real)}. Set them in your study, or put your file after "
             "studies/qwen2.5-gsm8k.yaml, which does."
+        )
+    study = config.study
+    evaluated_on = {config.suites[name].dataset for name in study.suites}
+    if (
+        study.suites == shipped.study.suites
+        and study.dataset != shipped.study.dataset
+        and study.dataset not in evaluated_on
+    ):
+        found.append(
+            f"study.suites: {', '.join(study.suites)}, as in config.yaml, asks problems of "
+            f"{', '.join(sorted(evaluated_on))}, and the methods learn from {study.dataset}. "
+            f"Name a suite with dataset: {study.dataset}."
         )
     slow = [
         f"models.{name}.dtype"

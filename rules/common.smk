@@ -12,13 +12,16 @@ from snakemake.exceptions import WorkflowError
 
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE
 from gsm8k_core.config import doubts, dump, load_config, parse_config
+from gsm8k_core.data import SPLITS
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.files import model_files
 from gsm8k_core.layout import RUNS, Layout, one_of
 from gsm8k_core.manifest import (
     CHECKOUT_VARIABLE,
     INVOCATION_VARIABLE,
     Invocation,
     code_digest,
+    gpus as gpus_here,
 )
 from gsm8k_core.records import SUMS, invocation_facts, record_study
 from gsm8k_core.rewards import missing_reward, reward_code
@@ -106,6 +109,11 @@ def check_gpu_limit():
     if workflow.local_exec and limit is not None and wanted > limit:
         logger.warning(
             f"A model's jobs ask for {wanted} GPUs and get {limit}: `--resources gpu={wanted}` gives all."
+        )
+    if workflow.local_exec and wanted and not gpus_here():
+        logger.warning(
+            "The study's models ask for GPUs (models.*.gpus), and nvidia-smi shows none here: they run "
+            "on the CPU, which is slow for all but small models."
         )
     if not workflow.local_exec and limit == 1:
         raise WorkflowError(
@@ -259,6 +267,22 @@ def weights(path, kept_by):
 def study_dir(wildcards):
     """A function, for `snakemake --lint` has no folder as a plain parameter."""
     return LAYOUT.experiments
+
+
+# What lies on this machine is an input, so that what changes there is prepared again.
+
+
+def local_model(wildcards):
+    model = CONFIG.models[wildcards.model]
+    if model.source != "path":
+        return []
+    folder = Path(model.path).expanduser()
+    return sorted({str(path) for path in [folder / "config.json", *model_files(folder)]})
+
+
+def local_data(wildcards):
+    path = getattr(CONFIG.datasets[wildcards.dataset], "path", None)
+    return [str(Path(path).expanduser() / f"{split}.jsonl") for split in SPLITS if path]
 
 
 def suite_problems(wildcards):

@@ -3,6 +3,8 @@
 
 
 rule prepare_data:
+    input:
+        local_data,
     output:
         train=f"{DATA}/train.jsonl",
         val=f"{DATA}/val.jsonl",

@@ -3,6 +3,8 @@
 
 
 rule prepare_model:
+    input:
+        local_model,
     output:
         directory(LAYOUT.starting_weights("{model}")),
     log:

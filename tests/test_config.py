@@ -605,3 +605,23 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
         assert line({**of_added, "models": {"b": {**added, **meant}}}) == ""
     for path in sorted((ROOT / "studies").glob("*.yaml")):
         assert line(read_yaml(path)) == ""
+
+
+def test_a_study_with_a_dataset_of_its_own_is_told_of_suites_that_ask_for_another() -> None:
+    shipped = load_config(ROOT / "config.yaml")
+
+    def line(study: dict[str, Any], **suite: Any) -> str:
+        overlay = {
+            "study": study,
+            "datasets": {"mine": {"kind": "arithmetic", "seed": 7}},
+            "suites": {"of_mine": {"dataset": "mine"}, "arithmetic": suite},
+        }
+        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)), shipped)
+
+    assert line({"dataset": "mine"}) == (
+        "study.suites: arithmetic, as in config.yaml, asks problems of arithmetic, and the methods "
+        "learn from mine. Name a suite with dataset: mine."
+    )
+    for meant in (["of_mine"], ["arithmetic", "of_mine"], ["gsm8k"]):
+        assert line({"dataset": "mine", "suites": meant}) == ""
+    assert line({"dataset": "mine"}, dataset="mine") == ""

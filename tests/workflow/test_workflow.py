@@ -18,7 +18,8 @@ from flips import files_of, unnoticed_flips
 from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
-from gsm8k_core.files import read_json, read_jsonl
+from gsm8k_core.data import content_digest
+from gsm8k_core.files import read_json, read_jsonl, write_jsonl
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
@@ -112,6 +113,27 @@ def test_jobs_with_a_gpu_take_one_of_their_own_and_others_run_as_they_are(worksp
         assert {name for _, name in commands} >= {*scripts, "grade"}
         for before, name in commands:
             assert before == (python if name in scripts else "python")
+
+
+def test_models_that_ask_for_gpus_where_there_are_none_are_said_to_run_on_the_cpu(
+    workspace: Path,
+) -> None:
+    one = overlay(workspace, "one.yaml", {"models": {"tiny-qwen2": {"gpus": 1}}})
+    driver = workspace / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    for overlays, listed, said in (
+        ((*SMALL_STUDY, one), "", True),
+        ((*SMALL_STUDY, one), "NVIDIA H100, 570.1, 81559 MiB", False),
+        (SMALL_STUDY, "", False),
+    ):
+        driver.write_text(f"#!/bin/sh\necho '{listed}'\n", encoding="utf-8")
+        driver.chmod(0o755)
+        result = snakemake(
+            workspace, "artifacts/arithmetic_debug/train.jsonl", "--forceall",
+            overlays=overlays, PATH=f"{driver.parent}:{os.environ['PATH']}",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout
+        assert ("nvidia-smi shows none here: they run on the CPU" in result.stdout) is said
 
 
 def test_a_cluster_that_counts_gpus_in_gres_alone_trains_on_all_of_them(workspace: Path) -> None:
@@ -445,6 +467,39 @@ def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Pa
     assert not list((workspace / "artifacts").rglob("*.jsonl"))
     (folder,) = list((workspace / "artifacts" / "runs").iterdir())
     assert read_json(folder / "run_manifest.json")["state"] == "failed"
+
+
+def test_a_local_model_or_dataset_that_changes_is_prepared_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(finished))
+    model, data = finished / "my model", finished / "my data"
+    rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(3)]
+    data.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(data / f"{split}.jsonl", rows)
+    digests = dict.fromkeys(("train", "test"), content_digest(rows))
+    dataset = {"kind": "gsm8k", "path": "~/my data", "num_val": 1, "digests": digests}
+    settings = {
+        "models": {"mine": {"source": "path", "path": "./my model", "prompt": "plain"}},
+        "datasets": {"mine": dataset},
+    }
+    overlays = (*SMALL_STUDY, overlay(finished, "local.yaml", settings))
+    targets = ("artifacts/models/mine", "artifacts/mine/train.jsonl")
+    refused = snakemake(finished, *targets, overlays=overlays)
+    assert refused.returncode != 0 and "my model/config.json" in refused.stdout
+    shutil.copytree(finished / "artifacts" / "models" / "tiny-qwen2", model)
+    result = snakemake(finished, *targets, overlays=overlays)
+    assert result.returncode == 0, result.stdout
+    assert planned_jobs(finished, *targets, overlays=overlays) == {}
+    (model / "model.safetensors").touch()
+    assert planned_jobs(finished, *targets, overlays=overlays) == {"prepare_model": 1, "total": 1}
+    (data / "test.jsonl").touch()
+    both = {"prepare_data": 1, "prepare_model": 1, "total": 2}
+    assert planned_jobs(finished, *targets, overlays=overlays) == both
+    shutil.rmtree(model)  # what has been prepared of it is as good as ever
+    shutil.rmtree(data)
+    assert planned_jobs(finished, *targets, overlays=overlays) == {}
 
 
 def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
