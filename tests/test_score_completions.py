@@ -142,6 +142,11 @@ def test_golds_come_from_the_problems(score: Score, tmp_path: Path, form: str) -
     assert scored["problem_id"].to_list() == [str(names[1]), str(names[0])]
 
 
+def test_a_right_answer_with_another_one_after_it_is_told(score: Score) -> None:
+    rows = [{"completion": ["#### 18\n#### 17", "#### 18"], "gold": "18"}]
+    assert score(rows)[1].select("strict", "contradicted").rows() == [(True, True), (True, False)]
+
+
 def test_marker_and_the_grade_that_counts_are_chosen(score: Score) -> None:
     rows = [{"completion": "#### 7\nThe answer is 18.00.", "gold": "18"}]
     _, scored = score(rows, "--marker", "The answer is", "--grading", "lm_eval_flexible")
