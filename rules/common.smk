@@ -277,7 +277,9 @@ def local_model(wildcards):
     if model.source != "path":
         return []
     folder = Path(model.path).expanduser()
-    return sorted({str(path) for path in [folder / "config.json", *model_files(folder)]})
+    return sorted(
+        {str(path) for path in [folder / "config.json", *model_files(folder)]}
+    )
 
 
 def local_data(wildcards):
