@@ -1,10 +1,9 @@
-"""What the command lines share: logging, one-line errors, progress bars, settings arguments."""
+"""What the command lines share: logging, one-line errors, settings arguments."""
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import json
 import logging
 import os
 import platform
@@ -13,31 +12,34 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from gsm8k_core import ranks
 from gsm8k_core.config import (
+    METHOD_RESOURCES,
+    MODEL_RESOURCES,
     Config,
     EngineName,
     ModelSettings,
     RunSettings,
+    TrainSettings,
     VllmSettings,
+    checked,
     doubts,
     load_config,
     merge,
-    read_yaml,
+    settings_from,
 )
 from gsm8k_core.errors import ConfigError, Gsm8kError
-from gsm8k_core.redaction import redact, secrets_in_settings
+from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 SECONDS_TO_BE_ENDED = 20.0
 MEMORY_EXCERPT_CHARACTERS = 160
@@ -166,9 +168,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _memory_advice(error: RuntimeError) -> str:
     said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
     return (
-        f"out of memory ({said}): lower tokens_per_microbatch, or set gradient_checkpointing: "
-        "true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run resumes from its last "
-        "checkpoint. "
+        f"out of memory ({said}): lower tokens_per_microbatch (where it generates "
+        "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
+        "vllm.rollout_gpu_memory_fraction. The run resumes from its last checkpoint, and finished "
+        "ones stay as they are. "
         "Weights, gradients and AdamW's moments alone take 16 bytes per parameter: if these do "
         "not fit, set lora, or more gpus"
     )
@@ -213,50 +216,6 @@ def _write_redacted_unraisable(failed: sys.UnraisableHookArgs) -> None:
     _write_redacted_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
-def progress(
-    items: Iterable[Item], what: str, total: int | None = None, start: int = 0
-) -> Iterator[Item]:
-    """A tqdm bar in a terminal; nothing in a log file, where a bar would be a thousand lines."""
-    from tqdm import tqdm
-
-    yield from tqdm(items, desc=what, total=total, initial=start, disable=not _shows_bars())
-
-
-def progress_bar(what: str, total: int, start: int = 0) -> Any:
-    """The bar of `progress` for work that calls back: a context manager to call `update()` on."""
-    from tqdm import tqdm
-
-    return tqdm(desc=what, total=total, initial=start, disable=not _shows_bars())
-
-
-def _shows_bars() -> bool:
-    return sys.stderr.isatty() and ranks.is_main()
-
-
-def settings_from(text: str, schema: Any) -> Any:
-    """Check settings given as JSON text, or as the path of a JSON or YAML file, against `schema`.
-
-    Raises ConfigError that lists every mistake by key.
-    """
-    try:
-        raw = json.loads(text)
-        where = "--settings"
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{"):
-            raise ConfigError(f"--settings: not valid JSON ({error}): {text[:200]}") from None
-        path = Path(text)
-        if not path.is_file():
-            raise ConfigError(f"--settings: neither JSON nor a file: {text[:200]}") from None
-        raw, where = read_yaml(path), str(path)
-    if secrets := secrets_in_settings(raw):
-        raise ConfigError(f"{where}: " + "; ".join(secrets))
-    try:
-        return TypeAdapter(schema).validate_python(raw)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
-
-
 def parser(documentation: str | None) -> argparse.ArgumentParser:
     """An ArgumentParser whose --help is the script's own docstring, laid out as written."""
     return argparse.ArgumentParser(
@@ -278,32 +237,57 @@ def add_config_argument(arguments: argparse._ActionsContainer) -> None:
         "--config",
         nargs="+",
         type=Path,
-        default=[Path("config.yaml")],
         metavar="FILE",
         help="config.yaml and overlays (default: config.yaml)",
     )
 
 
+def config_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of `--config`, or its default."""
+    return arguments.config or [Path("config.yaml")]
+
+
 def config_from(arguments: argparse.Namespace) -> Config:
     """What the files of `--config` say, checked."""
-    return load_config(arguments.config[0], arguments.config[1:])
+    first, *overlays = config_files(arguments)
+    return load_config(first, overlays)
+
+
+def add_settings_arguments(arguments: argparse._ActionsContainer) -> None:
+    """`--settings`, as the workflow gives them, and `--config`, for names to stand for them."""
+    arguments.add_argument(
+        "--settings",
+        metavar="JSON|FILE",
+        help="all settings, as the workflow gives them, instead of names in the config",
+    )
+    add_config_argument(arguments)
+
+
+def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") -> Any:
+    """What `--settings` says, checked against `schema`; None without it.
+
+    Raises ConfigError for mistakes in it, and where `--config` or a name in it is given besides,
+    but for the argument `label`, which then names what comes out.
+    """
+    if arguments.settings is None:
+        return None
+    for name in ("config", "model_name", "method", "suite", "seed", "traces"):
+        if name != label and getattr(arguments, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} repeats what --settings says: give only one of them")
+    return settings_from(arguments.settings, schema)
 
 
 def warn_of_toy_settings(config: Config, arguments: argparse.Namespace) -> None:
     """Log what real models of the study have inherited from the first file of `--config`."""
-    if doubt := doubts(config, load_config(arguments.config[0])):
+    if doubt := doubts(config, load_config(config_files(arguments)[0])):
         log.warning("%s", doubt)
 
 
 def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     """The two ways to say what a training run is: settings as they are, or a cell of a config."""
     group = arguments.add_argument_group("what to train")
-    group.add_argument(
-        "--settings",
-        metavar="JSON|FILE",
-        help="all settings of the run (a run's settings.json), as the workflow passes them",
-    )
-    add_config_argument(group)
+    add_settings_arguments(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
     group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
@@ -314,10 +298,36 @@ def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
     group = arguments.add_argument_group(
         "engine", "override the config's settings (docs/settings.md, section `vllm`)"
     )
-    group.add_argument("--engine", choices=get_args(EngineName), help="which engine generates")
-    for name, field in VllmSettings.model_fields.items():
-        flag = "--vllm-" + name.replace("_", "-")
-        group.add_argument(flag, metavar="VALUE", help=field.description)
+    group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
+    _add_setting(group, ModelSettings, "completions_per_batch")
+    for name in VllmSettings.model_fields:
+        _add_setting(group, VllmSettings, name, "vllm_")
+
+
+def _add_setting(
+    group: argparse._ActionsContainer, section: type[BaseModel], name: str, prefix: str = ""
+) -> None:
+    """A flag for one setting, explained as the setting is."""
+    group.add_argument(
+        f"--{prefix}{name}".replace("_", "-"),
+        metavar="VALUE",
+        help=section.model_fields[name].description,
+    )
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Values of the flags of `_add_setting` that were given, as YAML reads them."""
+    found = {}
+    for name in names:
+        text = getattr(arguments, prefix + name, None)
+        if text is None:
+            continue
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise ConfigError(f"{flag}: {' '.join(str(error).split())}") from None
+    return found
 
 
 def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -> ModelSettings:
@@ -325,12 +335,11 @@ def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -
 
     Raises ConfigError for a value that a setting cannot have.
     """
-    given = {name: getattr(arguments, f"vllm_{name}") for name in VllmSettings.model_fields}
-    vllm = {name: yaml.safe_load(text) for name, text in given.items() if text is not None}
-    overlay: dict[str, Any] = {"vllm": vllm}
-    if arguments.engine is not None:
-        overlay["engine"] = arguments.engine
-    return settings_from(json.dumps(merge(model.model_dump(mode="json"), overlay)), ModelSettings)
+    overlay: dict[str, Any] = {
+        **_given(arguments, ("engine", *MODEL_RESOURCES)),
+        "vllm": _given(arguments, VllmSettings.model_fields, "vllm_"),
+    }
+    return checked(merge(model.model_dump(mode="json"), overlay), ModelSettings, "flags")
 
 
 def training_parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -345,7 +354,43 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
         "--max-steps", type=positive, help="stop after this many steps (for a quick look)"
     )
     add_engine_arguments(arguments)
+    group = arguments.add_argument_group(
+        "resources", "over the config's settings; they change no result, and may change in mid-run"
+    )
+    for name in METHOD_RESOURCES:
+        _add_setting(group, TrainSettings, name)
+    _add_setting(group, ModelSettings, "compile_layers")
     return arguments
+
+
+def study_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The arguments of what reads all runs of a study."""
+    arguments = parser(documentation)
+    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
+    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
+    return arguments
+
+
+def traces_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """The arguments that name a dataset of reasoning traces."""
+    arguments = parser(documentation)
+    add_settings_arguments(arguments)
+    arguments.add_argument("--traces", help="their name in the config")
+    return arguments
+
+
+def traces_settings_from(
+    arguments: argparse.Namespace, schema: Any, of_config: Callable[[Config, str], Any]
+) -> Any:
+    """What the arguments of `traces_parser` name: `schema`, as `of_config` makes it by name."""
+    if (given := given_settings(arguments, schema)) is not None:
+        return given
+    if arguments.traces is None:
+        raise ConfigError("say which traces: --settings, or --traces")
+    config = config_from(arguments)
+    check_known("--traces", arguments.traces, config.traces)
+    return of_config(config, arguments.traces)
 
 
 def selection_parser(documentation: str | None, what: str) -> argparse.ArgumentParser:
@@ -369,22 +414,22 @@ def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     settings = _run_settings_of_cell(arguments)
     if not hasattr(arguments, "engine"):
         return settings
-    model = with_engine_arguments(settings.model_settings, arguments)
-    return settings.model_copy(update={"model_settings": model})
-
-
-def refuse_cell_beside_settings(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError where a cell is named besides `--settings`, which names one."""
-    for name in ("model_name", "method", "suite", "seed"):
-        if getattr(arguments, name, None) is not None:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} repeats what --settings says: give only one of them")
+    method = settings.method_settings
+    overlay = {
+        **method.model_dump(mode="json", by_alias=True),
+        **_given(arguments, METHOD_RESOURCES),
+    }
+    return settings.model_copy(
+        update={
+            "model_settings": with_engine_arguments(settings.model_settings, arguments),
+            "method_settings": checked(overlay, type(method), "flags"),
+        }
+    )
 
 
 def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
-    if arguments.settings is not None:
-        refuse_cell_beside_settings(arguments)
-        return settings_from(arguments.settings, RunSettings)
+    if (given := given_settings(arguments, RunSettings)) is not None:
+        return given
     if arguments.model_name is None or arguments.method is None:
         raise ConfigError("say what to train: --settings, or --model-name and --method")
     config = config_from(arguments)

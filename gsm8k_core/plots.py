@@ -22,8 +22,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.tables import read_metrics, read_training_logs, run_dir
+from gsm8k_core.tables import read_metrics, read_training_logs
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

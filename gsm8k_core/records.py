@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gsm8k_core.config import BaseMethod, SftMethod
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json, sha256_file, write_json, write_text
-from gsm8k_core.layout import ARTIFACTS, Layout
+from gsm8k_core.files import Json, read_record, sha256_file, write_json, write_text
+from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
         "grading": f"{run}/grades/{suite}.manifest.json",
         "completions": f"{run}/completions/{suite}.jsonl",
         "stats": f"{run}/completions/{suite}.stats.json",
-        "problems": f"{ARTIFACTS}/{suite_settings.dataset}/manifest.json",
+        "problems": f"{layout.data(suite_settings.dataset)}/manifest.json",
         "starting_weights": f"{layout.starting_weights(model)}/manifest.json",
     }
     summaries, of_rounds, training_data = [], [], []
@@ -138,34 +138,25 @@ def _data_records(layout: Layout, stage: str) -> list[str]:
     settings = config.methods[stage]
     own = settings.dataset if isinstance(settings, SftMethod) else None
     dataset = own or config.study.dataset
-    records = [f"{ARTIFACTS}/{dataset}/manifest.json"]
+    records = [f"{layout.data(dataset)}/manifest.json"]
     if dataset in config.traces:
         records += [
-            f"{ARTIFACTS}/{dataset}/collected.json",
-            f"{ARTIFACTS}/{config.traces[dataset].dataset}/manifest.json",
+            f"{layout.data(dataset)}/collected.json",
+            f"{layout.data(config.traces[dataset].dataset)}/manifest.json",
         ]
     return records
 
 
 def _made_by(records: Iterable[str]) -> list[str]:
     """The run manifests of the calls that wrote these records, each once."""
-    names = [name for path in records for name in calls_of(_record(Path(path)))]
-    return [f"{ARTIFACTS}/runs/{name}/run_manifest.json" for name in dict.fromkeys(names)]
+    names = [name for path in records for name in calls_of(read_record(Path(path)))]
+    return [f"{RUNS}/{name}/run_manifest.json" for name in dict.fromkeys(names)]
 
 
 def calls_of(record: Json) -> list[str]:
     """The calls that a record names: that which wrote it, then earlier attempts, latest first."""
     attempts = [attempt.get("invocation") for attempt in record.get("attempts", [])]
     return [name for name in [_invocation_of(record), *reversed(attempts)] if name]
-
-
-def _record(path: Path) -> Json:
-    """A JSON object; {} where there is none, or none that can be read."""
-    try:
-        record = read_json(path)
-    except DataError:
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def invocation_facts(layout: Layout, invocation: str | None) -> Json:
@@ -179,11 +170,13 @@ def invocation_facts(layout: Layout, invocation: str | None) -> Json:
     own = [record for record in _job_records(layout) if _invocation_of(record) == invocation]
     return {
         "datasets": {
-            name: split_digests(_record(Path(ARTIFACTS, name, "manifest.json")))
+            name: split_digests(read_record(Path(layout.data(name), "manifest.json")))
             for name in layout.datasets()
         },
         "models": {
-            model: weights_origin(_record(Path(layout.starting_weights(model)) / "manifest.json"))
+            model: weights_origin(
+                read_record(Path(layout.starting_weights(model), "manifest.json"))
+            )
             for model in config.study.models
         },
         **job_seconds(own),
@@ -214,7 +207,7 @@ def _job_records(layout: Layout) -> list[Json]:
         if not {*LEFT_OUT_FOLDERS, WANDB_FOLDER} & set(path.relative_to(root).parts)
     }
     # finish_rounds adds up what its rounds have told already.
-    records = [_record(path) for path in sorted(paths)]
+    records = [read_record(path) for path in sorted(paths)]
     return [record for record in records if "num_rounds" not in record]
 
 
@@ -254,6 +247,16 @@ def num_gpus(record: Json) -> int | None:
     settings = record.get("settings") or {}
     vllm = settings.get("model_settings", {}).get("vllm", {})
     return int(vllm.get("tensor_parallel", 1)) if record.get("engine") == "vllm" else 1
+
+
+def sampling_cost(stats: Sequence[Json]) -> Json:
+    """What sampling the completions of a training run cost, of the stats of each sampling."""
+    gpu_seconds = [(num_gpus(one) or 0) * one["seconds_generating"] for one in stats]
+    return {
+        "seconds_sampling": round(sum(one["seconds_generating"] for one in stats), 3),
+        "gpu_seconds_sampling": round(sum(gpu_seconds), 3),
+        "num_sampled_tokens": sum(one["num_completion_tokens"] for one in stats),
+    }
 
 
 def _gpu_seconds(record: Json) -> float:
@@ -326,18 +329,17 @@ def hash_folder(folder: Path) -> None:
 
 def _study_files(layout: Layout, provenance: Json) -> Iterator[Path]:
     """Every file of a study that is there, each once."""
-    runs = Path(ARTIFACTS, "runs")
     made_by = [name for row in provenance["rows"] for run in row["runs"] for name in run["made_by"]]
     manifests = [Path(name) for name in [*made_by, *provenance["tables"]["made_by"]]]
     # Its other calls too: that which only plotted, that which failed.
-    for path in sorted(runs.glob("*/run_manifest.json")):
-        if _record(path).get("study") == layout.config.study.name:
+    for path in sorted(Path(RUNS).glob("*/run_manifest.json")):
+        if read_record(path).get("study") == layout.config.study.name:
             manifests.append(path)
     shared = [*layout.datasets(), *layout.config.study.models]
     folders = [
         Path(layout.experiments),
         Path(layout.results),
-        *(Path(ARTIFACTS, name) for name in layout.datasets()),
+        *(Path(layout.data(name)) for name in layout.datasets()),
         *(Path(layout.starting_weights(model)) for model in layout.config.study.models),
         *(path.parent for path in manifests),
     ]

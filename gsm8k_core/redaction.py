@@ -1,7 +1,7 @@
 """Secrets are refused in settings, and struck out of what is logged or written down.
 
-A secret is the value of an environment variable whose name says so ($HF_TOKEN, $WANDB_API_KEY, …),
-the user and password of a URL, or a text in the form of a well-known kind of key.
+A secret is the value of an environment variable or of an option whose name says so ($HF_TOKEN,
+--api-key), the user and password of a URL, or a text in the form of a well-known kind of key.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from typing import Any
 
 STRUCK_OUT = "***"
-# A word of a name that makes it a secret's: $OPENAI_APIKEY, $HF_TOKEN, $SMTP_PASSPHRASE.
-SECRET_WORD = re.compile(
-    r"(API|ACCESS|SECRET|PRIVATE)?KEY|\w*(APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
-    r"CREDENTIALS?"
+# What makes a name a secret's: $OPENAI_APIKEY, --hf-token, client_secret. KEY and TOKEN at the end
+# of a word, for tokenizers and prompt_tokens are none; PASS, AUTH and PAT as the last word alone:
+# $SSH_AUTH_SOCK is a path, $SSH_ASKPASS a program.
+SECRET_NAME = re.compile(
+    r"""SECRET | PASSWORD | PASSWD | PASSPHRASE | CREDENTIAL | AUTHORIZATION | API_?KEY
+    | (?<!MON)KEY(?![A-Z]) | TOKEN(?![A-Z])
+    | (ACCESS|API|AUTH|HF|HUB|PRIVATE|SESSION|USER)_?(KEY|TOKEN)S(?![A-Z])
+    | (^|_)(?!BYPASS|COMPASS|ASKPASS)[A-Z0-9]*PASS$ | (^|_)(AUTH|PAT)$""",
+    re.VERBOSE,
 )
-# Only as the last word of a name: $SSH_AUTH_SOCK is a path. $SSH_ASKPASS is a program.
-LAST_SECRET_WORD = re.compile(r"(?!BYPASS|COMPASS|ASKPASS)\w*PASS|AUTH|PAT")
+# Parts of names that are a request's, and speak of the tokens of a text or of a cache.
+HARMLESS_PART = re.compile(r"(TOKEN_(IDS|BUDGET|COUNT|LIMIT)|PROMPT_CACHE_KEY)(?![A-Z])")
 # Shorter values (`1`, `false`) would strike out half of every log.
 MIN_SECRET_LENGTH = 8
 URL_USER = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
@@ -45,11 +50,9 @@ VARIABLE = re.compile(r"([A-Z][A-Z_]*)(?:[,)].*)?")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret."""
-    words = name.upper().split("_")
-    return any(SECRET_WORD.fullmatch(word) for word in words) or (
-        LAST_SECRET_WORD.fullmatch(words[-1]) is not None
-    )
+    """Whether a variable, an option or a parameter of this name holds a secret."""
+    words = HARMLESS_PART.sub("", name.upper().replace("-", "_"))
+    return SECRET_NAME.search(words) is not None
 
 
 def environment_secrets() -> dict[str, str]:

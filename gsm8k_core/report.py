@@ -26,6 +26,7 @@ from markupsafe import Markup
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, sha256_file
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -56,7 +57,6 @@ from gsm8k_core.tables import (
     read_comparison,
     read_metrics,
     read_training_logs,
-    run_dir,
 )
 
 MINUS, SPACE = "\u2212", "\u00a0"
@@ -407,9 +407,8 @@ def _tested(a: Json, b: Json) -> float | None:
     """The comparison's corrected p-value, where one row is of the other's parent or base."""
     for row, other in ((a, b), (b, a)):
         for reference in ("parent", "base"):
-            p_value, is_corrected = _p_value(row, reference)
-            if row[reference] == other["method"] and is_corrected:
-                return p_value
+            if row[reference] == other["method"]:
+                return row[f"p_value_vs_{reference}_holm"]
     return None
 
 
@@ -480,18 +479,20 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
 
 
 def _parent_finding(subject: Subject, row: Json) -> Json:
-    low, high = row["delta_vs_parent_ci_low"], row["delta_vs_parent_ci_high"]
-    p_value, corrected = _p_value(row, "parent")
-    numbers = {"delta": row["delta_vs_parent"], "low": low, "high": high, "p": p_value}
-    if corrected:
-        numbers["p_alone"] = row["p_value_vs_parent"]
+    numbers = {
+        "delta": row["delta_vs_parent"],
+        "low": row["delta_vs_parent_ci_low"],
+        "high": row["delta_vs_parent_ci_high"],
+        "p": row["p_value_vs_parent_holm"],
+        "p_alone": row["p_value_vs_parent"],
+    }
     return _difference_words(
         subject,
         row["method"],
         row["parent"],
         numbers,
-        "Holm-corrected" if corrected else "uncorrected",
-        row.get("smallest_detectable_delta"),
+        "Holm-corrected",
+        row["smallest_detectable_delta"],
     )
 
 
@@ -530,7 +531,7 @@ def _difference_words(
     name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
     if not _is_significant(numbers["p"], subject.study):
         text = Markup("{} against {}: not significant, {}.").format(name, reference, evidence)
-        if _is_significant(numbers.get("p_alone"), subject.study):
+        if _is_significant(numbers["p_alone"], subject.study):
             text += f" Alone, without the correction, it would be: {_p_text(numbers['p_alone'])}."
         if smallest is not None:
             text += (
@@ -548,15 +549,7 @@ def _difference_words(
     return {"kind": "better" if better else "worse", "text": text}
 
 
-def _p_value(row: Json, reference: str) -> tuple[float | None, bool]:
-    """The p-value against a reference, and whether Holm's correction is in it."""
-    corrected = row.get(f"p_value_vs_{reference}_holm")
-    if corrected is not None:
-        return corrected, True
-    return row.get(f"p_value_vs_{reference}"), False
-
-
-def _is_significant(p_value: float | None, study: Comparison) -> bool:
+def _is_significant(p_value: float, study: Comparison) -> bool:
     return is_significant(p_value, study.confidence)
 
 
@@ -576,7 +569,7 @@ def _table(subject: Subject) -> Json:
     rows = subject.rows
     columns: list[tuple[str, Any]] = [("right", _accuracy_cell)]
     for reference, title in (("parent", "against its parent"), ("base", "against base")):
-        if any(row.get(f"delta_vs_{reference}") is not None for row in rows):
+        if any(row[f"delta_vs_{reference}"] is not None for row in rows):
             columns.append((f"{title}, points", _difference_cell(reference)))
             columns.append(("p", _p_cell(reference)))
     if any(row["num_samples"] for row in rows):
@@ -586,9 +579,9 @@ def _table(subject: Subject) -> Json:
         title = f"maj@{max(largest)}" if len(largest) == 1 else "maj@n"
         columns.append((title, _sampled_cell("maj_at_n")))
     for name, title in (("accuracy_flexible", "flexible"), ("format_fraction", "in format")):
-        if any(row.get(name) is not None for row in rows):
+        if any(row[name] is not None for row in rows):
             columns.append((title, _share_cell(name)))
-    if any(row.get("smallest_detectable_delta") is not None for row in rows):
+    if any(row["smallest_detectable_delta"] is not None for row in rows):
         columns.append(("detectable from", _detectable_cell))
     return {
         "columns": [title for title, _ in columns],
@@ -622,7 +615,7 @@ def _sampled_cell(name: str) -> Any:
 
 def _share_cell(name: str) -> Any:
     def make(row: Json) -> Json:
-        return _cell("" if row.get(name) is None else _percent(row[name]))
+        return _cell("" if row[name] is None else _percent(row[name]))
 
     return make
 
@@ -630,7 +623,7 @@ def _share_cell(name: str) -> Any:
 def _difference_cell(reference: str) -> Any:
     def make(row: Json) -> Json:
         name = f"delta_vs_{reference}"
-        if row.get(name) is None:
+        if row[name] is None:
             return _cell("")
         against = f" {row['parent']}" if reference == "parent" else ""
         return _cell(_points(row[name]), f"{_interval(row, name, _points)}{against}")
@@ -640,42 +633,38 @@ def _difference_cell(reference: str) -> Any:
 
 def _p_cell(reference: str) -> Any:
     def make(row: Json) -> Json:
-        p_value, _ = _p_value(row, reference)
-        return _cell(p_text(p_value))
+        return _cell(p_text(row[f"p_value_vs_{reference}_holm"]))
 
     return make
 
 
 def _detectable_cell(row: Json) -> Json:
-    value = row.get("smallest_detectable_delta")
+    value = row["smallest_detectable_delta"]
     if value is None:
         return _cell("")
     return _cell("over 100" if value > 1 else _plain(value))
 
 
 def _table_note(subject: Subject) -> str:
-    corrected = any(_p_value(row, "parent")[1] for row in subject.rows)
-    notes = [
-        "p-values are two-sided, "
-        + (
-            "Holm-corrected within a model: those against parents, and apart from them those "
-            "against a base that is not the parent."
-            if corrected
-            else "not corrected for their number."
+    notes = []
+    tested = [row[f"p_value_vs_{name}_holm"] for row in subject.rows for name in ("parent", "base")]
+    if any(p_value is not None for p_value in tested):
+        notes.append(
+            "p-values are two-sided, Holm-corrected within a model: those against parents, and "
+            "apart from them those against a base that is not the parent."
         )
-    ]
     if len(subject.rows) > 1:
         notes.append(
             "A method is called best where it is ahead of every other significantly: by the "
             "p-values here of what it was trained from or what was trained from it, else "
             "Holm-corrected over its differences to all others."
         )
-    if any(row.get("accuracy_flexible") is not None for row in subject.rows):
+    if any(row["accuracy_flexible"] is not None for row in subject.rows):
         notes.append(
             "“Flexible”: right where the last number counts, wherever it stands; “in "
             "format”: the answer stands where the prompt asked for it."
         )
-    if any(row.get("smallest_detectable_delta") is not None for row in subject.rows):
+    if any(row["smallest_detectable_delta"] is not None for row in subject.rows):
         notes.append(
             "“Detectable from”: the smallest difference to the parent, in points, that as many "
             "problems and seeds would show four times in five, before the correction."
@@ -753,7 +742,7 @@ def _difference_charts(subject: Subject) -> list[Json]:
 
 def _difference_point(subject: Subject, row: Json, reference: str) -> Json:
     name = f"delta_vs_{reference}"
-    p_value, _ = _p_value(row, reference)
+    p_value = row[f"p_value_vs_{reference}_holm"]
     significant = _is_significant(p_value, subject.study)
     words = "significant" if significant else "not significant"
     return {
@@ -784,7 +773,7 @@ COSTS = (
 def _cost_charts(subject: Subject) -> list[Json]:
     charts = []
     for name, title, axis in COSTS:
-        values = [row.get(name) for row in subject.rows]
+        values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
         unit, seconds = _time_unit(max(value for value in values if value is not None))
@@ -1106,13 +1095,10 @@ def _points(value: float) -> str:
 
 
 def _interval(row: Json, name: str, form: Any) -> str:
-    low, high = row.get(f"{name}_ci_low"), row.get(f"{name}_ci_high")
-    return "" if low is None or high is None else f"[{form(low)},{SPACE}{form(high)}]"
+    return f"[{form(row[f'{name}_ci_low'])},{SPACE}{form(row[f'{name}_ci_high'])}]"
 
 
-def _p_text(p_value: float | None) -> str:
-    if p_value is None:
-        return "no test"
+def _p_text(p_value: float) -> str:
     text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return text.replace(" ", SPACE)
 

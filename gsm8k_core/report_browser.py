@@ -28,10 +28,11 @@ from gsm8k_core.answers import parse_number
 from gsm8k_core.config import Comparison, Grade
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.layout import run_dir
 from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
 from gsm8k_core.problems import Problem
-from gsm8k_core.tables import run_dir
+from gsm8k_core.tables import reading_grades
 
 GRADE_COLUMNS = ("problem_id", "decoding", "sample_index", "correct", "extracted")
 COUNTED = ("num_tokens", "truncated")
@@ -142,12 +143,8 @@ def read_graded(study: Comparison, study_dir: Path, model: str, suite: str) -> G
 
 
 def _read_table(path: Path) -> pl.DataFrame:
-    try:
+    with reading_grades(path):
         table = pl.read_parquet(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run grade.py for it") from error
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
     missing = [name for name in (*GRADE_COLUMNS, *COUNTED) if name not in table.columns]
     if missing or table.is_empty():
         what = f"{', '.join(missing)} missing" if missing else "holds no grades"

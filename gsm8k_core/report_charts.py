@@ -194,19 +194,11 @@ def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     )
 
 
-def _interval_tooltip(name: str) -> list[Any]:
+def _interval_tooltip(name: str, form: str = ".1f") -> list[Any]:
     return [
-        alt.Tooltip("mean:Q", title=name, format=".1f"),
-        alt.Tooltip("low:Q", title="from", format=".1f"),
-        alt.Tooltip("high:Q", title="to", format=".1f"),
-    ]
-
-
-def _value_tooltip(name: str) -> list[Any]:
-    return [
-        alt.Tooltip("mean:Q", title=name, format=".4~g"),
-        alt.Tooltip("low:Q", title="from", format=".4~g"),
-        alt.Tooltip("high:Q", title="to", format=".4~g"),
+        alt.Tooltip("mean:Q", title=name, format=form),
+        alt.Tooltip("low:Q", title="from", format=form),
+        alt.Tooltip("high:Q", title="to", format=form),
     ]
 
 
@@ -272,7 +264,7 @@ def _bands(
         fill=fill,
         opacity=alt.condition(picked, alt.value(band_opacity), alt.value(0.02)),
     )
-    tooltip = ["method:N", alt.Tooltip(x, title="at"), *_value_tooltip(y_title)]
+    tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
     line = base.mark_line(strokeWidth=2.2).encode(
         y=y,
         color=alt.Color("method:N", scale=scales["colour"], legend=legend),

@@ -25,12 +25,12 @@ from gsm8k_core.differences import (
     flag_text,
     leaf_changes,
     origin_facts,
-    read_optional,
     training_facts,
     training_settings,
 )
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json
+from gsm8k_core.files import Json, read_optional
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
@@ -38,7 +38,6 @@ from gsm8k_core.tables import (
     p_text,
     percent,
     read_grades,
-    run_dir,
     with_interval,
 )
 

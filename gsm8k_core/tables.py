@@ -10,8 +10,9 @@ need no more memory than their means.
 
 from __future__ import annotations
 
+import contextlib
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,19 @@ from gsm8k_core.differences import (
     flag_text,
     inconsistent,
     meaning,
-    read_optional,
     training_facts,
     training_settings,
 )
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, read_json, read_jsonl, write_text
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    read_json,
+    read_jsonl,
+    read_optional,
+    write_text,
+)
+from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
     Floats,
@@ -119,11 +127,6 @@ MEANS_OVER_SEEDS = (
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
 
-def run_dir(study_dir: Path, model: str, method: str, seed: int) -> Path:
-    """The folder of one run."""
-    return study_dir / model / method / f"seed{seed}"
-
-
 # ------------------------------------------------------------------------------------------ reading
 
 
@@ -174,6 +177,17 @@ def answer_codes(extracted: pl.Series) -> pl.Series:
     return extracted.rank("dense").cast(pl.Int64).fill_null(0) - 1
 
 
+@contextlib.contextmanager
+def reading_grades(path: Path) -> Iterator[None]:
+    """What goes wrong in the block as a DataError that names the grades file, and what to run."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run grade.py for it") from error
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
+
+
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
@@ -184,7 +198,7 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     names = ["problem_id", "decoding", "correct"]
     if with_majority:
         names += ["sample_index", "extracted"]
-    try:
+    with reading_grades(path):
         rows = pl.read_parquet(path, columns=names)
         grades = (
             rows.lazy()
@@ -198,10 +212,6 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
             .collect()
         )
         samples = rows.filter(sampled).sort("problem_id", "sample_index") if with_majority else None
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run grade.py for it") from error
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
     if grades.is_empty():
         raise DataError(f"{path}: holds no grades; run grade.py again")
     return grades if samples is None else grades.hstack(_majorities(samples, grades.height))

@@ -71,7 +71,9 @@ def collate(prompt_ids: Sequence[TokenIds], response_ids: Sequence[TokenIds], pa
 
     Returns `input_ids`, `labels` (int64) and `response_mask` (bool), each (B, T) with T the longest
     joined row less one. A token at the very start of a row has nothing before it and is no label,
-    even where the prompt is empty. Raises ValueError if the lists differ in length or hold nothing.
+    even where the prompt is empty. A causal model needs no attention mask for such rows: no token
+    of a response sees the padding after it. Raises ValueError if the lists differ in length or hold
+    nothing.
     """
     _check_pairs(prompt_ids, response_ids)
     num_positions = max(
@@ -99,15 +101,6 @@ def collate_prompts(
     input_ids = [[pad_id] * (width - len(ids)) + [*ids] for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
     return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
-
-
-def attention_mask(lengths: Sequence[int]) -> torch.Tensor:
-    """Bool (B, T), true at the first `lengths[b]` positions of row b; T is the longest length.
-
-    `lengths` count positions after the shift: len(prompt) + len(response) - 1. A causal model needs
-    no such mask for right-padded rows, since no response token can see the padding after it.
-    """
-    return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
 
 def split_by_token_budget(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:

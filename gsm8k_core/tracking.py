@@ -26,11 +26,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-from pydantic import ValidationError
 
 from gsm8k_core import ranks
-from gsm8k_core.config import TrackingSettings
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.config import TrackingSettings, settings_from
 from gsm8k_core.files import Json, iter_jsonl, required, write_jsonl
 from gsm8k_core.redaction import redact
 
@@ -91,11 +89,7 @@ def tracking_settings() -> TrackingSettings:
     text = os.environ.get(TRACKING_VARIABLE)
     if text is None:
         return TrackingSettings()
-    try:
-        return TrackingSettings.model_validate_json(text)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"${TRACKING_VARIABLE}: " + "; ".join(lines)) from None
+    return settings_from(text, TrackingSettings, f"${TRACKING_VARIABLE}")
 
 
 def completions_due(settings: TrackingSettings, step: int) -> bool:

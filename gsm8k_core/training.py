@@ -32,11 +32,10 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
-from gsm8k_core.cli import progress
-from gsm8k_core.config import VLLM_MEMORY_KEYS, PromptSettings, RunSettings, TrainSettings
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.engines.start import choose_engine
+from gsm8k_core.engines.start import choose_engine, close_engine
 from gsm8k_core.engines.vllm_engine import VllmEngine
 from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import (
@@ -69,6 +68,7 @@ from gsm8k_core.models import (
     weights_digest,
 )
 from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.progress import progress
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import answer_components
 from gsm8k_core.tracking import (
@@ -90,17 +90,6 @@ Item = TypeVar("Item")
 CPU_TOKENS_PER_MICROBATCH = 2048
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data")
-# Settings that may change between a stop and the resume: they do not touch the result, but for
-# rounding. Who ran out of memory lowers some of them, and goes on.
-FREE_TO_CHANGE: dict[str, Any] = {
-    "method_settings": {
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-        "tokens_per_microbatch",
-        "gradient_checkpointing",
-    },
-    "model_settings": {"vllm": set(VLLM_MEMORY_KEYS), "compile_layers": True},
-}
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -209,7 +198,7 @@ class TrainingRun:
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
-            "settings": sha256_json(settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)),
+            "settings": sha256_json(settings.without_resources().model_dump(mode="json")),
             "starting_weights": weights_digest(starting_model),
             "data": sha256_file(data),
             "num_updates_done": 0,
@@ -474,16 +463,14 @@ class TrainingRun:
     def _validate(self, step: int) -> float:
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
-            accuracy = greedy_accuracy(
+            num_right = num_greedy_right(
                 engine,
                 own,
                 self.run_settings.prompt,
                 self.tokenizer,
                 max_new_tokens=self.settings.validation_max_new_tokens,
             )
-        if ranks.world_size() > 1:
-            num_right = distributed.add({"right": round(accuracy * len(own))})["right"]
-            accuracy = num_right / len(self.val_problems)
+        accuracy = sum(distributed.gather(num_right)) / len(self.val_problems)
         best = self.progress["best_validation"]
         if self.settings.keep_best and (best is None or accuracy > best["accuracy"]):
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
@@ -597,10 +584,7 @@ class TrainingRun:
 
     def finish(self, summary: Json) -> None:
         """Write model, metrics, summary and settings, then drop the checkpoints."""
-        best = self.progress["best_validation"]
-        if self._engine is not None and ranks.world_size() == 1:
-            self._engine.close()
-        if best is None:
+        if self.progress["best_validation"] is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
             {"peak_memory_mb": peak_memory_mb(self.device), "provenance": provenance()}
@@ -608,8 +592,8 @@ class TrainingRun:
         if ranks.is_main():
             self._write_results(summary, measured)
         distributed.wait_for_all()
-        if self._engine is not None and ranks.world_size() > 1:
-            self._engine.close()  # vLLM takes the process group down with it
+        if self._engine is not None:
+            close_engine(self._engine)  # vLLM takes the process group down with it
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:
         """All files of a finished run but the weights; `measured` by each rank."""
@@ -680,27 +664,24 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def greedy_accuracy(
+def num_greedy_right(
     engine: Engine,
     problems: list[Problem],
     prompt: PromptSettings,
     tokenizer: Any,
     max_new_tokens: int,
-) -> float:
-    """Share of `problems` whose greedy completion is right by the strict grade."""
-    if not problems:
-        return 0.0
+) -> int:
+    """How many of `problems` have a greedy completion that is right by the strict grade."""
     texts = [render_prompt(problem.question, prompt, tokenizer) for problem in problems]
     requests = [
         Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)
         for prompt_ids in prompt_token_ids(texts, prompt, tokenizer)
     ]
     completions = engine.generate(requests)
-    right = [
+    return sum(
         is_correct(completion.text, problem.gold, "strict", prompt.answer_marker)
         for problem, (completion,) in zip(problems, completions, strict=True)
-    ]
-    return sum(right) / len(right)
+    )
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE
 from gsm8k_core.config import doubts, dump, load_config, parse_config
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.layout import Layout, one_of
+from gsm8k_core.layout import RUNS, Layout, one_of
 from gsm8k_core.manifest import (
     CHECKOUT_VARIABLE,
     INVOCATION_VARIABLE,
@@ -41,7 +41,9 @@ shell.prefix(
 snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 LAYOUT = Layout(CONFIG)
-INVOCATION = Invocation(Path("artifacts/runs"))
+INVOCATION = Invocation(Path(RUNS))
+DATA = LAYOUT.data("{dataset}")
+TRACES = LAYOUT.data("{traces}")
 RUN = LAYOUT.run("{model}", "{method}", "{seed}")
 ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
@@ -160,13 +162,23 @@ def training_python(wildcards, resources, threads):
     return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
-def vllm_memory(wildcards, resources):
-    """Flags for what vLLM may take; out of what Snakemake compares, as the above are."""
-    del resources
+def _flags(resources):
     return " ".join(
-        f"--vllm-{name.replace('_', '-')} {value}"
-        for name, value in CONFIG.vllm_memory(wildcards.model).items()
+        f"--{name.replace('_', '-')} {str(value).lower()}"
+        for name, value in resources.items()
     )
+
+
+def training_flags(wildcards, resources):
+    """Flags for what decides memory, speed and what a stop costs; out of what Snakemake compares too."""
+    del resources
+    return _flags(CONFIG.resources(wildcards.model, wildcards.method))
+
+
+def generation_flags(wildcards, resources):
+    """The same for a job that generates."""
+    del resources
+    return _flags(CONFIG.resources(wildcards.model))
 
 
 # A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
@@ -224,6 +236,7 @@ def weights(path, kept_by):
 
 
 def study_dir(wildcards):
+    """A function, for `snakemake --lint` has no folder as a plain parameter."""
     return LAYOUT.experiments
 
 
@@ -236,7 +249,7 @@ def suite_problems(wildcards):
 
 
 def starting_weights_settings(wildcards):
-    return CONFIG.starting_weights_settings(wildcards.model)
+    return dump(CONFIG.models[wildcards.model].starting_weights())
 
 
 def run_settings(wildcards):
@@ -246,7 +259,7 @@ def run_settings(wildcards):
             wildcards.method,
             int(wildcards.seed),
             int(getattr(wildcards, "round", 0)),
-        )
+        ).without_resources()
     )
 
 
@@ -254,7 +267,7 @@ def round_generation_settings(wildcards):
     return dump(
         CONFIG.round_generation_settings(
             wildcards.model, wildcards.method, int(wildcards.seed), int(wildcards.round)
-        )
+        ).without_resources()
     )
 
 
@@ -262,7 +275,7 @@ def evaluation_settings(wildcards):
     return dump(
         CONFIG.evaluation_settings(
             wildcards.model, wildcards.method, int(wildcards.seed), wildcards.suite
-        )
+        ).without_resources()
     )
 
 

@@ -4,14 +4,14 @@
 
 rule prepare_data:
     output:
-        train="artifacts/{dataset}/train.jsonl",
-        val="artifacts/{dataset}/val.jsonl",
-        test="artifacts/{dataset}/test.jsonl",
-        manifest="artifacts/{dataset}/manifest.json",
+        train=f"{DATA}/train.jsonl",
+        val=f"{DATA}/val.jsonl",
+        test=f"{DATA}/test.jsonl",
+        manifest=f"{DATA}/manifest.json",
     log:
-        "artifacts/logs/prepare_data/{dataset}.log",
+        LAYOUT.log("prepare_data", "{dataset}"),
     benchmark:
-        "artifacts/benchmarks/prepare_data/{dataset}.tsv"
+        LAYOUT.benchmark("prepare_data", "{dataset}")
     localrule: True
     params:
         settings=lambda wildcards: dump(CONFIG.datasets[wildcards.dataset]),

@@ -20,10 +20,10 @@ rule generate:
     params:
         settings=evaluation_settings,
         python=generation_python,
-        memory=vllm_memory,
+        flags=generation_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
+        "{params.python} scripts/generate.py {params.flags} --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 

@@ -6,9 +6,9 @@ rule prepare_model:
     output:
         directory(LAYOUT.starting_weights("{model}")),
     log:
-        "artifacts/logs/prepare_model/{model}.log",
+        LAYOUT.log("prepare_model", "{model}"),
     benchmark:
-        "artifacts/benchmarks/prepare_model/{model}.tsv"
+        LAYOUT.benchmark("prepare_model", "{model}")
     localrule: True
     resources:
         mem_mb=model_memory,

@@ -11,17 +11,17 @@ rule collect_traces:
             CONFIG.traces[wildcards.traces].dataset, "train"
         ),
     output:
-        summary="artifacts/{traces}/collected.json",
+        summary=f"{TRACES}/collected.json",
     log:
-        "artifacts/logs/collect_traces/{traces}.log",
+        LAYOUT.log("collect_traces", "{traces}"),
     benchmark:
-        "artifacts/benchmarks/collect_traces/{traces}.tsv"
+        LAYOUT.benchmark("collect_traces", "{traces}")
     wildcard_constraints:
         traces=one_of(CONFIG.traces),
     localrule: True
     params:
         settings=lambda wildcards: dump(CONFIG.collection_settings(wildcards.traces)),
-        collected="artifacts/{traces}/collected",
+        collected=f"{TRACES}/collected",
         code=CODE,
     shell:
         "python scripts/collect_traces.py --settings {params.settings:q} --data {input.data:q} "
@@ -30,23 +30,23 @@ rule collect_traces:
 
 rule select_traces:
     input:
-        summary="artifacts/{traces}/collected.json",
+        summary=f"{TRACES}/collected.json",
         data=lambda wildcards: LAYOUT.problems(
             CONFIG.traces[wildcards.traces].dataset, "train"
         ),
     output:
-        train="artifacts/{traces}/train.jsonl",
-        manifest="artifacts/{traces}/manifest.json",
+        train=f"{TRACES}/train.jsonl",
+        manifest=f"{TRACES}/manifest.json",
     log:
-        "artifacts/logs/select_traces/{traces}.log",
+        LAYOUT.log("select_traces", "{traces}"),
     benchmark:
-        "artifacts/benchmarks/select_traces/{traces}.tsv"
+        LAYOUT.benchmark("select_traces", "{traces}")
     wildcard_constraints:
         traces=one_of(CONFIG.traces),
     localrule: True
     params:
         settings=lambda wildcards: dump(CONFIG.trace_dataset_settings(wildcards.traces)),
-        answers="artifacts/{traces}/collected/answers.jsonl",
+        answers=f"{TRACES}/collected/answers.jsonl",
         code=CODE,
     shell:
         "python scripts/select_traces.py --settings {params.settings:q} --data {input.data:q} "

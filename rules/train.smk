@@ -26,10 +26,10 @@ rule train_sft:
     params:
         settings=run_settings,
         python=training_python,
-        memory=vllm_memory,
+        flags=training_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/train_sft.py {params.memory} --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -58,10 +58,10 @@ rule train_grpo:
     params:
         settings=run_settings,
         python=training_python,
-        memory=vllm_memory,
+        flags=training_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/train_grpo.py {params.memory} --settings {params.settings:q} "
+        "{params.python} scripts/train_grpo.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -89,10 +89,10 @@ rule generate_round:
     params:
         settings=round_generation_settings,
         python=generation_python,
-        memory=vllm_memory,
+        flags=generation_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/generate.py {params.memory} --settings {params.settings:q} --model {input.model:q} "
+        "{params.python} scripts/generate.py {params.flags} --settings {params.settings:q} --model {input.model:q} "
         "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
@@ -138,10 +138,10 @@ rule train_round:
     params:
         settings=run_settings,
         python=training_python,
-        memory=vllm_memory,
+        flags=training_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/train_sft.py {params.memory} --settings {params.settings:q} "
+        "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
@@ -216,9 +216,9 @@ rule train_dpo:
     params:
         settings=run_settings,
         python=training_python,
-        memory=vllm_memory,
+        flags=training_flags,
         code=CODE,
     shell:
-        "{params.python} scripts/train_dpo.py {params.memory} --settings {params.settings:q} --sampling-stats {input.stats:q} "
+        "{params.python} scripts/train_dpo.py {params.flags} --settings {params.settings:q} --sampling-stats {input.stats:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"

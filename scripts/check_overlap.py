@@ -19,11 +19,12 @@ import logging
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, progress, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import Json, iter_jsonl, write_json, write_text
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.overlap import MIN_JACCARD, find_overlap
 from gsm8k_core.problems import read_problems
+from gsm8k_core.progress import progress
 
 log = logging.getLogger("check_overlap")
 

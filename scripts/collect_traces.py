@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
@@ -29,21 +28,13 @@ from contextlib import closing
 from pathlib import Path
 
 from gsm8k_core.chat_api import ChatClient
-from gsm8k_core.cli import (
-    add_config_argument,
-    check_known,
-    config_from,
-    leave,
-    parser,
-    progress_bar,
-    run_script,
-    settings_from,
-)
-from gsm8k_core.config import CollectionSettings, merge
-from gsm8k_core.errors import ApiError, ConfigError
+from gsm8k_core.cli import leave, run_script, traces_parser, traces_settings_from
+from gsm8k_core.config import CollectionSettings, Config, checked, merge
+from gsm8k_core.errors import ApiError
 from gsm8k_core.files import Json, iter_jsonl, sha256_file, write_json
 from gsm8k_core.manifest import Attempts, provenance
 from gsm8k_core.problems import read_problems
+from gsm8k_core.progress import progress_bar
 from gsm8k_core.trace_collection import Collection, Collector
 
 log = logging.getLogger("collect_traces")
@@ -116,27 +107,19 @@ def summary_of(collection: Collection, collector: Collector) -> Json:
 
 def settings_of(args: argparse.Namespace) -> CollectionSettings:
     """The settings that the arguments name."""
-    if args.settings is not None:
-        settings = settings_from(args.settings, CollectionSettings)
-    elif args.traces is not None:
-        config = config_from(args)
-        check_known("--traces", args.traces, config.traces)
-        settings = config.collection_settings(args.traces)
-    else:
-        raise ConfigError("say what to collect: --settings, or --traces")
+    settings: CollectionSettings = traces_settings_from(
+        args, CollectionSettings, Config.collection_settings
+    )
     given = {"base_url": args.base_url, "model": args.model}
     overlay = {"api": {key: value for key, value in given.items() if value is not None}}
     raw = merge(settings.model_dump(mode="json"), overlay)
-    return settings_from(json.dumps(raw), CollectionSettings)
+    return checked(raw, CollectionSettings, "--base-url, --model")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow passes them")
-    add_config_argument(arguments)
-    arguments.add_argument("--traces", help="a name under traces in the config")
-    arguments.add_argument("--base-url", help="server to use instead of the config's")
-    arguments.add_argument("--model", help="model to use instead of the config's")
+    arguments = traces_parser(__doc__)
+    arguments.add_argument("--base-url", help="another server than the config's")
+    arguments.add_argument("--model", help="another model than the config's")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder of the answers")
     arguments.add_argument("--summary", type=Path, required=True, help="counts and cost, JSON")

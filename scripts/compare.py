@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, run_script, settings_from
-from gsm8k_core.config import Comparison
+from gsm8k_core.cli import leave, run_script, study_parser
+from gsm8k_core.config import Comparison, settings_from
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.tables import build_comparison, write_comparison
 from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
@@ -33,15 +33,12 @@ WRITTEN = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
-    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments = study_parser(__doc__)
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
-    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
     record = CallRecord("compare.py", argv)
-    study: Comparison = settings_from(args.study, Comparison)
+    study: Comparison = settings_from(args.study, Comparison, "--study")
     frame, curves = build_comparison(study, args.study_dir)
     write_comparison(frame, curves, args.output_dir)
     if args.manifest is not None:

@@ -21,7 +21,7 @@ from gsm8k_core.files import (
     write_jsonl,
 )
 from gsm8k_core.manifest import attempts_record
-from gsm8k_core.records import num_gpus
+from gsm8k_core.records import sampling_cost
 
 log = logging.getLogger("finish_rounds")
 SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
@@ -55,11 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_rounds": len(rounds),
         "num_examples": sum(one["num_examples"] for one in summaries),
         "peak_memory_mb": max(one["peak_memory_mb"] for one in [*summaries, *sampled]),
-        "seconds_sampling": round(sum(one["seconds_generating"] for one in sampled), 3),
-        "gpu_seconds_sampling": round(
-            sum((num_gpus(one) or 0) * one["seconds_generating"] for one in sampled), 3
-        ),
-        "num_sampled_tokens": sum(one["num_completion_tokens"] for one in sampled),
+        **sampling_cost(sampled),
         **attempts_record([row for one in summaries for row in one.get("attempts", [])]),
     }
     # What a round samples is part of what training costs, as GRPO's rollouts are.

@@ -10,6 +10,7 @@ are kept in `<output>.partial`, so a killed job resumes where it was.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import random
@@ -20,26 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from gsm8k_core.cli import (
-    add_config_argument,
     add_engine_arguments,
+    add_settings_arguments,
     check_known,
     config_from,
+    given_settings,
     leave,
     parser,
-    progress_bar,
-    refuse_cell_beside_settings,
     run_script,
-    settings_from,
     with_engine_arguments,
 )
-from gsm8k_core.config import (
-    EvaluationSettings,
-    SuiteSettings,
-    dump,
-    without_memory,
-)
+from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.engines.start import choose_engine, start_engine
+from gsm8k_core.engines.start import choose_engine, close_engine, start_engine
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
@@ -56,6 +50,7 @@ from gsm8k_core.files import (
 from gsm8k_core.manifest import Attempts, provenance, utc_now
 from gsm8k_core.models import resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.progress import progress_bar
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.training import device_name, peak_memory_mb
 
@@ -171,10 +166,28 @@ def read_partial(path: Path, header: Json) -> dict[str, Json]:
     return {}
 
 
+def settings_of(args: argparse.Namespace) -> EvaluationSettings:
+    """The settings that the arguments name."""
+    settings: EvaluationSettings | None = given_settings(args, EvaluationSettings)
+    if settings is None:
+        if not (args.model_name and args.method and args.suite):
+            raise ConfigError(
+                "say what to generate: --settings, or --model-name, --method and --suite"
+            )
+        config = config_from(args)
+        check_known("--model-name", args.model_name, config.models)
+        check_known("--method", args.method, config.methods)
+        check_known("--suite", args.suite, config.suites)
+        settings = config.evaluation_settings(
+            args.model_name, args.method, args.seed or 0, args.suite
+        )
+    model_settings = with_engine_arguments(settings.model_settings, args)
+    return settings.model_copy(update={"model_settings": model_settings})
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow passes them")
-    add_config_argument(arguments)
+    add_settings_arguments(arguments)
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
@@ -186,22 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     add_engine_arguments(arguments)
     args = arguments.parse_args(argv)
 
-    if args.settings is not None:
-        refuse_cell_beside_settings(args)
-        settings = settings_from(args.settings, EvaluationSettings)
-    elif args.model_name and args.method and args.suite:
-        config = config_from(args)
-        check_known("--model-name", args.model_name, config.models)
-        check_known("--method", args.method, config.methods)
-        check_known("--suite", args.suite, config.suites)
-        seed = args.seed or 0
-        settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
-    else:
-        raise ConfigError("say what to generate: --settings, or --model-name, --method and --suite")
-
-    settings = settings.model_copy(
-        update={"model_settings": with_engine_arguments(settings.model_settings, args)}
-    )
+    settings = settings_of(args)
     problems = select_problems(args.data, settings.suite_settings)
     device = resolve_device(settings.model_settings.gpus)
     made_by = provenance()  # of the code that runs, not of what hours later lies in its place
@@ -210,11 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     held = lock(lock_path, str(args.output))
     partial = args.output.with_name(args.output.name + ".partial")
     engine_name = choose_engine(settings.model_settings, args.model, device)
-    model_settings = settings.model_settings.model_copy(
-        update={"vllm": without_memory(settings.model_settings.vllm)}
-    )
     header = {
-        "settings": dump(settings.model_copy(update={"model_settings": model_settings})),
+        "settings": dump(settings.without_resources()),
         "engine": engine_name,
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),
@@ -230,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()
-    engine = start_engine(args.model, settings.model_settings, device, engine_name)
+    engine = None
+    if left:
+        engine = start_engine(args.model, settings.model_settings, device, engine_name)
     seconds_loading = time.perf_counter() - started
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
@@ -249,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
                     log.info("%d of %d problems", len(done), len(problems))
                     attempts.note()
 
-            generate_problems(left, settings, engine, save)
-    engine.close()
+            if engine is not None:
+                generate_problems(left, settings, engine, save)
 
     rows = [row for problem in problems for row in done[problem.id]["rows"]]
     write_jsonl(args.output, rows)
@@ -271,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             "parent": settings.parent,
             "seed": settings.seed,
             "suite": settings.suite,
-            "engine": engine.name,
+            "engine": engine_name,
             "device": device_name(device),
             "dtype": settings.model_settings.dtype,
             "problems_sha256": header["problems"],
@@ -297,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     partial.unlink()
     attempts_path.unlink()
     unlock(lock_path, held)
+    if engine is not None:
+        close_engine(engine)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
         len(rows),

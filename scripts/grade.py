@@ -37,8 +37,8 @@ from typing import Any
 
 import polars as pl
 
-from gsm8k_core.cli import leave, parser, run_script, settings_from
-from gsm8k_core.config import GradingSettings
+from gsm8k_core.cli import leave, parser, run_script
+from gsm8k_core.config import GradingSettings, settings_from
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
 from gsm8k_core.grading import GRADES, Gold, Grader, read_gold

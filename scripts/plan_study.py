@@ -24,6 +24,7 @@ from typing import Any
 from gsm8k_core.cli import (
     add_config_argument,
     check_known,
+    config_files,
     config_from,
     leave,
     parser,
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         "assumptions": asdict(assumptions),
     }
     if args.dry_run:
-        plan["planning_seconds"] |= time_dry_run(args.config)
+        plan["planning_seconds"] |= time_dry_run(config_files(args))
     text = json.dumps(plan, indent=2) if args.json else markdown(plan)
     sys.stdout.write(text + "\n")
     return 0
@@ -216,8 +217,11 @@ def markdown(plan: dict[str, Any]) -> str:
         lines.append(
             f"Arithmetic: {a['gpu_flops']:.3g} FLOP/s of a GPU ({a['cpu_flops']:.3g} without), of "
             f"which training reaches {a['training_utilisation']:.0%} and sampling "
-            f"{a['sampling_utilisation']:.0%}; prompts of {a['prompt_tokens']} and completions of "
-            f"at most {a['completion_tokens']} tokens. It can be wrong by a factor of several."
+            f"{a['sampling_utilisation']:.0%}, on a GPU at least "
+            f"{1e6 * a['sampling_seconds_per_token']:g} µs per token and "
+            f"{a['engine_start_seconds']:g} s per start of vLLM; prompts of {a['prompt_tokens']} "
+            f"and completions of at most {a['completion_tokens']} tokens. It can be wrong by a "
+            "factor of several."
         )
     return "\n".join(lines)
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, run_script, settings_from
-from gsm8k_core.config import Comparison
+from gsm8k_core.cli import leave, run_script, study_parser
+from gsm8k_core.config import Comparison, settings_from
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.plots import plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.tables import read_comparison
@@ -26,18 +26,15 @@ PACKAGES = ("numpy", "scipy", "polars", "matplotlib")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
-    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments = study_parser(__doc__)
     arguments.add_argument(
         "--comparison", type=Path, required=True, help="comparison.parquet or comparison.csv"
     )
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
-    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
     record = CallRecord("plot.py", argv)
-    study: Comparison = settings_from(args.study, Comparison)
+    study: Comparison = settings_from(args.study, Comparison, "--study")
     comparison = read_comparison(args.comparison)
     figures = {
         "accuracy": plot_accuracy(study, args.study_dir, comparison),

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from gsm8k_core.arithmetic import make_arithmetic
 from gsm8k_core.cli import (
-    add_config_argument,
+    add_settings_arguments,
     check_known,
     config_from,
+    given_settings,
     leave,
     parser,
     run_script,
-    settings_from,
 )
 from gsm8k_core.config import (
     ArithmeticDataset,
@@ -40,17 +40,15 @@ log = logging.getLogger("prepare_data")
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--dataset", required=True, help="its name in the config")
-    add_config_argument(arguments)
     arguments.add_argument(
-        "--settings", metavar="JSON|FILE", help="the dataset's settings, instead of the config's"
+        "--dataset", required=True, help="its name, in the config without --settings"
     )
-    arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
+    add_settings_arguments(arguments)
+    arguments.add_argument("--output-dir", type=Path, required=True)
     args = arguments.parse_args(argv)
 
-    if args.settings is not None:
-        settings = settings_from(args.settings, DatasetSettings)
-    else:
+    settings = given_settings(args, DatasetSettings)
+    if settings is None:
         datasets = config_from(args).datasets
         check_known("--dataset", args.dataset, datasets)
         settings = datasets[args.dataset]

@@ -12,15 +12,15 @@ import logging
 from pathlib import Path
 
 from gsm8k_core.cli import (
-    add_config_argument,
+    add_settings_arguments,
     check_known,
     config_from,
+    given_settings,
     leave,
     parser,
     run_script,
-    settings_from,
 )
-from gsm8k_core.config import WEIGHTS_KEYS, ModelSettings
+from gsm8k_core.config import WeightsSettings
 from gsm8k_core.files import atomic_path, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.models import prepare_model
@@ -30,27 +30,25 @@ log = logging.getLogger("prepare_model")
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--model-name", required=True, help="its name in the config")
-    add_config_argument(arguments)
     arguments.add_argument(
-        "--settings", metavar="JSON|FILE", help="the model's settings, instead of the config's"
+        "--model-name", required=True, help="its name, in the config without --settings"
     )
-    arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
+    add_settings_arguments(arguments)
+    arguments.add_argument("--output-dir", type=Path, required=True)
     args = arguments.parse_args(argv)
 
-    if args.settings is not None:
-        settings = settings_from(args.settings, ModelSettings)
-    else:
+    settings = given_settings(args, WeightsSettings, label="model_name")
+    if settings is None:
         known = config_from(args).models
         check_known("--model-name", args.model_name, known)
-        settings = known[args.model_name]
+        settings = known[args.model_name].starting_weights()
     with atomic_path(args.output_dir) as temporary:
         facts = prepare_model(settings, temporary)
         write_json(
             temporary / "manifest.json",
             {
                 "model": args.model_name,
-                "settings": settings.model_dump(mode="json", include=WEIGHTS_KEYS),
+                "settings": settings.model_dump(mode="json"),
                 **facts,
                 "provenance": provenance(),
             },

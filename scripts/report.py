@@ -20,8 +20,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, run_script, settings_from
-from gsm8k_core.config import Comparison
+from gsm8k_core.cli import leave, run_script, study_parser
+from gsm8k_core.config import Comparison, settings_from
 from gsm8k_core.files import write_text
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.report import Sources, build_report
@@ -51,9 +51,7 @@ def megabytes(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
-    arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
+    arguments = study_parser(__doc__)
     arguments.add_argument("--comparison", type=Path, required=True, help="comparison.parquet")
     arguments.add_argument(
         "--problems",
@@ -74,11 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         "(default: %(default)g)",
     )
     arguments.add_argument("--output", type=Path, required=True, help="HTML file to write")
-    arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     args = arguments.parse_args(argv)
 
     record = CallRecord("report.py", argv)
-    study: Comparison = settings_from(args.study, Comparison)
+    study: Comparison = settings_from(args.study, Comparison, "--study")
     sources = Sources(args.study_dir, args.comparison, dict(args.problems), args.runs_dir)
     write_text(args.output, build_report(study, sources, int(args.max_megabytes * 1e6)))
     if args.manifest is not None:

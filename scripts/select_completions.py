@@ -15,7 +15,7 @@ import logging
 
 from gsm8k_core.cli import leave, run_script, run_settings_from, selection_parser
 from gsm8k_core.config import ExpertIterationMethod
-from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import write_jsonl
 from gsm8k_core.problems import read_problems
 from gsm8k_core.selection import graded_completions
@@ -26,12 +26,10 @@ log = logging.getLogger("select_completions")
 def main(argv: list[str] | None = None) -> int:
     args = selection_parser(__doc__, "demonstrations").parse_args(argv)
 
-    run = run_settings_from(args)
-    settings = run.method_settings
-    if not isinstance(settings, ExpertIterationMethod):
-        raise ConfigError(f"method {run.method} is of kind {settings.kind}, not expert_iteration")
+    run_settings = run_settings_from(args)
+    settings = run_settings.of_kind(ExpertIterationMethod)
     questions = {problem.id: problem.question for problem in read_problems(args.data)}
-    graded = graded_completions(args.completions, questions, run.prompt.answer_marker)
+    graded = graded_completions(args.completions, questions, run_settings.prompt.answer_marker)
     rows = [
         {
             "problem_id": problem_id,

@@ -14,17 +14,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from gsm8k_core.cli import (
-    add_config_argument,
-    check_known,
-    config_from,
-    leave,
-    parser,
-    run_script,
-    settings_from,
-)
-from gsm8k_core.config import TraceDatasetSettings
-from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.cli import leave, run_script, traces_parser, traces_settings_from
+from gsm8k_core.config import Config, TraceDatasetSettings
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import sha256_file, write_json
 from gsm8k_core.manifest import provenance
 from gsm8k_core.problems import read_problems, write_problems
@@ -34,24 +26,15 @@ log = logging.getLogger("select_traces")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser(__doc__)
-    arguments.add_argument("--settings", metavar="JSON|FILE", help="as the workflow passes them")
-    add_config_argument(arguments)
-    arguments.add_argument("--traces", help="a name under traces in the config")
-    arguments.add_argument("--answers", type=Path, required=True, help="collected answers, JSONL")
-    arguments.add_argument("--data", type=Path, required=True, help="problems asked, JSONL")
+    arguments = traces_parser(__doc__)
+    arguments.add_argument("--answers", type=Path, required=True, help="as collected, JSONL")
+    arguments.add_argument("--data", type=Path, required=True, help="the problems asked, JSONL")
     arguments.add_argument("--output-dir", type=Path, required=True, help="the dataset's folder")
     args = arguments.parse_args(argv)
 
-    if args.settings is not None:
-        settings = settings_from(args.settings, TraceDatasetSettings)
-    elif args.traces is not None:
-        config = config_from(args)
-        check_known("--traces", args.traces, config.traces)
-        settings = config.trace_dataset_settings(args.traces)
-    else:
-        raise ConfigError("say what to select: --settings, or --traces")
-
+    settings: TraceDatasetSettings = traces_settings_from(
+        args, TraceDatasetSettings, Config.trace_dataset_settings
+    )
     traces, counts = select_traces(args.answers, read_problems(args.data), settings)
     fates = ", ".join(f"{name} {count}" for name, count in counts.items())
     if not traces:

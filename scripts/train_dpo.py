@@ -25,12 +25,12 @@ from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import DpoMethod, PromptSettings
 from gsm8k_core.distributed import add, own_microbatches
 from gsm8k_core.dpo import dpo_loss
-from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
 from gsm8k_core.problems import checked_text
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.records import num_gpus
+from gsm8k_core.records import sampling_cost
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import checked_token_ids, collate, pad_token_id
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
@@ -98,9 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = arguments.parse_args(argv)
     run_settings = run_settings_from(args)
-    settings = run_settings.method_settings
-    if not isinstance(settings, DpoMethod):
-        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not dpo")
+    settings = run_settings.of_kind(DpoMethod)
     run = TrainingRun.from_arguments(args, run_settings)
     disable_dropout(run.model)
     reference = run.load_reference()
@@ -150,12 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             log.info("step %d/%d: loss %.4f", step, run.num_steps, sums["loss"] / len(chosen_pairs))
     summary: Json = {"num_examples": len(pairs)}
     if args.sampling_stats is not None:
-        sampled = read_json(args.sampling_stats)
-        summary |= {
-            "seconds_sampling": sampled["seconds_generating"],
-            "gpu_seconds_sampling": (num_gpus(sampled) or 0) * sampled["seconds_generating"],
-            "num_sampled_tokens": sampled["num_completion_tokens"],
-        }
+        summary |= sampling_cost([read_json(args.sampling_stats)])
     run.finish(summary)
     return 0
 

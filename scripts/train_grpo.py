@@ -32,7 +32,7 @@ from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.distributed import own_microbatches
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.errors import ConfigError, TrainingError
+from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import Json, seed_from
 from gsm8k_core.grpo import (
     Metrics,
@@ -112,7 +112,7 @@ def sample_groups(
     first_draw: int,
     engine: Engine,
     reward_fn: RewardFn,
-    run: RunSettings,
+    run_settings: RunSettings,
     tokenizer: Any,
     step: int,
 ) -> list[Group]:
@@ -120,18 +120,22 @@ def sample_groups(
 
     Each rank samples its share of them; all get all.
     """
-    settings = run.method_settings
-    assert isinstance(settings, GrpoMethod)
-    texts = [render_prompt(problem.question, run.prompt, tokenizer) for problem in problems]
+    settings = run_settings.of_kind(GrpoMethod)
+    texts = [
+        render_prompt(problem.question, run_settings.prompt, tokenizer) for problem in problems
+    ]
     requests = [
         Request(
             prompt_ids,
-            [seed_from(run.seed, "rollout", step, draw, k) for k in range(settings.group_size)],
+            [
+                seed_from(run_settings.seed, "rollout", step, draw, k)
+                for k in range(settings.group_size)
+            ],
             settings.temperature,
             settings.max_new_tokens,
         )
         for draw, prompt_ids in enumerate(
-            prompt_token_ids(texts, run.prompt, tokenizer), start=first_draw
+            prompt_token_ids(texts, run_settings.prompt, tokenizer), start=first_draw
         )
     ]
     own = slice(ranks.rank(), None, ranks.world_size())
@@ -170,7 +174,7 @@ def collect_groups(
     order: Iterator[int],
     engine: Engine,
     reward_fn: RewardFn,
-    run: RunSettings,
+    run_settings: RunSettings,
     tokenizer: Any,
     step: int,
 ) -> tuple[list[Group], list[Group]]:
@@ -179,15 +183,16 @@ def collect_groups(
     With dynamic sampling (DAPO §3.2), groups of equal rewards are set aside and others sampled, for
     at most `max_refills` rounds; places still empty then are filled from those set aside.
     """
-    settings = run.method_settings
-    assert isinstance(settings, GrpoMethod)
+    settings = run_settings.of_kind(GrpoMethod)
     wanted = settings.prompts_per_step
     kept: list[Group] = []
     aside: list[Group] = []
     for _ in range(1 + (settings.max_refills if settings.dynamic_sampling else 0)):
         chosen = take(problems, order, wanted - len(kept))
         num_drawn = len(kept) + len(aside)
-        for group in sample_groups(chosen, num_drawn, engine, reward_fn, run, tokenizer, step):
+        for group in sample_groups(
+            chosen, num_drawn, engine, reward_fn, run_settings, tokenizer, step
+        ):
             if group.has_spread or not settings.dynamic_sampling:
                 kept.append(group)
             else:
@@ -264,8 +269,7 @@ def _score(
     run: TrainingRun, model: torch.nn.Module, *inputs: torch.Tensor, **options: Any
 ) -> dict[str, torch.Tensor]:
     """`score_responses` of ids, labels and mask, as the run samples and computes."""
-    settings = run.run_settings.method_settings
-    assert isinstance(settings, GrpoMethod)
+    settings = run.run_settings.of_kind(GrpoMethod)
     with run.autocast():
         return score_responses(model, *inputs, temperature=settings.temperature, **options)
 
@@ -354,8 +358,7 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
     One microbatch tells: weights that did not reach the engine are wrong for every completion. Each
     rank looks at its own engine, and all stop if one must.
     """
-    settings = run.run_settings.method_settings
-    assert isinstance(settings, GrpoMethod)
+    settings = run.run_settings.of_kind(GrpoMethod)
     bound = (
         settings.max_sampler_gap
         or MAX_SAMPLER_GAP[compute_dtype(run.device, run.run_settings.model_settings.dtype)]
@@ -389,8 +392,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     without a gradient, most of them where a model solves few problems or nearly all, count in the
     metrics, but go through no backward pass.
     """
-    settings = run.run_settings.method_settings
-    assert isinstance(settings, GrpoMethod)
+    settings = run.run_settings.of_kind(GrpoMethod)
     num_rows = len(advantages)
     minibatch_size = num_rows // settings.minibatches
     parts: list[Metrics] = []
@@ -523,9 +525,7 @@ def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
 
     run_settings = run_settings_from(args)
-    settings = run_settings.method_settings
-    if not isinstance(settings, GrpoMethod):
-        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not grpo")
+    settings = run_settings.of_kind(GrpoMethod)
     problems = read_problems(args.data)
     reward_fn = build_reward_fn(settings.reward, run_settings.prompt.answer_marker)
     updates_per_step = settings.epochs_per_batch * settings.minibatches

@@ -24,7 +24,7 @@ from typing import Any
 from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.distributed import gather, own_work
-from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import iter_jsonl, seed_from
 from gsm8k_core.problems import checked_text, read_problems
 from gsm8k_core.prompts import demonstration, prompt_token_ids, render_prompt
@@ -45,15 +45,16 @@ log = logging.getLogger("train_sft")
 Example = tuple[list[int], list[int]]
 
 
-def load_examples(path: Path, run: RunSettings, tokenizer: Any, vocab_size: int) -> list[Example]:
+def load_examples(
+    path: Path, run_settings: RunSettings, tokenizer: Any, vocab_size: int
+) -> list[Example]:
     """(prompt ids, response ids) of every demonstration that fits in `max_length`.
 
     Demonstrations in words get an EOS. What a model sampled is kept as its token ids: decoding and
     tokenizing again need not give them back. Raises DataError that names file and row for every
     fault, and where no demonstration is left.
     """
-    settings = run.method_settings
-    assert isinstance(settings, SftSettings)
+    settings = run_settings.of_kind(SftSettings)
     if isinstance(settings, ExpertIterationMethod):
         questions, responses = [], []
         for number, row in enumerate(iter_jsonl(path), start=1):
@@ -63,11 +64,11 @@ def load_examples(path: Path, run: RunSettings, tokenizer: Any, vocab_size: int)
     else:
         problems = read_problems(path)
         questions = [problem.question for problem in problems]
-        texts = [demonstration(problem, run.prompt) for problem in problems]
+        texts = [demonstration(problem, run_settings.prompt) for problem in problems]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
-    prompts = [render_prompt(question, run.prompt, tokenizer) for question in questions]
-    prompt_ids = prompt_token_ids(prompts, run.prompt, tokenizer)
+    prompts = [render_prompt(question, run_settings.prompt, tokenizer) for question in questions]
+    prompt_ids = prompt_token_ids(prompts, run_settings.prompt, tokenizer)
     examples = [
         (prompt, response)
         for prompt, response in zip(prompt_ids, responses, strict=True)
@@ -123,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
 
     run_settings = run_settings_from(args)
-    settings = run_settings.method_settings
-    if not isinstance(settings, SftSettings):
-        raise ConfigError(f"method {run_settings.method} is of kind {settings.kind}, not SFT")
+    settings = run_settings.of_kind(SftSettings)
     run = TrainingRun.from_arguments(args, run_settings)
     pad_id = pad_token_id(run.tokenizer)
     examples = load_examples(args.data, run_settings, run.tokenizer, run.model.config.vocab_size)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, progress, run_script
+from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import read_json
 from gsm8k_core.layout import ARTIFACTS
+from gsm8k_core.progress import progress
 from gsm8k_core.records import SUMS, verify_sums
 
 

@@ -21,14 +21,14 @@ from gsm8k_core.cli import (
     SNAKEMAKE_VARIABLE,
     add_run_arguments,
     parser,
-    progress,
     run_script,
     run_settings_from,
-    settings_from,
     training_parser,
+    with_engine_arguments,
 )
-from gsm8k_core.config import ModelSettings, RunSettings, dump, load_config
+from gsm8k_core.config import ModelSettings, RunSettings, dump, load_config, settings_from
 from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "fsspec", "datasets")
@@ -81,10 +81,11 @@ class OutOfMemoryError(RuntimeError):
 
 
 REMEDIES = (
-    "lower tokens_per_microbatch, or set gradient_checkpointing: true; with vLLM lower "
-    "vllm.rollout_gpu_memory_fraction. The run resumes from its last checkpoint. Weights, "
-    "gradients and AdamW's moments alone take 16 bytes per parameter: if these do not fit, set "
-    "lora, or more gpus"
+    "lower tokens_per_microbatch (where it generates completions_per_batch), or set "
+    "gradient_checkpointing: true; with vLLM lower vllm.rollout_gpu_memory_fraction. The run "
+    "resumes from its last checkpoint, and finished ones stay as they are. Weights, gradients"
+    " and AdamW's moments alone take 16 bytes per parameter: if these do not fit, set lora, "
+    "or more gpus"
 )
 
 
@@ -183,6 +184,22 @@ def test_a_malformed_settings_file_is_named(tmp_path: Path) -> None:
         settings_from(str(tmp_path / "b.yaml"), ModelSettings)
 
 
+def test_mistakes_name_the_argument_that_holds_them() -> None:
+    with pytest.raises(ConfigError, match=r"^--study: not valid JSON"):
+        settings_from("{bad", ModelSettings, "--study")
+    model = ModelSettings(source="embedded", prompt="plain")
+    for value, message in (
+        ("0", r"flags: vllm\.max_sequences: "),
+        (": [", "--vllm-max-sequences: "),
+    ):
+        args = training_parser("").parse_args(
+            ["--starting-model", "m", "--data", "d", "--output-dir", "o"]
+            + ["--vllm-max-sequences", value]
+        )
+        with pytest.raises(ConfigError, match=message):
+            with_engine_arguments(model, args)
+
+
 def run_arguments(*arguments: str) -> argparse.Namespace:
     arguments_parser = parser("what it does")
     add_run_arguments(arguments_parser)
@@ -200,7 +217,7 @@ def test_a_cell_of_the_config_and_its_settings_are_the_same_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", [("--seed", "0"), ("--model-name", "tiny-qwen2"), ("--method", "sft")]
+    "cell", [("--seed", "0"), ("--model-name", "tiny-qwen2"), ("--method", "sft"), CONFIG]
 )
 def test_a_cell_named_beside_its_settings_is_refused(cell: tuple[str, str]) -> None:
     settings = dump(load_config(ROOT / "config.yaml").run_settings("tiny-qwen2", "grpo", 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -396,14 +397,14 @@ def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:
 def test_threads_and_memory_do_not_fetch_the_weights_again() -> None:
     changed = merge(RAW, {"models": {"tiny-qwen2": {"threads": 7, "mem_mb": 9}}})
     one, two = parse_config(RAW), parse_config(changed)
-    assert one.starting_weights_settings("tiny-qwen2") == two.starting_weights_settings(
-        "tiny-qwen2"
-    )
+    assert len({dump(found.models["tiny-qwen2"].starting_weights()) for found in (one, two)}) == 1
 
 
 def test_stages_parents_and_seeds() -> None:
     config = parse_config(RAW)
     assert config.method_chain("rft") == ["base", "sft", "rft"]
+    alone = parse_config(merge(RAW, {"study": {"methods": ["rft", "grpo"]}}))
+    assert alone.stages() == ["base", "sft", "rft", "grpo"]
     assert config.parent_of("base") is None
     assert config.seeds_of("base") == [0]
     assert config.seeds_of("rft") == config.study.seeds
@@ -433,25 +434,33 @@ def test_settings_cannot_be_changed_after_checking() -> None:
 def test_more_gpus_than_one_are_no_reason_to_train_again_but_one_instead_of_none_is() -> None:
     dumps = {
         gpus: dump(
-            parse_config(merge(RAW, {"models": {"tiny-qwen2": {"gpus": gpus}}})).run_settings(
-                "tiny-qwen2", "sft", 0
-            )
+            parse_config(merge(RAW, {"models": {"tiny-qwen2": {"gpus": gpus}}}))
+            .run_settings("tiny-qwen2", "sft", 0)
+            .without_resources()
         )
         for gpus in (0, 1, 4)
     }
     assert dumps[0] != dumps[1] == dumps[4]
 
 
+JOBS: list[Callable[[Config], Any]] = [
+    lambda config: config.run_settings("tiny-qwen2", "grpo", 0),
+    lambda config: config.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic"),
+    lambda config: config.round_generation_settings("tiny-qwen2", "rft", 0, 1),
+]
+
+
+def deciding(settings: Any) -> str:
+    """What the workflow compares of a job's settings."""
+    return dump(settings.without_resources())
+
+
 def test_more_memory_or_threads_is_no_reason_to_train_again(config: Config) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"] |= {"mem_mb": 9000, "threads": 7}
     changed = parse_config(raw)
-    for build in (
-        lambda c: c.run_settings("tiny-qwen2", "grpo", 0),
-        lambda c: c.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic"),
-        lambda c: c.round_generation_settings("tiny-qwen2", "rft", 0, 1),
-    ):
-        assert dump(build(changed)) == dump(build(config))
+    for build in JOBS:
+        assert deciding(build(changed)) == deciding(build(config))
 
 
 def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
@@ -464,14 +473,32 @@ def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
     raw["models"]["tiny-qwen2"]["gpus"] = 1
     raw["models"]["tiny-qwen2"]["vllm"] = {"tensor_parallel": 1}
     plain = parse_config(raw)
-    for build in (
-        lambda c: c.run_settings("tiny-qwen2", "grpo", 0),
-        lambda c: c.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic"),
-    ):
-        assert dump(build(changed)) == dump(build(plain))
+    for build in JOBS:
+        assert deciding(build(changed)) == deciding(build(plain))
     # The job is told all the same, by flags.
-    assert changed.vllm_memory("tiny-qwen2") == memory
-    assert plain.vllm_memory("tiny-qwen2") == {}
+    told = {f"vllm_{key}": value for key, value in memory.items()}
+    assert changed.resources("tiny-qwen2") == plain.resources("tiny-qwen2") | told
+    assert not told.keys() & plain.resources("tiny-qwen2").keys()
+
+
+def test_what_running_out_of_memory_or_time_changes_is_no_reason_to_train_again(
+    config: Config,
+) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    of_method = {
+        "tokens_per_microbatch": 512,
+        "gradient_checkpointing": True,
+        "checkpoint_every_steps": 7,
+        "keep_checkpoints": 1,
+    }
+    of_model = {"completions_per_batch": 8, "compile_layers": True}
+    raw["methods"]["grpo"] |= of_method
+    raw["models"]["tiny-qwen2"] |= of_model
+    changed = parse_config(raw)
+    for build in JOBS:
+        assert deciding(build(changed)) == deciding(build(config))
+    assert changed.resources("tiny-qwen2", "grpo") == {**of_method, **of_model}
+    assert changed.resources("tiny-qwen2") == {"completions_per_batch": 8}
 
 
 def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> None:
@@ -486,9 +513,8 @@ def test_another_prompt_does_not_fetch_the_weights_again(config: Config) -> None
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"]["prompt"] = "chat_hash"
     changed = parse_config(raw)
-    assert changed.starting_weights_settings("tiny-qwen2") == config.starting_weights_settings(
-        "tiny-qwen2"
-    )
+    both = (changed, config)
+    assert len({dump(found.models["tiny-qwen2"].starting_weights()) for found in both}) == 1
     assert changed.run_settings("tiny-qwen2", "sft", 0) != config.run_settings(
         "tiny-qwen2", "sft", 0
     )

@@ -24,6 +24,8 @@ from gsm8k_core.files import (
     iter_jsonl,
     read_json,
     read_jsonl,
+    read_optional,
+    read_record,
     required,
     seed_from,
     sha256_file,
@@ -171,7 +173,7 @@ def test_jsonl_gives_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
 ) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
-    assert write_jsonl(path, rows) == len(rows)
+    write_jsonl(path, rows)
     assert read_jsonl(path) == rows
     assert path.read_bytes().count(b"\n") == len(rows)
 
@@ -230,6 +232,21 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not valid JSON") as caught:
             read_json(path)
         assert str(caught.value).startswith(str(path))
+
+
+def test_a_record_is_read_where_there_is_one_and_what_is_optional_is_read_whole(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.json"
+    assert read_record(path) == read_optional(path) == {}
+    path.write_text('{"a": 1}', encoding="utf-8")
+    assert read_record(path) == read_optional(path) == {"a": 1}
+    path.write_text("[1]", encoding="utf-8")
+    assert read_record(path) == read_optional(path) == {}
+    path.write_text('{"a":', encoding="utf-8")
+    assert read_record(path) == {}
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_optional(path)
 
 
 def test_rows_that_cannot_be_read_are_named_by_path_and_reason(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_cell_has_its_folder_and_takes_wildcards() -> None:
     assert LAYOUT.results == "artifacts/results/s"
     assert LAYOUT.problems("d", "test") == "artifacts/d/test.jsonl"
     assert LAYOUT.train_problems() == "artifacts/d/train.jsonl"
+    assert LAYOUT.log("prepare_data", "{dataset}") == "artifacts/logs/prepare_data/{dataset}.log"
 
 
 def test_a_method_trains_from_its_parents_model_of_the_same_seed() -> None:

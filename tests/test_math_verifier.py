@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ HANGS_IN_C = "\\boxed{100000000!}"
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[MathVerifier]:
-    with MathVerifier(seconds=20.0) as one:  # a busy machine is no reason to fail
+    with closing(MathVerifier(seconds=20.0)) as one:  # a busy machine is no reason to fail
         yield one
 
 
@@ -60,7 +61,7 @@ def test_grades_are_those_of_the_package(
 def test_a_completion_that_hangs_is_wrong_counted_and_does_not_hurt_the_next(
     text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MathVerifier(seconds=1.0) as one:
+    with closing(MathVerifier(seconds=1.0)) as one:
         started = time.monotonic()
         assert one.grade(text, "18") == (False, None)
         assert time.monotonic() - started < 30.0
@@ -114,10 +115,11 @@ def test_a_child_that_dies_is_replaced(verifier: MathVerifier) -> None:
     assert verifier.grade("#### 18", "18") == (True, "18")
 
 
-def test_leaving_the_block_ends_the_child() -> None:
-    with MathVerifier() as one:
-        one.grade("1", "1")
-        child = psutil.Process(one._process.pid)
+def test_closing_ends_the_child() -> None:
+    one = MathVerifier()
+    one.grade("1", "1")
+    child = psutil.Process(one._process.pid)
+    one.close()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert not [p for p in multiprocessing.active_children() if p.pid == child.pid]
 
@@ -155,7 +157,7 @@ def test_a_package_that_cannot_be_imported_is_one_message(
     monkeypatch.syspath_prepend(tmp_path)  # multiprocessing hands sys.path on
     with (
         caplog.at_level(logging.WARNING),
-        MathVerifier() as one,
+        closing(MathVerifier()) as one,
         pytest.raises(ConfigError, match=r"no antlr4\); install the package with `uv sync"),
     ):
         one.grade("1", "1")

@@ -12,7 +12,14 @@ import pytest
 from benchmarks import plan_scale
 from gsm8k_core.config import load_config
 from gsm8k_core.files import write_json
-from gsm8k_core.planning import Assumptions, Records, jobs_by_rule, num_parameters, work_of
+from gsm8k_core.planning import (
+    Assumptions,
+    Records,
+    _sampling_seconds,
+    jobs_by_rule,
+    num_parameters,
+    work_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SFT = "artifacts/experiments/other/tiny-qwen2/sft/seed0"
@@ -64,6 +71,24 @@ def test_arithmetic_is_six_flops_a_parameter_and_token(plan: Callable[..., dict]
     seconds = 6 * 1e6 * (1000 * 32 * 50) / (1e9 * 0.5)
     assert row["cpu_hours"] == pytest.approx(3 * seconds / 3600)
     assert row["gpu_hours"] == 0
+
+
+def test_sampling_on_a_gpu_takes_vllms_start_and_its_least_time_for_a_token() -> None:
+    a = Assumptions(gpu_flops=1e12, sampling_utilisation=0.1)
+    start, least = a.engine_start_seconds, a.sampling_seconds_per_token
+    assert _sampling_seconds(1e3, 1e6, 1, a) == pytest.approx(start + 1e6 * least)  # a small model
+    assert _sampling_seconds(1e9, 1e6, 1, a, starts=3) == pytest.approx(3 * start + 2e15 / 1e11)
+    assert _sampling_seconds(1e9, 0, 1, a) == 0.0  # what samples nothing starts nothing
+
+
+def test_what_lies_on_the_disk_at_once_is_added_up(plan: Callable[..., dict]) -> None:
+    found = plan("--parameters", "tiny-qwen2=1e6")["bytes"]
+    apart = ("most at once", "trained weights dropped", "checkpoints written in all")
+    assert found["most at once"] == sum(size for name, size in found.items() if name not in apart)
+    # SFT of 1,000 steps has checkpoints after 250, 500 and 750, RFT of 150 none before its end.
+    saves = {"sft": 3, "rft": 0, "grpo": 1, "dr_grpo": 1}
+    assert found["checkpoints written in all"] == 3 * sum(saves.values()) * 12e6
+    assert plan()["bytes"]["most at once"] is None
 
 
 def test_an_evaluation_holds_the_gpus_that_vllm_shares_a_model_over(tmp_path: Path) -> None:

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from gsm8k_core.cli import settings_from
-from gsm8k_core.config import ModelSettings, load_config, merge, parse_config
+from gsm8k_core.config import (
+    ApiSettings,
+    ModelSettings,
+    load_config,
+    merge,
+    parse_config,
+    settings_from,
+)
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import read_json
+from gsm8k_core.manifest import redacted
 from gsm8k_core.redaction import redact, redact_assignments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +62,7 @@ def test_secrets_are_struck_out_and_nothing_else(text: str, expected: str | None
     "name",
     [
         "MYAPIKEY", "OPENAI_APIKEY", "PGPASS", "DB_PASS", "SMTP_PASSPHRASE", "API_AUTH", "HUB_PAT",
-        "HFTOKEN", "hf_token", "WANDB_API_KEY_OLD",
+        "HFTOKEN", "hf_token", "WANDB_API_KEY_OLD", "HF_TOKEN_2", "API_KEYS", "AUTHORIZATION",
     ],
 )  # fmt: skip
 def test_a_variable_whose_name_says_so_holds_a_secret(
@@ -68,7 +76,8 @@ def test_a_variable_whose_name_says_so_holds_a_secret(
     "name",
     [
         "PATH", "PYTHONPATH", "PATTERN", "AUTHOR", "GIT_AUTHOR_NAME", "SSH_AUTH_SOCK", "KEYBOARD",
-        "GIT_ASKPASS", "BYPASS", "COMPASS", "TOKENIZERS_PARALLELISM", "MONKEY",
+        "GIT_ASKPASS", "BYPASS", "COMPASS", "TOKENIZERS_PARALLELISM", "MONKEY", "MAX_TOKENS",
+        "METRIC_KEYS", "TOKEN_LIMIT",
     ],
 )  # fmt: skip
 def test_a_variable_of_a_similar_name_holds_none(
@@ -76,6 +85,39 @@ def test_a_variable_of_a_similar_name_holds_none(
 ) -> None:
     monkeypatch.setenv(name, "planted-value")
     assert redact("x planted-value y") == "x planted-value y"
+
+
+SECRET_NAMES = (
+    "api-key", "apikey", "api-keys", "x-api-key", "token", "hf-token", "auth-token", "auth-tokens",
+    "api-token", "password", "passwd", "db-password", "passphrase", "key", "key-file", "secrets",
+    "storage-s3-secret-key", "storage-s3-access-key", "client-secret", "credentials",
+    "authorization", "pass", "auth", "pat", "token-file", "private-keys",
+)  # fmt: skip
+HARMLESS_NAMES = (
+    "prompt-tokens", "completion-tokens", "max-new-tokens", "tokens-per-microbatch", "tokens",
+    "max-completion-tokens", "truncate-prompt-tokens", "stop-token-ids", "return-token-ids",
+    "thinking-token-budget", "token-limit", "tokenizer", "keyboard", "author", "keep-going",
+    "prompt-cache-key", "path", "pattern", "slurm-pass-command-as-script",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_an_option_and_a_parameter_whose_names_say_so_hold_secrets(name: str) -> None:
+    shown = ["x.py", f"--{name}", "***", "--other", "150"]
+    assert redacted(["x.py", f"--{name}", "150", "--other", "150"]) == shown
+    assert redacted([f"--{name}=150"]) == [f"--{name}=***"]
+    for parameter in (name, name.replace("-", "_"), name.title()):
+        with pytest.raises(ValidationError, match=f"{parameter} looks like a secret"):
+            ApiSettings(base_url="https://host", model="m", parameters={parameter: "150"})
+
+
+@pytest.mark.parametrize("name", HARMLESS_NAMES)
+def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None:
+    command = ["x.py", f"--{name}", "150", f"--{name}=150"]
+    assert redacted(command) == command
+    parameters = {name.replace("-", "_"): 150}
+    settings = ApiSettings(base_url="https://host", model="m", parameters=parameters)
+    assert settings.parameters == parameters
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from gsm8k_core.report import (
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
 from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_curve
+from gsm8k_core.tables import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -134,6 +135,7 @@ def test_a_significant_difference_is_told_with_interval_p_and_n(page: Page) -> N
         r"\(Holm-corrected\), n = 40 problems × 2 seeds\.",
         squeezed(page.text),
     )
+    assert "p-values are two-sided, Holm-corrected within a model" in squeezed(page.text)
 
 
 def test_a_difference_that_is_none_is_told_to_be_none(page: Page) -> None:
@@ -166,17 +168,18 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
         parent_of={name: None if name == "base" else "base" for name in right},
         chains={name: ["base", name][name == "base" :] for name in right}, confidence=0.95,
     )  # fmt: skip
-    rows = [
-        {
-            "method": name, "accuracy": count / 100, "num_seeds": 3, "flags": None,
-            "parent": None if name == "base" else "base",
-            "base": None if name == "base" else "base",
-            "delta_vs_parent": count / 100 - 0.1 if name in tested else None,
-            "delta_vs_parent_ci_low": 0.0, "delta_vs_parent_ci_high": 1.0,
-            "p_value_vs_parent": 0.03, "p_value_vs_parent_holm": tested.get(name),
-        }
-        for name, count in right.items()
-    ]  # fmt: skip
+    rows = []
+    for name, count in right.items():
+        row = dict.fromkeys(SCHEMA) | {"model": "m", "method": name, "suite": "test"}
+        row |= {"accuracy": count / 100, "num_seeds": 3, "num_problems": 100, "num_samples": 0}
+        if name != "base":
+            row |= {"parent": "base", "base": "base"}
+        if name in tested:
+            for other in ("parent", "base"):
+                bounds = {"": count / 100 - 0.1, "_ci_low": 0.0, "_ci_high": 1.0}
+                row |= {f"delta_vs_{other}{end}": value for end, value in bounds.items()}
+                row |= {f"p_value_vs_{other}": 0.03, f"p_value_vs_{other}_holm": tested[name]}
+        rows.append(row)
     graded = Graded([(name, 0) for name in right], tables, ids, ["strict"])
     return Subject(study, "m", "test", rows, graded, {}, [], [])
 
@@ -202,8 +205,6 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     finding = str(_findings(subject, _leads(subject))[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
     subject.metrics["grpo"] = [{"accuracy": 0.6}]
-    for row in subject.rows:
-        row["num_problems"] = 100
     assert "over problems alone; differences are paired by them" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
     assert "over seeds and problems; differences are paired by both" in _context(subject)
@@ -686,3 +687,4 @@ def test_a_study_of_the_base_model_alone_has_a_report(
     words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
     assert "base gets 10.0 % of test right" in words
     assert "The study has one method only." in words and "Learning curves" not in words
+    assert "p-values are two-sided" not in words

@@ -58,7 +58,7 @@ def run(folder: Path, hub: HubServer, *words: str) -> str:
 
 
 def prepare_model(folder: Path, hub: HubServer, revision: str) -> str:
-    settings = {"source": "hub", "hub_id": MODEL, "revision": revision, "prompt": "plain"}
+    settings = {"source": "hub", "hub_id": MODEL, "revision": revision}
     return run(
         folder, hub, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "tiny",
         "--settings", json.dumps(settings), "--output-dir", "artifacts/models/tiny",

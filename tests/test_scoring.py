@@ -32,7 +32,7 @@ from transformers import (
 
 from gsm8k_core import onednn, scoring
 from gsm8k_core.scoring import compute_entropy, get_response_log_probs, score_responses
-from gsm8k_core.tokenization import attention_mask, collate, collate_packed
+from gsm8k_core.tokenization import collate, collate_packed
 
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
 RESPONSES = [[7, 8, 9, 10], [11], [12, 13, 14]]
@@ -322,7 +322,8 @@ def test_padding_changes_no_score_with_or_without_an_attention_mask() -> None:
         len(prompt) + len(response) - 1 for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
     unmasked = score_responses(model, **together)["log_probs"]
-    masked = score_responses(model, **together, attention_mask=attention_mask(lengths))["log_probs"]
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    masked = score_responses(model, **together, attention_mask=mask)["log_probs"]
     for row in range(3):
         alone = score_responses(model, **collate([PROMPTS[row]], [RESPONSES[row]], 0))["log_probs"]
         for padded in (unmasked, masked):

@@ -107,7 +107,7 @@ def test_a_model_that_fails_leaves_the_old_one_and_nothing_else(
 ) -> None:
     output = tmp_path / "m"
     write_text(output / "config.json", "old")
-    settings = json.dumps({"source": "path", "path": str(tmp_path / "none"), "prompt": "plain"})
+    settings = json.dumps({"source": "path", "path": str(tmp_path / "none")})
     arguments = ["--model-name", "m", "--settings", settings, "--output-dir", str(output)]
     with pytest.raises(ModelError, match=r"no config\.json"):
         script("prepare_model").main(arguments)
@@ -410,6 +410,35 @@ def test_a_model_shared_by_two_gpus_counts_the_seconds_of_both(
     this.run()
     (attempt,) = read_json(this.stats)["attempts"]
     assert attempt["num_gpus"] == 2
+
+
+def test_an_engine_that_fails_to_shut_down_takes_no_completion_with_it(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_engine: HfEngine) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(HfEngine, "close", fail)
+    this = job()
+    assert len(this.run()) == 18
+    assert not this.partial.exists()
+    assert "could not be shut down in order: CUDA error: unspecified" in caplog.text
+
+
+def test_a_job_killed_after_its_last_problem_starts_no_engine_again(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    this = job()
+    with monkeypatch.context() as patch:
+        patch.setattr(this.module, "write_jsonl", killed)
+        with pytest.raises(Killed):
+            this.run()
+    monkeypatch.delattr(this.module, "start_engine")
+    assert len(this.run()) == 18
+    assert read_json(this.stats)["engine"] == "transformers"
 
 
 def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:

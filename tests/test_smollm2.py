@@ -34,7 +34,7 @@ def folder(
     tmp_path_factory: pytest.TempPathFactory, config: Config, script: Callable[[str], ModuleType]
 ) -> Path:
     output = tmp_path_factory.mktemp("smollm2") / MODEL
-    settings = config.starting_weights_settings(MODEL)
+    settings = dump(config.models[MODEL].starting_weights())
     script("prepare_model").main(
         ["--model-name", MODEL, "--settings", settings, "--output-dir", str(output)]
     )

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from gsm8k_core.tokenization import (
-    attention_mask,
     collate,
     collate_packed,
     pack_examples,
@@ -115,14 +114,6 @@ def test_one_text_in_place_of_a_list_is_refused_and_not_read_letter_by_letter() 
     for prompts, outputs in (("two", "six"), (["two"], "s"), ("t", ["six"])):
         with pytest.raises(ValueError, match="lists of texts, found one text"):
             tokenize_prompt_and_output(prompts, outputs, word_tokenizer())  # type: ignore[arg-type]
-
-
-def test_the_attention_mask_is_true_at_the_first_positions_of_each_row() -> None:
-    assert attention_mask([3, 1, 0]).tolist() == [
-        [True, True, True],
-        [True, False, False],
-        [False, False, False],
-    ]
 
 
 # ------------------------------------------------------------------------------------ microbatches

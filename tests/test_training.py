@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
-from gsm8k_core.engines.base import Completion, Request
+from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, write_text
@@ -27,8 +27,8 @@ from gsm8k_core.training import (
     build_optimizer,
     disable_dropout,
     endless_order,
-    greedy_accuracy,
     learning_rate_at,
+    num_greedy_right,
     take,
 )
 
@@ -289,12 +289,31 @@ def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., Training
     assert settings == run.run_settings
 
 
+def test_an_engine_that_fails_to_shut_down_takes_no_finished_run_with_it(
+    start: Callable[..., TrainingRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        name = "vllm"
+
+        def close(self) -> None:
+            raise RuntimeError("NCCL error")
+
+    run = start(num_steps=1)
+    run.resume()
+    step(run, 1)
+    run._engine = cast(Engine, Failing())
+    run.finish({})
+    assert (run.output_dir / "model" / "model.safetensors").exists()
+    assert read_json(run.output_dir / "train" / "summary.json")["engine"] == "vllm"
+    assert "vllm could not be shut down in order: NCCL error" in caplog.text
+
+
 def test_keep_best_saves_the_weights_of_the_best_validation(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = iter([0.1, 0.7, 0.7, 0.2])
-    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: next(accuracies))
-    run = start(val=[Problem("a", "q", "#### 1", "1")], keep_best=True, validate_every_steps=1)
+    right = iter([1, 7, 7, 2])
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: next(right))
+    run = start(val=[Problem("a", "q", "#### 1", "1")] * 10, keep_best=True, validate_every_steps=1)
     run.resume()
     at_step: dict[int, dict[str, torch.Tensor]] = {}
     for number in range(1, 5):
@@ -310,10 +329,11 @@ def test_keep_best_saves_the_weights_of_the_best_validation(
 def test_the_best_so_far_survives_a_resume(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = iter([0.9, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: next(accuracies))
+    right = iter([9, 1, 2, 3])
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: next(right))
     options: dict[str, Any] = {
-        "val": [Problem("a", "q", "#### 1", "1")], "keep_best": True, "validate_every_steps": 1,
+        "val": [Problem("a", "q", "#### 1", "1")] * 10,
+        "keep_best": True, "validate_every_steps": 1,
     }  # fmt: skip
     run = start(**options)
     run.resume()
@@ -331,7 +351,7 @@ def test_the_best_so_far_survives_a_resume(
 def test_validation_falls_on_its_steps_and_on_the_last(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "greedy_accuracy", lambda *_a, **_k: 0.5)
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: 1)
     run = start(num_steps=5, val=[Problem("a", "q", "#### 1", "1")], validate_every_steps=2)
     run.resume()
     for number in range(1, 6):
@@ -454,14 +474,14 @@ class Scripted:
         return [[Completion([1], [0.0], "stop", text)] for text in self.answers]
 
 
-def test_greedy_accuracy_is_the_share_of_strictly_right_answers(
+def test_greedy_completions_are_counted_right_by_the_strict_grade(
     tiny_folder: Path, run_json: Callable[..., str]
 ) -> None:
     prompt = RunSettings.model_validate_json(run_json("sft")).prompt
     problems = [Problem(str(i), f"q{i}", "#### 4", "4") for i in range(4)]
     engine: Any = Scripted(["#### 4", "2 + 2 = 4", "#### 5", "so\n#### 4"])
-    accuracy = greedy_accuracy(engine, problems, prompt, load_tokenizer(tiny_folder), 9)
-    assert accuracy == 0.5  # the second has no mark, the third is wrong
+    num_right = num_greedy_right(engine, problems, prompt, load_tokenizer(tiny_folder), 9)
+    assert num_right == 2  # the second has no mark, the third is wrong
     assert all(r.temperature == 0.0 and r.max_new_tokens == 9 for r in engine.asked)
 
 

@@ -83,3 +83,14 @@ def start_engine(
         settings.completions_per_batch,
         forward_context=lambda: autocast(device, settings.dtype),
     )
+
+
+def close_engine(engine: Engine) -> None:
+    """Close an engine whose completions are safe already: a failure is a warning, and no more.
+
+    A job that failed here would be done again, and might fail here again.
+    """
+    try:
+        engine.close()
+    except Exception as error:  # whatever vLLM, CUDA or NCCL raise while they are taken down
+        log.warning("%s could not be shut down in order: %s", engine.name, error)

@@ -103,7 +103,7 @@ class VllmEngine:
         options: dict[str, Any] = {
             "model": str(folder),
             "dtype": settings.dtype or dtype,
-            "seed": settings.seed,
+            "seed": 0,  # each request has its own
             "tensor_parallel_size": settings.tensor_parallel,
             "max_num_seqs": settings.max_sequences,
             "kv_cache_dtype": settings.kv_cache_dtype,

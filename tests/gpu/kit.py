@@ -467,7 +467,7 @@ def prepare(kit: Kit) -> None:
         words = ["scripts/prepare_data.py", "--dataset", study.dataset, "--settings", settings]
         kit.run(*words, "--output-dir", study.data)
     if not (study.weights / "manifest.json").exists():
-        settings = study.config.starting_weights_settings(study.model)
+        settings = study.config.models[study.model].starting_weights().model_dump_json()
         words = ["scripts/prepare_model.py", "--model-name", study.model, "--settings", settings]
         kit.run(*words, "--output-dir", study.weights)
     kit.facts("prepare")["model"] = model_shape(study.weights)

@@ -263,8 +263,17 @@ def test_code_triggers_reruns_only_where_the_study_asks_for_it(finished: Path) -
     assert planned_jobs(finished, overlays=(*SMALL_STUDY, asked))["train_sft"] == 1
 
 
-def test_another_share_of_the_gpu_for_vllm_reruns_nothing(finished: Path) -> None:
-    memory = {"vllm": {"rollout_gpu_memory_fraction": 0.2, "kv_cache_gib": 0.5}}
+def test_what_running_out_of_memory_changes_reruns_nothing_and_reaches_the_job(
+    finished: Path,
+) -> None:
+    memory = {
+        "vllm": {"rollout_gpu_memory_fraction": 0.2, "kv_cache_gib": 0.5},
+        "defaults": {
+            kind: {"tokens_per_microbatch": 512, "gradient_checkpointing": True}
+            for kind in ("sft", "expert_iteration", "dpo", "grpo")
+        },
+        "models": {"tiny-qwen2": {"completions_per_batch": 8}},
+    }
     assert (
         planned_jobs(finished, overlays=(*SMALL_STUDY, overlay(finished, "m.yaml", memory))) == {}
     )
@@ -276,6 +285,8 @@ def test_another_share_of_the_gpu_for_vllm_reruns_nothing(finished: Path) -> Non
     finally:
         (finished / "kept").rename(finished / CELLS / "grpo/seed0/model")
     assert "--vllm-rollout-gpu-memory-fraction 0.2 --vllm-kv-cache-gib 0.5" in shown.stdout
+    assert "--tokens-per-microbatch 512 --gradient-checkpointing true" in shown.stdout
+    assert "--completions-per-batch 8" in shown.stdout
 
 
 def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
