@@ -253,7 +253,7 @@ class WeightsSettings(Settings):
 
 
 class ModelSettings(WeightsSettings):
-    """Where starting weights come from, and what a run of them needs."""
+    """Where starting weights come from, and what a job with the model needs."""
 
     prompt: str
     """Name of the prompt that the model is trained and evaluated with."""
