@@ -8,23 +8,30 @@ Two ways to find the answer:
 - `strict` reads it after the marker that the prompt asked for. For `####` it is the first marker
   that a number follows, as in lm-evaluation-harness: a base model that runs on into the next
   question answers that one after a second marker. Markers that words follow are markdown headings
-  and are passed over. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
+  and are passed over, and so are numbered ones (`#### 1. Find the eggs`) where another marker has
+  the answer. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
   used for intermediate results. A box that is never closed was cut short and is no answer. Any
   other marker (`The answer is`) is text, read as `####` is.
 - `flexible` is the last number of the text.
 
 What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
-`36/2` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
+`18元` are 18; `18 million`, `$18m`, `18x`, `18²`, `18:00`, `18-20`, `1, 18`, `10,00`, `10 000` and
 `- 18` are read as no answer at all rather than as one of their parts. (In running text a sign apart
 from its number may be a dash: to `flexible`, `is - 18` and `#### - 18` are no answer, `Answer - 18`
 is 18.) A line with several numbers counts only as an equation, whose last side is the answer
-(`5 + 13 = 18`).
+(`5 + 13 = 18`). Where a number stands before that equation, parted from it by a comma or brackets,
+the number is the answer (`18 dollars, which leaves 20 - 18 = 2`).
+
+A fraction is a number only in lowest terms: `7/3` and `1/2` are, `36/2` and `18/1` are divisions
+that were left undone, and no answer. Who writes them has not done the last step, which is a
+division in one problem of GSM8K out of seven.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -103,13 +110,20 @@ _DECORATION = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(r"[\s_$(\[]*(?:[a-zA-Z]\b\s*)?=\s*")
-_SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|<\||</|<[a-z]")
+_SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|。|<\||</|<[a-z]")
+_NUMBERED_HEADING = re.compile(r"\s*([0-9]{1,2})[.)]\s+[^\W\d_]")
+_NEW_QUESTION = re.compile(r"^[ \t#*]*(?:Question|Q)[ \t*]*:", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")
 
 _SUFFIX = re.compile(r"[^\W\d_]+")
 _UNIT_LETTERS = frozenset("mglLhs")
-_NOT_UNITS = frozenset("st nd rd th bn mn mil pi".split())
+_NOT_UNITS = frozenset(
+    "st nd rd th bn mn mil pi 千 千元 兆 천 만 억 조 천원 만원 억원 조원".split()
+)
+# Between Cyrillic and the letters of mathematics (𝑥): scripts that put no blank around a number.
+_OTHER_SCRIPTS = "\u0530-\U0001d3ff"
+_OTHER_SCRIPT = re.compile(f"[{_OTHER_SCRIPTS}]")
 _COUNT = "an?|one|two|three|four|five|six|seven|eight|nine"
 _PART = (
     "half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?"
@@ -117,7 +131,7 @@ _PART = (
 )
 _CHANGES_THE_NUMBER = re.compile(
     r"[\s-]*(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?\b"
-    r"|[\s-]*(?:lakhs?|crores?|bn|mn|mil|squared|cubed|factorial)\b"
+    r"|[\s-]*(?:lakhs?|crores?|bn|mn|mil|squared|cubed|factorial)\b|\s*[十百万萬亿億半]"
     rf"|[\s-]*and[\s-]+(?:(?:{_COUNT})[\s-]+)?(?:{_PART})\b"
     rf"|\s+point\s+(?:zero|{_COUNT})\b"
     r"|\s+(?:st|nd|rd|th)\b|\s+(?-i:[xyznkKMBπ])\b|\s*[+^×÷·\\]|\s*\*\s*[\w(]|\s*/\s*[(\\]",
@@ -130,16 +144,31 @@ _POWER_OF_A_UNIT = re.compile(
     r"|s|sec)\s*\^\s*[23]",
     re.IGNORECASE,
 )
+_CUT_OFF = re.compile(r"[^\w=≈]*[=≈]\W*\Z")  # 7/3 = and no more
 _DIVISION = re.compile(r"(?<=[0-9.])\s*/\s*(?=\.?[0-9])")
 
 # What stands before a number in running text. `\Z` and not `$`: a new line is no join.
-_NEGATED = re.compile(r"\b(?:minus|negative)\s*\Z", re.IGNORECASE)
-_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$#]|\b(?:is|are|was|equals))\s*-\s+\Z")
-_JOINED_BEFORE = re.compile(rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z")
+_NEGATED = re.compile(r"(?:\b(?:minus|negative)|[负負]|マイナス|마이너스)\s*\Z", re.IGNORECASE)
+_SIGN_APART = re.compile(r"(?:\A|[\n=≈:(\[$#]|\b(?:is|are|was|equals)|[是为為])\s*-\s+\Z")
+_JOINED_BEFORE = re.compile(
+    rf"{_DIGIT}\s*[,/]\s*\Z|\^\s*\Z|(?:(?![{_OTHER_SCRIPTS}])[^\W_]_?|[)\\.√∛±]|\\sqrt\s*)\Z"
+    rf"|(?:[第点點比之十百千万萬亿億兆천만억조]|{_DIGIT}(?:[年月时時分]|분의 ?))\Z"
+)
 _WHOLE_BEFORE = re.compile(rf"{_DIGIT}(?: +and)? +\Z")  # of a mixed number: 18 1/2
 _GROUPS_BEFORE = re.compile(rf"{_DIGIT}(?: |{THIN_SPACE} | {THIN_SPACE})\Z")  # of 1 000
 _LAST_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
-_ANOTHER_STATEMENT = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
+
+# What a side of an equation may hold besides: commas, names of what comes next, brackets.
+_EQUALS = re.compile(r"[=≈]")
+_NAME = re.compile(r"(?<=[0-9])[\s\\]+(?![mglLhs]\b)[a-zA-Z][\s&]*\Z")  # 18 y = 3
+_ANOTHER_STATEMENT = re.compile(
+    rf"[,;](?![0-9])|\b(?:and|or)\b|{_NAME.pattern}|(?<=[0-9])[\s\\]+[A-Z][a-z]+[\s&]*\Z"
+)
+_CLAUSE = re.compile(  # a comma that groups no digits, or a word
+    r"[,;](?![0-9]{3}(?![0-9]))|\b(?:because|since)\b|\b(?:and|or)\b(?=\s+[a-zA-Z][\s&]*\Z)"
+)
+_BRACKET = re.compile(r"[()\[\]]")
+_BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 
 BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -198,6 +227,18 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
     return _in_last_box(text) if marker == "boxed" else _after_marker(text, marker)
 
 
+def contradicts_itself(text: str, marker: Marker = "####") -> bool:
+    """Whether a marker after the one that `strict` reads states another number.
+
+    Before a new question begins, that is: a line with `Question:` or `Q:`. Of several boxes the
+    last is the answer, so they contradict nothing.
+    """
+    if marker == "boxed" or text.count(marker) < 2:
+        return False
+    values = [_read_line(line) for line in _answer_lines(text, marker)]
+    return any(value not in (None, values[0]) for value in values[1:])
+
+
 def is_correct(
     text: str | None, gold: str | int | Fraction, mode: Mode, marker: Marker = "####"
 ) -> bool:
@@ -212,7 +253,8 @@ def is_correct(
 def parse_gold(gold: str | int | Fraction) -> Fraction:
     """The reference answer as a number; text may be a worked answer that ends in `#### 18`.
 
-    Raises DataError when it is text that states none, or neither text nor an exact number.
+    A fraction must be in lowest terms. Raises DataError when it is text that states no number, or
+    neither text nor an exact number.
     """
     if not isinstance(gold, str | int | Fraction):
         raise DataError(
@@ -235,12 +277,30 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
 
 def _after_marker(text: str, marker: str) -> Fraction | None:
     """The number after the first `marker` that a number follows."""
+    line = next(_answer_lines(text, marker), None)
+    return None if line is None else _read_line(line)
+
+
+def _answer_lines(text: str, marker: str) -> Iterator[str]:
+    """What follows each `marker` that a number follows, until another question begins.
+
+    Headings that count up (`#### 1. Find the eggs`) are passed over where there is anything else.
+    """
+    headings: list[str] = []
+    found = False
     for segment in text.split(marker)[1:]:
         line = _clean(segment.lstrip().partition("\n")[0])
-        assigned = _ASSIGNED.match(line)  # `#### x = 18` is as good as `#### 18`
-        if _sign(line, assigned.end() if assigned else 0):
-            return _read_line(line)
-    return None
+        if _number_begins(line):
+            heading = None if marker.strip("#") else _NUMBERED_HEADING.match(line)
+            if heading and int(heading.group(1)) == len(headings) + 1:
+                headings.append(line)
+            else:
+                found = True
+                yield line
+        if (found or headings) and _NEW_QUESTION.search(segment):
+            break
+    if headings and not found:
+        yield headings[0]
 
 
 def _in_last_box(text: str) -> Fraction | None:
@@ -284,6 +344,8 @@ def _last_number(text: str) -> Fraction | None:
         return None
     if _SIGN_APART.search(outside):
         return None
+    if number.group(2) and _CUT_OFF.match(text, number.end()):
+        return None
     return _value(prefix, number, text)
 
 
@@ -291,7 +353,10 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _read_line(line: str) -> Fraction | None:
-    """The one number of a cleaned line: its first sentence, the last side of an equation."""
+    """The one number of a cleaned line: its first sentence, the last side of an equation.
+
+    Or what stands before the equation: `18, which leaves 20 - 18 = 2`, `18 (20 - 18 = 2)`.
+    """
     # A full stop ends the answer only after it: "Rs. 5" and "No. 5" have not begun.
     first_digit = re.search(_DIGIT, line)
     if first_digit is None:
@@ -300,14 +365,58 @@ def _read_line(line: str) -> Fraction | None:
     sentence = line[: end.start()] if end else line
     if re.search(r"[<>!]=|[≠≤≥±]", sentence):
         return None
-    *before, side = re.split(r"[=≈]", sentence)
-    if any(_ANOTHER_STATEMENT.search(part) for part in before[1:]):
-        return None  # x = 18, y = 3
+    sentence = _without_asides(sentence, first_digit.end())
+    *before, side = _EQUALS.split(sentence)
+    if not before:
+        return _only_number(side)
+    # Not the last of two statements: x = 18, y = 3.
+    one = not (_NAME.search(before[0]) or any(map(_ANOTHER_STATEMENT.search, before[1:])))
+    answer = _only_number(side) if one else None
+    first = _BRACKETED.sub(lambda match: " " * len(match.group()), before[0])
+    clause = _CLAUSE.search(first, first_digit.end())
+    if clause is None or not _sign(first):
+        return answer
+    stated = _only_number(before[0][: clause.start()])
+    return stated if stated == answer or not _number_begins(sentence, clause.end()) else None
+
+
+def _without_asides(text: str, start: int) -> str:
+    """Without the brackets after `start` that hold an equation; nothing if one is never closed.
+
+    After an operator, a bracket that is never closed is arithmetic with a slip.
+    """
+    if not _EQUALS.search(text):
+        return text
+    kept: list[str] = []
+    depth = end = 0
+    opened = start
+    for bracket in _BRACKET.finditer(text, start):
+        if bracket.group() in "([":
+            opened = opened if depth else bracket.start()
+            depth += 1
+        elif depth:
+            depth -= 1
+            if depth == 0 and _EQUALS.search(text, opened, bracket.end()):
+                kept.append(text[end:opened])
+                end = bracket.end()
+    if depth and _EQUALS.search(text, opened) and text[:opened].rstrip()[-1:] not in "+-*/×÷·":
+        return ""
+    return " ".join([*kept, text[end:]])
+
+
+def _only_number(side: str) -> Fraction | None:
+    """The number that a text begins with, where it is the only one."""
     sign = _sign(side)
     number = _NUMBER.match(side, sign.end()) if sign else None
     if sign is None or number is None or re.search(_DIGIT, side[number.end() :]):
         return None
     return _value(sign, number, side)
+
+
+def _number_begins(text: str, start: int = 0) -> bool:
+    """Whether a number begins at `start`, or what is assigned one: `x = 18` is as good as `18`."""
+    assigned = _ASSIGNED.match(text, start)
+    return _sign(text, assigned.end() if assigned else start) is not None
 
 
 def _sign(text: str, start: int = 0) -> re.Match[str] | None:
@@ -321,18 +430,28 @@ def _value(sign: re.Match[str], number: re.Match[str], text: str) -> Fraction | 
     suffix = _SUFFIX.match(rest)
     if suffix is not None:
         letters = suffix.group()
-        if len(letters) == 1 and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
+        one = len(letters) == 1 and not _OTHER_SCRIPT.match(letters)
+        if one and letters not in _UNIT_LETTERS or letters.lower() in _NOT_UNITS:
             return None
     if _CHANGES_THE_NUMBER.match(rest) or (sign.group(1) and sign.group(2)):
         return None
     if _MULTIPLIES_MONEY.match(rest) and re.search(_CURRENCY, sign.group()):
         return None
-    numerator = _decimal(number.group(1))
-    denominator = Fraction(1) if number.group(2) is None else _decimal(number.group(2))
+    value = _decimal(number.group(1))
+    if number.group(2) is not None:
+        value = _fraction(value, _decimal(number.group(2)))
+    if value is None:
+        return None
+    return -value if "-" in (sign.group(1), sign.group(2)) else value
+
+
+def _fraction(numerator: Fraction | None, denominator: Fraction | None) -> Fraction | None:
+    """The fraction, where it is in lowest terms; else it is a division that was left undone."""
     if numerator is None or not denominator:
         return None
     value = numerator / denominator
-    return -value if "-" in (sign.group(1), sign.group(2)) else value
+    in_lowest_terms = (value.numerator, value.denominator) == (numerator, denominator)
+    return value if in_lowest_terms and denominator > 1 else None
 
 
 def _decimal(text: str) -> Fraction | None:

@@ -1,7 +1,9 @@
 """Embedded word problems in GSM8K's form, deterministic from a seed.
 
 Five families of one and two steps, operands 2 to 10, multipliers 2 to 4. A question's operands
-belong to one split alone: no test question is a train question with another name in it.
+belong to one split alone: no test question is a train question with another name in it. Within a
+split the same operands come often, worded with other names: a problem's `cluster` is its family
+with its operands.
 
 Train rows also hold a `demonstration`. A stated share of them follow a wrong plan with correct
 arithmetic: imitation learns the wrong plans too, and reinforcement from the gold answers has
@@ -180,7 +182,14 @@ def make_problems(settings: ArithmeticDataset, split: str, num_problems: int) ->
             plan = family.wrong_plan if wrong else family.right_plan
             demonstration = worked_answer(plan(a, b, c), things)
         problems.append(
-            Problem(f"{split}-{index}", question, answer, gold_answer(answer), demonstration)
+            Problem(
+                f"{split}-{index}",
+                question,
+                answer,
+                gold_answer(answer),
+                demonstration,
+                cluster=f"{family.name} {a} {b} {c}",
+            )
         )
     return problems
 

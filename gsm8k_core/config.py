@@ -382,7 +382,8 @@ class SftSettings(TrainSettings):
     batch_size: PositiveInt = 32
     """Examples per optimizer step (unpacked)."""
     max_length: PositiveInt = 1024
-    """Longest prompt + response, in tokens; longer demonstrations are left out and counted."""
+    """Longest prompt + response, in tokens, where the model has as many positions; longer
+    demonstrations are left out and counted."""
     packing: bool = False
     """Put several examples in one row; none attends to another."""
 
@@ -462,7 +463,9 @@ class RewardSettings(Settings):
     grading: RewardGrade = "strict"
     """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
-    """`module:function`, called as fn(completion, gold) -> number; added to the other parts."""
+    """`module:function`, called as fn(completion, gold) -> number; added to the other parts.
+
+    An edit of the module's file makes another run; what that file imports is not looked at."""
     custom_weight: float = 1.0
     """Weight of the custom reward."""
 
@@ -516,9 +519,11 @@ class GrpoMethod(TrainSettings):
     kl_coefficient: NonNegativeFloat = 0.0
     """β of the KL to the reference; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimators; k3 is non-negative, k1 as a loss has no gradient in expectation."""
+    """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation; in
+    the reward k1 alone has that of the KL."""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion."""
+    """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion (with
+    `kl_estimator: k1`)."""
     reference_refresh_steps: NonNegativeInt = 0
     """Copy the policy into the reference every this many steps; 0: never."""
     entropy_coefficient: NonNegativeFloat = 0.0
@@ -546,7 +551,8 @@ class GrpoMethod(TrainSettings):
     importance_bound: PositiveFloat = 2.0
     """Largest weight."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the bound: `truncate` cuts them to it, `mask` leaves their tokens out."""
+    """Weights above the bound: `truncate` cuts them to it, `mask` sets them to 0. What the loss is
+    divided by still counts their tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> GrpoMethod:
@@ -568,7 +574,33 @@ class GrpoMethod(TrainSettings):
             raise ValueError("reference_refresh_steps and lora exclude each other: set one of them")
         if self.objective == "cispo" and self.ratio_level == "sequence":
             raise ValueError("cispo is defined on token ratios: set ratio_level: token")
+        if self.objective == "reinforce" and self.minibatches * self.epochs_per_batch > 1:
+            raise ValueError(
+                "objective: reinforce has no ratio to correct what was sampled before an update: "
+                "set minibatches: 1 and epochs_per_batch: 1, or take ppo_clip or cispo"
+            )
+        if self.kl_coefficient > 0.0 and self.kl_placement == "reward":
+            self._check_kl_in_reward()
         return self
+
+    def _check_kl_in_reward(self) -> None:
+        """Raise ValueError for what makes KL in the reward another thing than a penalty of it."""
+        if self.kl_estimator != "k1":
+            raise ValueError(
+                "kl_placement: reward needs kl_estimator: k1: as a reward, k2 and k3 do not have "
+                "the gradient of the KL"
+            )
+        if self.advantage == "group_zscore":
+            raise ValueError(
+                "kl_placement: reward does not go with advantage: group_zscore: in a group that is "
+                "all right or all wrong it would scale differences of KL to spread 1, whatever "
+                "kl_coefficient is; take group_centered, leave_one_out or batch_zscore"
+            )
+        if self.mask_truncated:
+            raise ValueError(
+                "kl_placement: reward does not go with mask_truncated: truncated completions would "
+                "pay no KL, yet count in what others are compared with; set one of them"
+            )
 
 
 MethodSettings = Annotated[

@@ -37,13 +37,17 @@ GITHUB_FOLDER = "grade_school_math/data"
 
 
 def content_digest(rows: list[Json]) -> str:
-    """Hex SHA-256 over the rows in order, each as compact JSON of [question, answer] and "\\n"."""
+    """Hex SHA-256 over the rows in order, each as compact JSON of [question, answer] and "\\n".
+
+    A row's `demonstration` and `examples`, which GSM8K's rows have not, follow the answer.
+    """
     digest = hashlib.sha256()
     for row in rows:
-        pair = json.dumps(
-            [row.get("question"), row.get("answer")], ensure_ascii=False, separators=(",", ":")
-        )
-        digest.update(pair.encode("utf-8") + b"\n")
+        parts = [row.get("question"), row.get("answer")]
+        optional = (row.get(key) for key in ("demonstration", "examples"))
+        parts += [value for value in optional if value not in (None, [])]
+        text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+        digest.update(text.encode("utf-8") + b"\n")
     return digest.hexdigest()
 
 
@@ -74,9 +78,10 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     the pinned revision, GitHub at the pinned commit. Raises DataError when none can be had, or when
     a split is not the pinned one.
     """
-    folder = settings.path or os.environ.get("GSM8K_DIR")
-    if folder:
-        splits = {split: list(iter_jsonl(Path(folder) / f"{split}.jsonl")) for split in SPLITS}
+    local = settings.path or os.environ.get("GSM8K_DIR")
+    if local:
+        folder = Path(local).expanduser()
+        splits = {split: list(iter_jsonl(folder / f"{split}.jsonl")) for split in SPLITS}
         source = "local folder"
     else:
         splits, source = _download(settings)

@@ -21,6 +21,8 @@ IDENTITY = {"study", "model", "method", "parent", "seed", "suite", "round", "kin
 # Facts whose names begin so: the weights of a method, as evaluated or as trained from. Every seed
 # has its own, so they are compared with those of a parent only.
 WEIGHTS_OF = "weights of "
+# The file of a custom reward: to be compared where it is the same `module:function`.
+CODE_OF = "code of "
 
 MEANINGS = {
     "engine": "another program generated the completions",
@@ -64,6 +66,8 @@ def training_facts(summary: Json) -> Facts:
     # Who trains on its own completions shares them with nobody, not even with another seed.
     if "seconds_sampling" not in summary:
         facts["data"] = _short(summary.get("data_sha256"))
+    for custom, digest in (summary.get("reward_code") or {}).items():
+        facts[f"{CODE_OF}{custom}"] = _short(digest)
     known = {f"training {key}": value for key, value in _known(facts).items()}
     # The last of several rounds may start from the one before it.
     if summary.get("parent") and summary.get("num_rounds", 1) == 1:
@@ -167,6 +171,8 @@ def flag_text(against: str, names: Sequence[str]) -> str:
 
 def meaning(name: str) -> str:
     """A flag's word in plain language."""
+    if name.startswith(f"training {CODE_OF}"):
+        return "the file of this custom reward was another one"
     if name not in MEANINGS and name.startswith("training "):
         return f"{MEANINGS.get(name.removeprefix('training '), 'another value')}, in training"
     return MEANINGS.get(name, "other settings")

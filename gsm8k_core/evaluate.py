@@ -56,6 +56,7 @@ from gsm8k_core.layout import ARTIFACTS
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
+from gsm8k_core.tables import clusters_of, problems_text
 
 log = logging.getLogger(__name__)
 RUNS = Path(ARTIFACTS) / "runs"
@@ -209,17 +210,24 @@ def _evaluate(
 
 def summarize(grades: pl.DataFrame, confidence: float) -> Json:
     """Accuracy (greedy) and pass@1 (over samples) with intervals; null where not decoded so."""
-    result: Json = {"num_problems": grades["problem_id"].n_unique()}
+    problems = grades.group_by("problem_id").agg(pl.col("cluster").first())
+    clusters = clusters_of([problems])
+    result: Json = {
+        "num_problems": problems.height,
+        "num_clusters": None if clusters is None else clusters.n_unique(),
+    }
     for name, decoding in (("accuracy", "greedy"), ("pass_at_1", "sample")):
         of_problem = (
             grades.filter(pl.col("decoding") == decoding)
             .group_by("problem_id")
-            .agg(pl.col("correct").cast(pl.Float64).mean())
+            .agg(pl.col("correct").cast(pl.Float64).mean(), pl.col("cluster").first())
+            # So that the sum does not depend on how the rows were grouped.
+            .sort("correct", "cluster")
         )
         result[name] = None
         if of_problem.height:
-            # Sorted, so that the sum does not depend on how the rows were grouped.
-            found = mean_interval(of_problem["correct"].sort().to_numpy()[None, :], confidence)
+            values = of_problem["correct"].to_numpy()[None, :]
+            found = mean_interval(values, confidence, clusters_of([of_problem]))
             result[name] = {"mean": found.mean, "low": found.low, "high": found.high}
     return result
 
@@ -231,9 +239,10 @@ def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> 
         for name, label in (("accuracy", "accuracy"), ("pass_at_1", "pass@1"))
         if (part := result[name]) is not None
     ]
+    asked = problems_text(result["num_problems"], result["num_clusters"])
     return (
         f"{who} on {settings.suite}: {', '.join(parts)} "
-        f"({result['num_problems']} problems, {100 * confidence:.0f} % interval)\n"
+        f"({asked}, {100 * confidence:.0f} % interval)\n"
     )
 
 

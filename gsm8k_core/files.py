@@ -26,6 +26,8 @@ from gsm8k_core.errors import BusyError, DataError
 
 Json = dict[str, Any]
 Value = TypeVar("Value")
+# What is read of a model's folder, at its top: safe weights, settings, tokenizer; nothing pickled.
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
 WRITER = ".writer"
 """In the temporary folder of `atomic_path`: a file that is locked as long as its writer lives."""
 
@@ -109,6 +111,12 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
     except OSError:
         shutil.copyfile(source, target)
     return str(target)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that MODEL_FILES names, sorted; none without a folder."""
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
 
 
 def write_text(path: Path, text: str) -> None:

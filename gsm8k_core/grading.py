@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import get_args
 
 from gsm8k_core import math_verifier
-from gsm8k_core.answers import Marker, extract_answer, parse_gold
+from gsm8k_core.answers import Marker, contradicts_itself, extract_answer, parse_gold
 from gsm8k_core.config import Grade, GradingSettings, RewardGrade
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import Json
@@ -104,8 +104,9 @@ class Grader:
     def grade(self, text: str | None, gold: Gold) -> Json:
         """One boolean (or None) for each of `GRADES`, and besides:
 
-        `correct` (the grade that counts), `extracted` (the answer that it read, or None) and
-        `has_format` (a number follows the marker, right or wrong).
+        `correct` (the grade that counts), `extracted` (the answer that it read, or None),
+        `has_format` (a number follows the marker, right or wrong) and `contradicted` (right by
+        `strict`, but another number follows a later marker).
         """
         strict = extract_answer(text, "strict", self.settings.marker)
         flexible = extract_answer(text, "flexible")
@@ -135,4 +136,9 @@ class Grader:
             "correct": grades[primary],
             "extracted": None if extracted is None else str(extracted),
             "has_format": strict is not None,
+            "contradicted": (
+                text is not None
+                and grades["strict"] is True
+                and contradicts_itself(text, self.settings.marker)
+            ),
         }

@@ -110,6 +110,8 @@ def policy_loss(
     `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the settings ask for
     something that is not given, or for an entropy bonus of an entropy without gradient, and for
     tensors of other shapes.
+
+    Among the metrics, `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r.
     """
     mask = batch.response_mask
     check_shapes(
@@ -130,19 +132,20 @@ def policy_loss(
     old = policy_log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
     ratio = policy_ratio(policy_log_probs, old, mask, settings.ratio_level)
     per_token_loss = -_objective(policy_log_probs, ratio, advantages, settings)
-    metrics = _count(mask) | _ratio_metrics(ratio, advantages, mask, settings)
+    metrics = _count(mask)
+    if settings.objective != "reinforce":  # which uses no ratio
+        metrics |= _ratio_metrics(ratio, advantages, mask, settings)
+        moved = kl_estimate(masked(old, mask), masked(policy_log_probs.detach(), mask), "k3")
+        metrics |= _token_sum("approx_kl", moved, mask)
 
     if settings.importance_correction != "none":
-        weight = importance_weights(
-            old,
-            _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs"),
-            mask,
-            settings.importance_correction,
-            settings.importance_mode,
-            settings.importance_bound,
-        )
+        sampler = _given(batch.sampler_log_probs, "importance_correction", "sampler_log_probs")
+        level, bound = settings.importance_correction, settings.importance_bound
+        weight = importance_weights(old, sampler, mask, level, settings.importance_mode, bound)
         per_token_loss = per_token_loss * weight
         metrics |= _token_sum("importance_weight", weight, mask)
+        truncated = importance_weights(old, sampler, mask, level, "truncate", bound)
+        metrics |= _token_sum("importance_bounded_fraction", truncated >= bound, mask)
     if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
         _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
     if batch.ref_log_probs is not None:
@@ -217,12 +220,10 @@ def _token_sum(name: str, values: torch.Tensor, mask: torch.Tensor) -> Metrics:
 def _ratio_metrics(
     ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, settings: GrpoMethod
 ) -> Metrics:
-    """Ratio, and share of tokens clipped below and above; `reinforce` uses no ratio, so has none.
+    """Ratio, and share of tokens clipped below and above.
 
     CISPO clips the weight whatever the advantage's sign.
     """
-    if settings.objective == "reinforce":
-        return {}
     ratio = ratio.detach()
     if settings.objective == "cispo":
         below, above = ratio < 1.0 - settings.clip_low, ratio > 1.0 + settings.clip_high

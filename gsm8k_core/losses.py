@@ -175,7 +175,8 @@ def kl_estimate(
     With d = log π - log π_ref: k1 = d, k2 = d²/2, k3 = exp(-d) + d - 1. As values k1 and k3 are
     unbiased, k2 is not. As losses on samples of π it is otherwise: the gradient of k1 has mean 0
     (it regularizes nothing), that of k2 has the gradient of KL(π ‖ π_ref) as its mean, and that of
-    k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π). Raises
+    k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π). Taken from
+    a reward, an estimate k counts through E[k·∇log π], which is ∇KL(π ‖ π_ref) for k1 alone. Raises
     ValueError if the shapes differ.
     """
     check_shapes(policy_log_probs, ref_log_probs=ref_log_probs)
@@ -260,7 +261,8 @@ def importance_weights(
     probabilities; this weight corrects for it (Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"). `level`: of each token, or of the whole completion
     (the product over its tokens) at every token of it. `mode`: `truncate` takes a weight above
-    `bound` to `bound`, `mask` to 0.
+    `bound` to `bound`, `mask` to 0;
+    `step_normalizer` counts such tokens all the same.
     """
     log_weight = _masked_difference(trainer_log_probs, sampler_log_probs, mask).detach()
     if level == "sequence":

@@ -33,7 +33,7 @@ MAX_SHOWN = 200
 HOW_TO_INSTALL = "install the package with `uv sync --extra math-verify`"
 
 Verdict = tuple[bool, str | None]
-"""Whether it is right, and the answer that was found."""
+"""Whether it is right, and the answer that was found: where it is right, the gold answer's text."""
 
 
 def is_installed() -> bool:
@@ -147,8 +147,9 @@ def _verify(text: str, gold: str) -> Verdict:
 
     # No time limits of the package's own: it would take them from SIGALRM.
     found = parse(text, parsing_timeout=None)
-    right = verify(_parse_gold(gold), found, timeout_seconds=None)
-    return right, _shown(found[0]) if found else None
+    if verify(_parse_gold(gold), found, timeout_seconds=None):
+        return True, gold  # 18, 18\% and x = 18 are one answer, as a vote needs it
+    return False, _shown(found[0]) if found else None
 
 
 @lru_cache(maxsize=1024)
@@ -159,12 +160,12 @@ def _parse_gold(gold: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """One text for equal numbers: 18, 18.0 and 36/2 are `18`, as a vote needs it."""
+    """One text for equal numbers: 18, 18.0, 36/2 and x = 18 are `18`, as a vote needs it."""
     import sympy
 
     if isinstance(value, str):
         return value[:MAX_SHOWN].encode("utf-8", "replace").decode("utf-8")  # half surrogate pairs
-    done = value.doit()
+    done = (value.rhs if isinstance(value, sympy.Eq) else value).doit()
     if isinstance(done, sympy.Float):
         done = sympy.Rational(str(done))
     return str(done)[:MAX_SHOWN]

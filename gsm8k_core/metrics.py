@@ -29,6 +29,14 @@ is not let below 0.8 of its first term: cut where MS_problem = MS_error it would
 average (3.6 % false positives with 50 problems, ten seeds and no method good at problems of its
 own; 4.8 % so), and uncut it could be negative.
 
+Problems made from one template with other names or numbers are no independent draws either. Where
+`clusters` say which belong together, clusters take the place of problems in all of the above: G of
+them instead of P, the value of a cluster being the seed's mean plus G/P times the sum of its
+problems' residuals. The problem term is then the cluster-robust variance of a mean with the factor
+G/(G−1), Σ_g (Σ_(p in g) r_p)² / P² · G/(G−1) (Liang and Zeger 1986; Miller's section on clustered
+questions), the error term that of seed × cluster, as in two-way clustering (Cameron, Gelbach and
+Miller 2011), and t has G−1 degrees of freedom. With one problem a cluster nothing changes.
+
 A mean in [0, 1] gets Wilson's interval with c for z at the number of independent values that would
 have this variance, as survey proportions do (Korn and Graubard 1998): a symmetric interval around
 2 % would reach below 0.
@@ -42,7 +50,9 @@ What can be had, from simulated studies of logistic effects (tests/test_metrics.
 - three seeds and more: 94 to 97 %, and false positives of 4 to 6 %.
 
 Shares of right samples and maj@k behave as greedy completions do: with eight samples a problem the
-same bounds hold.
+same bounds hold. With clusters (20 to 85 of them, one to five seeds) intervals cover 93 to 98 %,
+and false positives are 3 to 6 %; a few clusters several times as large as the others, like those
+of the embedded problems, are at the low end. Without knowing of them: 53 to 91 %, and 7 to 37 %.
 """
 
 from __future__ import annotations
@@ -80,6 +90,17 @@ class Difference(NamedTuple):
     """The difference that so many problems and seeds would have found (p below 1 − confidence) in
     four of five such studies: (c + c_power)·√Var (Bloom 1995, "Minimum detectable effects"), where
     c_power is the quantile of 80 %. None where nothing varies."""
+
+
+class Units(NamedTuple):
+    """What is drawn independently of N tables: problems, or clusters of them."""
+
+    values: Floats
+    """(N, S, P), or (N, S, G) of clusters."""
+    by_seed: Floats
+    """(N, S), their means, which are those over problems."""
+    step: float
+    """Distance of neighbouring values, but for what all clusters of a seed have in common."""
 
 
 class Spread(NamedTuple):
@@ -220,42 +241,54 @@ def _score_interval(mean: Floats, size: Floats, quantile: Floats) -> tuple[Float
     return low, high
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+def mean_interval(
+    values: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
+) -> Interval:
     """Mean of `values (S, P)` in [0, 1] and its interval over seeds and problems.
 
-    One seed: problems are the only randomness (0/1 values get the plain Wilson interval). Values
-    that do not vary at all get the Wilson interval of `P` values. Raises ValueError when there are
-    no values or one is outside [0, 1].
+    `clusters (P,)`: names or numbers, the same for problems that are no independent draws; without
+    them every problem is its own. One seed: problems are the only randomness (0/1 values without
+    clusters get the plain Wilson interval). Values that do not vary at all get the Wilson interval
+    of as many values as there are clusters. Raises ValueError when there are no values, one is
+    outside [0, 1], or there is not one cluster for each problem.
     """
-    return Interval(*map(float, mean_intervals(_batch(values), confidence)[0]))
+    return Interval(*map(float, mean_intervals(_batch(values), confidence, clusters)[0]))
 
 
-def mean_intervals(values: ArrayLike, confidence: float = 0.95) -> Floats:
+def mean_intervals(
+    values: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
+) -> Floats:
     """`mean_interval` of each of `values (N, S, P)`: mean, low, high as (N, 3)."""
     tables = _check(values)
-    _, num_seeds, num_problems = tables.shape
-    spread = _spread(tables)
-    quantile = _quantile(spread, tables.shape, confidence)
+    units = _units(tables, clusters)
+    _, num_seeds, num_units = units.values.shape
+    spread = _spread(units)
+    quantile = _quantile(spread, units.values.shape, confidence)
     # Wilson's interval takes its variance from the mean, so a z belongs to it, and P answers.
     z = special.ndtri((1 + confidence) / 2)
-    binary = bool(((tables == 0.0) | (tables == 1.0)).all())
+    binary = units.values is tables and bool(((tables == 0.0) | (tables == 1.0)).all())
     plain = (spread.variance == 0.0) | (num_seeds == 1 and binary)
     variance = np.where(plain, 1.0, spread.variance)
-    size = np.where(plain, num_problems, spread.mean * (1 - spread.mean) / variance)
+    size = np.where(plain, num_units, spread.mean * (1 - spread.mean) / variance)
     low, high = _score_interval(spread.mean, size, np.where(plain, z, quantile))
     return np.stack([spread.mean, low, high], axis=1)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
+) -> Difference:
     """Mean of `a − b`, its interval and two-sided p-value, paired by seed and problem.
 
     `a (S, P)`; `b (S, P)`, or `(1, P)` where b was run once and stands for every seed. The
-    randomness is that of `mean_interval`; the p-value is below 1 − confidence exactly where the
-    interval leaves out 0. Differences that do not vary get a sign test with its exact interval
-    (Clopper and Pearson 1934); where all are 0, one as wide as Wilson's at 0 of P. Raises
-    ValueError when shapes do not fit or values leave [0, 1].
+    randomness and the `clusters (P,)` are those of `mean_interval`; the p-value is below
+    1 − confidence exactly where the interval leaves out 0. Differences that do not vary from
+    cluster to cluster get a sign test over clusters with its exact interval (Clopper and Pearson
+    1934); where all are 0, one as wide as Wilson's at 0 of as many. Raises ValueError when shapes
+    do not fit or values leave [0, 1].
     """
-    delta, low, high, p_value, detectable = paired_differences(_batch(a), _batch(b), confidence)[0]
+    delta, low, high, p_value, detectable = paired_differences(
+        _batch(a), _batch(b), confidence, clusters
+    )[0]
     return Difference(
         float(delta),
         float(low),
@@ -265,7 +298,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> D
     )
 
 
-def paired_differences(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Floats:
+def paired_differences(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
+) -> Floats:
     """`paired_difference` of each of `a (N, S, P)` and `b (N, S, P)` or `(N, 1, P)`: (N, 5).
 
     The columns are those of `Difference`; what cannot be told is NaN.
@@ -273,18 +308,16 @@ def paired_differences(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> 
     left, right = _check(a), _check(b)
     if right.shape not in (left.shape, (left.shape[0], 1, left.shape[2])):
         raise ValueError(f"cannot pair values of shapes {left.shape[1:]} and {right.shape[1:]}")
-    tables = left - right
-    num_problems = tables.shape[2]
-    spread = _spread(tables)
+    units = _units(left - right, clusters)
+    shape = units.values.shape
+    spread = _spread(units)
     constant = spread.variance == 0.0
     error = np.sqrt(spread.variance)
-    quantile = _quantile(spread, tables.shape, confidence)
-    half = np.where(
-        constant, _constant_half(spread.mean, num_problems, confidence), quantile * error
-    )
-    sign_test = np.where(np.abs(spread.mean) < SAME, 1.0, min(1.0, 2.0 * 0.5**num_problems))
-    p_value = np.where(constant, sign_test, _p_values(spread, tables.shape))
-    power = _quantile(spread, tables.shape, 2 * POWER - 1)
+    quantile = _quantile(spread, shape, confidence)
+    half = np.where(constant, _constant_half(spread.mean, shape[2], confidence), quantile * error)
+    sign_test = np.where(np.abs(spread.mean) < SAME, 1.0, min(1.0, 2.0 * 0.5 ** shape[2]))
+    p_value = np.where(constant, sign_test, _p_values(spread, shape))
+    power = _quantile(spread, shape, 2 * POWER - 1)
     detectable = np.where(constant, np.nan, (quantile + power) * error)
     low, high = np.maximum(spread.mean - half, -1.0), np.minimum(spread.mean + half, 1.0)
     return np.stack([spread.mean, low, high, p_value, detectable], axis=1)
@@ -338,14 +371,39 @@ def _check(values: ArrayLike) -> Floats:
     return tables
 
 
-def _spread(tables: Floats) -> Spread:
-    """Mean of each of `tables (N, S, P)`, its variance, and the part that seeds tell of.
+def _units(tables: Floats, clusters: ArrayLike | None) -> Units:
+    """Values `(N, S, G)` of clusters, from those of problems `(N, S, P)`; as they are without.
 
-    The variance is 0 where all values of a table are equal. A side of length 1 has no effect that
-    could be estimated: the other side's spread is all.
+    With n_g problems in cluster g and ȳ_s the mean of seed s, a cluster's value is
+    ȳ_s + (G/P) Σ_(p in g) (y_sp − ȳ_s): the mean over clusters is ȳ_s, as it is over problems, and
+    their spread is that of the sums of residuals. Of clusters of one size it is their mean.
     """
+    num_problems = tables.shape[2]
+    codes = np.arange(num_problems)
+    if clusters is not None:
+        codes = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if codes.shape != (num_problems,):
+        raise ValueError(f"expected clusters of {num_problems} problems, found {codes.shape}")
+    sizes = np.bincount(codes)
+    by_seed = tables.mean(axis=2)
+    if len(sizes) == num_problems:
+        return Units(tables, by_seed, _grid_step(tables))
+    order, starts = np.argsort(codes, kind="stable"), np.cumsum(sizes) - sizes
+    scale = len(sizes) / num_problems
+    sums = scale * np.add.reduceat(tables[:, :, order], starts, axis=2)
+    mean = by_seed[..., None]
+    return Units(mean + (sums - scale * sizes * mean), by_seed, _grid_step(sums))
+
+
+def _spread(units: Units) -> Spread:
+    """Mean of each of N tables, its variance, and the part that seeds tell of.
+
+    "Problems" are clusters where there are any. The variance is 0 where all values of a table are
+    equal. A side of length 1 has no effect that could be estimated: the other side's spread is all.
+    """
+    tables, by_seed, _ = units
     _, num_seeds, num_problems = tables.shape
-    by_seed, by_problem = tables.mean(axis=2), tables.mean(axis=1)
+    by_problem = tables.mean(axis=1)
     mean = by_seed.mean(axis=1)
     constant = np.ptp(tables, axis=(1, 2)) < SAME
     share = np.zeros_like(mean)
@@ -363,7 +421,7 @@ def _spread(tables: Floats) -> Spread:
     ms_error = squares_error / (df_seed * df_problem)
     # Means of few answers are coarse, and runs that agree by chance would look like no variance:
     # the variance within a step of the grid (Sheppard 1898), 1/12 of its square, is added.
-    ms_seed = squares_seed / df_seed + _grid_step(tables) ** 2 / (12 * num_problems)
+    ms_seed = squares_seed / df_seed + units.step**2 / (12 * num_problems)
     total = np.maximum(ms_seed + squares_problem / df_problem - ms_error, LEAST_SUM * ms_seed)
     total = np.where(constant, 1.0, total)
     variance = np.where(constant, 0.0, total / (num_seeds * num_problems))

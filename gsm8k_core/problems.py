@@ -4,7 +4,9 @@ A row is `{"id", "question", "answer", "gold"}`, as GSM8K has it: `answer` is a 
 calculator marks `<<48/2=24>>`, ended by `#### 24`; `gold` is the number after that mark. A row may
 hold a `demonstration`: the worked solution that SFT imitates where it differs from `answer`; and
 `examples`, a list of `{"question", "answer"}`: the worked examples that a few-shot prompt shows
-before this problem, where they differ from problem to problem.
+before this problem, where they differ from problem to problem. A `cluster` names what a generated
+problem was made from, such as its template: problems that share one are no independent draws, and
+intervals take them as one (gsm8k_core/metrics.py).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Problem:
     gold: str
     demonstration: str | None = None
     examples: tuple[WorkedExample, ...] = ()
+    cluster: str | None = None
 
     def to_row(self) -> Json:
         row: Json = {
@@ -50,6 +53,8 @@ class Problem:
             row["demonstration"] = self.demonstration
         if self.examples:
             row["examples"] = [asdict(example) for example in self.examples]
+        if self.cluster is not None:
+            row["cluster"] = self.cluster
         return row
 
 
@@ -74,11 +79,12 @@ def problem_from_row(row: Json, where: str, default_id: str | None = None) -> Pr
     gold = gold_answer(answer, where)
     if row.get("gold", gold) != gold:
         raise DataError(f"{where}: 'gold' is {row['gold']!r} but the answer ends in {gold!r}")
-    demonstration = row.get("demonstration")
-    if demonstration is not None:
-        demonstration = checked_text(demonstration, f"{where}: 'demonstration'")
+    demonstration, cluster = (
+        None if row.get(key) is None else checked_text(row[key], f"{where}: '{key}'")
+        for key in ("demonstration", "cluster")
+    )
     examples = worked_examples(row.get("examples", []), f"{where}: 'examples'")
-    return Problem(problem_id, question, answer, gold, demonstration, examples)
+    return Problem(problem_id, question, answer, gold, demonstration, examples, cluster)
 
 
 def worked_examples(rows: Any, where: str) -> tuple[WorkedExample, ...]:

@@ -51,9 +51,12 @@ from gsm8k_core.report_charts import (
 )
 from gsm8k_core.tables import (
     COST_COLUMNS,
+    DOUBTS,
     PASS_AT_K_SCHEMA,
     notes_on,
+    notes_on_clusters,
     p_text,
+    problems_text,
     read_comparison,
     read_metrics,
     read_training_logs,
@@ -374,7 +377,7 @@ def _context(subject: Subject) -> str:
     if max(seeds) == 1:
         over = "over problems alone; differences are paired by them."
     return (
-        f"{subject.model}, {_count(row['num_problems'], 'problem')}, "
+        f"{subject.model}, {problems_text(row['num_problems'], row.get('num_clusters'))}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
         f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
         + over
@@ -415,7 +418,7 @@ def _tested(a: Json, b: Json) -> float | None:
 def _difference(subject: Subject, a: str, b: str) -> Difference:
     """Accuracy of `a` minus that of `b`, paired by seed and problem."""
     left, right = _paired(subject, a, b)
-    return paired_difference(left, right, subject.study.confidence)
+    return paired_difference(left, right, subject.study.confidence, subject.graded.clusters)
 
 
 def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
@@ -466,15 +469,19 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
                 "it is 4 to 6.",
             }
         )
-    # Few seeds are no difference between rows, and have been told of.
-    flagged = [
-        row["method"]
-        for row in subject.rows
-        if any(not flag.startswith(("1 seed", "2 seeds")) for flag in _flags(row))
-    ]
-    if flagged:
-        text = f"Not all was made alike: see the flags of {_list(flagged)} below the table."
-        findings.append({"kind": "caution", "text": text})
+    # Few seeds have been told of.
+    for starts, told in (
+        (("seeds: ", "parent: ", "base: "), "Not all was made alike"),
+        (tuple(DOUBTS), "Some numbers need a second look"),
+    ):
+        flagged = [
+            row["method"]
+            for row in subject.rows
+            if any(flag.startswith(starts) for flag in _flags(row))
+        ]
+        if flagged:
+            text = f"{told}: see the flags of {_list(flagged)} below the table."
+            findings.append({"kind": "caution", "text": text})
     return findings
 
 
@@ -669,6 +676,7 @@ def _table_note(subject: Subject) -> str:
             "“Detectable from”: the smallest difference to the parent, in points, that as many "
             "problems and seeds would show four times in five, before the correction."
         )
+    notes += notes_on_clusters(subject.rows)
     return " ".join(notes)
 
 

@@ -32,7 +32,7 @@ from gsm8k_core.layout import run_dir
 from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
 from gsm8k_core.problems import Problem
-from gsm8k_core.tables import reading_grades
+from gsm8k_core.tables import clusters_of, reading_grades
 
 GRADE_COLUMNS = ("problem_id", "decoding", "sample_index", "correct", "extracted")
 COUNTED = ("num_tokens", "truncated")
@@ -88,6 +88,15 @@ class Graded:
         raise DataError(
             "the runs of a suite have neither all a greedy completion of each problem nor all "
             "samples; generate them again with one suite"
+        )
+
+    @property
+    def clusters(self) -> pl.Series | None:
+        """(P,): the same for problems that are no independent draws; None where each is one."""
+        return clusters_of(
+            table.group_by("problem_id").agg(pl.col("cluster").first()).sort("problem_id")
+            for table in self.tables
+            if "cluster" in table.columns
         )
 
     def answers(self) -> list[tuple[Codes, Codes]]:

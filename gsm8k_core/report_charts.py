@@ -36,12 +36,15 @@ MAX_NAMED = 6
 
 # What a training log may hold, in the order of the page: key, title, axis, factor.
 CURVES = (
+    ("answer_reward_mean", "Correct completions while training", "% right", 100.0),
     ("reward_mean", "Reward", "mean reward of a step", 1.0),
     ("validation_accuracy", "Validation accuracy", "% right", 100.0),
     ("loss", "Loss of methods without a reward", "training loss", 1.0),
     ("completion_length_mean", "Length of sampled completions", "tokens", 1.0),
     ("entropy", "Entropy of sampled tokens", "nats", 1.0),
 )
+# Not drawn of a method that logs the other: penalties differ between methods, answers compare.
+PREFERRED = {"reward_mean": "answer_reward_mean", "loss": "reward_mean"}
 
 
 def themes() -> Json:
@@ -209,7 +212,8 @@ def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> li
         rows = []
         for method in methods:
             runs = logs.get(method, [])
-            if key == "loss" and any("reward_mean" in row for run in runs for row in run):
+            better = PREFERRED.get(key)
+            if better and any(better in row for run in runs for row in run):
                 continue
             rows += learning_curve(runs, key, method, factor)
         if rows:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from numbers import Real
+from pathlib import Path
 
 from gsm8k_core.answers import Marker, extract_answer
-from gsm8k_core.config import LengthRewardSettings, RewardGrade, RewardSettings
+from gsm8k_core.config import GrpoMethod, LengthRewardSettings, RewardGrade, RewardSettings
 from gsm8k_core.errors import TrainingError
+from gsm8k_core.files import sha256_file
 from gsm8k_core.grading import is_right
 
 RewardFn = Callable[[str, str, int], dict[str, float]]
@@ -76,6 +81,43 @@ def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
         return {"reward": reward, **components}
 
     return reward_fn
+
+
+def reward_source(path: str, folders: Sequence[str] | None = None) -> Path | None:
+    """The file of the module that `module:function` names; None where there is none.
+
+    Looked for as `import` does, in `folders` (unset: `sys.path`), but nothing of it is executed.
+    """
+    top, *deeper = path.partition(":")[0].split(".")
+    found = (finder.find_spec(top, folders) for finder in sys.meta_path)
+    spec = next(filter(None, found), None)
+    for name in deeper:
+        spec = spec and PathFinder.find_spec(name, list(spec.submodule_search_locations or []))
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def missing_reward(path: str, folders: Sequence[str] | None = None) -> str:
+    """What cannot be found of `module:function`, with a remedy; empty where it looks complete."""
+    module, _, function = path.partition(":")
+    source = reward_source(path, folders)
+    if source is None:
+        return f"no module {module!r} here; put its folder on PYTHONPATH"
+    if source.suffix != ".py":
+        return ""
+    text = source.read_text(encoding="utf-8", errors="replace")
+    if re.search(rf"\b{re.escape(function)}\b|import \*", text):
+        return ""
+    return f"{source} has no function {function!r}; name one that it has"
+
+
+def reward_code(method: object, folders: Sequence[str] | None = None) -> dict[str, str] | None:
+    """Of a method with a custom reward, its `module:function` and the SHA-256 of that file.
+
+    None for other methods. What the file imports is not looked at.
+    """
+    path = method.reward.custom if isinstance(method, GrpoMethod) else None
+    source = None if path is None else reward_source(path, folders)
+    return None if path is None or source is None else {path: sha256_file(source)}
 
 
 def import_reward(path: str) -> CustomRewardFn:

@@ -34,7 +34,9 @@ from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
+    clusters_of,
     markdown_table,
+    notes_on_clusters,
     p_text,
     percent,
     read_grades,
@@ -47,6 +49,7 @@ SCHEMA: dict[str, Any] = {
     "suite": pl.String,
     "num_seeds": pl.Int64,
     "num_problems": pl.Int64,
+    "num_clusters": pl.Int64,
     "accuracy_old": pl.Float64,
     "accuracy_new": pl.Float64,
     "delta": pl.Float64,
@@ -56,8 +59,11 @@ SCHEMA: dict[str, Any] = {
     "p_value_holm": pl.Float64,
     "smallest_detectable_delta": pl.Float64,
     "verdict": pl.String,
+    "caution": pl.String,
     "differs": pl.String,
 }
+
+ONE_SEED, TWO_SEEDS = "1 seed: no verdict", "2 seeds"
 
 Key = tuple[str, str, str]  # model, method, suite
 
@@ -99,8 +105,9 @@ def compare_studies(old_dir: Path, new_dir: Path, confidence: float = 0.95) -> S
 
     `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples. The
     p-values are corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where
-    the corrected one is below 1 − `confidence`. Raises DataError when either folder has no grades
-    or a malformed file.
+    the corrected one is below 1 − `confidence`; a trained cell of which only one seed can be paired
+    has none, since another seed of the same settings may differ by more, and `caution` says so.
+    Raises DataError when either folder has no grades or a malformed file.
     """
     old_cells, new_cells = find_cells(old_dir), find_cells(new_dir)
     left_out = [
@@ -129,6 +136,8 @@ def compare_studies(old_dir: Path, new_dir: Path, confidence: float = 0.95) -> S
             left_out.append(f"{name}: {reason}")
         if row is None:
             continue
+        if len(seeds) <= 2 and _is_trained(new_dir, key, seeds[0]):
+            row["caution"] = ONE_SEED if len(seeds) == 1 else TWO_SEEDS
         for line in _facts_of_row(row, old_dir, new_dir, key, seeds):
             changes.setdefault(line, []).append(name)
         rows.append(row)
@@ -171,13 +180,18 @@ def _compare_cell(
         np.stack([table.select(column).to_series().to_numpy() for table in kept])
         for column in columns
     )
-    found = paired_difference(after, before, confidence)
+    renamed = {"cluster_new": "cluster"}
+    clusters = clusters_of(
+        one for table in kept for one in (table.drop("cluster").rename(renamed), table)
+    )
+    found = paired_difference(after, before, confidence, clusters)
     row: Json = {
         "model": model,
         "method": method,
         "suite": suite,
         "num_seeds": before.shape[0],
         "num_problems": before.shape[1],
+        "num_clusters": None if clusters is None else clusters.n_unique(),
         "accuracy_old": float(before.mean()),
         "accuracy_new": float(after.mean()),
         "delta": found.delta,
@@ -187,6 +201,15 @@ def _compare_cell(
         "smallest_detectable_delta": found.smallest_detectable,
     }
     return row, reason
+
+
+def _is_trained(study_dir: Path, key: Key, seed: int) -> bool:
+    """Whether a run is a draw of training; one that does not tell is taken for it."""
+    model, method, suite = key
+    run = run_dir(study_dir, model, method, seed)
+    metrics = read_optional(run / "metrics" / f"{suite}.json")
+    stats = read_optional(run / "completions" / f"{suite}.stats.json")
+    return {**metrics, **stats}.get("parent", "unknown") is not None
 
 
 def _facts_of_row(
@@ -232,8 +255,9 @@ def _judge(rows: list[Json], confidence: float) -> None:
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         assert p_value is not None
         row["p_value_holm"] = p_value
-        significant = is_significant(p_value, confidence)
-        row["verdict"] = None if not significant else "better" if row["delta"] > 0 else "worse"
+        row["verdict"] = None
+        if is_significant(p_value, confidence) and row.get("caution") != ONE_SEED:
+            row["verdict"] = "better" if row["delta"] > 0 else "worse"
 
 
 def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence: float) -> str:
@@ -252,7 +276,7 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
             with_interval(row, "delta", "+.1f"),
             p_text(row["p_value_holm"]),
             row["verdict"] or "",
-            row["differs"] or "",
+            "; ".join(filter(None, (row["caution"], row["differs"]))),
         ]
         for row in found.rows.iter_rows(named=True)
     ]
@@ -261,9 +285,11 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
         parts.append(markdown_table(TextTable("", header, rows)))
         parts.append(
             f"Differences are paired by seed and problem, with {100 * confidence:g} % intervals "
-            "over both; p is corrected (Holm) over all rows of a model. One seed: problems only. "
-            "Flags name what is not the same in both studies.\n"
+            "over both; p is corrected (Holm) over all rows of a model. One seed: problems only, "
+            "and of what was trained no verdict, as another seed of the same settings may differ "
+            "by more. Flags name few seeds, and what is not the same in both studies.\n"
         )
+        parts += [f"{note}\n" for note in notes_on_clusters(found.rows.iter_rows(named=True))]
     else:
         parts.append("No cell can be compared.\n")
     if found.changes:

@@ -2,7 +2,8 @@
 
 The generators are those of the package reasoning_gym (Apache-2.0), after Mirzadeh et al. 2024
 (arXiv:2410.05229). They state the answer in a field of its own, which is the gold. Their one
-difficulty is 1.0. Every question ends in their own request for a number without units.
+difficulty is 1.0. Every question ends in their own request for a number without units. A problem's
+`cluster` is its template.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def to_problem(entry: dict[str, Any], problem_id: str) -> Problem:
     worked = entry["metadata"]["answer_cot"]
     solution = worked.rpartition("####")[0]
     row = {"question": entry["question"], "answer": f"{solution}#### {entry['answer']}"}
+    row["cluster"] = f"template {entry['metadata']['template']}"
     problem = problem_from_row(row, where, default_id=problem_id)
     stated = gold_answer(worked, where)
     if Fraction(stated) != Fraction(problem.gold):  # one may be 8.0, the other 8
@@ -73,7 +75,8 @@ def _distinct(settings: GsmSymbolicDataset, number: int) -> Iterator[dict[str, A
     )
 
 
-def _generate(seed: int, size: int) -> Any:
+def _generate(seed: int, size: int) -> Iterator[dict[str, Any]]:
+    """Entries, with the number of the `template` that each is made from in their `metadata`."""
     try:
         with warnings.catch_warnings():
             # A package that it needs (cellpylib) has SyntaxWarnings. They show whenever Python
@@ -86,4 +89,7 @@ def _generate(seed: int, size: int) -> Any:
             f"datasets of kind gsm_symbolic are made by reasoning_gym ({error}): install it with "
             "`uv sync --extra symbolic`"
         ) from None
-    return reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=size)
+    made = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=size)
+    for entry, template in zip(made, made.task_indices, strict=True):
+        entry["metadata"]["template"] = template
+        yield entry

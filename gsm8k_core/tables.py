@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ SCHEMA: dict[str, Any] = {
     "suite": pl.String,
     "num_seeds": pl.Int64,
     "num_problems": pl.Int64,
+    "num_clusters": pl.Int64,
     "num_samples": pl.Int64,
     "accuracy": pl.Float64,
     "accuracy_ci_low": pl.Float64,
@@ -126,6 +127,15 @@ MEANS_OVER_SEEDS = (
 )
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
+# Flags of single rows, with their share after a colon.
+PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
+LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
+DOUBTS = {
+    PROMPTS_CUT: "so many prompts were too long for the model and lost their beginning",
+    CONTRADICTED: "so many completions are right by the first marker, and state another number "
+    "after a later one",
+}
+
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -142,6 +152,8 @@ class Cell:
     metrics: list[Json]  # of each seed, as the two below
     stats: list[Json]
     facts: list[Facts]
+    clusters: pl.Series | None
+    """(P,), the same for problems that are no independent draws; None where each is one."""
 
     @property
     def accuracy(self) -> Floats:
@@ -191,6 +203,7 @@ def reading_grades(path: Path) -> Iterator[None]:
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
+    `cluster` is null for problems that belong to none and in grades of before there were any.
     `with_majority` adds `maj_at_{k}` for k = 1, 2, 4, … up to the samples that all problems have.
     Raises DataError when the file is missing, is no grades file, or is empty.
     """
@@ -199,7 +212,10 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     if with_majority:
         names += ["sample_index", "extracted"]
     with reading_grades(path):
-        rows = pl.read_parquet(path, columns=names)
+        has_clusters = "cluster" in pl.read_parquet_schema(path)
+        rows = pl.read_parquet(path, columns=[*names, "cluster"] if has_clusters else names)
+        if not has_clusters:
+            rows = rows.with_columns(cluster=pl.lit(None, pl.String))
         grades = (
             rows.lazy()
             .group_by("problem_id")
@@ -207,6 +223,7 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
                 greedy=pl.col("correct").filter(pl.col("decoding") == "greedy").mean(),
                 num_correct=pl.col("correct").filter(sampled).sum().cast(pl.Float64),
                 num_samples=sampled.sum(),
+                cluster=pl.col("cluster").first(),
             )
             .sort("problem_id")
             .collect()
@@ -215,6 +232,19 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     if grades.is_empty():
         raise DataError(f"{path}: holds no grades; run grade.py again")
     return grades if samples is None else grades.hstack(_majorities(samples, grades.height))
+
+
+def clusters_of(runs: Iterable[pl.DataFrame]) -> pl.Series | None:
+    """A name for the cluster of each problem, or None where no run knows of any.
+
+    `runs` have the same `problem_id` and a `cluster` each; some may have been graded before there
+    were clusters. A problem that belongs to none is its own.
+    """
+    for problems in runs:
+        if problems["cluster"].null_count() < problems.height:
+            names = (pl.lit(f"{name}: ") + pl.col(name) for name in ("cluster", "problem_id"))
+            return problems.select(pl.coalesce(*names)).to_series()
+    return None
 
 
 def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
@@ -267,6 +297,7 @@ def _read_cell(
         metrics=metrics,
         stats=stats,
         facts=facts,
+        clusters=clusters_of(table for _, table in tables),
     )
 
 
@@ -368,14 +399,16 @@ def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
 def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
     cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
     flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
+    flags += _doubts(cell)
     row: Json = {
         "num_seeds": cell.accuracy.shape[0],
         "num_problems": cell.accuracy.shape[1],
+        "num_clusters": None if cell.clusters is None else cell.clusters.n_unique(),
         "num_samples": cell.num_samples,
-        **_with_bounds("accuracy", cell.accuracy, study.confidence),
+        **_with_bounds("accuracy", cell.accuracy, study.confidence, cell.clusters),
         "parent": parent,
         "base": None if method == base else base,
-        **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence),
+        **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence, cell.clusters),
         **_at_largest_k(cell, study.confidence),
         **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
@@ -404,14 +437,16 @@ def _at_largest_k(cell: Cell, confidence: float) -> Json:
     if not cell.maj_at_k:
         return {}
     largest = max(cell.maj_at_k)
-    return _with_bounds("pass_at_n", cell.pass_at_k(largest), confidence) | _with_bounds(
-        "maj_at_n", cell.maj_at_k[largest], confidence
-    )
+    found = {"pass_at_n": cell.pass_at_k(largest), "maj_at_n": cell.maj_at_k[largest]}
+    row: Json = {}
+    for name, values in found.items():
+        row |= _with_bounds(name, values, confidence, cell.clusters)
+    return row
 
 
-def _with_bounds(name: str, values: Floats, confidence: float) -> Json:
+def _with_bounds(name: str, values: Floats, confidence: float, clusters: pl.Series | None) -> Json:
     """Mean of `values (S, P)` and its interval over seeds and problems, as columns of a row."""
-    mean, low, high = mean_interval(values, confidence)
+    mean, low, high = mean_interval(values, confidence, clusters)
     return {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
@@ -421,6 +456,23 @@ def _few_seeds(method: str, cell: Cell, base: str) -> str:
     if method == base or num_seeds > 2:
         return ""
     return "1 seed: problems only" if num_seeds == 1 else "2 seeds"
+
+
+def _doubts(cell: Cell) -> list[str]:
+    """`prompts cut: 93 %` and the like: shares of problems or completions, means over seeds."""
+    cut, contradicted = [], []
+    for metrics, stats in zip(cell.metrics, cell.stats, strict=True):
+        num_cut = {**metrics, **stats}.get("num_prompts_truncated") or 0
+        cut.append(num_cut / cell.accuracy.shape[1])
+        # A flexible grade does not read the number that is contradicted.
+        reads_it = metrics.get("grading", "strict") in ("strict", "lm_eval_strict")
+        contradicted.append((metrics.get("contradicted_fraction") or 0.0) if reads_it else 0.0)
+    shares = {PROMPTS_CUT: np.mean(cut), CONTRADICTED: np.mean(contradicted)}
+    return [
+        f"{name}: {100 * share:.3g} %"
+        for name, share in shares.items()
+        if share > 0 and share >= LEAST_TOLD[name]
+    ]
 
 
 def _comparable(names: list[str]) -> list[str]:
@@ -440,7 +492,10 @@ def _difference(study: Comparison, method: str, other: str, cells: dict[str, Cel
                 "they cannot be compared in pairs"
             )
         values = values[[other_seeds.index(seed) for seed in seeds]]
-    return paired_difference(cells[method].accuracy, values, study.confidence)
+    clusters = cells[method].clusters
+    if clusters is None:
+        clusters = cells[other].clusters
+    return paired_difference(cells[method].accuracy, values, study.confidence, clusters)
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
@@ -462,9 +517,9 @@ def _curve(study: Comparison, cell: Cell) -> list[Json]:
     points = []
     for k in range(1, cell.num_samples + 1):
         point = {"num_samples": cell.num_samples, "k": k}
-        point |= _with_bounds("pass_at_k", cell.pass_at_k(k), study.confidence)
+        point |= _with_bounds("pass_at_k", cell.pass_at_k(k), study.confidence, cell.clusters)
         if k in cell.maj_at_k:
-            point |= _with_bounds("maj_at_k", cell.maj_at_k[k], study.confidence)
+            point |= _with_bounds("maj_at_k", cell.maj_at_k[k], study.confidence, cell.clusters)
         points.append(point)
     return points
 
@@ -651,6 +706,7 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
         "with parents: own training and that of the stages before it. Times, tokens and memory are "
         "means over seeds.",
     ]
+    notes += notes_on_clusters(frame.iter_rows(named=True))
     if frame["gpu_seconds_training"].max():
         notes.append(
             "peak memory on a GPU is what torch had allocated: vLLM's cache too, while it sleeps."
@@ -668,12 +724,40 @@ def notes_on(frame: pl.DataFrame) -> list[str]:
     explained = {
         "1 seed": "the interval is of problems alone; another training run may differ by more",
         "2 seeds": "too few to tell seeds from problems well; false positives reach 7 % at 5 %",
+        **DOUBTS,
     }
     notes += [
         f"flag “{word}”: {explained[word] if word in explained else meaning(word)}."
         for word in dict.fromkeys(words)
     ]
     return notes
+
+
+def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
+    """How many clusters the problems of each suite are in; nothing where every problem is its own.
+
+    `rows` have `suite`, `num_problems` and `num_clusters`, as those of the comparison.
+    """
+    texts: list[str] = []
+    for row in rows:
+        text = problems_text(row["num_problems"], row.get("num_clusters"))
+        if "cluster" in text:
+            texts.append(f"{row['suite']}: {text}")
+    if not texts:
+        return []
+    return [
+        f"{'; '.join(dict.fromkeys(texts))}. Problems of one cluster are made from one template or "
+        "one set of numbers, so intervals and tests take clusters, not problems, as independent "
+        "draws."
+    ]
+
+
+def problems_text(num_problems: int, num_clusters: int | None) -> str:
+    """`500 problems in 81 clusters`, or `500 problems` where each is its own."""
+    problems = f"{num_problems:,} problem{'' if num_problems == 1 else 's'}"
+    if num_clusters is None or num_clusters == num_problems:
+        return problems
+    return f"{problems} in {num_clusters:,} cluster{'' if num_clusters == 1 else 's'}"
 
 
 def p_text(p_value: float | None) -> str:

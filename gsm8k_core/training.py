@@ -70,7 +70,7 @@ from gsm8k_core.models import (
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.rewards import answer_components
+from gsm8k_core.rewards import answer_components, reward_code
 from gsm8k_core.tracking import (
     MetricsLog,
     TrackedRun,
@@ -89,7 +89,7 @@ Item = TypeVar("Item")
 # 1.2 to 1.8 times as slow (docs/experiments.md).
 CPU_TOKENS_PER_MICROBATCH = 2048
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
-SAME_RUN = ("settings", "starting_weights", "data")
+SAME_RUN = ("settings", "starting_weights", "data", "reward_code")
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -201,6 +201,7 @@ class TrainingRun:
             "settings": sha256_json(settings.without_resources().model_dump(mode="json")),
             "starting_weights": weights_digest(starting_model),
             "data": sha256_file(data),
+            "reward_code": reward_code(settings.method_settings),
             "num_updates_done": 0,
             "num_tokens": 0,
             "seconds": 0.0,
@@ -301,7 +302,7 @@ class TrainingRun:
             self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
             self.attempts = Attempts(
                 self.state_dir / "attempts.json",
-                sha256_json({key: self.progress[key] for key in SAME_RUN}),
+                sha256_json({key: self.progress.get(key) for key in SAME_RUN}),
                 num_gpus=ranks.world_size() if self.device.type == "cuda" else 0,
             )
         self.tracking = tracking_settings()
@@ -322,6 +323,7 @@ class TrainingRun:
                 **settings.model_dump(mode="json", by_alias=True),
                 "data_sha256": self.progress["data"],
                 "starting_weights": self.progress["starting_weights"],
+                "reward_code": self.progress.get("reward_code"),
                 "provenance": provenance(),
             },
             # Read while W&B takes them; as many as there are now, one a step.
@@ -573,13 +575,10 @@ class TrainingRun:
         model = self.model
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            if ranks.world_size() > 1:
+            # Adapters are merged on the CPU: a GPU need not hold the model twice.
+            if ranks.world_size() > 1 or self.settings.lora is not None:
                 model = load_model(self.starting_model, torch.device("cpu"))
                 load_plain_weights(model, plain_weights(self.model))
-            elif self.settings.lora is not None:
-                import copy
-
-                model = copy.deepcopy(model).merge_and_unload()
             save_model(model, self.tokenizer, temporary)
 
     def finish(self, summary: Json) -> None:
@@ -634,6 +633,7 @@ class TrainingRun:
             "model_files": sorted(path.name for path in (self.output_dir / "model").iterdir()),
             "data_sha256": self.progress["data"],
             "starting_weights": self.progress["starting_weights"],
+            "reward_code": self.progress.get("reward_code"),
             **summary,
             **self.attempts.finish(made_by["cpu_seconds"]),
             "provenance": made_by,

@@ -21,6 +21,7 @@ from gsm8k_core.manifest import (
     code_digest,
 )
 from gsm8k_core.records import SUMS, invocation_facts, record_study
+from gsm8k_core.rewards import missing_reward, reward_code
 from gsm8k_core.tracking import TRACKING_VARIABLE
 
 try:
@@ -61,6 +62,26 @@ if workflow.is_main_process:
 
 # An edit of the library reruns finished jobs only where the study asks for it.
 CODE = code_digest() if CONFIG.study.rerun_on_code_change else "any"
+
+# A reward of the user's own is looked for where a trainer does, and its edit is another run.
+REWARD_FOLDERS = ["scripts", os.getcwd(), *sys.path]
+CODE_WITH_REWARD = {
+    name: " ".join([CODE, *reward.values()])
+    for name, method in CONFIG.methods.items()
+    if (reward := reward_code(method, REWARD_FOLDERS))
+}
+
+MISSING_REWARDS = [
+    f"methods.{name}.reward.custom: {path!r}: {problem}"
+    for name in sorted(
+        {s for m in CONFIG.study.methods for s in CONFIG.method_chain(m)}
+    )
+    if CONFIG.methods[name].kind == "grpo"
+    and (path := CONFIG.methods[name].reward.custom)
+    and (problem := missing_reward(path, REWARD_FOLDERS))
+]
+if MISSING_REWARDS and workflow.is_main_process:
+    raise WorkflowError("\n".join(MISSING_REWARDS))
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
@@ -250,6 +271,10 @@ def suite_problems(wildcards):
 
 def starting_weights_settings(wildcards):
     return dump(CONFIG.models[wildcards.model].starting_weights())
+
+
+def code_of_run(wildcards):
+    return CODE_WITH_REWARD.get(wildcards.method, CODE)
 
 
 def run_settings(wildcards):

@@ -59,7 +59,7 @@ rule train_grpo:
         settings=run_settings,
         python=training_python,
         flags=training_flags,
-        code=CODE,
+        code=code_of_run,
     shell:
         "{params.python} scripts/train_grpo.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "

@@ -8,7 +8,9 @@ table, every setting, version and commit that differs, and what only one study h
         --new /scratch/today/artifacts/experiments/default --output-dir /tmp/changes
 
 With --fail-if-worse the exit code is 3 if a cell got significantly worse (corrected p below
-1 − confidence), for automated checks; 0 otherwise, 1 for an error.
+1 − confidence), for automated checks; 0 otherwise, 1 for an error. What was trained with one seed,
+or shares only one with the other study, is never called better or worse: two runs of the same
+settings with different seeds may differ significantly over the problems. Take three seeds or more.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_text
-from gsm8k_core.studies import compare_studies, to_markdown
+from gsm8k_core.studies import ONE_SEED, compare_studies, to_markdown
 
 log = logging.getLogger("compare_studies")
 
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--output-dir", type=Path, required=True, help="folder to write to")
     arguments.add_argument("--confidence", type=float, default=0.95, help="level, default: 0.95")
     arguments.add_argument(
-        "--fail-if-worse", action="store_true", help="exit with 3 if a cell is significantly worse"
+        "--fail-if-worse",
+        action="store_true",
+        help="exit with 3 if a cell is significantly worse; not for one seed of a trained cell",
     )
     args = arguments.parse_args(argv)
     if not 0.5 < args.confidence < 1:
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             row["suite"],
             -100 * row["delta"],
         )
+    without = found.rows.filter(found.rows["caution"] == ONE_SEED).height
+    if without:
+        log.warning("rows without a verdict: %d; one seed says nothing of another", without)
     log.info(
         "%s: %d rows compared, %d better, %d worse, %d left out",
         args.output_dir / "studies.md",

@@ -92,6 +92,7 @@ def completion_rows(
             "decoding": "greedy" if request.temperature == 0.0 else "sample",
             "sample_index": sample_index,
             "gold": problem.gold,
+            **({} if problem.cluster is None else {"cluster": problem.cluster}),
             "completion": completion.text,
             "token_ids": completion.token_ids,
             "num_tokens": len(completion.token_ids),

@@ -18,8 +18,10 @@ In the summary, `accuracy` is that of the greedy completions (null without them)
 mean share of correct samples (without samples, the greedy accuracy); `pass_at_k` is the unbiased
 estimator of Chen et al. 2021. Lengths, truncation, format and the accuracy by each grade
 (`accuracy_strict`, `accuracy_lm_eval_strict`, …) are those of the greedy completions if there are
-any. `math_verify_killed` counts completions that math-verify took too long for; they count as wrong
-by that grade.
+any. `contradicted_fraction` is the share of them that is right by `strict` and then states another
+number after a later marker. `num_prompts_truncated` counts the prompts that were too long for the
+model and lost their beginning. `math_verify_killed` counts completions that math-verify took too
+long for; they count as wrong by that grade.
 
 Departures: lm-evaluation-harness compares texts after removing `,` and `$`; `strict` and `flexible`
 compare numbers exactly, so `18.00` is 18 and `1, 18` is no number (gsm8k_core/answers.py). The
@@ -56,6 +58,7 @@ COPIED = (
     "seconds_loading",
     "seconds_generating",
     "num_prompt_tokens",
+    "num_prompts_truncated",
     "num_completion_tokens",
     "provenance",
 )
@@ -74,11 +77,13 @@ ROW_TYPES: dict[str, type] = {
 CHOICES = {"decoding": ("greedy", "sample"), "finish_reason": ("stop", "length")}
 GRADES_SCHEMA: dict[str, type[pl.DataType]] = {
     "problem_id": pl.String,
+    "cluster": pl.String,
     "decoding": pl.String,
     "sample_index": pl.Int64,
     "correct": pl.Boolean,
     **dict.fromkeys(GRADES, pl.Boolean),
     "has_format": pl.Boolean,
+    "contradicted": pl.Boolean,
     "extracted": pl.String,
     "num_tokens": pl.Int64,
     "truncated": pl.Boolean,
@@ -93,6 +98,8 @@ def check_row(row: Json, where: str) -> None:
         if type(row[key]) is not kind:
             found = type(row[key]).__name__
             raise DataError(f"{where}: '{key}' should be {kind.__name__}, found {found}")
+    if type(row.get("cluster")) not in (str, type(None)):  # GSM8K's problems are of none
+        raise DataError(f"{where}: 'cluster' should be str, found {type(row['cluster']).__name__}")
     for key, choices in CHOICES.items():
         if row[key] not in choices:
             expected = " or ".join(map(repr, choices))
@@ -112,11 +119,12 @@ def grade_rows(rows: Iterable[Json], source: str, grader: Grader) -> pl.DataFram
     """One graded row per completion, sorted by problem, decoding and sample.
 
     Raises DataError that names `source` and the row (from 1) for a malformed row, a completion
-    that is there twice, a problem with two gold answers or a gold answer that is no number, and
-    when problems differ in how often they were answered.
+    that is there twice, a problem with two gold answers or two clusters or a gold answer that is no
+    number, and when problems differ in how often they were answered.
     """
     grades: list[Json] = []
     golds: dict[str, tuple[str, Gold]] = {}
+    clusters: dict[str, str | None] = {}
     seen: dict[tuple[str, str, int], int] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -131,9 +139,16 @@ def grade_rows(rows: Iterable[Json], source: str, grader: Grader) -> pl.DataFram
                 f"{where}: gold is {row['gold']!r}, but {gold_text!r} in an earlier row of "
                 f"problem {key[0]!r}"
             )
+        cluster = clusters.setdefault(key[0], row.get("cluster"))
+        if cluster != row.get("cluster"):
+            raise DataError(
+                f"{where}: cluster is {row.get('cluster')!r}, but {cluster!r} in an earlier row of "
+                f"problem {key[0]!r}"
+            )
         grades.append(
             {
                 "problem_id": row["problem_id"],
+                "cluster": cluster,
                 "decoding": row["decoding"],
                 "sample_index": row["sample_index"],
                 **grader.grade(row["completion"], gold),
@@ -199,6 +214,7 @@ def summarize(grades: pl.DataFrame) -> dict[str, Any]:
         "mean_completion_tokens": _mean(main["num_tokens"]),
         "truncated_fraction": _mean(main["truncated"]),
         "format_fraction": _mean(main["has_format"]),
+        "contradicted_fraction": _mean(main["contradicted"]),
     }
 
 

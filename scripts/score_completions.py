@@ -25,7 +25,8 @@ grade (gsm8k_core/grading.py), in percent, and `format %`, the share in which a 
 marker. A completion that is null counts as wrong. The text is graded as it is, so cut it at the
 task's stops first (lm-evaluation-harness stops gsm8k at `Question:`, `</s>` and `<|im_end|>`).
 `--output` (.parquet, .csv or .jsonl) has a row for each completion: its place, its gold, every
-grade, `correct` by `--grading` and the answer `extracted` by it.
+grade, `correct` by `--grading`, the answer `extracted` by it, and `contradicted`: right by strict,
+but another number follows a later marker.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "correct": pl.Boolean,
     **dict.fromkeys(GRADES, pl.Boolean),
     "has_format": pl.Boolean,
+    "contradicted": pl.Boolean,
     "extracted": pl.String,
 }
 WRITERS: dict[str, Callable[[pl.DataFrame, Path], None]] = {

@@ -45,15 +45,28 @@ class Pair:
     rejected_ids: list[int]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longer completion."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
     def length(self) -> int:
         """Positions of both rows, padding included."""
-        return 2 * (len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids)) - 1)
+        return 2 * (self.longest - 1)
 
 
-def load_pairs(path: Path, prompt: PromptSettings, tokenizer: Any, vocab_size: int) -> list[Pair]:
+def load_pairs(
+    path: Path,
+    prompt: PromptSettings,
+    tokenizer: Any,
+    vocab_size: int,
+    num_positions: int | None = None,
+) -> list[Pair]:
     """Pairs that select_pairs.py wrote, with their prompts tokenized.
 
-    Raises DataError that names file and row for every fault, and where there is no pair.
+    Those longer than the model's `num_positions` are left out and counted: generate.py cuts a
+    prompt that leaves no room for a completion. Raises DataError that names file and row for every
+    fault, and where there is no pair.
     """
     texts, responses = [], []
     for number, row in enumerate(iter_jsonl(path), start=1):
@@ -69,10 +82,26 @@ def load_pairs(path: Path, prompt: PromptSettings, tokenizer: Any, vocab_size: i
     if not texts:
         raise DataError(f"{path}: holds no pair")
     prompts = prompt_token_ids(texts, prompt, tokenizer)
-    return [
+    pairs = [
         Pair(prompt_ids, chosen, rejected)
         for prompt_ids, (chosen, rejected) in zip(prompts, responses, strict=True)
     ]
+    if num_positions is None:
+        return pairs
+    fitting = [pair for pair in pairs if pair.longest <= num_positions]
+    if len(fitting) < len(pairs):
+        log.warning(
+            "%d of %d pairs are longer than the model's %d positions and left out",
+            len(pairs) - len(fitting),
+            len(pairs),
+            num_positions,
+        )
+    if not fitting:
+        raise DataError(
+            f"{path}: none of its {len(pairs)} pairs is within the model's {num_positions} "
+            "positions; take a model with more"
+        )
+    return fitting
 
 
 def sequence_log_probs(
@@ -103,7 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     disable_dropout(run.model)
     reference = run.load_reference()
     pad_id = pad_token_id(run.tokenizer)
-    pairs = load_pairs(args.data, run_settings.prompt, run.tokenizer, run.model.config.vocab_size)
+    config = run.model.config
+    num_positions = getattr(config, "max_position_embeddings", None)
+    pairs = load_pairs(
+        args.data, run_settings.prompt, run.tokenizer, config.vocab_size, num_positions
+    )
     steps_done, _ = run.resume()
     order = endless_order(len(pairs), seed_from(run_settings.seed, "pairs"))
     order = itertools.islice(order, steps_done * settings.batch_size, None)

@@ -181,7 +181,8 @@ def collect_groups(
     """The groups that a step trains on, and all that were sampled for it.
 
     With dynamic sampling (DAPO §3.2), groups of equal rewards are set aside and others sampled, for
-    at most `max_refills` rounds; places still empty then are filled from those set aside.
+    at most `max_refills` rounds; places still empty then are filled from those set aside, as many
+    in each minibatch.
     """
     settings = run_settings.of_kind(GrpoMethod)
     wanted = settings.prompts_per_step
@@ -199,7 +200,12 @@ def collect_groups(
                 aside.append(group)
         if len(kept) == wanted:
             break
-    return kept + aside[: wanted - len(kept)], kept + aside
+    fillers = aside[: wanted - len(kept)]
+    chosen_groups = kept + fillers
+    if fillers:  # at the end, they would leave the last minibatch without a gradient
+        num = settings.minibatches
+        chosen_groups = [group for m in range(num) for group in chosen_groups[m::num]]
+    return chosen_groups, kept + aside
 
 
 def to_tensors(
@@ -448,7 +454,9 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
         summary["loss"] /= len(updates)
-        summary["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
+        norms = [update["grad_norm"] for update in updates]
+        summary["grad_norm"] = sum(norms) / len(norms)
+        summary["num_updates_without_gradient"] = norms.count(0.0)
         summary["learning_rate"] = updates[-1]["learning_rate"]
         tensors = (before, rollouts.sampler_log_probs, rollouts.response_mask)
         trainers, samplers, mask = (tensor[measured] for tensor in tensors)
@@ -480,22 +488,30 @@ def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
     """What a step's completions look like: rewards by component, lengths, truncation.
 
     Over all that were sampled, so that methods which choose among their groups compare with those
-    that do not; `fraction_equal_reward_groups` is of the groups trained on.
+    that do not; `fraction_equal_reward_groups` is of the groups trained on. A mean over none is
+    NaN.
     """
     completions = [completion for group in sampled for completion in group.completions]
     rewards = [reward for group in sampled for reward in group.rewards]
     lengths = torch.tensor([float(len(c.token_ids)) for c in completions])
     ended = torch.tensor([c.finish_reason == "stop" for c in completions])
+    correct = torch.tensor([reward["answer_reward"] == 1.0 for reward in rewards])
+    of_groups = correct.reshape(len(sampled), -1)
     values = torch.tensor([reward["reward"] for reward in rewards])
     num_equal = sum(not group.has_spread for group in groups)
     metrics = {
         "reward_std": float(values.std(correction=0)),
         "fraction_equal_reward_groups": num_equal / len(groups),
+        "fraction_all_correct_groups": float(of_groups.all(dim=-1).float().mean()),
+        "fraction_all_incorrect_groups": float((~of_groups).all(dim=-1).float().mean()),
         "num_prompts_sampled": len(sampled),
+        "num_sampled_tokens": sum(len(completion.token_ids) for completion in completions),
         "completion_length_mean": float(lengths.mean()),
         "completion_length_min": float(lengths.min()),
         "completion_length_max": float(lengths.max()),
         "completion_length_mean_terminated": float(lengths[ended].mean()),
+        "completion_length_mean_correct": float(lengths[correct].mean()),
+        "completion_length_mean_incorrect": float(lengths[~correct].mean()),
         "truncated_fraction": float((~ended).float().mean()),
     }
     for name in rewards[0]:
@@ -548,6 +564,7 @@ def main(argv: list[str] | None = None) -> int:
     pad_id = pad_token_id(run.tokenizer)
     order = endless_order(len(problems), seed_from(run_settings.seed, "prompts"))
     order = itertools.islice(order, run.progress.setdefault("num_prompts_taken", 0), None)
+    run.progress.setdefault("num_sampled_tokens", 0)
 
     run.model.train()
     for step in run.steps_after(steps_done, "GRPO"):
@@ -590,9 +607,13 @@ def main(argv: list[str] | None = None) -> int:
                 reference.load_state_dict(run.model.state_dict())
         ended = time.perf_counter()
 
-        num_tokens = sum(rollouts.lengths) + len(rollouts.lengths)
-        run.progress["num_tokens"] += num_tokens
         row = rollout_metrics(groups, sampled) | updated
+        run.progress["num_tokens"] += sum(rollouts.lengths) + len(rollouts.lengths)
+        run.progress["num_sampled_tokens"] += row["num_sampled_tokens"]
+        # Of all groups that were sampled, for which the seconds are, not of those trained on alone.
+        num_tokens = row["num_sampled_tokens"] + sum(
+            len(group.prompt_ids) * len(group.completions) for group in sampled
+        )
         run.end_step(
             step,
             {
@@ -607,7 +628,12 @@ def main(argv: list[str] | None = None) -> int:
         )
         if step % 10 == 0 or step == run.num_steps:
             log.info("step %d/%d: reward %.3f", step, run.num_steps, row["reward_mean"])
-    run.finish({"num_prompts": run.progress["num_prompts_taken"]})
+    run.finish(
+        {
+            "num_prompts": run.progress["num_prompts_taken"],
+            "num_sampled_tokens": run.progress["num_sampled_tokens"],
+        }
+    )
     return 0
 
 

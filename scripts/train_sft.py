@@ -46,13 +46,19 @@ Example = tuple[list[int], list[int]]
 
 
 def load_examples(
-    path: Path, run_settings: RunSettings, tokenizer: Any, vocab_size: int
+    path: Path,
+    run_settings: RunSettings,
+    tokenizer: Any,
+    vocab_size: int,
+    num_positions: int | None = None,
 ) -> list[Example]:
-    """(prompt ids, response ids) of every demonstration that fits in `max_length`.
+    """(prompt ids, response ids) of every demonstration within `max_length` and `num_positions`.
 
-    Demonstrations in words get an EOS. What a model sampled is kept as its token ids: decoding and
-    tokenizing again need not give them back. Raises DataError that names file and row for every
-    fault, and where no demonstration is left.
+    The latter are the model's: generate.py cuts a prompt that leaves no room for a completion, so
+    what was sampled may be too long together with the whole of it. Demonstrations in words get an
+    EOS. What a model sampled is kept as its token ids: decoding and tokenizing again need not give
+    them back. Raises DataError that names file and row for every fault, and where no demonstration
+    is left.
     """
     settings = run_settings.of_kind(SftSettings)
     if isinstance(settings, ExpertIterationMethod):
@@ -69,22 +75,26 @@ def load_examples(
         responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     prompts = [render_prompt(question, run_settings.prompt, tokenizer) for question in questions]
     prompt_ids = prompt_token_ids(prompts, run_settings.prompt, tokenizer)
+    longest, bound, advice = settings.max_length, f"max_length {settings.max_length}", "raise it"
+    if num_positions is not None and num_positions < longest:
+        longest, bound = num_positions, f"the model's {num_positions} positions"
+        advice = "take a model with more"
     examples = [
         (prompt, response)
         for prompt, response in zip(prompt_ids, responses, strict=True)
-        if len(prompt) + len(response) <= settings.max_length
+        if len(prompt) + len(response) <= longest
     ]
     if len(examples) < len(questions):
         log.warning(
-            "%d of %d demonstrations are longer than max_length %d and are left out",
+            "%d of %d demonstrations are longer than %s and are left out",
             len(questions) - len(examples),
             len(questions),
-            settings.max_length,
+            bound,
         )
     if not examples:
         raise DataError(
-            f"{path}: none of its {len(questions)} demonstrations is within max_length "
-            f"{settings.max_length}; raise it (or the parent solved no problem)"
+            f"{path}: none of its {len(questions)} demonstrations is within {bound}; {advice} (or "
+            "the parent solved no problem)"
         )
     return examples
 
@@ -127,7 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = run_settings.of_kind(SftSettings)
     run = TrainingRun.from_arguments(args, run_settings)
     pad_id = pad_token_id(run.tokenizer)
-    examples = load_examples(args.data, run_settings, run.tokenizer, run.model.config.vocab_size)
+    config = run.model.config
+    num_positions = getattr(config, "max_position_embeddings", None)
+    examples = load_examples(
+        args.data, run_settings, run.tokenizer, config.vocab_size, num_positions
+    )
     steps_done, _ = run.resume()
     order = endless_order(
         len(examples), seed_from(run_settings.seed, run_settings.method, run_settings.round)

@@ -121,6 +121,17 @@ def test_splits_share_no_operands_of_a_family(splits: dict[str, list[Problem]]) 
     assert not operands["val"] & operands["test"]
 
 
+def test_problems_of_one_family_and_operands_are_one_cluster(
+    splits: dict[str, list[Problem]],
+) -> None:
+    problems = [problem for of_split in splits.values() for problem in of_split]
+    made_from = {(p.cluster, family_and_numbers(p.question)) for p in problems}
+    # As many pairs as there are of either: each cluster is of one family and operands.
+    assert len(made_from) == len({c for c, _ in made_from}) == len({m for _, m in made_from})
+    assert not {p.cluster for p in splits["train"]} & {p.cluster for p in splits["test"]}
+    assert len({p.cluster for p in make_problems(small(), "test", 500)}) == 81
+
+
 def test_families_take_turns_and_ids_and_questions_are_unique(
     splits: dict[str, list[Problem]],
 ) -> None:

@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 import yaml
 
-from gsm8k_core.config import Config, doubts, dump, load_config, merge, parse_config, read_yaml
+from gsm8k_core.config import (
+    Config,
+    GrpoMethod,
+    doubts,
+    dump,
+    load_config,
+    merge,
+    parse_config,
+    read_yaml,
+)
 from gsm8k_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+KL_IN_REWARD = {"kl_coefficient": 0.05, "kl_placement": "reward", "kl_estimator": "k1"}
 
 
 def mistakes(overlay: dict[str, Any]) -> list[str]:
@@ -207,6 +217,35 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             )
             for objective in ("cispo", "reinforce")
         ),
+        *(
+            (
+                {"methods": {"dr_grpo": {**KL_IN_REWARD, "kl_estimator": estimator}}},
+                "methods.dr_grpo: kl_placement: reward needs kl_estimator: k1: as a reward, k2 and "
+                "k3 do not have the gradient of the KL",
+            )
+            for estimator in ("k2", "k3")
+        ),
+        (
+            {"methods": {"grpo": KL_IN_REWARD}},
+            "methods.grpo: kl_placement: reward does not go with advantage: group_zscore: in a "
+            "group that is all right or all wrong it would scale differences of KL to spread 1, "
+            "whatever kl_coefficient is; take group_centered, leave_one_out or batch_zscore",
+        ),
+        (
+            {"methods": {"rloo": {**KL_IN_REWARD, "mask_truncated": True}}},
+            "methods.rloo: kl_placement: reward does not go with mask_truncated: truncated "
+            "completions would pay no KL, yet count in what others are compared with; set one of "
+            "them",
+        ),
+        *(
+            (
+                {"methods": {"rloo": several}},
+                "methods.rloo: objective: reinforce has no ratio to correct what was sampled "
+                "before an update: set minibatches: 1 and epochs_per_batch: 1, or take ppo_clip or "
+                "cispo",
+            )
+            for several in ({"minibatches": 4}, {"epochs_per_batch": 2})
+        ),
         (
             {"methods": {"Big Name": {"kind": "sft"}}},
             "methods.Big Name: names are lower-case letters, digits, '.', '_' and '-'",
@@ -215,6 +254,12 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
 )
 def test_a_mistake_says_what_would_be_right(overlay: dict[str, Any], line: str) -> None:
     assert mistakes(overlay) == [line]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "dr_grpo", "reinforce_pp"])
+def test_kl_in_the_reward_goes_with_advantages_that_keep_its_size(name: str) -> None:
+    settings = parse_config(merge(RAW, {"methods": {name: KL_IN_REWARD}})).methods[name]
+    assert isinstance(settings, GrpoMethod) and settings.kl_placement == "reward"
 
 
 def test_a_method_that_starts_from_itself_through_others_is_one_circle() -> None:

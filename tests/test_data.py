@@ -83,6 +83,27 @@ def test_content_digest_depends_on_the_order_of_rows_and_not_of_keys() -> None:
     assert content_digest([two]) == content_digest([{"question": "c", "answer": "d"}])
 
 
+def test_content_digest_covers_what_sft_imitates_and_what_prompts_show() -> None:
+    row = {"question": "a", "answer": "b"}
+    example = {"question": "c", "answer": "d"}
+    kinds: list[dict[str, Any]] = [
+        row,
+        {**row, "demonstration": "e"},
+        {**row, "demonstration": "f"},
+        {**row, "demonstration": ""},
+        {**row, "examples": [example]},
+        {**row, "examples": [example, example]},
+        {**row, "demonstration": "e", "examples": [example]},
+    ]
+    assert len({content_digest([one]) for one in kinds}) == len(kinds)
+    absent: dict[str, Any] = {
+        **row,
+        "demonstration": None,
+        "examples": [],
+    }  # as `problem_from_row` reads them
+    assert content_digest([absent]) == content_digest([row])
+
+
 # Local folder
 
 
@@ -94,6 +115,14 @@ def test_a_local_folder_is_read_from_the_settings_or_the_environment(
     assert fetch_gsm8k(settings()) == (ROWS, "local folder")
     monkeypatch.setenv("GSM8K_DIR", "/nonexistent")  # the settings' own path wins
     assert fetch_gsm8k(settings(path=str(folder)))[0] == ROWS
+
+
+def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    named = f"~/{folder.name}"
+    assert fetch_gsm8k(settings(path=named))[0] == ROWS
+    monkeypatch.setenv("GSM8K_DIR", named)
+    assert fetch_gsm8k(settings())[0] == ROWS
 
 
 def test_other_rows_stop_and_the_message_names_split_and_digests(folder: Path) -> None:

@@ -147,6 +147,21 @@ def test_methods_and_seeds_are_to_share_the_data_of_the_same_dataset() -> None:
     assert meaning("training data").startswith("trained on other data")
 
 
+def test_a_custom_reward_is_to_have_the_same_code_wherever_it_is_used() -> None:
+    def run(method: str, seed: int, custom: str, digest: str) -> dict[str, Any]:
+        return trained(method, seed, device="cpu", reward_code={custom: digest})
+
+    grpo = [run("grpo", seed, "mine:short", "aa") for seed in (0, 1)]
+    assert inconsistent(grpo) == []
+    name = "training code of mine:short"
+    assert inconsistent([*grpo, run("grpo", 2, "mine:short", "bb")]) == [name]
+    assert differing([run("grpo2", 0, "mine:short", "bb")], grpo) == [name]
+    assert "custom reward" in meaning(name)
+    # Another reward is a choice of the method, and so is none.
+    assert differing([run("grpo2", 0, "mine:long", "bb")], grpo) == []
+    assert differing([trained("sft", 0, device="cpu", reward_code=None)], grpo) == []
+
+
 def test_data_that_a_method_is_meant_to_have_for_itself_is_no_difference() -> None:
     sft = [trained("sft", seed, data_sha256="aa") for seed in (0, 1)]
     traces = trained("sft2", 0, data_sha256="bb", dataset="traces")

@@ -61,7 +61,7 @@ ON_TWO_RANKS_ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("train_sft", "sft", {**SFT, "lora": {"rank": 2}, "gradient_checkpointing": True}),
     "reinforce_pp": ("train_grpo", "reinforce_pp",
                      {**GRPO, "minibatches": 1, "kl_coefficient": 0.1, "kl_placement": "reward",
-                      "entropy_coefficient": 0.01}),
+                      "kl_estimator": "k1", "entropy_coefficient": 0.01}),
     "gspo": ("train_grpo", "gspo",
              {**GRPO, **UPDATES, "mask_truncated": True, "importance_correction": "sequence"}),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from gsm8k_core.cli import main as cli
 from gsm8k_core.config import Config, RunSettings, dump, load_config
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.evaluate import find_subject, summarize
+from gsm8k_core.evaluate import _sentence, find_subject, summarize
 from gsm8k_core.files import read_json, read_jsonl, write_text
 from gsm8k_core.metrics import mean_interval
 
@@ -106,23 +107,46 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(
 
 def test_the_number_and_its_interval_are_those_of_the_comparison() -> None:
     rows = [
-        {"problem_id": str(problem), "decoding": decoding, "sample_index": k, "correct": right}
+        {"problem_id": str(problem), "decoding": decoding, "sample_index": k, "correct": right,
+         "cluster": None}
         for problem in range(30)
         for decoding, k, right in [
             ("greedy", 0, problem < 12),
             ("sample", 0, problem < 6),
             ("sample", 1, problem < 9),
         ]
-    ]
+    ]  # fmt: skip
     found = summarize(pl.DataFrame(rows), 0.95)
     expected = mean_interval([[1.0] * 12 + [0.0] * 18], 0.95)
-    assert found["num_problems"] == 30
+    assert (found["num_problems"], found["num_clusters"]) == (30, None)
     assert found["accuracy"] == {
         "mean": 0.4, "low": pytest.approx(expected.low), "high": pytest.approx(expected.high),
     }  # fmt: skip
     assert found["pass_at_1"]["mean"] == pytest.approx(0.25)
     greedy_only = summarize(pl.DataFrame([row for row in rows if row["decoding"] == "greedy"]), 0.9)
     assert greedy_only["pass_at_1"] is None
+
+
+def test_the_number_of_clones_has_the_interval_of_their_clusters(config: Config) -> None:
+    # Six clusters of five: two right, three wrong, one half and half. Rows in no order.
+    right = [1.0] * 10 + [1.0, 1.0, 0.0, 0.0, 0.0] + [0.0] * 15
+    clusters = [f"c{problem // 5}" for problem in range(30)]
+    grades = pl.DataFrame(
+        {
+            "problem_id": [str(problem) for problem in range(30)],
+            "decoding": "greedy",
+            "correct": [value == 1.0 for value in right],
+            "cluster": pl.Series(clusters),
+        }
+    )
+    found = summarize(grades.sample(fraction=1.0, shuffle=True, seed=3), 0.95)
+    expected = mean_interval([right], 0.95, clusters)
+    assert list(found["accuracy"].values()) == pytest.approx(list(expected))
+    assert expected.high - expected.low > 1.5 * np.subtract(*mean_interval([right])[:0:-1])
+    settings = config.evaluation_settings("tiny-qwen2", "base", 0, "arithmetic")
+    assert _sentence(settings, found, 0.95).endswith("(30 problems in 6 clusters, 95 % interval)\n")
+    alone = {**found, "num_clusters": None}
+    assert _sentence(settings, alone, 0.95).endswith("(30 problems, 95 % interval)\n")
 
 
 @pytest.mark.slow

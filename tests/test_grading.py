@@ -50,9 +50,46 @@ def test_every_completion_carries_every_grade(text: str | None, expected: tuple[
         graded = grader.grade(text, read_gold("18"))
     assert tuple(graded[grade] for grade in FAST) == expected
     assert graded["math_verify"] is None
-    assert set(graded) == {*GRADES, "correct", "extracted", "has_format"}
+    assert set(graded) == {*GRADES, "correct", "extracted", "has_format", "contradicted"}
     if text is not None:
         assert tuple(is_right(text, "18", grade, "####") for grade in FAST) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "contradicted"),
+    [
+        ("#### 18 shells.\n#### 17", True),
+        ("#### 18\nWait.\n#### 9\n#### 18", True),
+        ("#### 18\n#### 17\nQuestion: 3?\n#### 3", True),
+        ("#### 18", False),
+        ("#### 18\n#### 18.00", False),  # the same number
+        ("#### 18\n#### Check\n#### 1, 17", False),  # states none
+        ("#### 18\n\nQuestion: 3?\n#### 3", False),
+        ("#### 18\n**Q:** 3?\n#### 3", False),
+        ("#### 17\n#### 18", False),  # wrong, and so nothing right is contradicted
+        ("#### 1. Find\n#### 2. Multiply\n#### 18", False),  # headings
+        ("nothing #### and #### again", False),
+        (None, False),
+    ],
+)
+def test_a_right_answer_with_another_one_after_it_is_told(
+    text: str | None, contradicted: bool
+) -> None:
+    with Grader(GradingSettings()) as grader:
+        graded = grader.grade(text, read_gold("18"))
+    assert graded["contradicted"] is contradicted
+    assert graded["strict"] or not contradicted
+
+
+def test_boxes_contradict_nothing_and_other_markers_do() -> None:
+    for marker, text, contradicted in (
+        ("boxed", "\\boxed{17}, so \\boxed{18}", False),
+        ("The answer is", "The answer is 18. The answer is 17.", True),
+        ("The answer is", "The answer is 18.\n\nQ: 3?\nA: The answer is 3.", False),
+    ):
+        with Grader(GradingSettings(marker=marker)) as grader:
+            graded = grader.grade(text, read_gold("18"))
+        assert (graded["strict"], graded["contradicted"]) == (True, contradicted)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +310,17 @@ def test_math_verify_is_counted_beside_the_others(script: Script, tmp_path: Path
     assert grades["math_verify"].to_list() == [True, False]
     assert (summary["accuracy_math_verify"], summary["math_verify_killed"]) == (0.5, 0)
     assert summary["accuracy"] == summary["accuracy_strict"] == 0.5
+
+
+def test_a_majority_under_math_verify_is_not_split_by_the_form_of_its_votes(
+    script: Script, tmp_path: Path
+) -> None:
+    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
+    texts = ["\\boxed{1800}", "\\boxed{1800\\%}", "\\boxed{x=1800}", "#### 7", "#### 7", "#### 8"]
+    rows = [completion(0, text, sample) for sample, text in enumerate([*texts, "#### 7", "#### 9"])]
+    summary, grades = Job(script("grade"), tmp_path, rows).run(grading="math_verify")
+    assert grades["extracted"].to_list() == ["1800"] * 3 + ["7", "7", "8", "7", "9"]
+    assert summary["maj_at_k"]["8"] == 0.5  # three for 1800, three for 7
 
 
 def test_a_missing_package_is_one_line_on_the_command_line(job: Job, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from small_models import SIZES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -28,6 +29,12 @@ from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import collate, split_by_token_budget
 
 AGGREGATIONS = ["sequence_mean", "token_mean", "constant"]
+KL_IN_REWARD = {
+    "kl_coefficient": 0.1,
+    "kl_placement": "reward",
+    "kl_estimator": "k1",
+    "advantage": "group_centered",
+}
 
 
 def method(**changes: Any) -> GrpoMethod:
@@ -207,8 +214,17 @@ def loop_loss(policy: Any, entropy: Any, batch: PolicyBatch, settings: GrpoMetho
     return total / (len(sequences) * settings.max_new_tokens)
 
 
+def is_allowed(choices: dict[str, Any]) -> bool:
+    try:
+        method(**choices)
+    except ValidationError:
+        return False
+    return True
+
+
 CHOICES = st.fixed_dictionaries(
     {
+        "advantage": st.just("group_centered"),  # group_zscore refuses KL in the reward
         "objective": st.sampled_from(["ppo_clip", "cispo", "reinforce"]),
         "ratio_level": st.sampled_from(["token", "sequence"]),
         "clip_low": st.sampled_from([0.1, 0.2]),
@@ -223,12 +239,7 @@ CHOICES = st.fixed_dictionaries(
         "importance_mode": st.sampled_from(["truncate", "mask"]),
         "importance_bound": st.sampled_from([1.1, 2.0]),
     }
-).filter(
-    lambda choices: (
-        (choices["objective"], choices["ratio_level"]) != ("cispo", "sequence")
-        and (choices["objective"] == "ppo_clip" or choices["dual_clip"] is None)
-    )
-)
+).filter(is_allowed)
 
 
 @settings(max_examples=120, deadline=None)
@@ -277,7 +288,7 @@ def test_loss_and_metrics_of_microbatches_add_up_to_those_of_the_step(
         ({"objective": "ppo_clip", "dual_clip": 3.0, "ratio_level": "sequence"}, False),
         ({"objective": "cispo", "importance_correction": "token"}, False),
         ({"objective": "reinforce", "aggregation": "constant"}, False),
-        ({"kl_coefficient": 0.1, "kl_placement": "reward"}, False),
+        (KL_IN_REWARD, False),
         ({"kl_coefficient": 0.1}, True),
         ({"entropy_coefficient": 0.1}, True),
     ],
@@ -309,6 +320,7 @@ def test_on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped() -> None:
         summary = summarize_metrics(metrics)
         assert summary["ratio"] == 1.0
         assert summary["ratio_max"] == 1.0
+        assert summary["approx_kl"] == 0.0
         assert summary["clip_fraction_low"] == 0.0
         assert summary["clip_fraction_high"] == 0.0
         loss.backward()
@@ -337,12 +349,36 @@ def test_clip_fractions_count_the_tokens_below_and_above_the_range() -> None:
     assert summary["clip_fraction_low"] == pytest.approx(3 / 7)
 
 
+@pytest.mark.parametrize(("mode", "mean"), [("truncate", 1.5), ("mask", 0.5)])
+def test_weights_above_the_bound_are_counted_whatever_becomes_of_them(
+    mode: str, mean: float
+) -> None:
+    # Weights 1, 1, 3 and 4 under a bound of 2, and one outside the mask.
+    old = torch.tensor([[1.0, 1.0, 3.0], [4.0, 9.0, 1.0]]).log()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    batch = PolicyBatch(torch.ones(2), mask, old, sampler_log_probs=torch.zeros(2, 3))
+    settings_ = method(importance_correction="token", importance_mode=mode)
+    summary = summarize_metrics(policy_loss(old, None, batch, settings_, 2.0)[1])
+    assert summary["importance_bounded_fraction"] == 0.5
+    assert summary["importance_weight"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_how_far_the_policy_has_moved_is_a_mean_over_tokens_of_their_own_ratios(level: str) -> None:
+    policy = torch.tensor([[2.0, 0.5, 9.0], [1.0, 9.0, 9.0]]).log()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    batch = PolicyBatch(torch.ones(2), mask, old_log_probs=torch.zeros(2, 3))
+    summary = summarize_metrics(policy_loss(policy, None, batch, method(ratio_level=level), 2.0)[1])
+    # r - 1 - log r: 1 - log 2, -1/2 + log 2 and 0; outside the mask nothing
+    assert summary["approx_kl"] == pytest.approx(0.5 / 3)
+
+
 def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     batch = PolicyBatch(torch.ones(2), mask, ref_log_probs=torch.zeros(2, 3))
     policy = torch.tensor([[-1.0, -2.0, math.nan], [-3.0, 5.0, 5.0]])
     entropy = torch.tensor([[1.0, 2.0, math.nan], [6.0, 9.0, 9.0]])
-    settings_ = method(kl_estimator="k1", kl_placement="reward", kl_coefficient=0.1)
+    settings_ = method(**KL_IN_REWARD)
     _, metrics = policy_loss(policy, entropy, batch, settings_, 2.0)
     summary = summarize_metrics(metrics)
     assert summary["entropy"] == 3.0  # (1 + 2 + 6) / 3

@@ -334,6 +334,17 @@ def test_as_losses_k1_does_nothing_k2_follows_the_kl_and_k3_the_kl_the_other_way
     assert (gradient - gradient_reversed).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_taken_from_a_reward_k1_alone_follows_the_kl(kind: KlEstimator) -> None:
+    _, gradient = exact_kl(forward=True)
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    log_probs = logits.requires_grad_().log_softmax(-1)
+    penalty = kl_estimate(log_probs.detach(), REF_LOGITS.log_softmax(-1), kind)
+    mean = (log_probs.exp().detach() * penalty * log_probs).sum()  # E[k·log π]
+    (found,) = torch.autograd.grad(mean, logits)
+    assert torch.allclose(found, gradient) == (kind == "k1")
+
+
 # ------------------------------------------------------------------------------------- aggregation
 
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0], [99.0, 99.0, 99.0]])

@@ -358,6 +358,153 @@ def test_runs_without_a_difference_have_p_value_one_and_an_interval_around_zero(
     assert difference.low == -difference.high < 0
 
 
+# ----------------------------------------------------------------------------------------- clusters
+
+
+def test_problems_that_are_each_their_own_cluster_change_no_bit() -> None:
+    rng = np.random.default_rng(6)
+    for num_seeds, once in ((1, False), (3, False), (3, True)):
+        a = (rng.random((4, num_seeds, 30)) < 0.6).astype(np.float64)
+        b = rng.integers(0, 9, (4, 1 if once else num_seeds, 30)) / 8
+        own = [f"p{number}" for number in rng.permutation(30)]
+        for values in (a, b, np.zeros_like(a), np.ones_like(a)):
+            assert (mean_intervals(values, clusters=own) == mean_intervals(values)).all()
+        for pair in ((a, b), (a, a)):
+            found = paired_differences(*pair, clusters=own)
+            np.testing.assert_array_equal(found, paired_differences(*pair))
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_wrong_and_all_right_have_the_wilson_interval_of_the_clusters(
+    value: float, num_seeds: int
+) -> None:
+    values, clusters = np.full((num_seeds, 100), value), np.arange(100) % 20
+    assert mean_interval(values, clusters=clusters)[1:] == wilson_interval(value * 20, 20)
+    same = paired_difference(values, values, clusters=clusters)
+    assert same[:4] == (0.0, -wilson_interval(0, 20)[1], wilson_interval(0, 20)[1], 1.0)
+    apart = paired_difference(np.ones((num_seeds, 4)), np.zeros((1, 4)), clusters=[0, 0, 1, 1])
+    assert apart.p_value == 0.5  # two of two clusters: 2 / 2²
+
+
+def test_one_cluster_is_one_answer() -> None:
+    assert mean_interval([[1.0, 0.0, 0.0, 0.0]], clusters=[7] * 4).high > 0.8
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_copies_of_a_problem_add_no_information(num_seeds: int) -> None:
+    rng = np.random.default_rng(7)
+    a, b = ((rng.random((num_seeds, 40)) < chance).astype(np.float64) for chance in (0.7, 0.4))
+    order = rng.permutation(200)
+    copied_a, copied_b = (np.repeat(values, 5, axis=1)[:, order] for values in (a, b))
+    clusters = np.repeat(np.arange(40), 5)[order]
+    found = paired_difference(copied_a, copied_b, clusters=clusters)
+    assert found == pytest.approx(paired_difference(a, b))
+    # Of one run the variance is taken from the clusters, and not from the mean: t for z, 39 for 40.
+    slack = 0.01 if num_seeds == 1 else 1e-9
+    expected = mean_interval(a)
+    assert mean_interval(copied_a, clusters=clusters) == pytest.approx(expected, abs=slack)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 4])
+def test_the_variance_is_the_cluster_robust_one_written_out(num_seeds: int) -> None:
+    rng = np.random.default_rng(8)
+    sizes = [1, 1, 2, 3, 5, 8, 4, 6]
+    clusters = rng.permutation(np.repeat(np.arange(8), sizes))
+    num_problems, groups = 30, [np.flatnonzero(clusters == g) for g in range(8)]
+    values = 0.3 * rng.random((num_seeds, 30)) + 0.6 * rng.random((1, 8))[:, clusters]
+    mean = values.mean()
+    of_cluster = 8 / 7 * sum((values - mean)[:, group].sum() ** 2 for group in groups)
+    total, share = of_cluster, 0.0
+    if num_seeds > 1:
+        of_seed = 4 / 3 * sum(row.sum() ** 2 for row in values - mean)
+        residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + mean
+        of_both = 8 / 7 * 4 / 3 * sum(
+            row[group].sum() ** 2 for row in residual for group in groups
+        )  # fmt: skip
+        total = of_seed + of_cluster - of_both
+        share = of_seed / total
+    error = math.sqrt(total) / (num_seeds * num_problems)
+
+    def quantile(upper: float) -> float:
+        over_clusters = stats.t.ppf(upper, 7) ** 2
+        over_seeds = stats.t.ppf(upper, max(num_seeds - 1, 1)) ** 2
+        return math.sqrt(over_clusters + (over_seeds - over_clusters) * share**1.8)
+
+    found = paired_difference(values, np.zeros((1, 30)), clusters=clusters)
+    half = quantile(0.975) * error
+    assert found[:3] == pytest.approx((mean, mean - half, mean + half), rel=1e-7)
+    assert quantile(1 - found.p_value / 2) == pytest.approx(mean / error)
+    # Korn and Graubard: Wilson's interval at the size that would have this variance.
+    size, c = mean * (1 - mean) / error**2, quantile(0.975)
+    centre = (mean + c * c / (2 * size)) / (1 + c * c / size)
+    interval = mean_interval(values, clusters=clusters)
+    assert interval.mean == mean_interval(values).mean  # to the last bit
+    assert (interval.low + interval.high) / 2 == pytest.approx(centre)
+
+
+def test_clusters_may_be_named_in_any_way_and_order() -> None:
+    rng = np.random.default_rng(9)
+    values = rng.random((2, 12))
+    clusters = np.arange(12) % 5
+    expected = mean_interval(values, clusters=clusters)
+    order = rng.permutation(12)
+    names = [f"template {number}" for number in clusters[order]]
+    assert mean_interval(values[:, order], clusters=names) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clusters", [[1, 1], [[1, 1, 2]], []])
+def test_clusters_that_are_not_of_the_problems_are_refused(clusters: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected clusters of 3 problems"):
+        mean_interval([[1.0, 0.0, 1.0]], clusters=clusters)
+
+
+# As the 500 embedded arithmetic problems are: few clusters of 25 and 14, many of 4.
+UNEQUAL = [25] * 4 + [14] * 7 + [4] * 75
+
+
+@pytest.mark.parametrize("sizes", [[6] * 80, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_only_intervals_that_know_of_clusters_cover_the_truth(
+    num_seeds: int, sizes: list[int]
+) -> None:
+    rng = np.random.default_rng(21)
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    spread = 0.0 if num_seeds == 1 else 0.1  # one seed cannot tell of it
+    truth = np.average(special.expit(NODES * math.hypot(2.0, 0.5, spread)), weights=WEIGHTS)
+    of_cluster = rng.normal(0, 2.0, (2000, 1, len(sizes)))
+    of_cluster = of_cluster + rng.normal(0, 0.5, (2000, num_seeds, len(sizes)))
+    skill = of_cluster[..., clusters] + rng.normal(0, spread, (2000, num_seeds, 1))
+    right = rng.random(skill.shape) < special.expit(skill)
+    covered = []
+    for known in (clusters, None):
+        _, low, high = mean_intervals(right, clusters=known).T
+        covered.append(100 * ((low <= truth) & (truth <= high)).mean())
+    assert 93 <= covered[0] <= 97
+    assert covered[1] < 84
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_methods_of_equal_skill_differ_one_time_in_twenty_where_clusters_are_known(
+    num_seeds: int,
+) -> None:
+    rng = np.random.default_rng(22)
+    clusters = np.repeat(np.arange(len(UNEQUAL)), UNEQUAL)
+    spread = 0.0 if num_seeds == 1 else 0.1
+    shared = rng.normal(0, 2.0, (2000, 1, len(UNEQUAL)))
+    methods = []
+    for _ in range(2):  # each is better at clusters of its own
+        skill = (shared + rng.normal(0, 0.7, shared.shape))[..., clusters]
+        skill = skill + rng.normal(0, spread, (2000, num_seeds, 1))
+        methods.append(rng.random(skill.shape) < special.expit(skill))
+    found, blind = (
+        100 * (paired_differences(methods[0], methods[1], clusters=known)[:, 3] < 0.05).mean()
+        for known in (clusters, None)
+    )
+    assert 4 <= found <= 6.5
+    assert blind > 10
+
+
 # --------------------------------------------------------------------------------------- simulation
 
 # Seeds differ not at all, about as much as noise does, or by most of the variance (on the logit

@@ -21,6 +21,7 @@ from huggingface_hub.utils import close_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from gsm8k_core.config import LoraSettings, ModelSettings, TrainSettings
 from gsm8k_core.distributed import give_memory
@@ -320,7 +321,7 @@ def test_a_name_that_no_model_can_have_is_one_line(
 
 
 def prepare_by_hand(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = from_hub().model_dump_json()
+    settings = from_hub().starting_weights().model_dump_json()
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "m",
          "--settings", settings, "--output-dir", str(tmp_path / "m")],
@@ -379,6 +380,29 @@ def test_a_broken_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="model: no usable tokenizer: "):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2"])
+def test_a_folder_without_a_tokenizer_is_refused_though_one_could_be_made_up(
+    tmp_path: Path, kind: str
+) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    remedy = r"holds no tokenizer that tells 7 from 8; put .*tokenizer\.json"
+    with pytest.raises(ModelError, match=f"^{tmp_path}: {remedy}"):
+        load_tokenizer(tmp_path)
+    # Its settings alone are no tokenizer either.
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=remedy):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_anything_is_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="^local folder model: holds no tokenizer"):
+        prepare_model(from_path(folder), tmp_path / "out")
 
 
 def test_saved_weights_come_back_bit_for_bit(folder: Path, tokenizer: Any) -> None:

@@ -118,6 +118,34 @@ def test_reward_and_validation_are_drawn_over_steps(tmp_path: Path) -> None:
     assert (points(validation, "x"), points(validation, "y")) == ([5, 10], [50.0, 50.0])
 
 
+def test_methods_with_other_penalties_are_compared_by_their_answers(tmp_path: Path) -> None:
+    log = [{**row, "answer_reward_mean": row["reward_mean"] / 2} for row in REWARDS]
+    write_runs(tmp_path, log)
+    figure = plot_reward(STUDY, tmp_path)
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == [
+        "Correct completions", "Validation accuracy",
+    ]  # fmt: skip
+    assert points(figure.axes[0].lines[0], "y") == pytest.approx([5.0 * n for n in range(1, 11)])
+    assert figure.axes[0].yaxis.get_major_formatter()(20) == "20 %"
+    assert "correct completions during training" in figure.get_suptitle()
+
+
+def test_where_a_method_logs_no_answers_the_whole_reward_is_drawn_of_all(tmp_path: Path) -> None:
+    study = STUDY.model_copy(
+        update={
+            "methods": ["base", "grpo", "other"],
+            "seeds_of": {**STUDY.seeds_of, "other": [0]},
+            "chains": {**STUDY.chains, "other": ["base", "other"]},
+        }
+    )
+    write_runs(tmp_path, [{**row, "answer_reward_mean": 0.5} for row in REWARDS])
+    for model in study.models:
+        write_jsonl(tmp_path / model / "other" / "seed0" / "train" / "metrics.jsonl", REWARDS)
+    axes = plot_reward(study, tmp_path).axes[0]
+    assert axes.get_ylabel() == "Mean reward"
+    assert [points(line, "y")[-1] for line in axes.lines] == pytest.approx([1.0, 1.0])
+
+
 def test_the_line_is_the_mean_over_seeds_and_the_band_reaches_their_extremes(
     tmp_path: Path,
 ) -> None:

@@ -60,6 +60,7 @@ def test_an_answer_without_a_gold_number_is_an_error(answer: str) -> None:
         ({"answer": "#### 1,2"}, "row 2: no '#### <number>'"),
         ({"question": "\ud800?"}, "row 2: 'question' holds half a surrogate pair at character 0"),
         ({"demonstration": 1}, "row 2: 'demonstration' is missing or not a text"),
+        ({"cluster": 7}, "row 2: 'cluster' is missing or not a text"),
         ({"examples": {}}, "row 2: 'examples' should be a list of objects"),
         ({"examples": ["a"]}, "row 2: 'examples' should be a list of objects"),
         ({"examples": [{"question": "q"}]}, r"row 2: 'examples'\[0\].answer is missing"),
@@ -72,6 +73,10 @@ def test_a_faulty_row_is_named(tmp_path: Path, changes: dict[str, Any], message:
     with pytest.raises(DataError, match=message) as caught:
         read_problems(path)
     assert str(caught.value).startswith(f"{path}, row 2: ")
+
+
+def test_a_problem_of_no_cluster_has_the_row_that_it_always_had() -> None:
+    assert list(problem_from_row(row(), "here").to_row()) == ["id", "question", "answer", "gold"]
 
 
 def test_a_row_without_an_id_takes_the_default() -> None:
@@ -111,6 +116,7 @@ def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
     gold=st.integers(),
     demo=st.none() | st.text(),
     examples=st.lists(st.builds(WorkedExample, st.text(), st.text()), max_size=2).map(tuple),
+    cluster=st.none() | st.text(),
 )
 def test_problems_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory,
@@ -119,8 +125,10 @@ def test_problems_come_back_as_they_were_written(
     gold: int,
     demo: str | None,
     examples: tuple[WorkedExample, ...],
+    cluster: str | None,
 ) -> None:
     path = tmp_path_factory.mktemp("problems") / "train.jsonl"
-    problem = Problem("a", question, f"{solution}\n#### {gold:,}", str(gold), demo, examples)
+    answer = f"{solution}\n#### {gold:,}"
+    problem = Problem("a", question, answer, str(gold), demo, examples, cluster)
     write_problems(path, [problem])
     assert read_problems(path) == [problem]

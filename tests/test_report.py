@@ -41,11 +41,12 @@ from gsm8k_core.report import (
     _findings,
     _headline,
     _leads,
+    _table_note,
     json_for_script,
     script_text,
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_curve
+from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_charts, learning_curve
 from gsm8k_core.tables import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +211,19 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert "over seeds and problems; differences are paired by both" in _context(subject)
 
 
+def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
+    plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
+    assert _headline(plain, _leads(plain)).startswith("grpo is best")
+    names = pl.Series([f"c{number // 10}" for number in range(100)])
+    clones.graded.tables[1] = clones.graded.tables[1].with_columns(cluster=names)
+    for row in clones.rows:
+        row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
+    assert "its lead over dpo may be chance" in _headline(clones, _leads(clones))  # one cluster
+    clones.metrics["grpo"] = [{"accuracy": 0.6}]
+    assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
+    assert "test: 100 problems in 10 clusters. Problems of one cluster" in _table_note(clones)
+
+
 def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     page: Page, paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -218,12 +232,20 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "Not all was made alike" not in words
     made = {**paths, "comparison": tmp_path / "comparison.parquet", "output": tmp_path / "r.html"}
     shutil.copyfile(paths["comparison"].with_name("pass_at_k.csv"), tmp_path / "pass_at_k.csv")
-    flags = pl.when(pl.col("method") == "sft").then(pl.lit("2 seeds; parent: engine"))
+    flags = (
+        pl.when(pl.col("method") == "sft")
+        .then(pl.lit("2 seeds; parent: engine"))
+        .when(pl.col("method") == "twin")
+        .then(pl.lit("2 seeds; prompts cut: 93 %"))
+    )
     table = pl.read_parquet(paths["comparison"])
     table.with_columns(flags=flags.otherwise("flags")).write_parquet(made["comparison"])
     assert script("report").main(report_arguments(made)) == 0
     words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
     assert "Not all was made alike: see the flags of sft below" in words
+    assert "Some numbers need a second look: see the flags of twin below" in words
+    assert "twin: 2 seeds; prompts cut: 93 %" in words
+    assert "flag “prompts cut”: so many prompts were too long" in words
     assert "sft: 2 seeds; parent: engine" in words
 
 
@@ -385,6 +407,18 @@ def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() 
     assert learning_curve([[], []], "reward_mean", "grpo", 1.0) == []
 
 
+def test_a_method_is_drawn_by_its_answers_and_by_its_reward_only_where_it_logs_no_answers() -> None:
+    step = {"step": 1, "loss": 0.1, "reward_mean": -0.5}
+    logs = {"grpo": [[{**step, "answer_reward_mean": 0.25}]], "other": [[step]]}
+    charts = learning_charts(logs, ["grpo", "other"])
+    drawn = [chart["spec"]["data"]["values"] for chart in charts]
+    assert [(row["method"], row["mean"]) for rows in drawn for row in rows] == [
+        ("grpo", 25.0),
+        ("other", -0.5),
+    ]
+    assert [chart["y"] for chart in charts] == ["% right", "mean reward of a step"]
+
+
 # ------------------------------------------------------------------------------- shut, and the same
 
 
@@ -502,7 +536,7 @@ def test_a_problem_of_huge_completions_does_not_keep_the_others_out(
         ("so -$5 it is", "-5", "flexible", "####", "-$5"),
         (r"thus \boxed{\frac{1}{2}}", "1/2", "strict", "boxed", r"\frac{1}{2}"),
         (r"\boxed{3} and \boxed{\$1{,}000}", "1000", "strict", "boxed", r"\$1{,}000"),
-        ("The answer is 36/2.", "18", "strict", "The answer is", "36/2"),
+        ("The answer is 37/2.", "37/2", "strict", "The answer is", "37/2"),
         ("7, then 18. And 7.", "7", "lm_eval_flexible", "####", "7"),
         ("😀 #### 7", "7", "strict", "####", "7"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gsm8k_core.files import read_jsonl, write_jsonl
+from gsm8k_core.files import read_json, read_jsonl, sha256_file, write_jsonl
 from gsm8k_core.training import TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert reproducible_rows(one / metrics) == reproducible_rows(other / metrics)
     completions = "train/completions.jsonl"
     assert (one / completions).read_bytes() == (other / completions).read_bytes()
+    summaries = [read_json(run / "train" / "summary.json") for run in (one, other)]
+    for key in ("num_updates", "num_tokens", "num_prompts", "num_sampled_tokens"):
+        assert summaries[0].get(key) == summaries[1].get(key), key
     assert (one / "settings.json").read_bytes() == (other / "settings.json").read_bytes()
     assert not (other / "state").exists()
 
@@ -175,8 +178,8 @@ def run_until_step_3(
     """A trainer that is killed after its third step."""
     end_step = TrainingRun.end_step
 
-    def die_at_step_3(self: TrainingRun, step: int, row: Any, extra: Any = None) -> None:
-        end_step(self, step, row, extra)
+    def die_at_step_3(self: TrainingRun, step: int, row: Any, **options: Any) -> None:
+        end_step(self, step, row, **options)
         if step == 3:
             raise Killed
 
@@ -214,3 +217,28 @@ def test_a_run_with_other_settings_does_not_go_on_from_the_old_state(
     run_until_step_3(monkeypatch, main, arguments("sft", tmp_path / "run"))
     main(changed)
     assert_same_run(tmp_path / "fresh", tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_another_custom_reward(
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    code = tmp_path / "my_edited_reward.py"
+    code.write_text("def reward(completion, gold): return len(completion)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    custom = "my_edited_reward:reward"
+    main = script("train_grpo").main
+    words = arguments("grpo", tmp_path / "run")
+    words[1] = run_json("grpo", **{**GRPO, "minibatches": 2, "reward": {"custom": custom}})
+    run_until_step_3(monkeypatch, main, words)
+    code.write_text("def reward(completion, gold): return -len(completion)\n", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "my_edited_reward")
+    main(words)
+    assert "is of other reward code: starting afresh, without its 2 steps" in caplog.text
+    summary = read_json(tmp_path / "run" / "train" / "summary.json")
+    assert summary["reward_code"] == {custom: sha256_file(code)}
+    monkeypatch.delitem(sys.modules, "my_edited_reward")

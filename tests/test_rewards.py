@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from gsm8k_core.config import LengthRewardSettings, RewardSettings
+from gsm8k_core.config import GrpoMethod, LengthRewardSettings, RewardSettings, SftMethod
 from gsm8k_core.errors import DataError, TrainingError
-from gsm8k_core.rewards import build_reward_fn, gsm8k_reward, length_reward
+from gsm8k_core.files import sha256_file
+from gsm8k_core.rewards import (
+    build_reward_fn,
+    gsm8k_reward,
+    length_reward,
+    missing_reward,
+    reward_code,
+    reward_source,
+)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,44 @@ def test_a_custom_reward_that_cannot_be_imported_stops_before_training(
     with pytest.raises(TrainingError, match=message) as caught:
         build_reward_fn(RewardSettings(custom=path), "####")
     assert path in str(caught.value)
+
+
+@pytest.mark.usefixtures("custom_module")
+def test_what_is_missing_of_a_custom_reward_is_told_without_executing_it(tmp_path: Path) -> None:
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "deep.py").write_text("def f(completion, gold): raise SystemExit")
+    (tmp_path / "my_stars.py").write_text("from my_rewards import *\nraise SystemExit")
+    for complete in ("my_rewards:brevity", "my_broken_rewards:import", "my_package.deep:f",
+                     "my_stars:brevity"):  # fmt: skip
+        assert missing_reward(complete) == "", complete
+    for missing in ("my_rewadrs:brevity", "my_package.depe:f", "my_rewards.brevity:f"):
+        module = missing.partition(":")[0]
+        assert missing_reward(missing) == (
+            f"no module {module!r} here; put its folder on PYTHONPATH"
+        )
+    assert missing_reward("my_rewards:brevty") == (
+        f"{tmp_path}/my_rewards.py has no function 'brevty'; name one that it has"
+    )
+    assert not {"my_rewards", "my_broken_rewards", "my_package", "my_stars"} & sys.modules.keys()
+
+
+def test_a_custom_reward_is_looked_for_in_the_folders_that_are_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.py").write_text("def f(completion, gold): return 0\n")
+    assert reward_source("elsewhere:f") is None
+    assert reward_source("elsewhere:f", [str(tmp_path)]) == tmp_path / "elsewhere.py"
+
+
+@pytest.mark.usefixtures("custom_module")
+def test_the_code_of_a_custom_reward_is_the_digest_of_its_file(tmp_path: Path) -> None:
+    method = {"kind": "grpo", "reward": {"custom": "my_rewards:brevity"}}
+    custom = GrpoMethod.model_validate(method)
+    before = reward_code(custom)
+    assert before == {"my_rewards:brevity": sha256_file(tmp_path / "my_rewards.py")}
+    with (tmp_path / "my_rewards.py").open("a", encoding="utf-8") as file:
+        file.write("# edited\n")
+    assert reward_code(custom) not in (before, None)
+    assert reward_code(GrpoMethod(kind="grpo")) is None
+    assert reward_code(SftMethod(kind="sft")) is None
 
 
 @pytest.mark.usefixtures("custom_module")

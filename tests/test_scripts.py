@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from gsm8k_core.files import (
     write_text,
 )
 from gsm8k_core.models import load_tokenizer, save_model, tiny_model
-from gsm8k_core.problems import read_problems
+from gsm8k_core.problems import read_problems, write_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ["--config", str(ROOT / "config.yaml")]
@@ -177,13 +178,26 @@ def test_completions_are_in_the_order_of_the_problems_greedy_first(job: Callable
         for decoding, index in (("greedy", 0), ("sample", 0), ("sample", 1))
     ]
     gold = {problem.id: problem.gold for problem in problems}
+    cluster = {problem.id: problem.cluster for problem in problems}
     tokenizer = load_tokenizer(this.model)
     for row in rows:
         assert row["gold"] == gold[row["problem_id"]]
         assert row["num_tokens"] == len(row["token_ids"]) <= 8
         assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
         assert row["finish_reason"] in ("stop", "length")
+        assert row["cluster"] == cluster[row["problem_id"]]
     assert not this.partial.exists()
+
+
+def test_completions_of_problems_without_a_cluster_have_none(job: Callable[..., Job]) -> None:
+    this = job(limit=2, num_samples=0)
+    plain = [replace(problem, cluster=None) for problem in read_problems(this.data)]
+    this.data = this.folder / "plain.jsonl"
+    write_problems(this.data, plain)
+    assert list(this.run()[0]) == [
+        "problem_id", "decoding", "sample_index", "gold", "completion", "token_ids",
+        "num_tokens", "finish_reason",
+    ]  # fmt: skip
 
 
 def test_stats_add_up(job: Callable[..., Job]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +99,28 @@ def test_cells_are_paired_by_seed_and_problem_and_corrected_within_the_model(mak
     assert compare_studies(new, old).rows["verdict"].to_list() == [None, "better"]
 
 
+@pytest.mark.parametrize("told_by", [("old",), ("new",), ("old", "new")])
+def test_clones_are_paired_as_the_clusters_that_either_study_tells_of(
+    make: Maker, told_by: tuple[str, ...]
+) -> None:
+    folders = {"old": make("old", 0.6), "new": make("new", 0.4)}
+    clusters = [f"c{problem % 20}" for problem in range(200)]
+    for name in told_by:
+        for path in folders[name].glob("m/*/*/grades/test.parquet"):
+            grades = pl.read_parquet(path)
+            grades.with_columns(cluster=pl.Series(clusters)).write_parquet(path)
+    found = compare_studies(folders["old"], folders["new"])
+    row = found.rows.row(1, named=True)
+    right = [np.stack([outcomes(chance, seed) for seed in range(3)]) for chance in (0.4, 0.6)]
+    expected = paired_difference(right[0], right[1], 0.95, clusters)
+    assert [row["delta"], row["delta_ci_low"], row["delta_ci_high"], row["p_value"]] == (
+        pytest.approx(list(expected[:4]))
+    )
+    assert (row["num_problems"], row["num_clusters"]) == (200, 20)
+    text = studies.to_markdown(found, folders["old"], folders["new"], 0.95)
+    assert text.count("test: 200 problems in 20 clusters. ") == 1
+
+
 def test_only_problems_and_seeds_that_both_have_are_compared(make: Maker) -> None:
     old, new = make("old", 0.5), make("new", 0.5)
     for seed in range(3):  # problems 50 to 249 instead of 0 to 199
@@ -185,6 +208,49 @@ def test_other_data_starting_weights_and_problems_are_told(make: Maker) -> None:
         "problems",
         "problems, training data",
     ]
+
+
+@pytest.mark.parametrize("which", ["both", "old", "new"])
+def test_one_seed_of_a_trained_cell_is_no_verdict_and_no_failure(
+    make: Maker, tmp_path: Path, which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {"old": make("old", 0.6), "new": make("new", 0.4)}
+    for name in folders if which == "both" else [which]:
+        for seed in (1, 2):
+            shutil.rmtree(folders[name] / "m" / "sft" / f"seed{seed}")
+    out = tmp_path / "out"
+    arguments = ["--old", str(folders["old"]), "--new", str(folders["new"])]
+    arguments += ["--output-dir", str(out), "--fail-if-worse"]
+    with caplog.at_level("WARNING"):
+        assert compare_studies_script.main(arguments) == 0
+    row = pl.read_csv(out / "studies.csv", schema=SCHEMA).row(1, named=True)
+    assert (row["num_seeds"], row["verdict"], row["caution"]) == (1, None, "1 seed: no verdict")
+    assert row["p_value_holm"] < 0.01
+    text = (out / "studies.md").read_text(encoding="utf-8")
+    assert "| 1 seed: no verdict |" in text and "of what was trained no verdict" in text
+    assert "rows without a verdict: 2; one seed says nothing of another" in caplog.text
+
+
+def test_a_cell_that_was_not_trained_has_a_verdict_of_its_one_run(make: Maker) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    for folder, chance in ((old, 0.6), (new, 0.3)):
+        run = folder / "m" / "base" / "seed0"
+        write_run(run, outcomes(chance, 0))
+        write_json(run / "metrics" / "test.json", {"parent": None})
+    row = compare_studies(old, new).rows.row(0, named=True)
+    assert (row["method"], row["verdict"], row["caution"]) == ("base", "worse", None)
+    # Without a word of it the run may have been trained.
+    (new / "m" / "base" / "seed0" / "metrics" / "test.json").unlink()
+    assert compare_studies(old, new).rows["verdict"].to_list()[0] is None
+
+
+def test_two_seeds_have_a_verdict_and_a_flag(make: Maker) -> None:
+    old, new = make("old", 0.95), make("new", 0.05)
+    shutil.rmtree(old / "m" / "sft" / "seed2")
+    found = compare_studies(old, new)
+    assert found.rows.row(1, named=True)["verdict"] == "worse"
+    assert found.rows["caution"].to_list()[1] == "2 seeds"
+    assert "| 2 seeds " in studies.to_markdown(found, old, new, 0.95)
 
 
 def test_a_p_value_at_the_level_is_not_below_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def settings(**changes: Any) -> GsmSymbolicDataset:
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    metadata = {"answer_cot": "4 + 4 = 8.0\n#### 8.0", "source_index": 7}
+    metadata = {"answer_cot": "4 + 4 = 8.0\n#### 8.0", "source_index": 7, "template": 27}
     metadata |= changes.pop("metadata", {})
     return {"question": "4 + 4?", "answer": "8", "metadata": metadata, **changes}
 
@@ -64,6 +65,23 @@ def test_no_question_comes_twice_and_every_solution_is_graded_right() -> None:
     assert len({problem.question for problem in problems}) == len(problems) == 1570
     assert len({problem.id for problem in problems}) == len(problems)
     assert all(is_correct(problem.answer, problem.gold, "strict") for problem in problems)
+
+
+def test_the_cluster_of_a_problem_is_its_template() -> None:
+    assert to_problem(entry(), "test-3").cluster == "template 27"
+    splits, _ = make_symbolic(settings(num_test=1000))
+    members: dict[str | None, list[set[str]]] = {}
+    for problem in splits["test"]:
+        members.setdefault(problem.cluster, []).append(set(problem.question.split()))
+    assert len(members) == 85 and None not in members
+
+    def shared(a: set[str], b: set[str]) -> float:
+        return len(a & b) / len(a | b)
+
+    firsts = [words[0] for words in members.values()]
+    within = [shared(words[0], other) for words in members.values() for other in words[1:]]
+    between = [shared(a, b) for a, b in itertools.combinations(firsts, 2)]
+    assert min(within) > max(between)
 
 
 def test_the_gold_is_the_answer_field() -> None:

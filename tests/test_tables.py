@@ -144,6 +144,7 @@ def test_grades_hold_one_sorted_row_per_completion(tmp_path: Path) -> None:
     assert grades.height == 10
     assert grades.row(0, named=True) == {
         "problem_id": "a",
+        "cluster": None,
         "decoding": "greedy",
         "sample_index": 0,
         "correct": False,
@@ -153,6 +154,7 @@ def test_grades_hold_one_sorted_row_per_completion(tmp_path: Path) -> None:
         "lm_eval_flexible": True,
         "math_verify": None,
         "has_format": False,
+        "contradicted": False,
         "extracted": None,
         "num_tokens": 10,
         "truncated": False,
@@ -183,6 +185,11 @@ def test_the_order_of_completions_changes_no_byte(tmp_path: Path) -> None:
         ({"gold": "eighteen"}, "row 2: gold answer 'eighteen' is not a number"),
         ({"problem_id": "b"}, "row 2: the same problem, decoding and sample as row 1"),
         ({"problem_id": "b", "sample_index": 1, "gold": "19"}, "gold is '19', but '18'"),
+        ({"cluster": 7}, "row 2: 'cluster' should be str, found int"),
+        (
+            {"problem_id": "b", "sample_index": 1, "cluster": "t"},
+            "row 2: cluster is 't', but None in an earlier row of problem 'b'",
+        ),
         ({"problem_id": "b", "sample_index": 1}, "2 greedy completions per problem"),
         ({"decoding": "sample"}, "problem 'b' has 1 greedy completions, problem 'a' has 0"),
     ],
@@ -523,6 +530,45 @@ def test_rows_of_other_problems_data_or_starting_weights_are_flagged(study_dir: 
     assert "flag “problems”: other problems" in to_markdown(frame)
 
 
+def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: Path) -> None:
+    run = study_dir / "m1" / "base" / "seed0"
+    rows = [completion(f"p{i:02d}", WRONG) for i in range(40)]
+    assert run_grade(run, rows, model="m1", num_prompts_truncated=37)["num_prompts_truncated"] == 37
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "base")["flags"] == "prompts cut: 92.5 %"
+    assert row_of(frame, "sft")["flags"] == "2 seeds"
+    for text in (to_markdown(frame), to_html(frame)):
+        assert "prompts cut: 92.5 %" in text
+        assert "flag “prompts cut”: so many prompts were too long for the model" in text
+    set_stats(study_dir, "sft", num_prompts_truncated=1)  # metrics of an older version
+    set_stats(study_dir, "base", num_prompts_truncated=0)
+    frame = build(make_study(), study_dir)
+    assert row_of(frame, "base")["flags"] is None
+    assert row_of(frame, "sft")["flags"] == "2 seeds; prompts cut: 2.5 %"
+
+
+@pytest.mark.parametrize(("grading", "flagged"), [("strict", True), ("flexible", False)])
+def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundred(
+    study_dir: Path, grading: str, flagged: bool
+) -> None:
+    settings = SETTINGS.replace("strict", grading)
+    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    for num_problems, expected in ((101, None), (100, "right and then contradicted: 1 %")):
+        for model in study.models:
+            for method in study.methods:
+                texts = [RIGHT] * (num_problems - 2)
+                # The second is wrong by the number that counts, so nothing right is contradicted.
+                texts += [f"{RIGHT} shells.\n#### 17", f"{WRONG}\n{RIGHT}"]
+                rows = [completion(f"p{i:03d}", text) for i, text in enumerate(texts)]
+                run = study_dir / model / method / f"seed{study.seeds_of[method][0]}"
+                summary = run_grade(run, rows, settings)
+                assert summary["contradicted_fraction"] == 1 / num_problems
+        frame = build(study, study_dir)
+        assert row_of(frame, "base")["flags"] == (expected if flagged else None)
+        if flagged and expected:
+            assert "flag “right and then contradicted”: so many" in to_markdown(frame)
+
+
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
     study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
     frame = build(study, study_dir)
@@ -598,6 +644,91 @@ def test_a_summary_without_its_numbers_is_refused(study_dir: Path) -> None:
     write_json(study_dir / "m1" / "sft" / "seed3" / "metrics" / "test.json", {"accuracy": 1.0})
     with pytest.raises(DataError, match="pass_at_1.*missing"):
         build(make_study(), study_dir)
+
+
+def with_clusters(path: Path, size: int) -> list[str]:
+    """Put so many problems of a grades file into each cluster; returns the problems' clusters."""
+    grades = pl.read_parquet(path)
+    names = [f"c{int(name[1:]) // size}" for name in grades["problem_id"]]
+    grades.with_columns(cluster=pl.Series(names)).write_parquet(path)
+    return names
+
+
+def test_clones_have_the_intervals_and_tests_of_their_clusters(study_dir: Path) -> None:
+    plain = build(make_study(), study_dir)
+    for path in study_dir.glob("m1/*/*/grades/test.parquet"):
+        clusters = with_clusters(path, 4)
+    frame = build(make_study(), study_dir)
+    assert frame.filter(model="m2").equals(plain.filter(model="m2"))
+    right = {
+        method: np.array([outcomes(method, seed) for seed in seeds], dtype=float)
+        for method, seeds in (("base", [0]), ("sft", [3, 5]), ("grpo", [3, 5]))
+    }
+    for method, values in right.items():
+        row, before = row_of(frame, method), row_of(plain, method)
+        assert (row["num_problems"], row["num_clusters"]) == (40, 10)
+        assert before["num_clusters"] is None
+        ends = [row[f"accuracy{end}"] for end in ("", "_ci_low", "_ci_high")]
+        assert ends == pytest.approx(list(mean_interval(values, 0.95, clusters)))
+        assert ends[2] - ends[1] > before["accuracy_ci_high"] - before["accuracy_ci_low"]
+    row = row_of(frame, "grpo")
+    for kind, other in (("parent", "sft"), ("base", "base")):
+        expected = paired_difference(right["grpo"], right[other], 0.95, clusters)
+        found = [row[f"delta_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")]
+        assert [*found, row[f"p_value_vs_{kind}"]] == pytest.approx(list(expected[:4]))
+    note = "test: 40 problems in 10 clusters. Problems of one cluster are made from one template or"
+    for text in (to_markdown(frame), to_html(frame)):
+        assert text.count(note) == 1
+    assert "cluster" not in to_markdown(plain)
+
+
+def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) -> None:
+    texts = {"a": (RIGHT, RIGHT), "b": (RIGHT, WRONG), "c": (WRONG, WRONG), "d": (WRONG, RIGHT)}
+    rows = [
+        completion(problem, text, "sample", index, cluster="ab" if problem in "ab" else "cd")
+        for problem, samples in texts.items()
+        for index, text in enumerate(samples)
+    ]
+    run_grade(tmp_path / "m" / "base" / "seed0", rows)
+    frame, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
+    clusters, ends = ["ab", "ab", "cd", "cd"], ("", "_ci_low", "_ci_high")
+    by_hand: dict[str, list[float]] = {
+        "pass_at_1": [1, 0.5, 0, 0.5],
+        "pass_at_n": [1, 1, 0, 1],
+        "maj_at_n": [1, 0.5, 0, 0.5],
+    }
+    for name, values in by_hand.items():
+        expected = mean_interval([values], 0.95, clusters)
+        found = frame.row(0, named=True)
+        assert [found[f"{name}{end}"] for end in ends] == pytest.approx(list(expected))
+    for name, of_frame in (("pass_at_k", "pass_at_n"), ("maj_at_k", "maj_at_n")):
+        expected = mean_interval([by_hand[of_frame]], 0.95, clusters)
+        found = curves.row(1, named=True)
+        assert [found[f"{name}{end}"] for end in ends] == pytest.approx(list(expected))
+
+
+def test_grades_of_before_there_were_clusters_are_read_and_those_beside_them_tell(
+    study_dir: Path,
+) -> None:
+    plain = build(make_study(), study_dir)
+    for path in study_dir.glob("*/*/*/grades/test.parquet"):
+        pl.read_parquet(path).drop("cluster").write_parquet(path)
+    assert build(make_study(), study_dir).equals(plain)
+    with_clusters(study_dir / "m1" / "sft" / "seed5" / "grades" / "test.parquet", 4)
+    frame = build(make_study(), study_dir)
+    numbers = [row_of(frame, method)["num_clusters"] for method in ("base", "sft", "grpo")]
+    assert numbers == [None, 10, None]
+    wide, narrow = row_of(frame, "grpo"), row_of(plain, "grpo")  # its parent knows
+    assert wide["p_value_vs_parent"] > narrow["p_value_vs_parent"]
+    assert wide["p_value_vs_base"] == narrow["p_value_vs_base"]
+
+
+def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
+    for path in study_dir.glob("m1/base/*/grades/test.parquet"):
+        grades = pl.read_parquet(path)
+        cluster = pl.when(pl.col("problem_id") < "p04").then(pl.lit("p07")).otherwise(None)
+        grades.with_columns(cluster=cluster).write_parquet(path)
+    assert row_of(build(make_study(), study_dir), "base")["num_clusters"] == 1 + 36
 
 
 def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_the_script_writes_a_dataset_that_sft_learns_from(
     seen: list[str] = []
     load_examples = module.load_examples
 
-    def remember(path: Path, run: RunSettings, tokenizer: Any, vocab_size: int) -> Any:
-        examples = load_examples(path, run, tokenizer, vocab_size)
+    def remember(path: Path, run: RunSettings, tokenizer: Any, *of_model: int) -> Any:
+        examples = load_examples(path, run, tokenizer, *of_model)
         seen.extend(tokenizer.decode(response) for _, response in examples)
         return examples
 

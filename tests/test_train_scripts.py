@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from gsm8k_core import advantages, grpo, losses, scoring, shared_prompts, training
+from gsm8k_core.config import RunSettings
+from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.shared_prompts import ForwardCost
@@ -169,6 +172,7 @@ def test_with_several_updates_the_ratio_leaves_one(train: Callable[..., Path]) -
         train("train_grpo", "grpo", **{**SMALL, "minibatches": 4}, learning_rate=3e-3)
     )
     assert rows[-1]["ratio_max"] > 1.0
+    assert rows[-1]["approx_kl"] > 0.0
 
 
 def test_the_sampler_and_the_trainer_agree_on_the_log_probs(train: Callable[..., Path]) -> None:
@@ -187,14 +191,17 @@ def test_every_preset_trains_and_logs_the_same_metrics(
     run = train("train_grpo", method, **{**SMALL, "minibatches": minibatches})
     wanted = {
         "reward_mean", "reward_std", "answer_reward_mean", "format_reward_mean",
-        "fraction_equal_reward_groups", "completion_length_mean", "completion_length_min",
-        "completion_length_max", "completion_length_mean_terminated", "truncated_fraction",
+        "fraction_equal_reward_groups", "fraction_all_correct_groups",
+        "fraction_all_incorrect_groups", "completion_length_mean", "completion_length_min",
+        "completion_length_max", "completion_length_mean_terminated",
+        "completion_length_mean_correct", "completion_length_mean_incorrect",
+        "truncated_fraction", "num_sampled_tokens", "num_updates_without_gradient",
         "entropy", "sampler_gap_mean", "sampler_gap_max", "effective_sample_size", "grad_norm",
         "learning_rate", "loss", "num_tokens_total", "seconds_rolling_out", "seconds_scoring",
         "seconds_updating", "tokens_per_second", "seconds_total", "peak_memory_mb",
     }  # fmt: skip
     if method not in ("reinforce", "rloo"):  # these use no ratio
-        wanted |= {"ratio", "ratio_max", "clip_fraction_low", "clip_fraction_high"}
+        wanted |= {"ratio", "ratio_max", "approx_kl", "clip_fraction_low", "clip_fraction_high"}
     for row in metrics_of(run):
         assert wanted <= row.keys()
     summary = read_json(run / "train" / "summary.json")
@@ -399,6 +406,7 @@ def test_a_step_in_which_nothing_is_learnt_goes_on_with_the_momentum(
     monkeypatch.setattr(sys.modules["first"], "calls", 0)
     twice = train("train_grpo", "grpo", name="twice", **common)
     assert [row["grad_norm"] > 0.0 for row in metrics_of(twice)] == [True, False]
+    assert [row["num_updates_without_gradient"] for row in metrics_of(twice)] == [0, 1]
     assert largest_difference(once, twice) > 0.0
 
 
@@ -409,21 +417,24 @@ def test_grpo_raises_the_reward(train: Callable[..., Path]) -> None:
     assert last > first + 0.05
 
 
-def test_a_kl_term_loads_a_reference_and_starts_at_zero(train: Callable[..., Path]) -> None:
-    for placement in ("loss", "reward"):
-        rows = metrics_of(
-            train(
-                "train_grpo",
-                "grpo",
-                name=placement,
-                **{**SMALL, "num_steps": 3},
-                kl_coefficient=0.1,
-                kl_placement=placement,
-                learning_rate=3e-3,
-            )  # fmt: skip
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_a_kl_term_loads_a_reference_and_starts_at_zero(
+    train: Callable[..., Path], placement: str
+) -> None:
+    estimator = {"loss": "k3", "reward": "k1"}[placement]
+    rows = metrics_of(
+        train(
+            "train_grpo",
+            "dr_grpo",
+            **{**SMALL, "num_steps": 3},
+            kl_coefficient=0.1,
+            kl_placement=placement,
+            kl_estimator=estimator,
+            learning_rate=3e-3,
         )
-        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
-        assert rows[-1]["kl"] > 1e-5
+    )
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
+    assert abs(rows[-1]["kl"]) > 1e-5
 
 
 def test_a_refreshed_reference_is_the_policy_again(train: Callable[..., Path]) -> None:
@@ -462,6 +473,38 @@ def test_dynamic_sampling_refills_groups_without_spread(
         assert row["num_prompts_sampled"] > 8  # and it says what that cost
 
 
+@pytest.mark.parametrize(
+    ("with_spread", "trained_on"),
+    [
+        # Three kept, then five of those set aside, dealt out to four minibatches of two.
+        ({1, 2, 6}, [[1, 3], [2, 4], [6, 5], [0, 7]]),
+        # All kept, the last five of them from the second round: in the order of sampling.
+        ({1, 2, 6, 8, 9, 10, 11, 12}, [[1, 2], [6, 8], [9, 10], [11, 12]]),
+    ],
+)
+def test_groups_that_fill_empty_places_are_dealt_out_to_the_minibatches(
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    with_spread: set[int],
+    trained_on: list[list[int]],
+) -> None:
+    module: Any = script("train_grpo")
+    settings = RunSettings.model_validate_json(
+        run_json("dapo", prompts_per_step=8, minibatches=4, max_refills=1)
+    )
+
+    def sample(problems: list[int], *_: Any) -> list[Any]:
+        return [module.Group([n], [], [], n in with_spread, "1", 0) for n in problems]
+
+    monkeypatch.setattr(module, "sample_groups", sample)
+    order = itertools.count()
+    groups, sampled = module.collect_groups(range(99), order, None, None, settings, None, 1)
+    found = [group.prompt_ids[0] for group in groups]
+    assert [found[place : place + 2] for place in range(0, 8, 2)] == trained_on
+    assert sorted(group.prompt_ids[0] for group in sampled) == list(range(13))
+
+
 def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
     train: Callable[..., Path],
 ) -> None:
@@ -472,6 +515,51 @@ def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
         assert row["reward_std"] > 0.0
         assert row["fraction_equal_reward_groups"] == 1.0
         assert row["num_prompts_sampled"] == 3 * 8
+
+
+def test_what_dynamic_sampling_leaves_out_counts_as_sampled_but_not_as_trained_on(
+    train: Callable[..., Path],
+) -> None:
+    settings = {**SMALL, "reward": {"answer": 0.0}, "dynamic_sampling": True, "max_refills": 2}
+    run = train("train_grpo", "grpo", **settings)  # equal rewards: 24 groups of 4, 8 trained on
+    rows = metrics_of(run)
+    for row in rows:
+        assert row["num_sampled_tokens"] == round(row["completion_length_mean"] * 24 * 4)
+    summary = read_json(run / "train" / "summary.json")
+    assert summary["num_sampled_tokens"] == sum(row["num_sampled_tokens"] for row in rows)
+    assert "seconds_sampling" not in summary  # they are among those of training already
+    handled = sum(
+        row["tokens_per_second"]
+        * sum(row[f"seconds_{part}"] for part in ("rolling_out", "scoring", "updating"))
+        for row in rows
+    )
+    assert handled > 2 * summary["num_tokens"]
+
+
+def test_correct_and_incorrect_completions_are_told_apart(
+    script: Callable[..., ModuleType],
+) -> None:
+    module: Any = script("train_grpo")
+
+    def group(*completions: tuple[float, int]) -> Any:
+        return module.Group(
+            [1],
+            [Completion([5] * length, [0.0] * length, "stop", "") for _, length in completions],
+            [{"reward": right, "answer_reward": right} for right, _ in completions],
+            has_spread=len({right for right, _ in completions}) > 1,
+            gold="1",
+            sampled_by=0,
+        )
+
+    all_correct, mixed = group((1.0, 2), (1.0, 4)), group((1.0, 6), (0.0, 9))
+    all_incorrect = [group((0.0, 1), (0.0, 2)) for _ in range(2)]
+    metrics = module.rollout_metrics([mixed], [mixed, all_correct, *all_incorrect])
+    assert metrics["fraction_all_correct_groups"] == 1 / 4
+    assert metrics["fraction_all_incorrect_groups"] == 2 / 4
+    assert metrics["fraction_equal_reward_groups"] == 0.0  # of those trained on
+    assert metrics["completion_length_mean_correct"] == 4.0  # 2, 4, 6
+    assert metrics["completion_length_mean_incorrect"] == 3.0  # 9, 1, 2, 1, 2
+    assert metrics["num_sampled_tokens"] == 27
 
 
 def test_completions_that_are_all_truncated_and_masked_give_no_update(
@@ -653,6 +741,31 @@ def test_a_method_of_another_kind_is_refused(train: Callable[..., Path]) -> None
 def test_demonstrations_that_are_all_too_long_are_an_error(train: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="max_length 5"):
         train("train_sft", "sft", max_length=5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "rft", "dpo"])
+def test_what_is_longer_than_the_model_has_positions_is_left_out_and_counted(
+    train: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    # As after a round on a prompt that generate.py has cut: the tiny model has 512 positions.
+    def row(question: str, num_tokens: int) -> dict[str, Any]:
+        solution = {"answer": "#### 1", "gold": "1", "demonstration": "x " * num_tokens}
+        ids = [19] * num_tokens
+        return {"id": question[:2], "question": question, **solution, "response_ids": ids,
+                "chosen_ids": [20, 0], "rejected_ids": ids}  # fmt: skip
+
+    name, what = ("train_dpo", "pairs") if kind == "dpo" else ("train_sft", "demonstrations")
+    data = tmp_path / "data.jsonl"
+    fits, long_prompt, long_response = row("1", 9), row("2" * 600, 9), row("3", 600)
+    write_jsonl(data, [fits, long_prompt, long_response])
+    run = train(name, kind, data=data, num_steps=1, batch_size=2)
+    assert f"2 of 3 {what} are longer than the model's 512 positions and left out" in caplog.text
+    assert read_json(run / "train" / "summary.json")["num_examples"] == 1
+    write_jsonl(data, [long_prompt, long_response])
+    with pytest.raises(
+        DataError, match=f"none of its 2 {what} is within the model's 512 positions"
+    ):
+        train(name, kind, name="none left", data=data, num_steps=1)
 
 
 def test_settings_json_of_a_run_starts_the_same_run_again(

@@ -400,6 +400,27 @@ def test_saving_with_lora_leaves_the_adapters_in_training(
     assert not same(weights(run.model), before)
 
 
+def test_saving_with_lora_merges_into_the_starting_weights_without_copying_the_model(
+    start: Callable[..., TrainingRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(lora={"rank": 4}, learning_rate=0.05)
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    merged = weights(copy.deepcopy(run.model).merge_and_unload())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a GPU would have to hold the model twice")
+
+    monkeypatch.setattr(type(run.model), "__deepcopy__", refuse, raising=False)
+    run._save_weights(tmp_path / "saved")
+    saved = weights(load_model(tmp_path / "saved", CPU))
+    assert saved.keys() == merged.keys()
+    assert max(float((saved[name] - merged[name]).abs().max()) for name in merged) < 1e-6
+    started = weights(load_model(run.starting_model, CPU))
+    assert max(float((saved[name] - started[name]).abs().max()) for name in saved) > 1e-3
+
+
 def test_lora_starts_the_same_for_the_same_seed(start: Callable[..., TrainingRun]) -> None:
     assert same(weights(start(lora={}).model), weights(start(lora={}).model))
 

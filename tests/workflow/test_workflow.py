@@ -229,6 +229,43 @@ def test_a_changed_learning_rate_reruns_that_method_and_what_follows(finished: P
     }  # fmt: skip
 
 
+def test_an_edit_of_a_custom_reward_trains_again_what_uses_it_and_nothing_else(
+    finished: Path,
+) -> None:
+    def grpo(custom: str) -> dict:
+        reward = {"custom": custom, "custom_weight": 0.1}
+        return {"kind": "grpo", "from": "base", "num_steps": 1, "reward": reward}
+
+    overlays = (*SMALL_STUDY, "reward.yaml")
+    study = {"name": "rewarded", "methods": ["plain", "mine"]}
+    plain = {"kind": "grpo", "from": "base", "num_steps": 1}
+    trained = "artifacts/experiments/rewarded/tiny-qwen2/mine/seed0/train/metrics.jsonl"
+    targets = (trained, trained.replace("mine", "plain"))
+    (finished / "my_reward.py").write_text(
+        "def short(completion, gold):\n    return -len(completion) / 100\n", encoding="utf-8"
+    )
+    for custom, problem in (
+        ("my_rewrad:short", "no module 'my_rewrad' here; put its folder on PYTHONPATH"),
+        ("my_reward:shrot", "my_reward.py has no function 'shrot'"),
+    ):
+        overlay(
+            finished,
+            "reward.yaml",
+            {"study": study, "methods": {"plain": plain, "mine": grpo(custom)}},
+        )
+        refused = snakemake(finished, "-n", *targets, overlays=overlays)
+        assert refused.returncode != 0 and problem in refused.stdout
+        assert f"methods.mine.reward.custom: '{custom}': " in refused.stdout
+    methods = {"plain": plain, "mine": grpo("my_reward:short")}
+    overlay(finished, "reward.yaml", {"study": study, "methods": methods})
+    result = snakemake(finished, *targets, overlays=overlays)
+    assert result.returncode == 0, result.stdout
+    assert planned_jobs(finished, *targets, overlays=overlays) == {}
+    with (finished / "my_reward.py").open("a", encoding="utf-8") as code:
+        code.write("# edited\n")
+    assert planned_jobs(finished, *targets, overlays=overlays) == {"train_grpo": 1, "total": 1}
+
+
 def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None:
     changed = overlay(finished, "sft.yaml", {"methods": {"sft": {"learning_rate": 2e-4}}})
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, changed))
@@ -304,6 +341,41 @@ def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
     assert re.search(r"^total\s+1$", result.stdout, re.M)
     assert (finished / target).read_bytes() == before
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
+
+
+@pytest.mark.parametrize(
+    ("deleted", "first_rule"),
+    [
+        (".", "train_grpo"),
+        ("model", "train_grpo"),
+        ("train/metrics.jsonl", "train_grpo"),
+        ("completions", "generate"),
+        ("metrics/debug.json", "grade"),
+    ],
+)
+def test_what_is_deleted_of_a_cell_is_made_again_with_the_tables_and_nothing_else(
+    finished: Path, deleted: str, first_rule: str
+) -> None:
+    path = finished / CELLS / "grpo" / "seed0" / deleted
+    path.rename(finished / "deleted")
+    try:
+        jobs = planned_jobs(finished)
+    finally:
+        (finished / "deleted").rename(path)
+    cell = ["train_grpo", "generate", "grade"]
+    rules = [*cell[cell.index(first_rule) :], "compare", "plot", "report", "all"]
+    assert jobs == {**dict.fromkeys(rules, 1), "total": len(rules)}
+
+
+def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -> None:
+    none = overlay(finished, "none.yaml", {"study": {"keep_models": "none"}})
+    path = finished / CELLS / "grpo" / "seed0" / "model"
+    path.rename(finished / "dropped")
+    try:
+        jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, none))
+    finally:
+        (finished / "dropped").rename(path)
+    assert jobs == {}
 
 
 def test_two_runs_from_scratch_give_the_same_weights_and_completions(
