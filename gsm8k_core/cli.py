@@ -168,7 +168,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _memory_advice(error: RuntimeError) -> str:
     said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
     return (
-        f"out of memory ({said}): lower tokens_per_microbatch (where it generates "
+        f"out of memory ({said}): lower tokens_per_microbatch (or, if it was generating, "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
         "vllm.rollout_gpu_memory_fraction. The run resumes from its last checkpoint, and finished "
         "ones stay as they are. "
@@ -258,7 +258,7 @@ def add_settings_arguments(arguments: argparse._ActionsContainer) -> None:
     arguments.add_argument(
         "--settings",
         metavar="JSON|FILE",
-        help="all settings, as the workflow gives them, instead of names in the config",
+        help="all settings, as the workflow passes them, instead of names in the config",
     )
     add_config_argument(arguments)
 
@@ -355,7 +355,7 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     )
     add_engine_arguments(arguments)
     group = arguments.add_argument_group(
-        "resources", "over the config's settings; they change no result, and may change in mid-run"
+        "resources", "override the config's settings; change no result, and may change during a run"
     )
     for name in METHOD_RESOURCES:
         _add_setting(group, TrainSettings, name)
@@ -376,7 +376,7 @@ def traces_parser(documentation: str | None) -> argparse.ArgumentParser:
     """The arguments that name a dataset of reasoning traces."""
     arguments = parser(documentation)
     add_settings_arguments(arguments)
-    arguments.add_argument("--traces", help="their name in the config")
+    arguments.add_argument("--traces", help="a name under traces in the config")
     return arguments
 
 

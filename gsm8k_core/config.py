@@ -253,7 +253,7 @@ class WeightsSettings(Settings):
 
 
 class ModelSettings(WeightsSettings):
-    """Where starting weights come from, and what a run of them needs."""
+    """Where starting weights come from, and what a job with the model needs."""
 
     prompt: str
     """Name of the prompt that the model is trained and evaluated with."""
@@ -382,7 +382,7 @@ class SftSettings(TrainSettings):
     batch_size: PositiveInt = 32
     """Examples per optimizer step (unpacked)."""
     max_length: PositiveInt = 1024
-    """Longest prompt + response, in tokens, where the model has as many positions; longer
+    """Longest prompt + response, in tokens, but at most the model's positions; longer
     demonstrations are left out and counted."""
     packing: bool = False
     """Put several examples in one row; none attends to another."""

@@ -1,4 +1,4 @@
-"""One number without a study: system → data → weights → completions → grades → lock and record.
+"""Evaluate a model without a study: system, data, weights, completions, grades, lock, record.
 
     python -m gsm8k_core.cli eval --limit 100
     python -m gsm8k_core.cli eval --model artifacts/experiments/default/tiny-qwen2/grpo/seed0/model
@@ -71,7 +71,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
     )
     arguments.add_argument("--suite", help="a suite of the config (default: the study's first)")
     arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
-    arguments.add_argument("--prompt", help="a prompt of the config (for a folder of no run)")
+    arguments.add_argument("--prompt", help="prompt of the config; a folder of weights may need it")
     arguments.add_argument("--seed", type=int, help="sampling seed (default: the run's, or 0)")
     add_config_argument(arguments)
     add_engine_arguments(arguments)

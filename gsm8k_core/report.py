@@ -657,8 +657,8 @@ def _table_note(subject: Subject) -> str:
     tested = [row[f"p_value_vs_{name}_holm"] for row in subject.rows for name in ("parent", "base")]
     if any(p_value is not None for p_value in tested):
         notes.append(
-            "p-values are two-sided, Holm-corrected within a model: those against parents, and "
-            "apart from them those against a base that is not the parent."
+            "p-values are two-sided and Holm-corrected within a model: one family against parents, "
+            "another against a base that is not the parent."
         )
     if len(subject.rows) > 1:
         notes.append(

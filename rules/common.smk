@@ -117,8 +117,8 @@ def check_gpu_limit():
         )
     if not workflow.local_exec and limit == 1:
         raise WorkflowError(
-            "`--resources gpu=1` would let one GPU of the whole cluster work at a time. It stands in "
-            "profiles/default, which is read beside `--profile`; name the cluster's profile with "
+            "`--resources gpu=1` would let one GPU of the whole cluster work at a time. It is set in "
+            "profiles/default, which Snakemake reads beside `--profile`; name the cluster's profile with "
             "`--workflow-profile` instead."
         )
 

@@ -104,10 +104,10 @@ def _quoted(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--train", nargs="+", type=Path, required=True, help="any texts, JSONL")
+    arguments.add_argument("--train", nargs="+", type=Path, required=True, help="training, JSONL")
     arguments.add_argument("--test", nargs="+", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="report to write, JSON")
-    arguments.add_argument("--markdown", type=Path, required=True, help="the same as Markdown")
+    arguments.add_argument("--markdown", type=Path, required=True, help="report to write, Markdown")
     arguments.add_argument(
         "--min-jaccard",
         type=share,

@@ -3,10 +3,10 @@
 Reads the grades and summaries below --study-dir and writes to --output-dir: comparison.csv and
 comparison.parquet (full precision), comparison.md and comparison.html (rounded, to be read), and
 pass_at_k.csv. Intervals and p-values take both seeds and problems as random, and differences to the
-parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows are
-flagged if their settings, engine, code or environment differ from what they are compared with. Runs
-that graded different problems are refused. Where W&B is on, it gets the table too. --manifest
-writes a record of this call: command line, commit, versions, hashes.
+parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows are flagged if
+their settings, engine, code or environment differ from what they are compared with. Runs that
+graded different problems are refused. Where W&B is on, it gets the table too. --manifest writes a
+record of this call: command line, commit, versions, hashes.
 
     python scripts/compare.py \\
         --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo \\

@@ -41,7 +41,7 @@ log = logging.getLogger("prepare_data")
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument(
-        "--dataset", required=True, help="its name, in the config without --settings"
+        "--dataset", required=True, help="its name (without --settings, one of the config)"
     )
     add_settings_arguments(arguments)
     arguments.add_argument("--output-dir", type=Path, required=True)

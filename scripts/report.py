@@ -3,8 +3,7 @@
 First the answer: which method is best, by how much, and how sure that is. Then learning curves,
 cost, pass@k, lengths, agreement between methods, and a browser of all completions with their
 grades; at the end, where everything came from. Reads what the runs below --study-dir and compare.py
-wrote.
---manifest writes a record of this call: command line, commit, versions, hash of the page.
+wrote. --manifest writes a record of this call: command line, commit, versions, hash of the page.
 
     python scripts/report.py --study study.json --study-dir artifacts/experiments/demo \\
         --comparison artifacts/results/demo/comparison.parquet \\

@@ -136,7 +136,7 @@ def test_a_significant_difference_is_told_with_interval_p_and_n(page: Page) -> N
         r"\(Holm-corrected\), n = 40 problems × 2 seeds\.",
         squeezed(page.text),
     )
-    assert "p-values are two-sided, Holm-corrected within a model" in squeezed(page.text)
+    assert "p-values are two-sided and Holm-corrected within a model" in squeezed(page.text)
 
 
 def test_a_difference_that_is_none_is_told_to_be_none(page: Page) -> None:
