@@ -91,7 +91,7 @@ def load_pairs(
     fitting = [pair for pair in pairs if pair.longest <= num_positions]
     if len(fitting) < len(pairs):
         log.warning(
-            "%d of %d pairs are longer than the model's %d positions and left out",
+            "%d of %d pairs are longer than the model's %d positions and are left out",
             len(pairs) - len(fitting),
             len(pairs),
             num_positions,

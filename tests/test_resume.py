@@ -238,7 +238,7 @@ def test_a_run_does_not_go_on_with_another_custom_reward(
     code.write_text("def reward(completion, gold): return -len(completion)\n", encoding="utf-8")
     monkeypatch.delitem(sys.modules, "my_edited_reward")
     main(words)
-    assert "is of other reward code: starting afresh, without its 2 steps" in caplog.text
+    assert "was made with different reward code: deleting its checkpoints (2 steps)" in caplog.text
     summary = read_json(tmp_path / "run" / "train" / "summary.json")
     assert summary["reward_code"] == {custom: sha256_file(code)}
     monkeypatch.delitem(sys.modules, "my_edited_reward")

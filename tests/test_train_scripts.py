@@ -761,7 +761,8 @@ def test_what_is_longer_than_the_model_has_positions_is_left_out_and_counted(
     fits, long_prompt, long_response = row("1", 9), row("2" * 600, 9), row("3", 600)
     write_jsonl(data, [fits, long_prompt, long_response])
     run = train(name, kind, data=data, num_steps=1, batch_size=2)
-    assert f"2 of 3 {what} are longer than the model's 512 positions and left out" in caplog.text
+    warning = f"2 of 3 {what} are longer than the model's 512 positions and are left out"
+    assert warning in caplog.text
     assert read_json(run / "train" / "summary.json")["num_examples"] == 1
     write_jsonl(data, [long_prompt, long_response])
     with pytest.raises(
