@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from gsm8k_core.cli import add_config_argument, leave, parser, run_script
-from gsm8k_core.config import load_config
+from gsm8k_core.cli import add_config_argument, config_from, leave, parser, run_script
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import start_engine
@@ -88,7 +87,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    config = load_config(args.config[0], args.config[1:])
+    config = config_from(args)
     prompt = config.prompts[config.models[args.model_name].prompt]
     settings = config.models[args.model_name]
     settings = settings.model_copy(

@@ -326,8 +326,10 @@ class TrainingRun:
                 "reward_code": self.progress.get("reward_code"),
                 "provenance": provenance(),
             },
-            # Read while W&B takes them; as many as there are now, one a step.
-            rows_before=itertools.islice(iter_jsonl(metrics.path), self.progress.get("step", 0)),
+            # As many as there are now, one a step; W&B may take them when the run has ended.
+            rows_before=list(
+                itertools.islice(iter_jsonl(metrics.path), self.progress.get("step", 0))
+            ),
         )
 
     # -------------------------------------------------------------------------------------- steps
