@@ -373,9 +373,11 @@ def _context(subject: Subject) -> str:
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = f"{100 * subject.study.confidence:g} %"
-    over = "over seeds and problems; differences are paired by both."
+    num_clusters = row.get("num_clusters")
+    drawn = "clusters" if num_clusters and num_clusters < row["num_problems"] else "problems"
+    over = f"over seeds and {drawn}; differences are paired by seed and problem."
     if max(seeds) == 1:
-        over = "over problems alone; differences are paired by them."
+        over = f"over {drawn} alone; differences are paired by problem."
     return (
         f"{subject.model}, {problems_text(row['num_problems'], row.get('num_clusters'))}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "

@@ -206,9 +206,9 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     finding = str(_findings(subject, _leads(subject))[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
     subject.metrics["grpo"] = [{"accuracy": 0.6}]
-    assert "over problems alone; differences are paired by them" in _context(subject)
+    assert "over problems alone; differences are paired by problem" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
-    assert "over seeds and problems; differences are paired by both" in _context(subject)
+    assert "over seeds and problems; differences are paired by seed and" in _context(subject)
 
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
@@ -221,6 +221,7 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     assert "its lead over dpo may be chance" in _headline(clones, _leads(clones))  # one cluster
     clones.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
+    assert "over seeds and clusters; differences are paired" in _context(clones)
     assert "test: 100 problems in 10 clusters. Problems of one cluster" in _table_note(clones)
 
 
