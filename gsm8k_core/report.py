@@ -53,6 +53,7 @@ from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
     PASS_AT_K_SCHEMA,
+    has_clusters,
     notes_on,
     notes_on_clusters,
     p_text,
@@ -373,13 +374,13 @@ def _context(subject: Subject) -> str:
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = f"{100 * subject.study.confidence:g} %"
-    num_clusters = row.get("num_clusters")
-    drawn = "clusters" if num_clusters and num_clusters < row["num_problems"] else "problems"
+    sizes = row["num_problems"], row.get("num_clusters")
+    drawn = "clusters" if has_clusters(*sizes) else "problems"
     over = f"over seeds and {drawn}; differences are paired by seed and problem."
     if max(seeds) == 1:
         over = f"over {drawn} alone; differences are paired by problem."
     return (
-        f"{subject.model}, {problems_text(row['num_problems'], row.get('num_clusters'))}, "
+        f"{subject.model}, {problems_text(*sizes)}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
         f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
         + over

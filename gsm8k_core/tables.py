@@ -212,9 +212,9 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     if with_majority:
         names += ["sample_index", "extracted"]
     with reading_grades(path):
-        has_clusters = "cluster" in pl.read_parquet_schema(path)
-        rows = pl.read_parquet(path, columns=[*names, "cluster"] if has_clusters else names)
-        if not has_clusters:
+        knows_clusters = "cluster" in pl.read_parquet_schema(path)
+        rows = pl.read_parquet(path, columns=[*names, "cluster"] if knows_clusters else names)
+        if not knows_clusters:
             rows = rows.with_columns(cluster=pl.lit(None, pl.String))
         grades = (
             rows.lazy()
@@ -740,9 +740,9 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
     """
     texts: list[str] = []
     for row in rows:
-        text = problems_text(row["num_problems"], row.get("num_clusters"))
-        if "cluster" in text:
-            texts.append(f"{row['suite']}: {text}")
+        sizes = row["num_problems"], row.get("num_clusters")
+        if has_clusters(*sizes):
+            texts.append(f"{row['suite']}: {problems_text(*sizes)}")
     if not texts:
         return []
     return [
@@ -752,10 +752,15 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
     ]
 
 
+def has_clusters(num_problems: int, num_clusters: int | None) -> bool:
+    """Whether problems share clusters; None where nothing is known of any."""
+    return num_clusters is not None and num_clusters != num_problems
+
+
 def problems_text(num_problems: int, num_clusters: int | None) -> str:
     """`500 problems in 81 clusters`, or `500 problems` where each is its own."""
     problems = f"{num_problems:,} problem{'' if num_problems == 1 else 's'}"
-    if num_clusters is None or num_clusters == num_problems:
+    if num_clusters is None or not has_clusters(num_problems, num_clusters):
         return problems
     return f"{problems} in {num_clusters:,} cluster{'' if num_clusters == 1 else 's'}"
 

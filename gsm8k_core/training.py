@@ -124,6 +124,25 @@ def take(items: Sequence[Item], order: Iterator[int], count: int) -> list[Item]:
     return [items[next(order)] for _ in range(count)]
 
 
+def leave_out_long(
+    items: Sequence[Item], lengths: Sequence[int], longest: int, what: str, bound: str
+) -> list[Item]:
+    """The `items` of at most `longest` tokens; a warning counts the others.
+
+    `what` names items and `bound` the limit in the warning.
+    """
+    kept = [item for item, length in zip(items, lengths, strict=True) if length <= longest]
+    if len(kept) < len(items):
+        log.warning(
+            "%d of %d %s are longer than %s and are left out",
+            len(items) - len(kept),
+            len(items),
+            what,
+            bound,
+        )
+    return kept
+
+
 def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over what is trained; weight decay on matrices only."""
     parameters = list(checkpoints.trained_parameters(model).values())

@@ -33,7 +33,7 @@ from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.records import sampling_cost
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import checked_token_ids, collate, pad_token_id
-from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
+from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, leave_out_long, take
 
 log = logging.getLogger("train_dpo")
 
@@ -88,18 +88,12 @@ def load_pairs(
     ]
     if num_positions is None:
         return pairs
-    fitting = [pair for pair in pairs if pair.longest <= num_positions]
-    if len(fitting) < len(pairs):
-        log.warning(
-            "%d of %d pairs are longer than the model's %d positions and are left out",
-            len(pairs) - len(fitting),
-            len(pairs),
-            num_positions,
-        )
+    bound = f"the model's {num_positions} positions"
+    lengths = [pair.longest for pair in pairs]
+    fitting = leave_out_long(pairs, lengths, num_positions, "pairs", bound)
     if not fitting:
         raise DataError(
-            f"{path}: none of its {len(pairs)} pairs is within the model's {num_positions} "
-            "positions; take a model with more"
+            f"{path}: none of its {len(pairs)} pairs is within {bound}; take a model with more"
         )
     return fitting
 

@@ -39,7 +39,7 @@ from gsm8k_core.tokenization import (
     pad_token_id,
     split_by_token_budget,
 )
-from gsm8k_core.training import TrainingRun, endless_order, take
+from gsm8k_core.training import TrainingRun, endless_order, leave_out_long, take
 
 log = logging.getLogger("train_sft")
 Example = tuple[list[int], list[int]]
@@ -79,18 +79,9 @@ def load_examples(
     if num_positions is not None and num_positions < longest:
         longest, bound = num_positions, f"the model's {num_positions} positions"
         advice = "take a model with more"
-    examples = [
-        (prompt, response)
-        for prompt, response in zip(prompt_ids, responses, strict=True)
-        if len(prompt) + len(response) <= longest
-    ]
-    if len(examples) < len(questions):
-        log.warning(
-            "%d of %d demonstrations are longer than %s and are left out",
-            len(questions) - len(examples),
-            len(questions),
-            bound,
-        )
+    every = list(zip(prompt_ids, responses, strict=True))
+    lengths = [len(prompt) + len(response) for prompt, response in every]
+    examples = leave_out_long(every, lengths, longest, "demonstrations", bound)
     if not examples:
         raise DataError(
             f"{path}: none of its {len(questions)} demonstrations is within {bound}; {advice} (or "
