@@ -18,7 +18,7 @@ from gsm8k_core.answers import Marker, extract_answer
 from gsm8k_core.config import GrpoMethod, LengthRewardSettings, RewardGrade, RewardSettings
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import sha256_file
-from gsm8k_core.grading import is_right
+from gsm8k_core.grading import is_right, read_gold
 
 RewardFn = Callable[[str, str, int], dict[str, float]]
 """(completion, gold, number of completion tokens) -> components and their weighted sum."""
@@ -41,10 +41,12 @@ def answer_components(
     completion: str, gold: str, grading: RewardGrade, marker: Marker
 ) -> dict[str, float]:
     """`format_reward` (a number follows the marker) and `answer_reward` (right by `grading`)."""
-    return {
-        "format_reward": float(extract_answer(completion, "strict", marker) is not None),
-        "answer_reward": float(is_right(completion, gold, grading, marker)),
-    }
+    number = extract_answer(completion, "strict", marker)
+    if grading == "strict":
+        right = number == read_gold(gold).value  # as `is_right` does, without reading twice
+    else:
+        right = is_right(completion, gold, grading, marker)
+    return {"format_reward": float(number is not None), "answer_reward": float(right)}
 
 
 def length_reward(num_tokens: int, shaping: LengthRewardSettings) -> float:

@@ -42,7 +42,9 @@ COMPACT_BELOW = 0.8
 # Tokens that the key-value cache has room for before it is copied to a larger place.
 CACHE_ROOM = 64
 # Tokens that gather before they are copied to the others, or an eighth of these if that is more.
-MIN_NEWEST = 8
+# Attention reads so many at once: PyTorch multiplies smaller matrices without MKL, and slowly
+# (docs/experiments.md).
+MIN_NEWEST = 16
 # Tokens of prompts in one forward, padding included. On a CPU, more of them do not fit its cache,
 # and lie in memory that is mapped anew for every operation (docs/experiments.md).
 PREFILL_TOKENS = {"cpu": 2048}
@@ -52,7 +54,8 @@ PREFILL_TOKENS_OF_OTHERS = 65_536
 class RoomyLayer(DynamicLayer):
     """A layer's key-value cache with room for more tokens: DynamicLayer copies it for each.
 
-    `keys` and `values` (R, heads, T, width) are views of the part in use.
+    `keys` and `values` (R, heads, T, width) are views of the part in use; the rest of `room` holds
+    zeros.
     """
 
     def __init__(self, tokens_of_room: int = CACHE_ROOM) -> None:
@@ -95,7 +98,7 @@ class RoomyLayer(DynamicLayer):
 
     def _larger(self, old: torch.Tensor | None, new: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = new.shape
-        larger = new.new_empty((rows, heads, length + self.tokens_of_room, width))
+        larger = new.new_zeros((rows, heads, length + self.tokens_of_room, width))
         if old is not None and old.numel():
             larger[:, :, : old.shape[-2]] = old
         return larger
@@ -107,7 +110,7 @@ class TwoPartLayer(DynamicLayer):
     A cache with room has gaps between its rows, and over these a CPU reads more slowly, at worst at
     less than half the speed (docs/experiments.md). So `keys` and `values` (R, heads, T, width) have
     none, and new tokens gather in `newest` until they are worth a copy of all. `_attend` reads both
-    parts.
+    parts, and of the newer one places that are not taken yet: they hold zeros, and are masked.
     """
 
     def __init__(self) -> None:
@@ -407,18 +410,19 @@ def _sample(
     """
     greedy = temperatures == 0.0
     scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
-    log_probs = torch.log_softmax(scaled, dim=-1)  # (R, V)
+    probabilities = scaled.softmax(dim=-1)  # (R, V)
     if bool(greedy.all()):
-        tokens = log_probs.argmax(-1)
+        tokens = scaled.argmax(-1)
     else:
-        cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         # Scaled by the last entry, since a sum of rounded probabilities is not exactly 1.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        tokens = tokens.clamp(max=log_probs.shape[-1] - 1)
+        tokens = tokens.clamp(max=scaled.shape[-1] - 1)
         if bool(greedy.any()):
-            tokens = torch.where(greedy, log_probs.argmax(-1), tokens)
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+            tokens = torch.where(greedy, scaled.argmax(-1), tokens)
+    chosen = probabilities.gather(-1, tokens[:, None])[:, 0]
+    return tokens, chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
 
 
 @contextlib.contextmanager
@@ -475,10 +479,13 @@ def _attend(
     """
     rows, heads, _, width = query.shape
     older: list[Any] = [layer.keys, layer.values]
-    newer: list[Any] = [layer.newest.keys, layer.newest.values]
+    room: Any = layer.newest.room
+    num_read = -(-layer.newest.get_seq_length() // MIN_NEWEST) * MIN_NEWEST
+    newer = [tensor[:, :, :num_read] for tensor in room]
     # Heads that share keys lie next to each other.
     query = query.reshape(rows, older[0].shape[1], -1, width) * (scaling or width**-0.5)
     scores = torch.cat([query @ older[0].mT, query @ newer[0].mT], dim=-1)
-    scores.masked_fill_(~attention_mask, -torch.inf)
+    not_taken = scores.shape[-1] - attention_mask.shape[-1]
+    scores.masked_fill_(~functional.pad(attention_mask, (0, not_taken)), -torch.inf)
     weights = scores.softmax(-1).split([older[0].shape[2], newer[0].shape[2]], dim=-1)
     return (weights[0] @ older[1] + weights[1] @ newer[1]).view(rows, 1, heads, width)
