@@ -24,7 +24,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.tables import read_metrics, read_training_logs
+from gsm8k_core.tables import has_clusters, read_metrics, read_training_logs
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -88,7 +88,7 @@ def plot_accuracy(study: Comparison, study_dir: Path, comparison: pl.DataFrame) 
                 drawn |= _accuracy_panel(axes, study, study_dir, comparison, model, suite)
         for axes in grid[-1]:
             axes.set_xlabel("Correct answers")
-        _title(figure, f"{study.name}: accuracy by method", _accuracy_caption(study))
+        _title(figure, f"{study.name}: accuracy by method", _accuracy_caption(study, comparison))
         _legend(figure, _accuracy_legend(drawn))
     return figure
 
@@ -168,11 +168,13 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
     return found.row(0, named=True)
 
 
-def _accuracy_caption(study: Comparison) -> str:
+def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
     level = f"{100 * study.confidence:g} %"
+    sizes = comparison.select("num_problems", "num_clusters").iter_rows()
+    drawn = "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
     if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
-        return f"One seed, with its {level} interval over problems alone"
-    return f"Mean over seeds with its {level} interval over seeds and problems; dots: single seeds"
+        return f"One seed, with its {level} interval over {drawn} alone"
+    return f"Mean over seeds with its {level} interval over seeds and {drawn}; dots: single seeds"
 
 
 def _accuracy_legend(drawn: set[str]) -> list[Line2D]:

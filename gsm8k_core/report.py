@@ -313,7 +313,7 @@ def _view(subject: Subject, charts: Json) -> Json:
             "the charts add the stages that it starts from. All are means over seeds. Generating "
             "is for one evaluation. Times are of the machines that ran: compare them within a "
             "study only. "
-            "The bands of pass@k and maj@k are their intervals, over seeds and problems."
+            "The bands of pass@k and maj@k are their intervals, as in the table."
         ),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "
