@@ -10,6 +10,11 @@ are kept in `<output>.partial`, so a killed job resumes where it was.
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while modules are loaded; `run_script` enables it
+
 import argparse
 import json
 import logging

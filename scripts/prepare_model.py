@@ -8,6 +8,11 @@ Sources: the hub at a pinned revision, a local folder, the GGUF that an installe
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while modules are loaded; `run_script` enables it
+
 import logging
 from pathlib import Path
 

@@ -17,6 +17,11 @@ Started again after a kill, it resumes from its last checkpoint. On several GPUs
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while modules are loaded; `run_script` enables it
+
 import itertools
 import logging
 import time
