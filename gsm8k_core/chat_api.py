@@ -17,6 +17,7 @@ import asyncio
 import datetime
 import ipaddress
 import json
+import logging
 import os
 import random
 import re
@@ -31,12 +32,19 @@ import httpx
 from gsm8k_core.config import ApiSettings
 from gsm8k_core.errors import ApiError, ConfigError
 from gsm8k_core.files import Json
+from gsm8k_core.redaction import MIN_SECRET_LENGTH
+
+log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "DEEPSEEK_API_KEY"
 CONNECT_SECONDS = 30.0
 EXCERPT_CHARACTERS = 300
 """How much of a server's words goes into an error."""
 
+IN_THE_CLEAR = (
+    f"{KEY_VARIABLE} is not sent over http to another machine, where others could read it: use "
+    "https, or a tunnel to a port of this machine"
+)
 STATUS_HELP = {
     400: "the server does not understand the request: see api.model and api.parameters",
     401: f"the key is wrong or missing: set {KEY_VARIABLE}",
@@ -45,6 +53,12 @@ STATUS_HELP = {
     404: "there is no such address or model: see api.base_url and api.model",
     422: "the server does not accept a parameter: see api.parameters, temperature, max_tokens",
 }
+OF_ONE_REQUEST = (400, 403, 413, 422)
+"""Refusals that may be of one question: too long for the model, or not to a filter's liking."""
+NOT_NOW = (408, 409, 425, 429, 499)
+"""Statuses below 500 after which another attempt may do better: timeouts, conflicts, limits."""
+BEFORE_WORK = (409, 425, 429, 503)
+"""Refusals to begin, which cost nothing unless they tell of work."""
 UNFINISHED = ("insufficient_system_resource", "abort", "error")
 """Finish reasons by which a server says that it gave up, not the model (DeepSeek, vLLM)."""
 
@@ -80,6 +94,18 @@ class Fault(Exception):
         self.usage = usage
 
 
+class Refused(ApiError):
+    """The server does not accept a request. `usage`: what it says it did all the same.
+
+    `of_one`: it may accept others.
+    """
+
+    def __init__(self, message: str, of_one: bool, usage: Json | None) -> None:
+        super().__init__(message)
+        self.of_one = of_one
+        self.usage = usage
+
+
 class ChatClient:
     """Asks one server. `async with ChatClient(settings) as client: await client.ask(messages)`."""
 
@@ -87,7 +113,11 @@ class ChatClient:
         """Raises ConfigError when the key cannot be one."""
         self.settings = settings
         self._key = api_key(settings.base_url)
-        self._key_form = key_form(self._key) if self._key else None
+        if self._key is None and os.environ.get(KEY_VARIABLE):
+            log.warning("%s: %s", settings.base_url, IN_THE_CLEAR)
+        # A shorter one is a placeholder, and part of what a model writes.
+        is_secret = self._key is not None and len(self._key) >= MIN_SECRET_LENGTH
+        self._key_form = key_form(self._key) if self._key and is_secret else None
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -106,7 +136,7 @@ class ChatClient:
     async def ask(self, messages: list[dict[str, str]]) -> Reply:
         """One completion of `messages`; one attempt.
 
-        Raises Fault where another attempt may do better, ApiError where none will.
+        Raises Fault where another attempt may do better, Refused where none will.
         """
         body: Json = {**self.settings.parameters, "model": self.settings.model}
         body |= {"messages": messages, "max_tokens": self.settings.max_tokens, "stream": False}
@@ -127,22 +157,23 @@ class ChatClient:
             raise self._refusal(response)
         return self._reply(response)
 
-    def _refusal(self, response: httpx.Response) -> Fault | ApiError:
+    def _refusal(self, response: httpx.Response) -> Fault | Refused:
         """The error of a status other than 200."""
         status = response.status_code
         said = excerpt(self._without_key(response.text))
-        if status == 429 or 500 <= status < 600:
-            # 429 and 503 are refusals to begin, unless they tell of work. Any other 5xx may be the
-            # end of work that was done.
-            usage = usage_in(response.content)
-            return Fault(
+        usage = usage_in(response.content)
+        if status in NOT_NOW or 500 <= status < 600:
+            return Fault(  # any other than these may be the end of work that was done
                 f"HTTP {status}: {said}",
-                billed=status not in (429, 503) or usage is not None,
+                billed=status not in BEFORE_WORK or usage is not None,
                 retry_after=retry_after_seconds(response.headers),
                 usage=usage,
             )
         remedy = STATUS_HELP.get(status, "see api.base_url: is this an OpenAI-compatible server?")
-        return ApiError(f"{self.settings.base_url}: HTTP {status}, {remedy}; it says: {said}")
+        if status == 401 and self._key is None and os.environ.get(KEY_VARIABLE):
+            remedy = IN_THE_CLEAR
+        message = f"{self.settings.base_url}: HTTP {status}, {remedy}; it says: {said}"
+        return Refused(message, status in OF_ONE_REQUEST, usage)
 
     def _reply(self, response: httpx.Response) -> Reply:
         """The Reply in the body of a response with status 200; Fault where there is none."""

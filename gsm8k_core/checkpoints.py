@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from gsm8k_core import distributed, ranks
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.files import Json, read_json, write_json
+from gsm8k_core.files import Json, read_json, remove_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def save_checkpoint(
             )
     if ranks.is_main():
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

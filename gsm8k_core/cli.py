@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 SECONDS_TO_BE_ENDED = 20.0
 MEMORY_EXCERPT_CHARACTERS = 160
 """How much of torch's words, which go on about its allocator, stands in the line."""
-# Host and process id of the snakemake that a job works for; rules/common.smk sets it.
+# Host and process id of the snakemake, or other caller, that a job works for.
 SNAKEMAKE_VARIABLE = "GSM8K_SNAKEMAKE"
 
 
@@ -123,7 +123,7 @@ def _exit_code(main: Callable[[], int | None]) -> int:
 
 
 def end_with_snakemake(seconds: float = 1.0) -> None:
-    """End this process soon after the snakemake that it works for, even one that was killed.
+    """End this process soon after the snakemake (or `eval`) that it works for, even a killed one.
 
     Nobody would learn of its result, and the job that redoes it would find it at work. Looks every
     `seconds`, in a thread. By hand, or in a container that does not see snakemake, it does nothing.
@@ -141,7 +141,7 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
             return False
 
     def end() -> None:
-        log.error("snakemake (process %s) has ended, so this job stops", pid)
+        log.error("the caller of this job (process %s) has ended, so it stops", pid)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_BE_ENDED)
         os._exit(128 + signal.SIGTERM)  # where a library has caught the signal

@@ -54,6 +54,12 @@ VLLM_RESOURCES = (
 METHOD_RESOURCES = (
     "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
+# Of a collection of traces: how patiently a server is asked.
+API_RESOURCES = (
+    "concurrency", "max_attempts", "max_failed_fraction", "request_seconds",
+    "backoff_seconds", "max_backoff_seconds", "max_retry_after_seconds",
+)  # fmt: skip
+PRICES = ("prompt_price", "completion_price")
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
 Method = TypeVar("Method", bound=BaseModel)
@@ -634,6 +640,9 @@ class ApiSettings(Settings):
     """Requests in flight at once."""
     max_attempts: PositiveInt = 6
     """Tries for one trace before it counts as failed."""
+    max_failed_fraction: Fraction01 = 0.05
+    """Largest share of the traces that may have failed when a collection counts as done; the next
+    run asks for those again."""
     request_seconds: PositiveFloat = 1800.0
     """Wall deadline of one request, from connecting to its last byte."""
     backoff_seconds: PositiveFloat = 1.0
@@ -1137,6 +1146,11 @@ class CollectionSettings(Settings):
     prompt: PromptSettings
     api: ApiSettings
     budget: BudgetSettings = BudgetSettings()
+
+    def without_resources(self) -> CollectionSettings:
+        """Without the server's address, patience and prices: what is there is not asked again."""
+        api = with_defaults(self.api, API_RESOURCES).model_copy(update={"base_url": ""})
+        return self.model_copy(update={"api": api, "budget": with_defaults(self.budget, PRICES)})
 
 
 class TraceDatasetSettings(Settings):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from typing import Any
 import polars as pl
 
 from gsm8k_core.cli import (
+    SNAKEMAKE_VARIABLE,
     add_config_argument,
     add_engine_arguments,
     check_known,
@@ -331,6 +333,7 @@ def _run_job(folder: Path, script: str, **options: Any) -> None:
         env={
             **os.environ,
             INVOCATION_VARIABLE: folder.name,
+            SNAKEMAKE_VARIABLE: f"{platform.node()} {os.getpid()}",  # ends with this process
             "PYTHONPATH": os.pathsep.join(search),
         },
         check=False,

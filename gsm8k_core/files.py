@@ -57,6 +57,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder at once: of one that is killed meanwhile, nothing stays under the name.
+
+    What does stay goes with `remove_leftovers`.
+    """
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.close(_mark_as_alive(holder))
+    path.rename(holder / path.name)
+    shutil.rmtree(holder / path.name)
+    shutil.rmtree(holder)
+
+
 def _mark_as_alive(holder: Path) -> int:
     """Lock WRITER in `holder` until the returned descriptor is closed, or this process ends."""
     unlocked = holder / f"{WRITER}.new"

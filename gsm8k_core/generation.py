@@ -5,7 +5,7 @@ Shapes: `B` prompts, `T` generated positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def log_generations(
     generation config holds (Qwen2.5's does) are not used. `on_all_ranks`: all ranks call this with
     the same prompts, as a model that is spread over them needs; none is done before the others.
     The model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or one text
-    instead of a list, or a reward function comes without one ground truth per prompt, or ids are
-    not of as many prompts; and ValueError and ModelError as an engine does for its requests.
+    instead of a list, or a reward function comes without one ground truth per prompt or returns an
+    entry that the row has already, or ids are not of as many prompts; and ValueError and ModelError
+    as an engine does for its requests.
     """
     if isinstance(prompts, str) or isinstance(ground_truths, str):
         raise ValueError("prompts and ground truths are lists of texts, found one text")
@@ -72,6 +73,7 @@ def log_generations(
         model, tokenizer, prompt_ids, eos_ids, max_new_tokens, temperature, on_all_ranks
     )
     rows: list[Row] = []
+    rewards: dict[str, float] = {}
     for index, prompt in enumerate(prompts):
         response_ids, truncated = _until_eos(responses[index].tolist(), eos_ids)
         row: Row = {
@@ -84,9 +86,12 @@ def log_generations(
             "mean_entropy": entropies[index, : len(response_ids)].mean().item(),
         }
         if reward_fn is not None and ground_truths is not None:
-            row |= reward_fn(row["response"], ground_truths[index])
+            rewards = reward_fn(row["response"], ground_truths[index])
+            if taken := sorted(rewards.keys() & row.keys()):
+                raise ValueError(f"reward_fn returns {', '.join(taken)}, which a row has already")
+            row |= rewards
         rows.append(row)
-    return rows, _summarize(rows)
+    return rows, _summarize(rows, rewards)
 
 
 class _Entropies(LogitsProcessor):
@@ -152,16 +157,15 @@ def _until_eos(token_ids: list[int], eos_ids: set[int]) -> tuple[list[int], bool
     return token_ids, True
 
 
-def _summarize(rows: list[Row]) -> dict[str, float | None]:
+def _summarize(rows: list[Row], reward_names: Iterable[str]) -> dict[str, float | None]:
     summary: dict[str, float | None] = {
         "num_completions": len(rows),
         "length_mean": _mean([row["length"] for row in rows]),
         "truncated_mean": _mean([row["truncated"] for row in rows]),
         "entropy_mean": _mean([row["mean_entropy"] for row in rows]),
     }
-    for key in ("reward", "format_reward", "answer_reward"):
-        if key in rows[0]:
-            summary[f"{key}_mean"] = _mean([row[key] for row in rows])
+    for key in reward_names:
+        summary[f"{key}_mean"] = _mean([row[key] for row in rows])
     if "answer_reward" in rows[0]:
         correct = [row["length"] for row in rows if row["answer_reward"] > 0]
         incorrect = [row["length"] for row in rows if not row["answer_reward"] > 0]

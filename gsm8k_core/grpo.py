@@ -105,11 +105,12 @@ def policy_loss(
     """A microbatch's share of the optimizer step's loss: a scalar to call `backward()` on.
 
     Per token: -objective·(importance weight) + β·KL - (entropy coefficient)·entropy, put together
-    by `losses.aggregate` with `normalizer`, the `losses.step_normalizer` of the whole step. The
-    importance weight, of the old policy over the sampler, does not apply to KL and entropy.
-    `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the settings ask for
-    something that is not given, or for an entropy bonus of an entropy without gradient, and for
-    tensors of other shapes.
+    by `losses.aggregate` with `normalizer`, the `losses.step_normalizer` of the whole step. With
+    `kl_placement: reward` there is no KL here: the caller takes it from the rewards, before
+    `compute_advantages`. The importance weight, of the old policy over the sampler, does not apply
+    to KL and entropy. `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the
+    settings ask for something that is not given, or for an entropy bonus of an entropy without
+    gradient, and for tensors of other shapes.
 
     Among the metrics, `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r.
     """
@@ -129,7 +130,7 @@ def policy_loss(
         )
     advantages = batch.advantages[:, None]
     # On policy the old log-probs are the new ones: the ratio is exactly 1 (its gradient is not 0).
-    old = policy_log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    old = (policy_log_probs if batch.old_log_probs is None else batch.old_log_probs).detach()
     ratio = policy_ratio(policy_log_probs, old, mask, settings.ratio_level)
     per_token_loss = -_objective(policy_log_probs, ratio, advantages, settings)
     metrics = _count(mask)
@@ -151,7 +152,9 @@ def policy_loss(
     if batch.ref_log_probs is not None:
         # A NaN outside the mask would reach the gradient through the estimate, as 0·NaN.
         kl = kl_estimate(
-            masked(policy_log_probs, mask), masked(batch.ref_log_probs, mask), settings.kl_estimator
+            masked(policy_log_probs, mask),
+            masked(batch.ref_log_probs.detach(), mask),
+            settings.kl_estimator,
         )
         if settings.kl_placement == "loss":
             per_token_loss = per_token_loss + settings.kl_coefficient * kl
@@ -246,7 +249,8 @@ def add_metrics(parts: Iterable[Metrics]) -> Metrics:
             if name not in total:
                 total[name] = value
             elif name.startswith("max/"):
-                total[name] = max(total[name], value)
+                # `max` by itself would lose a NaN that comes second.
+                total[name] = value if math.isnan(value) else max(total[name], value)
             else:
                 total[name] += value
     return total

@@ -387,7 +387,7 @@ class Attempts:
     def note(self, state: str = "running", cpu_seconds: float | None = None) -> None:
         """Write down that this call is alive; `cpu_seconds` of all ranks, where there are some."""
         seconds = max(0.0, time.time() - self._began)
-        cpu = time.process_time() if cpu_seconds is None else cpu_seconds
+        cpu = max(self._own.get("seconds_cpu", 0.0), time.process_time(), cpu_seconds or 0.0)
         self._own |= {
             "state": state,
             "last_sign": utc_now(),

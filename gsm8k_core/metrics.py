@@ -99,7 +99,7 @@ class Units(NamedTuple):
     """(N, S, P), or (N, S, G) of clusters."""
     by_seed: Floats
     """(N, S), their means, which are those over problems."""
-    step: float
+    step: Floats
     """Distance of neighbouring values, but for what all clusters of a seed have in common."""
 
 
@@ -224,6 +224,7 @@ def wilson_interval(
     """
     if not 0 <= num_correct <= num_total or num_total <= 0:
         raise ValueError(f"{num_correct} of {num_total} is no proportion")
+    _check_confidence(confidence)
     z = special.ndtri((1 + confidence) / 2)
     low, high = _score_interval(
         np.asarray(num_correct / num_total), np.asarray(num_total), np.asarray(z)
@@ -259,6 +260,7 @@ def mean_intervals(
     values: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
 ) -> Floats:
     """`mean_interval` of each of `values (N, S, P)`: mean, low, high as (N, 3)."""
+    _check_confidence(confidence)
     tables = _check(values)
     units = _units(tables, clusters)
     _, num_seeds, num_units = units.values.shape
@@ -266,7 +268,7 @@ def mean_intervals(
     quantile = _quantile(spread, units.values.shape, confidence)
     # Wilson's interval takes its variance from the mean, so a z belongs to it, and P answers.
     z = special.ndtri((1 + confidence) / 2)
-    binary = units.values is tables and bool(((tables == 0.0) | (tables == 1.0)).all())
+    binary = ((tables == 0.0) | (tables == 1.0)).all(axis=(1, 2)) & (units.values is tables)
     plain = (spread.variance == 0.0) | (num_seeds == 1 and binary)
     variance = np.where(plain, 1.0, spread.variance)
     size = np.where(plain, num_units, spread.mean * (1 - spread.mean) / variance)
@@ -305,6 +307,7 @@ def paired_differences(
 
     The columns are those of `Difference`; what cannot be told is NaN.
     """
+    _check_confidence(confidence)
     left, right = _check(a), _check(b)
     if right.shape not in (left.shape, (left.shape[0], 1, left.shape[2])):
         raise ValueError(f"cannot pair values of shapes {left.shape[1:]} and {right.shape[1:]}")
@@ -360,6 +363,11 @@ def _batch(values: ArrayLike) -> Floats:
     if table.ndim != 2:
         raise ValueError(f"expected values of shape (seeds, problems), found {table.shape}")
     return table[None]
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence}: expected a share below 1, such as 0.95")
 
 
 def _check(values: ArrayLike) -> Floats:
@@ -428,10 +436,10 @@ def _spread(units: Units) -> Spread:
     return Spread(mean, variance, np.minimum(ms_seed / total, 1.0))
 
 
-def _grid_step(tables: Floats) -> float:
-    """Distance of neighbouring values: 1 for right and wrong, 1/n for shares of n samples."""
-    gaps = np.diff(np.unique(np.round(tables, 9)))
-    return float(gaps.min(initial=1.0))
+def _grid_step(tables: Floats) -> Floats:
+    """Distance of neighbouring values of each table, (N,): 1/n for shares of n samples."""
+    gaps = [np.diff(np.unique(np.round(table, 9))) for table in tables]
+    return np.array([of_one.min(initial=1.0) for of_one in gaps])
 
 
 def _quantile(spread: Spread, shape: tuple[int, ...], confidence: float | Floats) -> Floats:

@@ -427,10 +427,15 @@ def weights_digest(folder: Path) -> str:
     return sha256_json({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast over float32 weights on a GPU that has bf16; else float32, with a warning."""
+def autocast(
+    device: torch.device, dtype: str, keep_casts: bool = True
+) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast over float32 weights on a GPU that has bf16; else float32, with a warning.
+
+    `keep_casts`: bf16 copies of weights stay until the block ends, for what uses them again.
+    """
     if compute_dtype(device, dtype) == "bfloat16":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=keep_casts)
     return contextlib.nullcontext()
 
 

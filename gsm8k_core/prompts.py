@@ -29,11 +29,19 @@ def strip_calculator_marks(text: str) -> str:
 
 
 def render_solution(solution: str, prompt: PromptSettings) -> str:
-    """A GSM8K solution in the form that `prompt` asks for (calculator marks, `####` or boxed)."""
+    """A GSM8K solution in the form that `prompt` asks for (calculator marks, `####` or boxed).
+
+    Raises DataError where the answer is to be boxed, but no `####` says which it is.
+    """
     if prompt.strip_calculator:
         solution = strip_calculator_marks(solution)
     if prompt.answer_marker == "boxed":
-        body, _, gold = solution.rpartition("####")
+        body, marker, gold = solution.rpartition("####")
+        if not marker:
+            raise DataError(
+                f"solution {solution[-80:]!r} does not end in '#### ' and a number, so there is "
+                "nothing to put into \\boxed{}: mend the dataset"
+            )
         solution = f"{body.rstrip()}\nThe answer is \\boxed{{{gold.strip()}}}."
     return solution
 
@@ -120,4 +128,6 @@ def chat_messages(
 
 def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -> list[list[int]]:
     """Token ids of rendered prompts: exactly one BOS each, where the model has one."""
+    if not texts:  # as of a rank without a share, which tokenizers take for a mistake
+        return []
     return tokenizer(texts, add_special_tokens=not prompt.chat)["input_ids"]

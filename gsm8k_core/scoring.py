@@ -59,15 +59,18 @@ def get_response_log_probs(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     return_token_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """Log-probability in nats of every label given the tokens before it.
 
     `input_ids` and `labels` are (B, T), right-padded; `labels[b, t]` is the token that follows
     `input_ids[b, t]`, as `tokenize_prompt_and_output` shifts them. Returns `log_probs` (B, T), of
     float32 at least, at every position (prompt and padding too: the caller masks), and
-    `token_entropy` (B, T) if asked for. Both carry gradients. Dropout is the caller's: put the
-    model in eval mode. Raises ValueError for a label that is no token (-100 too: what stands in the
-    padding must be one, whichever) and for shapes that differ.
+    `token_entropy` (B, T) if asked for. Both carry gradients. Logits are divided by `temperature`:
+    for tokens that the model has sampled, give theirs, or these are log-probs of another
+    distribution than an engine's. Dropout is the caller's: put the model in eval mode. Raises
+    ValueError for a label that is no token (-100 too: what stands in the padding must be one,
+    whichever) and for shapes that differ.
     """
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     return score_responses(
@@ -75,6 +78,7 @@ def get_response_log_probs(
         input_ids,
         labels,
         everywhere,
+        temperature=temperature,
         with_entropy=return_token_entropy,
         entropy_gradient=return_token_entropy,
     )

@@ -32,7 +32,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsm8k_core.chat_api import ChatClient, Fault, Reply, retry_delay
+from gsm8k_core.chat_api import ChatClient, Fault, Refused, Reply, retry_delay
 from gsm8k_core.config import BudgetSettings, CollectionSettings
 from gsm8k_core.errors import ApiError, DataError
 from gsm8k_core.files import Json, cut_torn_line, iter_jsonl
@@ -383,6 +383,12 @@ class Collector:
                 delay = retry_delay(attempt, fault.retry_after, api, self._rng)
                 if attempt < api.max_attempts and await self._stopped_within(delay):
                     return
+            except Refused as refused:
+                # A server that has answered others refuses this question.
+                if not (refused.of_one and self.collection.done):
+                    raise
+                reason = str(refused)
+                break
             else:
                 self._failed_in_a_row = 0
                 self.on_trace()
@@ -404,7 +410,7 @@ class Collector:
         messages: list[dict[str, str]],
         worst: Amount,
     ) -> None:
-        """One request, noted in the ledger before it is sent. Raises Fault and ApiError.
+        """One request, noted in the ledger before it is sent. Raises Fault, Refused and ApiError.
 
         The ledger's row stays unsettled when this is cancelled: the server goes on by itself.
         """
@@ -420,9 +426,10 @@ class Collector:
             await self.budget.settle(worst, cost)
             self._check_cost(cost, worst)
             raise
-        except ApiError as error:
-            self.collection.settle(request, task, Amount(), str(error))
-            await self.budget.settle(worst, Amount())
+        except Refused as refused:
+            cost = amount_of_usage(refused.usage, self.settings.budget) or Amount()
+            self.collection.settle(request, task, cost, str(refused))
+            await self.budget.settle(worst, cost)
             raise
         cost = amount_of_usage(reply.usage, self.settings.budget) or worst
         row = reply_row(problem, index, request, attempt, reply, cost)

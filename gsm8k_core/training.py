@@ -44,6 +44,7 @@ from gsm8k_core.files import (
     iter_jsonl,
     lock,
     read_json,
+    remove_folder,
     remove_leftovers,
     seed_from,
     sha256_file,
@@ -314,7 +315,7 @@ class TrainingRun:
                 )
                 distributed.wait_for_all()  # who has read it
                 if ranks.is_main():
-                    shutil.rmtree(self.state_dir)
+                    remove_folder(self.state_dir)
         if ranks.is_main():
             self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
             self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
@@ -360,7 +361,11 @@ class TrainingRun:
 
     def autocast(self) -> Any:
         """The context that forwards run in."""
-        return autocast(self.device, self.run_settings.model_settings.dtype)
+        return self._autocast(keep_casts=ranks.world_size() == 1)
+
+    def _autocast(self, keep_casts: bool) -> Any:
+        """Of a sharded model, kept casts would be those of all its layers, on every GPU."""
+        return autocast(self.device, self.run_settings.model_settings.dtype, keep_casts)
 
     def update(self) -> dict[str, float]:
         """One optimizer step on the accumulated gradient; returns learning rate and gradient norm.
@@ -449,7 +454,7 @@ class TrainingRun:
             components = answer_components(completion, gold, "strict", prompt.answer_marker)
             return {"reward": components["answer_reward"], **components}
 
-        with self._sampling_context():
+        with self._sampling_context(keep_casts=ranks.world_size() == 1):
             rows, _ = log_generations(
                 self.model,
                 self.tokenizer,
@@ -481,7 +486,7 @@ class TrainingRun:
         }
         for folder in self.state_dir.glob("best-*"):
             if folder.name not in named:
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def _validate(self, step: int) -> float:
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
@@ -570,7 +575,7 @@ class TrainingRun:
         )
 
     @contextlib.contextmanager
-    def _sampling_context(self) -> Iterator[None]:
+    def _sampling_context(self, keep_casts: bool = True) -> Iterator[None]:
         """Autocast; compiled layers are not for a cache that grows by a token at a time.
 
         Autocast keeps the casts of weights that can be trained, and casts others for every token:
@@ -581,7 +586,7 @@ class TrainingRun:
             for parameter in frozen if self.device.type == "cuda" else []:
                 parameter.requires_grad_(True)
                 contexts.callback(parameter.requires_grad_, False)
-            contexts.enter_context(self.autocast())
+            contexts.enter_context(self._autocast(keep_casts))
             if self.run_settings.model_settings.compile_layers:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))
             yield
@@ -603,7 +608,10 @@ class TrainingRun:
             save_model(model, self.tokenizer, temporary)
 
     def finish(self, summary: Json) -> None:
-        """Write model, metrics, summary and settings, then drop the checkpoints."""
+        """Write model, metrics, summary and settings, then drop the checkpoints.
+
+        Last of all: a job that is killed while W&B or vLLM ends has failed, and goes on from them.
+        """
         if self.progress["best_validation"] is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
@@ -614,6 +622,9 @@ class TrainingRun:
         distributed.wait_for_all()
         if self._engine is not None:
             close_engine(self._engine)  # vLLM takes the process group down with it
+        if ranks.is_main():
+            remove_folder(self.state_dir)
+            unlock(self._lock_path, self._lock)
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:
         """All files of a finished run but the weights; `measured` by each rank."""
@@ -660,10 +671,8 @@ class TrainingRun:
             "provenance": made_by,
         }
         write_json(self.output_dir / "train" / "summary.json", summary)
-        shutil.rmtree(self.state_dir)
         if self.tracker is not None:
             self.tracker.finish(summary)
-        unlock(self._lock_path, self._lock)
 
 
 def clip_gradient(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:

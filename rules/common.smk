@@ -205,9 +205,18 @@ def training_flags(wildcards, resources):
 
 
 def generation_flags(wildcards, resources):
-    """The same for a job that generates."""
+    """The same for a job that generates, on no more GPUs than it has."""
+    flags = CONFIG.resources(wildcards.model)
+    gpus = gpus_of_job(resources)
+    if gpus and "vllm_tensor_parallel" in flags:
+        flags["vllm_tensor_parallel"] = min(gpus, flags["vllm_tensor_parallel"])
+    return _flags(flags)
+
+
+def collection_settings(wildcards, resources):
+    """Address, patience and prices included, for which Snakemake is to collect nothing again."""
     del resources
-    return _flags(CONFIG.resources(wildcards.model))
+    return dump(CONFIG.collection_settings(wildcards.traces))
 
 
 # A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.

@@ -20,7 +20,10 @@ rule collect_traces:
         traces=one_of(CONFIG.traces),
     localrule: True
     params:
-        settings=lambda wildcards: dump(CONFIG.collection_settings(wildcards.traces)),
+        settings=collection_settings,
+        decides=lambda wildcards: dump(
+            CONFIG.collection_settings(wildcards.traces).without_resources()
+        ),
         collected=f"{TRACES}/collected",
         code=CODE,
     shell:

@@ -151,6 +151,12 @@ def main(argv: list[str] | None = None) -> int:
             log.warning("the budget is spent; raise traces.%s.budget and run again", settings.name)
         if summary["num_answers"] == 0:
             raise ApiError(f"{settings.api.base_url}: not one answer; see {args.output_dir}")
+        if summary["num_failed"] > settings.api.max_failed_fraction * total:
+            raise ApiError(
+                f"{settings.api.base_url}: {summary['num_failed']} of {total} traces failed, see "
+                f"{args.output_dir / 'failed.jsonl'}; run the same command again, which asks for "
+                f"these alone, or raise traces.{settings.name}.api.max_failed_fraction"
+            )
         write_json(args.summary, {**summary, **attempts.finish()})
     return 0
 

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "round": 0,
         "num_rounds": len(rounds),
         "num_examples": sum(one["num_examples"] for one in summaries),
-        "peak_memory_mb": max(one["peak_memory_mb"] for one in [*summaries, *sampled]),
+        "peak_memory_mb": max(one["peak_memory_mb"] or 0 for one in [*summaries, *sampled]),
         **sampling_cost(sampled),
         **attempts_record([row for one in summaries for row in one.get("attempts", [])]),
     }

@@ -287,7 +287,8 @@ def main(argv: list[str] | None = None) -> int:
             "seconds_loading": round(seconds_loading, 3),
             "seconds_generating": round(seconds_generating, 3),
             "tokens_per_second": round(num_tokens / seconds_generating, 1),
-            "peak_memory_mb": peak_memory_mb(device),
+            # Of processes that share a model, this one has none of it.
+            "peak_memory_mb": None if num_gpus > 1 else peak_memory_mb(device),
             "settings": settings.model_dump(mode="json", by_alias=True),
             **attempts.finish(),
             "provenance": {
@@ -297,11 +298,12 @@ def main(argv: list[str] | None = None) -> int:
             },
         },
     )
+    if engine is not None:
+        close_engine(engine)
+    # Last of all: a job that is killed before has failed, and need not generate anew.
     partial.unlink()
     attempts_path.unlink()
     unlock(lock_path, held)
-    if engine is not None:
-        close_engine(engine)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",
         len(rows),

@@ -132,9 +132,19 @@ def score_file(
     golds: dict[str, str] | None,
     grader: Grader,
 ) -> Iterator[Json]:
-    """A graded row for each completion of a file. Raises DataError that names file and row."""
+    """A graded row for each completion of a file. Raises DataError that names file and row.
+
+    lm-evaluation-harness writes a completion once for each filter of its task: one time counts.
+    """
+    first_filter = None
     for number, row in enumerate(iter_jsonl(path), start=1):
         where = f"{path}, row {number}"
+        if "filter" in row and "doc_id" in row:
+            if first_filter is None:
+                first_filter = row["filter"]
+                log.info("%s: only rows of the filter %s", path, first_filter)
+            if row["filter"] != first_filter:
+                continue
         problem_id = None
         if golds is None:
             gold = text_of(field(row, gold_field, where), f"{where}, {gold_field!r}")

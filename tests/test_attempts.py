@@ -18,7 +18,7 @@ import pytest
 
 from gsm8k_core.config import Config, dump
 from gsm8k_core.files import read_json
-from gsm8k_core.manifest import attempts_record, code_digest, git_state
+from gsm8k_core.manifest import Attempts, attempts_record, code_digest, git_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLS = [f"2026112{day}T000000Z_aaaaaaaa" for day in range(3)]
@@ -179,3 +179,12 @@ def evaluation_json(config: Config) -> str:
     raw["model_settings"]["completions_per_batch"] = 1
     raw["suite_settings"] |= {"num_samples": 0, "max_new_tokens": 40}
     return json.dumps(raw)
+
+
+def test_what_all_ranks_took_outlives_a_failure_that_knows_of_one(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path / "attempts.json", "a job")
+    attempts.note(cpu_seconds=10**6)
+    attempts.note("failed")
+    (row,) = read_json(tmp_path / "attempts.json")["attempts"]
+    assert (row["state"], row["seconds_cpu"]) == ("failed", 10**6)
+    attempts.finish()

@@ -132,6 +132,30 @@ def test_the_key_goes_where_it_is_safe(
     assert api_key(url) is None
 
 
+def test_a_key_that_stays_here_is_said_to_and_named_in_the_refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    client = ChatClient(api(base_url="http://gpu-node:8000/v1"))
+    said = "DEEPSEEK_API_KEY is not sent over http to another machine"
+    assert said in caplog.text
+    assert said in str(client._refusal(httpx.Response(401, text="who are you")))
+    caplog.clear()
+    for url in ("https://gpu-node/v1", "http://127.0.0.1:8000/v1"):
+        client = ChatClient(api(base_url=url))
+        assert "the key is wrong" in str(client._refusal(httpx.Response(401, text="no")))
+    assert not caplog.text
+
+
+def test_a_placeholder_is_not_struck_out_of_what_a_model_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "x")
+    body = {"choices": [{"message": {"content": "so \\boxed{18}"}, "finish_reason": "stop"}]}
+    reply = ChatClient(api())._reply(httpx.Response(200, json=body))
+    assert reply.content == "so \\boxed{18}"
+
+
 KEY = "planted/0123+abc=="
 ESCAPED = (KEY, KEY.replace("/", "\\/"), KEY.replace("/", "\\u002F").replace("p", "\\u0070"))
 

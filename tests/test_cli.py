@@ -374,7 +374,7 @@ def test_a_job_ends_when_its_snakemake_is_killed_even_where_nobody_has_waited_fo
         os.kill(snakemake.pid, signal.SIGKILL)  # a zombie until it is waited for
         _, log = job.communicate(timeout=60)
         assert job.returncode == -signal.SIGTERM
-        assert f"snakemake (process {snakemake.pid}) has ended" in log
+        assert f"the caller of this job (process {snakemake.pid}) has ended" in log
 
 
 def test_a_job_whose_snakemake_has_gone_before_it_began_does_not_begin() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ from gsm8k_core.files import (
     read_jsonl,
     read_optional,
     read_record,
+    remove_folder,
+    remove_leftovers,
     required,
     seed_from,
     sha256_file,
@@ -311,3 +314,25 @@ def test_seeds_tell_apart_order_grouping_and_type() -> None:
 def test_a_seed_fits_in_63_bits_and_repeats(parts: list[int | str]) -> None:
     assert 0 <= seed_from(*parts) < 2**63
     assert seed_from(*parts) == seed_from(*parts)
+
+
+def test_a_folder_whose_removal_is_killed_is_gone_and_its_rest_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "state"
+    (folder / "step-1").mkdir(parents=True)
+    (folder / "step-1" / "weights").write_text("w", encoding="utf-8")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(folder)
+    assert not folder.exists() and len(list(tmp_path.rglob("weights"))) == 1
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir()
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []

@@ -82,6 +82,20 @@ def test_rows_hold_response_length_end_entropy_and_rewards() -> None:
     assert [row["mean_entropy"] for row in rows] == pytest.approx(expected)
 
 
+def test_the_summary_has_the_mean_of_whatever_the_reward_function_returns() -> None:
+    def shaped(response: str, ground_truth: str) -> dict[str, float]:
+        return {**grade(response, ground_truth), "length_reward": -float(len(response))}
+
+    model, golds = ScriptedModel(SCRIPT, SPREAD), ["four", "four", "six"]
+    rows, summary = log_generations(model, word_tokenizer(), PROMPTS, golds, shaped)
+    mean = -sum(len(row["response"]) for row in rows) / 3
+    assert summary["length_reward_mean"] == pytest.approx(mean)
+    with pytest.raises(ValueError, match="reward_fn returns length, which a row has already"):
+        log_generations(
+            model, word_tokenizer(), PROMPTS, golds, lambda *_: {"reward": 0.0, "length": 1.0}
+        )
+
+
 def test_the_summary_holds_means_over_completions_by_correctness() -> None:
     _, summary = log_generations(
         ScriptedModel(SCRIPT, SPREAD), word_tokenizer(), PROMPTS, ["four", "four", "six"], grade

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -59,6 +60,23 @@ def random_batch(seed: int, num_rows: int = 4, num_columns: int = 5) -> tuple[An
         ref_log_probs=near(old),
     )
     return near(old).requires_grad_(), batch
+
+
+def test_log_probs_that_were_not_detached_have_no_part_in_the_gradient() -> None:
+    policy, batch = random_batch(0)
+    asked = method(kl_coefficient=0.1, importance_correction="token")
+    (expected,) = torch.autograd.grad(policy_loss(policy, None, batch, asked, 9.0)[0], policy)
+    moved = policy - policy.detach()  # 0, with a gradient
+    others = ("old_log_probs", "sampler_log_probs", "ref_log_probs")
+    attached = replace(batch, **{name: getattr(batch, name) + moved for name in others})
+    (found,) = torch.autograd.grad(policy_loss(policy, None, attached, asked, 9.0)[0], policy)
+    assert torch.equal(found, expected)
+
+
+def test_a_maximum_that_is_nan_stays_one_whichever_comes_first() -> None:
+    parts = [{"max/ratio": 1.0}, {"max/ratio": math.nan}, {"max/ratio": 2.0}]
+    for order in itertools.permutations(parts):
+        assert math.isnan(add_metrics(order)["max/ratio"])
 
 
 def rows_of(batch: PolicyBatch, rows: torch.Tensor) -> PolicyBatch:

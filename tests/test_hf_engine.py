@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -299,6 +300,32 @@ def test_no_more_rows_than_the_batch_size_are_decoded_at_once(
         handle.remove()
     assert max(sizes) <= batch_size
     assert [len(group) for group in completions] == [5] * len(LENGTHS)
+
+
+def test_engines_in_two_threads_do_not_meet(tokenizer: Any) -> None:
+    request = Request([5] * 30, [0], 0.0, 40)
+    engines = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        engines.append(HfEngine(Qwen2ForCausalLM(tiny_model(tokenizer).config), tokenizer))
+        engines[-1].stop_ids = {10**6}
+    alone = [tokens(engine.generate([request])) for engine in engines]
+    assert alone[0] != alone[1]
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            beside = list(pool.map(lambda engine: tokens(engine.generate([request])), engines))
+        assert beside == alone
+
+
+def test_attention_that_the_user_has_put_in_place_stays_there(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(*given: Any, **options: Any) -> Any:
+        return sdpa_attention.sdpa_attention_forward(*given, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own)
+    engine.generate([greedy([5, 6, 7])])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
 
 
 def test_no_requests_and_no_seeds_give_no_completions(engine: HfEngine) -> None:

@@ -273,6 +273,29 @@ def test_many_tables_at_once_are_the_tables_one_by_one() -> None:
     assert mean_intervals(a) == pytest.approx(np.array([mean_interval(one) for one in a]))
 
 
+def test_a_table_does_not_depend_on_those_beside_it() -> None:
+    rng = np.random.default_rng(3)
+    for num_seeds in (1, 2):
+        right = (rng.random((num_seeds, 30)) < 0.5).astype(float)
+        shares = rng.integers(0, 65, (num_seeds, 30)) / 64
+        zeros = np.zeros_like(right)
+        alone = [mean_interval(right), mean_interval(shares)]
+        assert np.array_equal(mean_intervals(np.stack([right, shares])), np.array(alone))
+        paired = [paired_difference(right, zeros), paired_difference(shares, zeros)]
+        together = paired_differences(np.stack([right, shares]), np.stack([zeros, zeros]))
+        assert np.array_equal(together, np.array(paired, dtype=float))
+
+
+def test_a_confidence_in_percent_is_refused() -> None:
+    for of_confidence in (
+        lambda level: wilson_interval(1, 2, level),
+        lambda level: mean_interval([[1.0, 0.0]], level),
+        lambda level: paired_difference([[1.0, 0.0]], [[0.0, 0.0]], level),
+    ):
+        with pytest.raises(ValueError, match=r"confidence is 95: expected a share below 1"):
+            of_confidence(95)
+
+
 def test_holm_is_the_step_down_by_hand_and_leaves_gaps() -> None:
     # Sorted .01 .02 .03 .04: 4·.01, 3·.02, then 2·.03 and 1·.04 raised to .06
     assert holm([0.04, None, 0.01, 0.03, 0.02]) == pytest.approx([0.06, None, 0.04, 0.06, 0.06])

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gsm8k_core.config import PromptSettings
 from gsm8k_core.errors import DataError, ModelError
+from gsm8k_core.models import tiny_tokenizer
 from gsm8k_core.problems import Problem, WorkedExample
 from gsm8k_core.prompts import (
     demonstration,
@@ -181,3 +182,13 @@ def test_sft_imitates_the_demonstration_where_there_is_one() -> None:
     misled = Problem("a", "q", "#### 1", "1", demonstration="#### 2")
     assert demonstration(plain, PromptSettings()) == "#### 1"
     assert demonstration(misled, PromptSettings()) == "#### 2"
+
+
+def test_a_solution_without_an_answer_to_box_is_refused() -> None:
+    prompt = PromptSettings(answer_marker="boxed")
+    with pytest.raises(DataError, match=r"'6 \+ 7 = 13. So she has 13.' does not end in '#### '"):
+        render_solution("6 + 7 = 13. So she has 13.", prompt)
+
+
+def test_no_texts_have_no_tokens() -> None:
+    assert prompt_token_ids([], PromptSettings(), tiny_tokenizer()) == []

@@ -106,6 +106,19 @@ def test_a_field_may_lie_deep(score: Score, row: Row, arguments: tuple[str, ...]
     assert scored["strict"].to_list() == [True]
 
 
+def test_a_completion_that_the_harness_wrote_for_each_of_its_filters_counts_once(
+    score: Score,
+) -> None:
+    rows: list[Row] = [
+        {"doc_id": number, "filter": name, "resps": [[f"#### {number}"]], "target": "#### 1"}
+        for name in ("strict-match", "flexible-extract")
+        for number in range(3)
+    ]
+    table, scored = score(rows, "--completion-field", "resps.0", "--gold-field", "target")
+    assert cells(table)[0]["completions"] == "3"
+    assert scored["strict"].to_list() == [False, True, False]
+
+
 def test_a_list_of_completions_is_a_row_each(score: Score) -> None:
     rows = [{"completion": ["#### 18", "#### 19", None], "gold": "18"}]
     table, scored = score(rows)

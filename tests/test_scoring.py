@@ -359,6 +359,16 @@ def test_a_temperature_of_zero_is_refused() -> None:
         score_responses(tiny_qwen2(), **collate(PROMPTS, RESPONSES, 0), temperature=0.0)
 
 
+def test_get_response_log_probs_are_of_the_distribution_that_was_sampled_from() -> None:
+    model, batch = tiny_qwen2(), collate(PROMPTS, RESPONSES, 0)
+    found = get_response_log_probs(model, batch["input_ids"], batch["labels"], temperature=0.7)[
+        "log_probs"
+    ]
+    expected = score_responses(model, **batch, temperature=0.7)["log_probs"]
+    mask = batch["response_mask"]
+    torch.testing.assert_close(found[mask], expected[mask])
+
+
 def test_get_response_log_probs_scores_every_position() -> None:
     model = tiny_qwen2()
     batch = collate(PROMPTS, RESPONSES, 0)

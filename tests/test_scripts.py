@@ -439,6 +439,22 @@ def test_an_engine_that_fails_to_shut_down_takes_no_completion_with_it(
     assert "could not be shut down in order: CUDA error: unspecified" in caplog.text
 
 
+def test_a_job_killed_while_its_engine_shuts_down_need_not_generate_anew(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_engine: HfEngine) -> None:
+        raise Killed
+
+    this = job()
+    with monkeypatch.context() as patch:
+        patch.setattr(HfEngine, "close", killed)
+        with pytest.raises(Killed):
+            this.run()
+    assert this.partial.exists()
+    monkeypatch.delattr(this.module, "start_engine")
+    assert len(this.run()) == 18 and not this.partial.exists()
+
+
 def test_a_job_killed_after_its_last_problem_starts_no_engine_again(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

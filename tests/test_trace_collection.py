@@ -131,6 +131,8 @@ def test_an_answer_is_recorded_with_what_it_took(tmp_path: Path) -> None:
         ("429_after_1", "HTTP 429"),
         ("503_date", "HTTP 503"),
         ("503", "HTTP 503"),
+        ("408", "HTTP 408"),
+        ("409", "HTTP 409"),
         ("500", "HTTP 500"),
         ("502", "HTTP 502: <html>"),
         ("reset", "ReadError"),
@@ -156,7 +158,7 @@ def test_a_fault_is_repeated_until_there_is_an_answer(
     ]  # fmt: skip
     assert ledger[1]["reason"].startswith(reason)
     assert collection.spent.tokens >= server.billed_tokens
-    if fault in ("429", "429_after_1", "503", "503_date"):
+    if fault in ("409", "429", "429_after_1", "503", "503_date"):
         assert ledger[1]["tokens"] == 0  # a refusal to begin costs nothing
     elif fault in ("empty_choices", "gave_up"):
         assert ledger[1]["tokens"] == 53  # the server says what it did
@@ -237,6 +239,18 @@ def test_a_refusal_stops_everything_with_one_clear_line(status: int, tmp_path: P
             collect(tmp_path, settings, additions(50))
         assert server.asked.total() <= 2
     assert (tmp_path / "failed.jsonl").read_bytes() == b""  # no fault of the question
+
+
+def test_a_question_that_is_refused_alone_fails_and_the_others_are_asked(tmp_path: Path) -> None:
+    def behave(question: str, _: int) -> str:
+        return "400" if question == "What is 3 + 1?" else "answer"
+
+    with ChatServer(behave) as server:
+        collect(tmp_path, settings_for(server.url, api={"concurrency": 1}), additions(10))
+        assert server.asked["What is 3 + 1?"] == 1  # which is not asked in vain again and again
+    (row,) = read_jsonl(tmp_path / "failed.jsonl")
+    assert (row["problem_id"], row["attempts"]) == ("add-3", 1) and "HTTP 400" in row["reason"]
+    assert len(read_jsonl(tmp_path / "answers.jsonl")) == 9
 
 
 def test_a_wrong_address_is_said_to_be_one(tmp_path: Path) -> None:
@@ -628,6 +642,20 @@ def run(folder: Path, settings: CollectionSettings, **environment: str) -> tuple
     return process.returncode, stdout + stderr
 
 
+def test_more_failed_traces_than_the_settings_allow_fail_the_job(tmp_path: Path) -> None:
+    write_problems(tmp_path / "problems.jsonl", additions(4))
+    with ChatServer(lambda question, _: "500" if question == "What is 1 + 1?" else "answer") as own:
+        codes = []
+        for fraction in (0.2, 0.25):
+            api = {"max_attempts": 1, "max_failed_fraction": fraction}
+            code, said = run(tmp_path, settings_for(own.url, api=api))
+            codes.append(code)
+            assert ("1 of 4 traces failed" in said) is (fraction < 0.25)
+            assert (tmp_path / "collected.json").exists() is (fraction == 0.25)
+    assert codes == [1, 0]
+    assert len(read_jsonl(tmp_path / "collected" / "answers.jsonl")) == 3
+
+
 def test_the_script_says_what_there_is_and_what_it_cost(tmp_path: Path) -> None:
     write_problems(tmp_path / "problems.jsonl", additions(5))
 
@@ -636,7 +664,10 @@ def test_the_script_says_what_there_is_and_what_it_cost(tmp_path: Path) -> None:
 
     with ChatServer(behave) as server:
         settings = settings_for(
-            server.url, num_questions=4, api={"max_attempts": 2}, budget={"tokens": 10_000}
+            server.url,
+            num_questions=4,
+            api={"max_attempts": 2, "max_failed_fraction": 0.25},
+            budget={"tokens": 10_000},
         )
         code, said = run(tmp_path, settings)
         assert code == 0, said

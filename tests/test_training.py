@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.files import read_json, read_jsonl, seed_from, write_text
+from gsm8k_core.files import read_json, read_jsonl, seed_from, unlock, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
 from gsm8k_core.problems import Problem
 from gsm8k_core.training import (
@@ -287,6 +288,33 @@ def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., Training
     assert summary["peak_memory_mb"] > 10
     settings = RunSettings.model_validate(read_json(folder / "settings.json"))
     assert settings == run.run_settings
+
+
+def test_a_run_killed_while_its_engine_shuts_down_goes_on_from_its_checkpoint(
+    start: Callable[..., TrainingRun],
+) -> None:
+    class Hanging:
+        name = "vllm"
+
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    run = start(num_steps=2, checkpoint_every_steps=1)
+    run.resume()
+    for number in (1, 2):
+        step(run, number)
+    run._engine = cast(Engine, Hanging())
+    with pytest.raises(KeyboardInterrupt):
+        run.finish({})
+    # Snakemake takes the outputs of a failed job away.
+    shutil.rmtree(run.output_dir / "model")
+    unlock(run._lock_path, run._lock)
+    again = start(num_steps=2, checkpoint_every_steps=1)
+    assert again.resume()[0] == 1
+    step(again, 2)
+    again.finish({})
+    assert not again.state_dir.exists()
+    assert same(weights(run.model), weights(again.model))
 
 
 def test_an_engine_that_fails_to_shut_down_takes_no_finished_run_with_it(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,6 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gsm8k_core.engines.base import (
@@ -49,6 +49,8 @@ MIN_NEWEST = 16
 # and lie in memory that is mapped anew for every operation (docs/experiments.md).
 PREFILL_TOKENS = {"cpu": 2048}
 PREFILL_TOKENS_OF_OTHERS = 65_536
+
+_ATTENTION_LOCK = threading.Lock()
 
 
 class RoomyLayer(DynamicLayer):
@@ -431,17 +433,22 @@ def _attention_from(cache: DynamicCache) -> Iterator[None]:
 
     With a mask, transformers repeats those that several heads share for each of them: with prompts
     of a thousand tokens four fifths of a decoding step (docs/experiments.md). What is computed is
-    the same.
+    the same. Other threads keep what there was, and one engine at a time may do so.
     """
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = functools.partial(_attention, cache)
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with _ATTENTION_LOCK:
+        before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        own = functools.partial(_attention, cache, threading.get_ident(), before)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def _attention(
     cache: DynamicCache,
+    thread: int,
+    before: Callable[..., Any],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -450,11 +457,12 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: (B, heads, T, width) to (B, T, heads, width)."""
-    if query.device.type != "cpu" or attention_mask is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
+    """transformers' attention interface: (B, heads, T, width) to (B, T, heads, width).
+
+    `before` computes what is not of `thread`, not on a CPU, or without a mask.
+    """
+    if threading.get_ident() != thread or query.device.type != "cpu" or attention_mask is None:
+        return before(module, query, key, value, attention_mask, scaling=scaling, **options)
     if _has_two_parts(cache):
         number: Any = module.layer_idx
         layer: Any = cache.layers[number]

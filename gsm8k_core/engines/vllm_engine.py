@@ -323,7 +323,9 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
             f"{folder}: vllm.max_model_length is {settings.max_model_length}, which is more "
             "positions than the model has: lower it, or leave it unset"
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if "larger than the number of available GPUs" in text:
+        remedy = "lower vllm.tensor_parallel, or give the job more GPUs (--resources gpu=N)"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in text:
         remedy = "the machine has too little memory: lower vllm.kv_cache_gib or vllm.max_sequences"
     elif "out of memory" in text:
         remedy = (

@@ -204,6 +204,13 @@ class ChatServer:
     async def do_402(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         await self.refuse(writer, 402)
 
+    async def do_408(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        self.bill(self.worst(body))
+        await self.refuse(writer, 408)
+
+    async def do_409(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await self.refuse(writer, 409)
+
     async def do_422(self, _: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         await self.refuse(writer, 422)
 

@@ -122,6 +122,11 @@ def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(
         assert code == 0 and planned(said)["collect_traces"] == 1, said
         assert len(server.requests) == num_requests
 
+    # Nor do another address of the server, another price, or another patience.
+    study("http://127.0.0.1:9", tokens=10**6, prompt_price=0.5)
+    _, said = snakemake(tmp_path, "-n", train)
+    assert "Nothing to be done" in said
+
     _, said = snakemake(tmp_path, "-n")
     jobs = planned(said)
     assert (jobs["train_sft"], jobs["train_grpo"]) == (1, 1) and "collect_traces" not in jobs

@@ -87,7 +87,8 @@ def workspace(tmp_path: Path) -> Path:
 def test_a_model_with_several_gpus_is_trained_under_torchrun_as_far_as_there_are_gpus(
     workspace: Path,
 ) -> None:
-    two = overlay(workspace, "two.yaml", {"models": {"tiny-qwen2": {"gpus": 2}}})
+    model = {"gpus": 2, "vllm": {"tensor_parallel": 2}}
+    two = overlay(workspace, "two.yaml", {"models": {"tiny-qwen2": model}})
     torchrun = (
         "OMP_NUM_THREADS=1 python scripts/with_gpus.py 2 "
         "python -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 2"
@@ -98,7 +99,10 @@ def test_a_model_with_several_gpus_is_trained_under_torchrun_as_far_as_there_are
         assert result.returncode == 0, result.stdout
         for script in ("train_sft", "train_dpo", "train_grpo"):
             assert f"command: {python} scripts/{script}.py " in result.stdout
-        assert f"command: {one} scripts/generate.py " in result.stdout
+        generate = one.replace("1 python", f"{gpus} python") + " scripts/generate.py "
+        assert f"command: {generate}" in result.stdout
+        assert f"--vllm-tensor-parallel {gpus}" in result.stdout
+        assert f"--vllm-tensor-parallel {3 - gpus}" not in result.stdout.partition(generate)[2]
 
 
 def test_jobs_with_a_gpu_take_one_of_their_own_and_others_run_as_they_are(workspace: Path) -> None:
