@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import yaml
 
@@ -221,3 +223,18 @@ def test_a_job_that_fails_ends_the_evaluation_with_one_more_line(tmp_path: Path)
     assert "Traceback" not in error
     (manifest,) = (tmp_path / "artifacts" / "runs").glob("*/run_manifest.json")
     assert read_json(manifest)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_the_job_of_an_evaluation_that_is_killed_ends_too(tmp_path: Path) -> None:
+    with eval_command(tmp_path) as evaluation:
+        parent = psutil.Process(evaluation.pid)
+        jobs: list[psutil.Process] = []
+        while not jobs:
+            assert evaluation.poll() is None
+            jobs = parent.children()
+            time.sleep(0.1)
+        evaluation.kill()
+    # When torch is loaded at the latest: until then nothing of ours runs in the job.
+    assert psutil.wait_procs(jobs, timeout=60)[1] == []
+    assert not list(tmp_path.rglob("*.stats.json"))
