@@ -113,10 +113,11 @@ class ChatClient:
         """Raises ConfigError when the key cannot be one."""
         self.settings = settings
         self._key = api_key(settings.base_url)
-        if self._key is None and os.environ.get(KEY_VARIABLE):
+        self._key_stays = self._key is None and bool(os.environ.get(KEY_VARIABLE, "").strip())
+        if self._key_stays:
             log.warning("%s: %s", settings.base_url, IN_THE_CLEAR)
         # A shorter one is a placeholder, and part of what a model writes.
-        is_secret = self._key is not None and len(self._key) >= MIN_SECRET_LENGTH
+        is_secret = len(self._key or "") >= MIN_SECRET_LENGTH
         self._key_form = key_form(self._key) if self._key and is_secret else None
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
@@ -170,7 +171,7 @@ class ChatClient:
                 usage=usage,
             )
         remedy = STATUS_HELP.get(status, "see api.base_url: is this an OpenAI-compatible server?")
-        if status == 401 and self._key is None and os.environ.get(KEY_VARIABLE):
+        if status == 401 and self._key_stays:
             remedy = IN_THE_CLEAR
         message = f"{self.settings.base_url}: HTTP {status}, {remedy}; it says: {said}"
         return Refused(message, status in OF_ONE_REQUEST, usage)

@@ -122,6 +122,11 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         raise
 
 
+def this_process() -> str:
+    """What `SNAKEMAKE_VARIABLE` says to jobs that are to end with this process."""
+    return f"{platform.node()} {os.getpid()}"
+
+
 def end_with_snakemake(seconds: float = 1.0) -> None:
     """End this process soon after the snakemake (or `eval`) that it works for, even a killed one.
 

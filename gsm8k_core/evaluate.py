@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from gsm8k_core.cli import (
     add_engine_arguments,
     check_known,
     config_from,
+    this_process,
     with_engine_arguments,
 )
 from gsm8k_core.config import (
@@ -333,7 +333,7 @@ def _run_job(folder: Path, script: str, **options: Any) -> None:
         env={
             **os.environ,
             INVOCATION_VARIABLE: folder.name,
-            SNAKEMAKE_VARIABLE: f"{platform.node()} {os.getpid()}",  # ends with this process
+            SNAKEMAKE_VARIABLE: this_process(),
             "PYTHONPATH": os.pathsep.join(search),
         },
         check=False,

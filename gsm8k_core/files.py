@@ -43,18 +43,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    writer = _mark_as_alive(holder)
-    temporary = holder / path.name
-    try:
+    with _holder_beside(path) as holder:
+        temporary = holder / path.name
         yield temporary
         _sync(temporary)
         for attempt in itertools.count():
             if _moved_into_place(temporary, path, holder / f"replaced{attempt}"):
                 break
-    finally:
-        os.close(writer)  # first: a network file system keeps an open file in its folder
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -62,11 +57,21 @@ def remove_folder(path: Path) -> None:
 
     What does stay goes with `remove_leftovers`.
     """
+    with _holder_beside(path) as holder:
+        path.rename(holder / path.name)
+        shutil.rmtree(holder / path.name)
+
+
+@contextlib.contextmanager
+def _holder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, removed in the end; of a killed process by others."""
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.close(_mark_as_alive(holder))
-    path.rename(holder / path.name)
-    shutil.rmtree(holder / path.name)
-    shutil.rmtree(holder)
+    writer = _mark_as_alive(holder)
+    try:
+        yield holder
+    finally:
+        os.close(writer)  # first: a network file system keeps an open file in its folder
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _mark_as_alive(holder: Path) -> int:

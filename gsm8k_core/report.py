@@ -53,6 +53,7 @@ from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
     PASS_AT_K_SCHEMA,
+    counted,
     has_clusters,
     notes_on,
     notes_on_clusters,
@@ -536,7 +537,7 @@ def _difference_words(
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
         f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "
-        f"n = {_count(subject.num_problems, 'problem')} × {_count(num_seeds, 'seed')}"
+        f"n = {counted(subject.num_problems, 'problem')} × {counted(num_seeds, 'seed')}"
     )
     name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
     if not _is_significant(numbers["p"], subject.study):
@@ -983,7 +984,7 @@ def _fact(name: str, values: list[Any], noun: str) -> Json:
     if len(counts) == 1:
         return {"name": name, "shown": [text for text in counts if text], "differs": False}
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{text or 'none'} ({_count(n, noun)})" for text, n in ordered[:MAX_VALUES]]
+    shown = [f"{text or 'none'} ({counted(n, noun)})" for text, n in ordered[:MAX_VALUES]]
     if len(ordered) > MAX_VALUES:
         shown.append(f"and {len(ordered) - MAX_VALUES} more")
     return {"name": name, "shown": shown, "differs": True}
@@ -1112,10 +1113,6 @@ def _interval(row: Json, name: str, form: Any) -> str:
 def _p_text(p_value: float) -> str:
     text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return text.replace(" ", SPACE)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _list(names: Sequence[str]) -> str:

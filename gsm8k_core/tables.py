@@ -759,10 +759,15 @@ def has_clusters(num_problems: int, num_clusters: int | None) -> bool:
 
 def problems_text(num_problems: int, num_clusters: int | None) -> str:
     """`500 problems in 81 clusters`, or `500 problems` where each is its own."""
-    problems = f"{num_problems:,} problem{'' if num_problems == 1 else 's'}"
+    problems = counted(num_problems, "problem")
     if num_clusters is None or not has_clusters(num_problems, num_clusters):
         return problems
-    return f"{problems} in {num_clusters:,} cluster{'' if num_clusters == 1 else 's'}"
+    return f"{problems} in {counted(num_clusters, 'cluster')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 problem`, `1,319 problems`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def p_text(p_value: float | None) -> str:

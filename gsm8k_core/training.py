@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -359,12 +360,14 @@ class TrainingRun:
         steps = range(steps_done + 1, self.num_steps + 1)
         return progress(steps, what, self.num_steps, steps_done)
 
-    def autocast(self) -> Any:
-        """The context that forwards run in."""
-        return self._autocast(keep_casts=ranks.world_size() == 1)
+    def autocast(self, keep_casts: bool | None = None) -> Any:
+        """The context that forwards run in.
 
-    def _autocast(self, keep_casts: bool) -> Any:
-        """Of a sharded model, kept casts would be those of all its layers, on every GPU."""
+        `keep_casts`: see `models.autocast`. Unset: not those of a sharded model, which would be
+        those of all its layers, on every GPU.
+        """
+        if keep_casts is None:
+            keep_casts = ranks.world_size() == 1
         return autocast(self.device, self.run_settings.model_settings.dtype, keep_casts)
 
     def update(self) -> dict[str, float]:
@@ -454,7 +457,7 @@ class TrainingRun:
             components = answer_components(completion, gold, "strict", prompt.answer_marker)
             return {"reward": components["answer_reward"], **components}
 
-        with self._sampling_context(keep_casts=ranks.world_size() == 1):
+        with self._sampling_context():
             rows, _ = log_generations(
                 self.model,
                 self.tokenizer,
@@ -562,7 +565,7 @@ class TrainingRun:
                 plain,
                 self.tokenizer,
                 model_settings.completions_per_batch,
-                forward_context=self._sampling_context,
+                forward_context=functools.partial(self._sampling_context, keep_casts=True),
             )
         return VllmEngine(
             self.starting_model,
@@ -575,7 +578,7 @@ class TrainingRun:
         )
 
     @contextlib.contextmanager
-    def _sampling_context(self, keep_casts: bool = True) -> Iterator[None]:
+    def _sampling_context(self, keep_casts: bool | None = None) -> Iterator[None]:
         """Autocast; compiled layers are not for a cache that grows by a token at a time.
 
         Autocast keeps the casts of weights that can be trained, and casts others for every token:
@@ -586,7 +589,7 @@ class TrainingRun:
             for parameter in frozen if self.device.type == "cuda" else []:
                 parameter.requires_grad_(True)
                 contexts.callback(parameter.requires_grad_, False)
-            contexts.enter_context(self._autocast(keep_casts))
+            contexts.enter_context(self.autocast(keep_casts))
             if self.run_settings.model_settings.compile_layers:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))
             yield

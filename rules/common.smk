@@ -1,7 +1,6 @@
 # What all rules share: the checked settings, the layout of artifacts/, and input functions.
 
 import os
-import platform
 import re
 import shlex
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
 
-from gsm8k_core.cli import SNAKEMAKE_VARIABLE
+from gsm8k_core.cli import SNAKEMAKE_VARIABLE, this_process
 from gsm8k_core.config import doubts, dump, load_config, parse_config
 from gsm8k_core.data import SPLITS
 from gsm8k_core.errors import ConfigError
@@ -92,7 +91,7 @@ if MISSING_REWARDS and workflow.is_main_process:
 if CONFIG.tracking != type(CONFIG.tracking)():
     os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
 # The process that reads this starts the jobs' shells, on a cluster too. They end when it has gone.
-os.environ[SNAKEMAKE_VARIABLE] = f"{platform.node()} {os.getpid()}"
+os.environ[SNAKEMAKE_VARIABLE] = this_process()
 
 
 def begin_invocation():

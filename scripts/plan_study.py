@@ -209,8 +209,8 @@ def markdown(plan: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Hours for what is left: {_hours(plan['wall_hours'])}, if {_count(plan['gpus'], 'GPU')} "
-        f"and {_count(plan['cpu_jobs'], 'job')} without one are never idle.",
+        f"Hours for what is left: {_hours(plan['wall_hours'])}, with --gpus {plan['gpus']} and "
+        f"--cpu-jobs {plan['cpu_jobs']}, if none is ever idle.",
     ]
     if any("arithmetic" in row["sources"] for row in plan["hours"]):
         a = plan["assumptions"]
@@ -230,10 +230,6 @@ def _size(size: float | None) -> str:
     if size is None:
         return "unknown (give --parameters)"
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _hours(value: float | None) -> str:

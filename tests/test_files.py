@@ -323,7 +323,7 @@ def test_a_folder_whose_removal_is_killed_is_gone_and_its_rest_goes_later(
     (folder / "step-1").mkdir(parents=True)
     (folder / "step-1" / "weights").write_text("w", encoding="utf-8")
 
-    def killed(_: Path) -> None:
+    def killed(_: Path, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
