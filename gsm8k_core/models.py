@@ -52,6 +52,8 @@ TINY_PROBLEMS_FOR_TOKENIZER = 2000
 TINY_SEED = 0
 # Kinds of models whose attention `is_plain_decoder` vouches for.
 PLAIN_DECODERS = ("llama", "qwen2", "qwen3")
+# What `shared_prompts` calls its attention, which is that of `sdpa` wherever no prompt is shared.
+SHARED_PROMPTS_ATTENTION = "sdpa_with_shared_prompts"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "tekken.json", "*.model")
 
 
@@ -476,7 +478,7 @@ def is_plain_decoder(model: Any) -> bool:
     config = getattr(model, "config", None)
     return (
         getattr(config, "model_type", None) in PLAIN_DECODERS
-        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and getattr(config, "_attn_implementation", None) in ("sdpa", SHARED_PROMPTS_ATTENTION)
         and not getattr(config, "use_sliding_window", False)
     )
 

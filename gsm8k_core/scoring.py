@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from gsm8k_core import onednn
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
+from gsm8k_core.shared_prompts import SharedRow
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +97,13 @@ def score_responses(
     entropy_gradient: bool = False,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    shared_row: SharedRow | None = None,
 ) -> dict[str, torch.Tensor]:
     """Log-probability of the labels where `response_mask` is true, 0 elsewhere.
 
     `input_ids`, `labels` and `response_mask` are (B, T); `attention_mask` and `position_ids`, if
-    given, too. Returns `log_probs` (B, T), of float32 at least, and, `with_entropy`,
+    given, too. With a `shared_row` (`shared_prompts`) all are of that row, (1, S), which has its
+    own mask and positions. Returns `log_probs` (B, T), of float32 at least, and, `with_entropy`,
     `token_entropy` (B, T) in nats. Logits are divided by `temperature`, the one that the tokens
     were sampled with, so that these are log-probs of the distribution sampled from. The entropy
     carries a gradient only with `entropy_gradient`: most callers log it, and its gradient costs as
@@ -122,17 +126,26 @@ def score_responses(
             )
     head = _output_layer(model)
     num_positions = input_ids.shape[-1]
-    if head is not None and attention_mask is None and position_ids is None:
-        more = _width_to_compute(model, head, num_positions) - num_positions
+    plain = attention_mask is None and position_ids is None
+    if shared_row is not None:
+        attention_mask, position_ids = shared_row.attention_mask, shared_row.source_columns
+    if head is not None and (plain or shared_row is not None):
+        # A shared row is longer than any of its parts, which are as long as the model allows.
+        longest = math.inf if shared_row is not None else _longest(model)
+        more = _width_to_compute(head, num_positions, longest) - num_positions
         if more:  # `pad` copies even where it adds nothing
             input_ids, labels, response_mask = (
                 functional.pad(tensor, (0, more)) for tensor in (input_ids, labels, response_mask)
             )
+            if position_ids is not None:
+                position_ids = functional.pad(position_ids, (0, more))
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     if position_ids is not None:
         inputs["position_ids"] = position_ids
+    if shared_row is not None:
+        inputs["shared_row"] = shared_row
     scores = None
     if head is not None:
         # A cache is useless here, and with one transformers does not read packing off position_ids.
@@ -162,11 +175,15 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     return None if find is None else find()
 
 
-def _width_to_compute(model: torch.nn.Module, head: torch.nn.Module, width: int) -> int:
+def _longest(model: torch.nn.Module) -> int:
+    """Positions that a transformers model knows."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
+
+
+def _width_to_compute(head: torch.nn.Module, width: int, longest: float) -> int:
     """Positions of rows padded on the right, so that their shapes come again (`onednn`)."""
     if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight, head.weight):
         return width
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
     padded = onednn.repeating_size(width)
     return padded if padded <= longest else width
 

@@ -1,9 +1,17 @@
-"""Completions of one prompt in one row, so that a forward computes the prompt once.
+"""Completions of one prompt in one forward, which computes the prompt once.
 
-A row is the prompt without its last token, then, for each completion, that last token and the
-completion but its last. Every completion attends to the prompt and to itself, at the positions it
-would have in a row of its own, so its scores are those of that row. What it costs is attention over
-places that are then masked: `completions_per_row` says where it pays.
+One row holds all prompts of a microbatch, each without its last token, and behind them all
+completions, each as that last token and the completion but its last. No padding lies between them,
+and every layer computes each token once. In attention, prompts attend to themselves, and every
+completion to its prompt and to itself, at the positions it would have in a row of its own, so its
+scores are those of that row. There, and only there, tokens are padded, and the keys and values of a
+prompt repeated.
+
+`use_in` teaches a model this attention, by transformers' own interface for it; `score_responses`
+takes the row.
+
+Shapes: `S` tokens of the row, `P` prompts, `N` completions, `W` tokens of the longest prompt, `C`
+of the longest completion.
 """
 
 from __future__ import annotations
@@ -13,87 +21,153 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gsm8k_core.models import is_plain_decoder
-
-# What is estimated to cost more than this share of a row for each completion is not worth it.
-WORTH_IT = 0.9
+from gsm8k_core.models import SHARED_PROMPTS_ATTENTION, is_plain_decoder
 
 
 @dataclass(frozen=True)
-class ForwardCost:
-    """Floating-point operations of a model's layers, up to a common factor."""
+class Places:
+    """Where tokens that lie end to end stand in a table of rows padded on the right."""
 
-    per_token: float
-    per_pair: float
-    """Of a query and a key in attention."""
+    num_rows: int
+    num_columns: int
+    of_tokens: torch.Tensor
+    """(tokens,), the place of each, counted row by row"""
+    tokens: torch.Tensor
+    """(places,), the token in each; in padding, another row's"""
 
     @classmethod
-    def of(cls, model: Any) -> ForwardCost | None:
-        """None for a model that is not known to be right with prompts shared."""
-        if not is_plain_decoder(model):
-            return None
-        config = model.config
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        kept = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-        parameters = sum(
-            parameter.numel()
-            for part in model.modules()
-            if id(part) not in kept
-            for parameter in part.parameters(recurse=False)
-        )
-        return cls(2.0 * parameters, 4.0 * config.num_hidden_layers * width)
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Places:
+        """A row for each of `lengths`."""
+        sizes = torch.tensor(lengths)
+        taken = (torch.arange(max(lengths)) < sizes[:, None]).flatten()
+        tokens = (taken.cumsum(0) - 1).clamp(min=0)
+        of_tokens = taken.nonzero()[:, 0]
+        return cls(len(lengths), max(lengths), of_tokens.to(device), tokens.to(device))
 
-    def of_row(self, length: int, causal: bool) -> float:
-        """A causal kernel leaves out half of the pairs; one with a mask computes them all."""
-        pairs = length * length / (2 if causal else 1)
-        return length * self.per_token + pairs * self.per_pair
+    @property
+    def are_full(self) -> bool:
+        """Whether there is no padding."""
+        return len(self.of_tokens) == len(self.tokens)
+
+    def pad(self, values: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, width) to (rows, heads, columns, width)."""
+        shape = (self.num_rows, self.num_columns, *values.shape[1:])
+        if not self.are_full:
+            values = _Move.apply(values.flatten(1), self.tokens, self.of_tokens)
+        return values.reshape(shape).transpose(1, 2)
+
+    def without_padding(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, columns, heads, width) to (tokens, heads, width)."""
+        flat = values.flatten(0, 1)
+        if self.are_full:
+            return flat
+        return _Take.apply(flat.flatten(1), self.of_tokens).view(-1, *values.shape[2:])
 
 
-def completions_per_row(
-    cost: ForwardCost | None,
-    prompt_length: int,
-    completion_lengths: Sequence[int],
-    most_tokens: int,
-) -> int:
-    """How many of a prompt's completions should share it in one row; 1: none does.
+class _Move(torch.autograd.Function):
+    """Rows `there` of `values`; each that counts stands once in it, at its place of `back`.
 
-    Lengths in tokens. The estimate takes all completions to be of their mean length, and so does
-    the bound `most_tokens` of a row.
+    Autograd's own backward of an index adds up what it cannot know to be apart.
     """
-    mean = sum(completion_lengths) / max(1, len(completion_lengths))
-    fitting = int((most_tokens - prompt_length) / mean) if mean else 0
-    number = min(len(completion_lengths), fitting)
-    if cost is None or number < 2:
-        return 1
 
-    def estimate(count: int) -> float:
-        length = round(prompt_length + count * mean)
-        return cost.of_row(length, causal=count == 1) / count
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, there: torch.Tensor, back: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return values.index_select(0, there)
 
-    best = min(range(1, number + 1), key=estimate)
-    return best if estimate(best) < WORTH_IT * estimate(1) else 1
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows `places` of `values`, each once; the gradient of the others is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = len(values)
+        return values.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        zeros = gradient.new_zeros((ctx.num_rows, *gradient.shape[1:]))
+        return zeros.index_copy_(0, places, gradient), None
+
+
+class _Repeat(torch.autograd.Function):
+    """Row `owners[n]` of `values` for each n: (P, …) to (N, …).
+
+    Gradients are added up by a matrix product, in the same order every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(owners)
+        ctx.num_rows = len(values)
+        return values.index_select(0, owners)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (owners,) = ctx.saved_tensors
+        numbers = torch.arange(ctx.num_rows, device=owners.device)
+        membership = (numbers[:, None] == owners).to(gradient.dtype)
+        return (membership @ gradient.flatten(1)).view(ctx.num_rows, *gradient.shape[1:]), None
 
 
 @dataclass(frozen=True)
-class SharedRows:
-    """Where the tokens of shared rows come from; R rows of width W, on the right padded."""
+class SharedRow:
+    """Where the tokens of a row come from, and what attends to what."""
 
     source_rows: torch.Tensor
-    """(R, W), the row of each token among those of one completion each"""
+    """(1, S), the row of each token among those of one completion each"""
     source_columns: torch.Tensor
-    """(R, W), its column there, which is its position"""
-    attention_mask: torch.Tensor
-    """(R, 1, W, W), bool: whether a query (third) attends to a key (fourth)"""
+    """(1, S), its column there, which is its position"""
     own: torch.Tensor
-    """(R, W), bool: the token is a completion's own, neither prompt nor padding"""
+    """(1, S), bool: the token is a completion's own"""
+    attention_mask: torch.Tensor
+    """(N, 1, C, W + C), bool: whether a completion's token (third) attends to a place of its prompt
+    or itself (fourth)"""
+    owners: torch.Tensor
+    """(N,), the prompt of each completion"""
+    prompts: Places
+    """(P, W)"""
+    completions: Places
+    """(N, C)"""
 
 
-def shared_width(rows: Sequence[int], prompt_length: int, lengths: Sequence[int]) -> int:
-    """Tokens of a row in which completions `rows` share their prompt."""
-    prefix = prompt_length - 1
-    return prefix + sum(lengths[row] - prefix for row in rows)
+def pack_group(prompt_length: int, lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Which of a prompt's completions, by index, go together and share it.
+
+    `lengths` in tokens of the completions. Padding them to the longest costs attention alone; a new
+    pack begins where it would be more places than the prompt has tokens, which is then computed
+    again, or where a row would be longer than `most_tokens`.
+    """
+    packs: list[list[int]] = []
+    longest = width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        if packs and longest - length <= prompt_length and width + length <= most_tokens:
+            packs[-1].append(index)
+            width += length
+        else:
+            packs.append([index])
+            longest, width = length, prompt_length + length
+    return packs
+
+
+def shared_width(pack: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a row that the rows of `pack` take together, which share their prompt."""
+    prefix = prompt_lengths[pack[0]] - 1
+    return prefix + sum(lengths[row] - prefix for row in pack)
 
 
 def share_prompts(
@@ -101,32 +175,85 @@ def share_prompts(
     prompt_lengths: Sequence[int],
     lengths: Sequence[int],
     device: torch.device,
-) -> SharedRows:
-    """Lay the rows of each pack, which begin with the same prompt, into one row.
+) -> SharedRow:
+    """Lay the rows of all packs into one; those of a pack begin with the same prompt.
 
     `prompt_lengths` and `lengths` (in tokens of the input) are of all rows that packs name. A
     completion's own tokens start with the last one of the prompt, which predicts its first, and
     come in the order of the packs.
     """
-    width = max(shared_width(pack, prompt_lengths[pack[0]], lengths) for pack in packs)
-    shape = (len(packs), width)
-    source_rows = torch.tensor([[pack[0]] for pack in packs]).repeat(1, width)
-    source_columns = torch.zeros(shape, dtype=torch.long)
-    segments = torch.full(shape, -1)  # -1 padding, 0 the prompt, 1 … the completions
-    for place, pack in enumerate(packs):
-        end = prompt_lengths[pack[0]] - 1
-        source_columns[place, :end] = torch.arange(end)
-        segments[place, :end] = 0
-        for number, row in enumerate(pack, start=1):
-            columns = torch.arange(prompt_lengths[row] - 1, lengths[row])
-            start, end = end, end + len(columns)
-            source_rows[place, start:end] = row
-            source_columns[place, start:end] = columns
-            segments[place, start:end] = number
-    source_rows, source_columns, segments = (
-        tensor.to(device) for tensor in (source_rows, source_columns, segments)
+    rows = [row for pack in packs for row in pack]
+    prefixes = [prompt_lengths[pack[0]] - 1 for pack in packs]
+    starts = [0] * len(packs) + [prompt_lengths[row] - 1 for row in rows]
+    ends = prefixes + [lengths[row] for row in rows]
+    sizes = torch.tensor(ends) - torch.tensor(starts)
+    num_prompt_tokens = sum(prefixes)
+    places = torch.arange(int(sizes.sum()))
+    # From a token's place in the row to its column.
+    shifts = sizes.cumsum(0) - torch.tensor(ends)
+    owners = torch.arange(len(packs)).repeat_interleave(torch.tensor([*map(len, packs)]))
+
+    prompts = Places.of(prefixes, device)
+    completions = Places.of(sizes[len(packs) :].tolist(), device)
+    in_prompt = torch.arange(prompts.num_columns) < torch.tensor(prefixes)[:, None]
+    length = completions.num_columns
+    of_prompt = in_prompt[owners][:, None].expand(-1, length, -1)
+    of_own = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), -1, -1)
+    return SharedRow(
+        source_rows=torch.tensor([pack[0] for pack in packs] + rows)
+        .repeat_interleave(sizes)[None]
+        .to(device),
+        source_columns=(places - shifts.repeat_interleave(sizes))[None].to(device),
+        own=(places >= num_prompt_tokens)[None].to(device),
+        attention_mask=torch.cat([of_prompt, of_own], dim=-1)[:, None].to(device),
+        owners=owners.to(device),
+        prompts=prompts,
+        completions=completions,
     )
-    query, key = segments[:, :, None], segments[:, None, :]
-    attends = (key == query) | ((key == 0) & (query > 0))
-    attends &= source_columns[:, None, :] <= source_columns[:, :, None]
-    return SharedRows(source_rows, source_columns, attends[:, None], segments > 0)
+
+
+def use_in(model: Any) -> bool:
+    """Let `model` take a `shared_row`, in place; False for one not known to be right with it."""
+    if not is_plain_decoder(model):
+        return False
+    AttentionInterface.register(SHARED_PROMPTS_ATTENTION, _attention)
+    AttentionMaskInterface.register(SHARED_PROMPTS_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(SHARED_PROMPTS_ATTENTION)
+    return True
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    shared_row: SharedRow | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (B, heads, T, width) to (B, T, heads, width).
+
+    It is that of `sdpa` but for a shared row. What pads the row at its end (`onednn`) attends to
+    nothing.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if shared_row is None:
+        return attend(module, query, key, value, attention_mask, **options)
+    prompts, completions = shared_row.prompts, shared_row.completions
+    sizes = [len(prompts.of_tokens), len(completions.of_tokens)]
+    sizes.append(query.shape[2] - sum(sizes))
+    parts = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
+    of_prompts = [prompts.pad(part[0]) for part in parts]
+    own = [completions.pad(part[1]) for part in parts]
+    keys, values = (
+        torch.cat([_Repeat.apply(of_prompt, shared_row.owners), of_completion], dim=2)
+        for of_prompt, of_completion in zip(of_prompts[1:], own[1:], strict=True)
+    )
+    after_own, _ = attend(module, own[0], keys, values, attention_mask, **options)
+    attended = [completions.without_padding(after_own)]
+    if sizes[0]:
+        after_prompts, _ = attend(module, *of_prompts, None, **options)
+        attended.insert(0, prompts.without_padding(after_prompts))
+    if sizes[2]:
+        attended.append(query.new_zeros(sizes[2], *attended[0].shape[1:]))
+    return torch.cat(attended)[None], None

@@ -35,7 +35,7 @@ from gsm8k_core import distributed, ranks
 from gsm8k_core.advantages import compute_advantages
 from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
-from gsm8k_core.distributed import own_microbatches
+from gsm8k_core.distributed import own_microbatches, own_work
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import Json, seed_from
@@ -55,12 +55,7 @@ from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
 from gsm8k_core.rewards import RewardFn, build_reward_fn
 from gsm8k_core.scoring import score_responses
-from gsm8k_core.shared_prompts import (
-    ForwardCost,
-    completions_per_row,
-    share_prompts,
-    shared_width,
-)
+from gsm8k_core.shared_prompts import pack_group, share_prompts, shared_width, use_in
 from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
 from gsm8k_core.training import TrainingRun, disable_dropout, endless_order, take
 
@@ -99,7 +94,9 @@ class Rollouts:
     prompt_lengths: list[int]
     """(N,)"""
     packs: list[list[int]]
-    """All rows in order; those of one pack share their prompt in one forward"""
+    """Rows that go together, which have the same prompt; every row is in one"""
+    shares_prompts: bool
+    """Whether those of a pack share it in a forward; if not, each is alone in its pack"""
     sampler_log_probs: torch.Tensor
     """(N, T)"""
     rewards: torch.Tensor
@@ -218,13 +215,11 @@ def to_tensors(
     pad_id: int,
     settings: GrpoMethod,
     device: torch.device,
-    cost: ForwardCost | None,
-    most_tokens: int,
+    most_tokens: int | None,
 ) -> Rollouts:
     """Pad a step's groups into tensors. The sampled ids are used as they are.
 
-    With the model's `cost`, prompts are shared where that is less work, in rows of some
-    `most_tokens` at most.
+    With `most_tokens`, of those that share a prompt, prompts are shared.
     """
     prompts = [group.prompt_ids for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]
@@ -236,13 +231,15 @@ def to_tensors(
         truncated = torch.tensor([c.finish_reason == "length" for c in completions])
         mask = mask_truncated(mask, truncated)
     rewards = [reward["reward"] for group in groups for reward in group.rewards]
-    packs: list[list[int]] = []
-    for number, group in enumerate(groups):
-        own_lengths = [len(completion.token_ids) for completion in group.completions]
-        together = completions_per_row(cost, len(group.prompt_ids), own_lengths, most_tokens)
-        start = number * settings.group_size
-        rows = range(start, start + len(own_lengths))
-        packs += [list(rows[place : place + together]) for place in range(0, len(rows), together)]
+    packs = [[row] for row in range(len(completions))]
+    if most_tokens is not None:
+        packs = [
+            [number * settings.group_size + index for index in pack]
+            for number, group in enumerate(groups)
+            for pack in pack_group(
+                len(group.prompt_ids), [len(c.token_ids) for c in group.completions], most_tokens
+            )
+        ]
     return Rollouts(
         input_ids=batch["input_ids"].to(device),
         labels=batch["labels"].to(device),
@@ -250,6 +247,7 @@ def to_tensors(
         lengths=[len(p) + len(c.token_ids) - 1 for p, c in zip(prompts, completions, strict=True)],
         prompt_lengths=[len(prompt) for prompt in prompts],
         packs=packs,
+        shares_prompts=most_tokens is not None,
         sampler_log_probs=sampled.to(device),
         rewards=torch.tensor(rewards, device=device),
         own_rows=[
@@ -294,23 +292,15 @@ def score_packs(
 ) -> tuple[list[int], dict[str, torch.Tensor]]:
     """The rows of some packs, and their scores as `score_rows` gives them."""
     rows = [row for pack in packs for row in pack]
-    if len(rows) == len(packs):  # nothing is shared
+    if not rows or not rollouts.shares_prompts:
         return rows, score_rows(run, model, rollouts, rows, **options)
     shared = share_prompts(
         packs, rollouts.prompt_lengths, rollouts.lengths, rollouts.input_ids.device
     )
     source = (shared.source_rows, shared.source_columns)
     mask = rollouts.response_mask[source] & shared.own
-    scores = _score(
-        run,
-        model,
-        rollouts.input_ids[source],
-        rollouts.labels[source],
-        mask,
-        attention_mask=shared.attention_mask,
-        position_ids=shared.source_columns,
-        **options,
-    )
+    inputs = (rollouts.input_ids[source], rollouts.labels[source], mask)
+    scores = _score(run, model, *inputs, shared_row=shared, **options)
     # Both masks choose the same tokens in the same order.
     wanted = rollouts.response_mask[rows, : max(rollouts.lengths[row] for row in rows)]
     nothing = torch.zeros(wanted.shape, device=wanted.device)
@@ -322,14 +312,30 @@ def score_packs(
 def own_packs(
     run: TrainingRun, rollouts: Rollouts, packs: list[list[int]]
 ) -> list[list[list[int]]]:
-    """This rank's microbatches of `packs`, each a list of some."""
-    widths = [
-        shared_width(pack, rollouts.prompt_lengths[pack[0]], rollouts.lengths) for pack in packs
-    ]
-    return [
-        [packs[place] for place in places]
-        for places in own_microbatches(widths, run.tokens_per_microbatch)
-    ]
+    """This rank's microbatches of `packs`, each a list of some.
+
+    With shared prompts no padding counts, but in attention there is some, so those whose
+    completions are of similar length go together.
+    """
+    lengths, prompt_lengths = rollouts.lengths, rollouts.prompt_lengths
+    if not rollouts.shares_prompts:
+        alone = own_microbatches([lengths[row] for (row,) in packs], run.tokens_per_microbatch)
+        return [[packs[place] for place in places] for places in alone]
+    widths = [shared_width(pack, prompt_lengths, lengths) for pack in packs]
+    longest = [max(lengths[row] - prompt_lengths[row] for row in pack) for pack in packs]
+
+    def cut(share: list[int]) -> list[list[list[int]]]:
+        microbatches: list[list[list[int]]] = []
+        width = 0
+        for place in sorted(share, key=lambda place: (-longest[place], place)):
+            width += widths[place]
+            if not microbatches or width > run.tokens_per_microbatch:
+                microbatches.append([])
+                width = widths[place]
+            microbatches[-1].append(packs[place])
+        return microbatches
+
+    return own_work(widths, cut)
 
 
 def update_microbatches(
@@ -552,10 +558,12 @@ def main(argv: list[str] | None = None) -> int:
     updates_per_step = settings.epochs_per_batch * settings.minibatches
     run = TrainingRun.from_arguments(args, run_settings, updates_per_step)
     disable_dropout(run.model)
-    cost = ForwardCost.of(run.model) if settings.share_prompts else None
+    shares_prompts = settings.share_prompts and use_in(run.model)
     reference = None
     if settings.kl_coefficient > 0:
         reference = run.load_reference()
+        if shares_prompts:
+            use_in(reference)
     steps_done, extra = run.resume()
     if reference is not None and extra:
         distributed.load_whole_tensors(reference, extra)
@@ -581,7 +589,13 @@ def main(argv: list[str] | None = None) -> int:
         run.progress["num_prompts_taken"] += len(sampled)
         rolled_out = time.perf_counter()
 
-        rollouts = to_tensors(groups, pad_id, settings, run.device, cost, run.tokens_per_microbatch)
+        rollouts = to_tensors(
+            groups,
+            pad_id,
+            settings,
+            run.device,
+            run.tokens_per_microbatch if shares_prompts else None,
+        )
         every = settings.check_sampler_every_steps
         # The first step of a call, the first after a push, and every so many.
         if every and (step <= steps_done + 2 or step % every == 0):
