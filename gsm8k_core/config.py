@@ -545,8 +545,8 @@ class GrpoMethod(TrainSettings):
     """Most additional rounds of sampling in one step."""
 
     share_prompts: bool = True
-    """Let the update compute a prompt once for several of its completions, where that saves work
-    and is known to be right for the model type (`gsm8k_core.shared_prompts`)."""
+    """Compute a prompt once for several of its completions in updates and scoring, for the model
+    types where this is known to be right (`gsm8k_core.shared_prompts`)."""
     check_sampler_every_steps: NonNegativeInt = 10
     """Compare the sampler's log-probs with the trainer's every this many steps, and in the first
     two of a call (the second is the first with pushed weights); 0: never."""
