@@ -111,7 +111,7 @@ _DECORATION = re.compile(
 )
 _ASSIGNED = re.compile(r"[\s_$(\[]*(?:[a-zA-Z]\b\s*)?=\s*")
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[^\W\d_])|。|<\||</|<[a-z]")
-_NUMBERED_HEADING = re.compile(r"\s*([0-9]{1,2})[.)]\s+[^\W\d_]")
+_NUMBERED_HEADING = re.compile(r"[\s#]*\(?([0-9]{1,2})(?:[.):]|\s+-)\s+[^\W\d_]")
 _NEW_QUESTION = re.compile(r"^[ \t#*]*(?:Question|Q)[ \t*]*:", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EMPHASIS = re.compile(r"\*(?![\w.(])|(?<![\w.)])\*")

@@ -64,6 +64,8 @@ RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "b
 
 Method = TypeVar("Method", bound=BaseModel)
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFiniteFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
@@ -214,7 +216,7 @@ class VllmSettings(Settings):
     """Completions decoded at once."""
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """Type of the key-value cache; `auto`: the compute type."""
-    kv_cache_gib: PositiveFloat | None = None
+    kv_cache_gib: PositiveFiniteFloat | None = None
     """Size of the key-value cache, instead of a share of the GPU; unset: what the weights leave of
     that share, or 1 GiB on a CPU."""
     prefix_caching: bool = True
@@ -316,7 +318,7 @@ class LoraSettings(Settings):
 
     rank: PositiveInt = 16
     """Rank r of the adapters."""
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveFiniteFloat = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input; SFT only, reinforcement switches it off."""
@@ -337,7 +339,7 @@ class TrainSettings(Settings):
     """Method whose model of the same seed is the starting point."""
     num_steps: PositiveInt = 500
     """Optimizer steps (SFT, DPO), or rollout steps (GRPO)."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFiniteFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What the rate does after the warm-up."""
@@ -351,7 +353,7 @@ class TrainSettings(Settings):
     """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay of AdamW's second moment."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: PositiveFiniteFloat = 1e-8
     """AdamW's ε."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is scaled down to this norm."""
@@ -410,7 +412,7 @@ class ExpertIterationMethod(SftSettings):
     """Train problems sampled in a round (without replacement within it)."""
     completions_per_prompt: PositiveInt = 4
     """Samples of each problem."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature."""
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
@@ -428,7 +430,7 @@ class DpoMethod(TrainSettings):
     """Train problems sampled for pairs."""
     completions_per_prompt: PositiveInt = 4
     """Samples of each problem."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature."""
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
@@ -436,7 +438,7 @@ class DpoMethod(TrainSettings):
     """Most pairs per problem."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step."""
-    beta: PositiveFloat = 0.1
+    beta: PositiveFiniteFloat = 0.1
     """Strength of the implicit KL to the parent (eq. 7)."""
 
 
@@ -458,11 +460,11 @@ class LengthRewardSettings(Settings):
 class RewardSettings(Settings):
     """reward = Σ weight × component; each component is logged by itself."""
 
-    answer: float = 1.0
+    answer: FiniteFloat = 1.0
     """Weight of the exact answer (1 right, 0 wrong)."""
-    format: float = 0.0
+    format: FiniteFloat = 0.0
     """Weight of the format (1 where a number follows the answer marker, right or wrong)."""
-    length: float = 0.0
+    length: FiniteFloat = 0.0
     """Weight of `length_shaping`, which lies in [−1, 0]."""
     length_shaping: LengthRewardSettings | None = None
     """Where the penalty on length begins and ends."""
@@ -472,7 +474,7 @@ class RewardSettings(Settings):
     """`module:function`, called as fn(completion, gold) -> number; added to the other parts.
 
     An edit of the module's file makes another run; what that file imports is not looked at."""
-    custom_weight: float = 1.0
+    custom_weight: FiniteFloat = 1.0
     """Weight of the custom reward."""
 
     @model_validator(mode="after")
@@ -492,7 +494,7 @@ class GrpoMethod(TrainSettings):
     """Prompts per rollout step."""
     group_size: PositiveInt = 8
     """Completions per prompt (G)."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature; log-probs are scored with it too."""
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
@@ -513,11 +515,11 @@ class GrpoMethod(TrainSettings):
     """What is maximized per token: see `gsm8k_core.losses`."""
     ratio_level: Literal["token", "sequence"] = "token"
     """Probability ratio of each token, or of the whole completion (GSPO)."""
-    clip_low: PositiveFloat = 0.2
+    clip_low: PositiveFiniteFloat = 0.2
     """The ratio is clipped below at 1 − clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher when above clip_low)."""
-    dual_clip: float | None = None
+    dual_clip: FiniteFloat | None = None
     """Lower bound c·A for negative advantages (Ye et al. 2020); above 1."""
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """How per-token losses become one number; `constant` divides by `max_new_tokens` (Dr. GRPO)."""
@@ -643,13 +645,13 @@ class ApiSettings(Settings):
     max_failed_fraction: Fraction01 = 0.05
     """Largest share of the traces that may have failed when a collection counts as done; the next
     run asks for those again."""
-    request_seconds: PositiveFloat = 1800.0
+    request_seconds: PositiveFiniteFloat = 1800.0
     """Wall deadline of one request, from connecting to its last byte."""
-    backoff_seconds: PositiveFloat = 1.0
+    backoff_seconds: PositiveFiniteFloat = 1.0
     """Longest wait after the first failure; doubles with each further one (full jitter)."""
-    max_backoff_seconds: PositiveFloat = 60.0
+    max_backoff_seconds: PositiveFiniteFloat = 60.0
     """Upper bound of that wait."""
-    max_retry_after_seconds: PositiveFloat = 600.0
+    max_retry_after_seconds: PositiveFiniteFloat = 600.0
     """If the server asks for a longer wait (`Retry-After`), the trace counts as failed."""
 
     @model_validator(mode="after")
@@ -672,7 +674,7 @@ class BudgetSettings(Settings):
 
     tokens: PositiveInt | None = None
     """Most tokens, prompts included; unset: no limit."""
-    money: PositiveFloat | None = None
+    money: PositiveFiniteFloat | None = None
     """Most money, in the currency of the prices; unset: no limit."""
     prompt_price: NonNegativeFloat = 0.0
     """Price of a million prompt tokens; those found in a cache are counted at this price too."""
@@ -751,7 +753,7 @@ class SuiteSettings(Settings):
     """One greedy completion per problem; its grade is `accuracy`."""
     num_samples: NonNegativeInt = 0
     """Sampled completions per problem, for pass@k."""
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature of the samples."""
     max_new_tokens: PositiveInt = 256
     """Longest completion; longer ones are cut and counted."""
@@ -803,7 +805,7 @@ class StudySettings(Settings):
     """Suites that every run is evaluated on."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals in tables and plots."""
-    report_megabytes: PositiveFloat = 20.0
+    report_megabytes: PositiveFiniteFloat = 20.0
     """Megabytes for problems and completions in report.html; beyond that, a stratified sample."""
     keep_models: Literal["all", "final", "none"] = "all"
     """Trained weights that stay on disk: `all`; `final`, those that a method ends with (not those

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gsm8k_core.advantages import RewardFunction
 from gsm8k_core.engines.base import Request, check_requests
@@ -18,6 +18,11 @@ from gsm8k_core.scoring import compute_entropy
 from gsm8k_core.tokenization import TokenIds, collate_prompts, pad_token_id
 
 Row = dict[str, Any]
+
+# Of a generation config: what bounds and ends completions, which is given by other names.
+NOT_OF_SAMPLING = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "transformers_version"
+}  # fmt: skip
 
 
 def log_generations(
@@ -122,8 +127,15 @@ def _generate(
     """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
     pad_id = pad_token_id(tokenizer)
     input_ids, attention_mask = collate_prompts(prompt_ids, pad_id, model.device)
-    # What is set to do nothing may be otherwise in the model's own generation_config.
-    sampling: Row = {"do_sample": False, "repetition_penalty": 1.0}
+    # Whatever else the model's own generation_config asks for (min_p, beams, a time limit) is put
+    # back to what it would be without one.
+    neutral = GenerationConfig._get_default_generation_params()
+    sampling: Row = {
+        name: neutral.get(name)
+        for name in model.generation_config.to_diff_dict()
+        if not name.startswith("_") and name not in NOT_OF_SAMPLING
+    }
+    sampling |= {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     if on_all_ranks:

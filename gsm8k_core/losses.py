@@ -21,6 +21,9 @@ BoundMode = Literal["truncate", "mask"]
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
 LossMetadata = dict[str, torch.Tensor]
 
+# Nats, far outside any clip range.
+MAX_LOG_RATIO = 20.0
+
 # ---------------------------------------------------------------------------------- whole losses
 
 
@@ -100,17 +103,24 @@ def policy_ratio(
     - `sequence`: (π(y)/π_old(y))^(1/|y|), the same value at every token of a completion, with the
       gradient of the token's own log-prob (GSPO, Zheng et al. 2025, eq. 7 and 14: summed over the
       tokens, the gradient is that of eq. 7 times |y|).
+
+    At most exp(`MAX_LOG_RATIO`), where its gradient is 0.
     """
     log_ratio = _masked_difference(policy_log_probs, old_log_probs, mask)
     if level == "token":
-        return log_ratio.exp()
+        return _bounded_exp(log_ratio)
     if level == "sequence":
         lengths = mask.bool().sum(dim=-1, keepdim=True).clamp(min=1)
         of_sequence = (log_ratio.sum(dim=-1, keepdim=True) / lengths).detach()
         in_mask = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_ratio))
         # What is in brackets is exactly 0 and carries the gradient of the token's log-prob.
-        return (in_mask + (log_ratio - log_ratio.detach())).exp()
+        return _bounded_exp(in_mask + (log_ratio - log_ratio.detach()))
     raise ValueError(f"unknown ratio level '{level}': expected token, sequence")
+
+
+def _bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    """An infinity would make NaN of the gradient, even of a clipped objective, and of 0·A."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def ppo_clip_objective(
@@ -201,7 +211,8 @@ def aggregate(
     `normalizer` is `step_normalizer` of the whole step, so that the shares, and their gradients,
     add up to the same whatever the microbatch size and the number of ranks.
     - `sequence_mean`: mean over each completion, then over completions (GRPO, DeepSeekMath eq. 3);
-    - `token_mean`: mean over all tokens of the step (DAPO, eq. 8);
+    - `token_mean`: mean over all tokens of the step (DAPO, eq. 8, where it is over those of a
+      prompt, then over prompts; TRL and verl do as here);
     - `constant`: sum over tokens over a fixed length, mean over completions (Dr. GRPO, §3.2).
     A row without true entries in the mask adds nothing. Raises TrainingError if the normalizer is
     not above 0, which is a step with nothing to learn from.

@@ -47,8 +47,14 @@ def render_solution(solution: str, prompt: PromptSettings) -> str:
 
 
 def demonstration(problem: Problem, prompt: PromptSettings) -> str:
-    """What SFT imitates for this problem."""
-    return render_solution(problem.demonstration or problem.answer, prompt)
+    """What SFT imitates for this problem: what follows the prompt, its first space included."""
+    text = render_solution(problem.demonstration or problem.answer, prompt)
+    return text if text[:1].isspace() else _gap(prompt) + text  # a model's own has it
+
+
+def _gap(prompt: PromptSettings) -> str:
+    """A space before an answer in plain text, unless the template ends in one."""
+    return "" if prompt.chat or prompt.template[-1:].isspace() else " "
 
 
 @cache
@@ -94,8 +100,7 @@ def render_prompt(
     """
     if not prompt.chat:
         shown = shown_examples(prompt, examples)
-        # A space before an answer, unless the template ends in one, and an empty line after it.
-        gap = "" if prompt.template[-1:].isspace() else " "
+        gap = _gap(prompt)
         before = [f"{user_turn(one.question, prompt)}{gap}{one.answer}\n\n" for one in shown]
         return "".join([*before, user_turn(question, prompt)])
     if getattr(tokenizer, "chat_template", None) is None:

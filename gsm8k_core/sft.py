@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from gsm8k_core.errors import ConfigError
 from gsm8k_core.masking import masked_normalize
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.tokenization import collate_packed
+
+# Nats: more than rounding, less than what the least of the models that are known to mix them do.
+PACKING_TOLERANCE = 5e-6
 
 
 def sft_loss(
@@ -43,3 +49,25 @@ def sft_microbatch_train_step(
         "num_response_tokens": response_mask.bool().sum(),
     }
     return loss.detach(), metadata
+
+
+@torch.no_grad()
+def check_packing(model: torch.nn.Module) -> None:
+    """Raise ConfigError where an example of a packed row changes the scores of the next one.
+
+    transformers reads the borders of examples off their positions, but only for some kinds of
+    attention, and layers that keep a state run on over them. All ranks call it together.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found: list[torch.Tensor] = []
+    for first in ([3, 4, 5, 6, 7], [9, 8, 7, 6, 5]):
+        batch = collate_packed([[2], [2]], [first, [3, 5, 4, 6]], [[0, 1]], 0)
+        on_device = {name: values.to(device) for name, values in batch.items()}
+        found.append(score_responses(model, **on_device)["log_probs"][0, len(first) :])
+    model.train(was_training)
+    if not torch.allclose(found[0], found[1], rtol=0.0, atol=PACKING_TOLERANCE):
+        raise ConfigError(
+            f"packing: in {type(model).__name__} the examples of a row attend to one another; set "
+            "packing: false"
+        )

@@ -620,6 +620,10 @@ def main(argv: list[str] | None = None) -> int:
         advantages = compute_advantages(
             rewards, settings.group_size, settings.advantage, settings.advantage_epsilon
         )
+        if settings.dynamic_sampling:
+            # What fills empty places teaches nothing: its rewards may differ by penalties alone.
+            has_spread = torch.tensor([group.has_spread for group in groups], device=run.device)
+            advantages = advantages * has_spread.repeat_interleave(settings.group_size)
         updated = update_policy(run, rollouts, advantages)
         if reference is not None and settings.reference_refresh_steps:
             if step % settings.reference_refresh_steps == 0:

@@ -34,7 +34,7 @@ from gsm8k_core.files import iter_jsonl, seed_from
 from gsm8k_core.problems import checked_text, read_problems
 from gsm8k_core.prompts import demonstration, prompt_token_ids, render_prompt
 from gsm8k_core.scoring import score_responses
-from gsm8k_core.sft import sft_loss
+from gsm8k_core.sft import check_packing, sft_loss
 from gsm8k_core.tokenization import (
     Batch,
     checked_token_ids,
@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     examples = load_examples(
         args.data, run_settings, run.tokenizer, config.vocab_size, num_positions
     )
+    if settings.packing:
+        check_packing(run.model)
     steps_done, _ = run.resume()
     order = endless_order(
         len(examples), seed_from(run_settings.seed, run_settings.method, run_settings.round)

@@ -305,6 +305,10 @@ def test_a_missing_section_is_named() -> None:
         {"suites": {1: {"dataset": "gsm8k"}}},
         {"methods": {"grpo": {"learning_rate": float("nan")}}},
         {"methods": {"grpo": {"weight_decay": float("inf")}}},
+        {"methods": {"grpo": {"learning_rate": float("inf")}}},
+        {"methods": {"grpo": {"temperature": float("inf")}}},
+        {"methods": {"grpo": {"dual_clip": float("nan")}}},
+        {"methods": {"grpo": {"reward": {"answer": float("nan")}}}},
     ],
 )
 def test_values_of_the_wrong_shape_are_mistakes_and_not_crashes(overlay: dict[str, Any]) -> None:

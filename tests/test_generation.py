@@ -40,7 +40,7 @@ class ScriptedModel(torch.nn.Module):
         super().__init__()
         self.script, self.spread = torch.tensor(script), spread
         self.device = torch.device("cpu")
-        self.generation_config = SimpleNamespace(eos_token_id=[EOS])
+        self.generation_config = GenerationConfig(eos_token_id=[EOS])
         self.config = SimpleNamespace(max_position_embeddings=512)
         self.asked: dict[str, Any] = {}
 
@@ -226,8 +226,9 @@ def test_what_the_models_own_generation_config_holds_changes_no_completion() -> 
         plain, _ = log_generations(model, tokenizer, PROMPTS, None, None, 12, temperature)
         # as Qwen2.5's own, but for a stronger penalty
         model.generation_config.update(
-            do_sample=True, temperature=0.7, top_p=0.8, top_k=2, repetition_penalty=3.0
-        )
+            do_sample=True, temperature=0.7, top_p=0.8, top_k=2, repetition_penalty=3.0,
+            min_p=0.9, num_beams=2, max_time=0.0, return_dict_in_generate=True,
+        )  # fmt: skip
         torch.manual_seed(1)
         found, _ = log_generations(model, tokenizer, PROMPTS, None, None, 12, temperature)
         assert found == plain

@@ -12,12 +12,16 @@ import pytest
 import torch
 from scipy import stats
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    MambaConfig,
     Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
@@ -355,6 +359,10 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_says_by_how_much(engine: Hf
         ({"max_new_tokens": -1}, "max_new_tokens is -1: take 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"stop": ["\n", ""]}, "a stop text is empty, .*: leave it out"),
+        ({"seeds": [1, -1]}, "a seed is -1: take an integer, 0 or above"),
+        ({"seeds": [None]}, "a seed is None"),
+        ({"seeds": [True]}, "a seed is True"),
+        ({"seeds": [1.5]}, "a seed is 1.5"),
     ],
 )
 def test_settings_of_a_request_that_make_no_sense_are_refused(
@@ -362,6 +370,23 @@ def test_settings_of_a_request_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         engine.generate([greedy([5]), replace(greedy([5]), **changes)])
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (MambaConfig, {}),
+        (RecurrentGemmaConfig, {}),
+        (Lfm2Config, {"layer_types": ["full_attention", "conv", "conv"]}),
+    ],
+)
+def test_a_model_whose_layers_keep_a_state_is_refused(
+    tokenizer: Any, config: type, changes: dict[str, Any]
+) -> None:
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3}
+    model = AutoModelForCausalLM.from_config(config(**sizes, eos_token_id=0, **changes))
+    with pytest.raises(ModelError, match="layers of this one keep a state; set engine: vllm"):
+        HfEngine(model, tokenizer)
 
 
 # The model around it

@@ -263,6 +263,21 @@ def test_cispo_bounds_the_weight_and_leaves_every_token_its_gradient() -> None:
     assert policy.grad.tolist() == [pytest.approx([2.56, 1.6, 2.2])]
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_ratio_beyond_all_numbers_is_bounded_and_no_nan(
+    advantage: float, dual_clip: float | None, level: Level
+) -> None:
+    log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ratio = policy_ratio(log_probs, torch.tensor([[-101.0, -101.0]]), mask, level)
+    objective = ppo_clip_objective(ratio, torch.tensor([[advantage]]), 0.2, 0.2, dual_clip)
+    objective.sum().backward()
+    assert bool(objective.isfinite().all())
+    assert log_probs.grad is not None and bool(log_probs.grad.isfinite().all())
+
+
 def test_reinforce_weights_the_log_prob_with_the_advantage() -> None:
     objective = reinforce_objective(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-3.0]]))
     assert objective.tolist() == [[3.0, 6.0]]

@@ -184,6 +184,17 @@ def test_sft_imitates_the_demonstration_where_there_is_one() -> None:
     assert demonstration(misled, PromptSettings()) == "#### 2"
 
 
+def test_what_sft_imitates_stands_behind_the_prompt_as_a_worked_example_does() -> None:
+    prompt = PromptSettings(template="Q: {question}\nA:")
+    problem = Problem("a", "2 + 2?", "4\n#### 4", "4")
+    shown = PromptSettings(template="Q: {question}\nA:", examples="of_problem")
+    example = WorkedExample(problem.question, problem.answer)
+    behind = render_prompt("3?", shown, None, [example])
+    assert behind.startswith("Q: 2 + 2?\nA:" + demonstration(problem, prompt) + "\n\n")
+    sampled = Problem("a", "2 + 2?", "#### 4", "4", demonstration=" 4\n#### 4")
+    assert demonstration(sampled, prompt) == " 4\n#### 4"  # a model's own has its space
+
+
 def test_a_solution_without_an_answer_to_box_is_refused() -> None:
     prompt = PromptSettings(answer_marker="boxed")
     with pytest.raises(DataError, match=r"'6 \+ 7 = 13. So she has 13.' does not end in '#### '"):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from small_models import SIZES
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from gsm8k_core.errors import ConfigError
 from gsm8k_core.scoring import score_responses
-from gsm8k_core.sft import sft_loss, sft_microbatch_train_step
+from gsm8k_core.sft import check_packing, sft_loss, sft_microbatch_train_step
 from gsm8k_core.tokenization import collate
 
 LOG_PROBS = [[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]]
@@ -85,3 +96,25 @@ def test_the_gradient_does_not_depend_on_the_microbatch_size(
         return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
 
     torch.testing.assert_close(gradient(microbatch), gradient(4), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Gemma3TextConfig])
+def test_packing_is_for_models_that_keep_the_examples_of_a_row_apart(config: type) -> None:
+    model = AutoModelForCausalLM.from_config(config(**SIZES)).train()
+    check_packing(model)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (OPTConfig, {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+        (Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_packing_is_refused_where_examples_of_a_row_attend_to_one_another(
+    config: type, changes: dict[str, Any]
+) -> None:
+    model = AutoModelForCausalLM.from_config(config(**{**SIZES, **changes}))
+    with pytest.raises(ConfigError, match="packing: in .* attend to one another; set packing: f"):
+        check_packing(model)

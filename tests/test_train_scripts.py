@@ -514,6 +514,8 @@ def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
         assert row["reward_std"] > 0.0
         assert row["fraction_equal_reward_groups"] == 1.0
         assert row["num_prompts_sampled"] == 3 * 8
+        # Nor does it teach, where groups of equal answers fill the places.
+        assert row["num_updates_without_gradient"] == 1 and row["grad_norm"] == 0.0
 
 
 def test_what_dynamic_sampling_leaves_out_counts_as_sampled_but_not_as_trained_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -91,9 +92,13 @@ class Engine(Protocol):
 def check_requests(requests: list[Request], max_length: int | None) -> None:
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
-    Raises ValueError for a temperature below 0 or not finite, no new tokens and an empty stop text.
+    Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text and
+    a seed that is no integer from 0 on.
     """
     for request in requests:
+        for seed in request.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+                raise ValueError(f"a seed is {seed!r}: take an integer, 0 or above")
         if not 0.0 <= request.temperature < math.inf:
             raise ValueError(
                 f"temperature is {request.temperature}: take 0 (greedy) or a number above 0"

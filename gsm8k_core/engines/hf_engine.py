@@ -32,6 +32,7 @@ from gsm8k_core.engines.base import (
     completion_text,
     in_order,
 )
+from gsm8k_core.errors import ModelError
 from gsm8k_core.models import is_plain_decoder, load_plain_weights, stop_token_ids
 from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
 
@@ -164,6 +165,21 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
+def _check_cache(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model that keeps more than a cache of keys and values between tokens.
+
+    Such a state does not follow where rows of the batch are chosen.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if getattr(model, "_is_stateful", False) or not all(
+        hasattr(layer, "batch_select_indices") for layer in layers
+    ):
+        raise ModelError(
+            f"{type(model).__name__}: the transformers engine samples from models with attention "
+            "alone, and layers of this one keep a state; set engine: vllm (models.<name>.engine)"
+        )
+
+
 def _has_two_parts(cache: DynamicCache) -> bool:
     """Whether its layers are `TwoPartLayer`s: all of them are, or none is."""
     return bool(cache.layers) and isinstance(cache.layers[0], TwoPartLayer)
@@ -185,6 +201,7 @@ class HfEngine:
         batch_size: int = 64,
         forward_context: Callable[[], Any] | None = None,
     ) -> None:
+        _check_cache(model)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
