@@ -218,11 +218,12 @@ def collection_settings(wildcards, resources):
     return dump(CONFIG.collection_settings(wildcards.traces))
 
 
-# A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
+# A retry asks for more memory, up to three times as much: a run of many jobs, each stopped by its time,
+# would else ask for more than any node has. It needs no more time: it goes on where it was stopped.
 
 
 def model_memory(wildcards, attempt):
-    return CONFIG.models[wildcards.model].mem_mb * attempt
+    return CONFIG.models[wildcards.model].mem_mb * min(attempt, 3)
 
 
 def training_minutes(wildcards):
