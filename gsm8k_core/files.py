@@ -55,11 +55,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder at once: of one that is killed meanwhile, nothing stays under the name.
 
-    What does stay goes with `remove_leftovers`.
+    What does stay goes with `remove_leftovers`. A file that cannot be removed costs disk, not the
+    job: on a network file system one that is open somewhere keeps its folder.
     """
     with _holder_beside(path) as holder:
         path.rename(holder / path.name)
-        shutil.rmtree(holder / path.name)
+        shutil.rmtree(holder / path.name, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -316,6 +316,21 @@ def test_a_seed_fits_in_63_bits_and_repeats(parts: list[int | str]) -> None:
     assert seed_from(*parts) == seed_from(*parts)
 
 
+def test_a_folder_that_a_file_cannot_leave_is_gone_from_its_name_and_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+
+    def not_empty(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    remove_folder(folder)
+    assert not folder.exists()
+
+
 def test_a_folder_whose_removal_is_killed_is_gone_and_its_rest_goes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
