@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from gsm8k_core.config import Config
+from gsm8k_core.config import Config, parse_config
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import (
     Json,
@@ -43,6 +43,7 @@ from gsm8k_core.files import (
     write_json,
     write_text,
 )
+from gsm8k_core.layout import RUNS
 from gsm8k_core.redaction import is_secret_name, redact, redact_assignments
 
 log = logging.getLogger(__name__)
@@ -256,6 +257,13 @@ def invocation_name() -> str | None:
     """The call that this process works for, as $GSM8K_INVOCATION has it; None by hand."""
     name = os.environ.get(INVOCATION_VARIABLE, "")
     return name if INVOCATION_NAME.fullmatch(name) else None
+
+
+def invocation_config() -> Config | None:
+    """The settings of the call of snakemake that this process works for; None by hand."""
+    name = invocation_name()
+    manifest = read_record(Path(RUNS, name, "run_manifest.json")) if name else {}
+    return parse_config(manifest["config"]) if manifest.get("study") else None
 
 
 def provenance() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.data import content_digest
-from gsm8k_core.files import read_json, read_jsonl, write_jsonl
+from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
@@ -289,6 +289,31 @@ def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None
     assert jobs["train_sft"] == jobs["train_dpo"] == jobs["train_grpo"] == 1
     assert jobs["train_round"] == 2
     assert jobs["generate"] == 4  # not the base model
+
+
+def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_other_settings(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As a job leaves it that goes on when its snakemake, on another node, has been killed."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished, workspace, symlinks=True)
+    sft = f"{CELLS}/sft/seed0/settings.json"
+    stats = f"{CELLS}/sft/seed0/completions/debug.stats.json"
+    made, sampled = read_json(workspace / sft), read_json(workspace / stats)
+    made["method_settings"]["learning_rate"] = 0.5
+    sampled["settings"]["suite_settings"]["max_new_tokens"] = 99
+    write_json(workspace / sft, made)
+    write_json(workspace / stats, sampled)
+    refused = snakemake(workspace)
+    assert refused.returncode == 1
+    asks = "the study asks for"
+    assert f"{sft}: method_settings.learning_rate is 0.5, {asks} 0.006\n" in refused.stdout
+    assert f"{stats}: suite_settings.max_new_tokens is 99, {asks} " in refused.stdout
+    remedy = ["--forcerun", sft, stats]
+    assert " ".join(remedy) in refused.stdout
+    again = snakemake(workspace, *remedy)
+    assert again.returncode == 0, again.stdout
+    assert planned_jobs(workspace) == {}
 
 
 def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
