@@ -21,13 +21,17 @@ from gsm8k_core.manifest import (
     Invocation,
     code_digest,
     gpus as gpus_here,
+    invocation_config,
 )
 from gsm8k_core.records import SUMS, invocation_facts, record_study
 from gsm8k_core.rewards import missing_reward, reward_code
 from gsm8k_core.tracking import TRACKING_VARIABLE
 
+# A job on a cluster reads this file too, maybe days after it was submitted: it has the settings of its
+# call, whatever the files say by then.
 try:
-    CONFIG = parse_config(config)
+    of_call = None if workflow.is_main_process else invocation_config()
+    CONFIG = of_call or parse_config(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -51,7 +55,7 @@ RUN = LAYOUT.run("{model}", "{method}", "{seed}")
 ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
 
-# Jobs on a cluster read this file too, and need not say it again.
+# Jobs on a cluster need not say it again.
 if workflow.is_main_process:
     SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
     if doubt := doubts(CONFIG, SHIPPED):

@@ -18,8 +18,10 @@ from flips import files_of, unnoticed_flips
 from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
+from gsm8k_core.config import load_config
 from gsm8k_core.data import content_digest
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.manifest import Invocation
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
@@ -314,6 +316,21 @@ def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_oth
     again = snakemake(workspace, *remedy)
     assert again.returncode == 0, again.stdout
     assert planned_jobs(workspace) == {}
+
+
+def test_a_job_of_a_call_has_the_settings_that_the_call_began_with(workspace: Path) -> None:
+    overlays = [ROOT / "studies" / "debug.yaml", workspace / "small.yaml"]
+    config = load_config(ROOT / "config.yaml", overlays)
+    name = Invocation(workspace / "artifacts" / "runs").start(config)
+    edited = overlay(workspace, "edited.yaml", {"methods": {"sft": {"learning_rate": 0.5}}})
+    training = (f"{CELLS}/sft/seed0/model", "--forceall", "-n", "-p")
+    for mode, rate in (("remote", 0.006), ("default", 0.5)):
+        shown = snakemake(
+            workspace, *training, "--mode", mode,
+            overlays=(*SMALL_STUDY, edited), GSM8K_INVOCATION=name,
+        )  # fmt: skip
+        (command,) = [line for line in shown.stdout.splitlines() if "train_sft.py" in line]
+        assert f'"learning_rate": {rate},' in command
 
 
 def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
