@@ -266,6 +266,12 @@ def every_round(name):
     ]
 
 
+def number_of_rounds(wildcards, resources):
+    """Out of what Snakemake compares: it sees by the inputs when there are more or fewer."""
+    del resources
+    return CONFIG.methods[wildcards.method].rounds
+
+
 def last_round(name):
     """An input function: `name` of the last round."""
     return lambda wildcards: every_round(name)(wildcards)[-1]

@@ -285,6 +285,14 @@ def test_an_edit_of_a_custom_reward_trains_again_what_uses_it_and_nothing_else(
     assert planned_jobs(finished, *targets, overlays=overlays) == {"train_grpo": 1, "total": 1}
 
 
+def test_one_more_round_of_expert_iteration_trains_none_of_those_before(finished: Path) -> None:
+    changed = overlay(finished, "rounds.yaml", {"methods": {"expert_iteration": {"rounds": 3}}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, changed)) == {
+        "generate_round": 1, "select_completions": 1, "train_round": 1, "finish_rounds": 1,
+        "generate": 1, "grade": 1, "compare": 1, "plot": 1, "report": 1, "all": 1, "total": 10,
+    }  # fmt: skip
+
+
 def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None:
     changed = overlay(finished, "sft.yaml", {"methods": {"sft": {"learning_rate": 2e-4}}})
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, changed))
