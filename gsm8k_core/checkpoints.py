@@ -142,7 +142,11 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 class _Parts:
-    """The files of all ranks of one kind, read as if they were one."""
+    """The files of all ranks of one kind, read as if they were one.
+
+    What it gives are copies: safetensors' own tensors are views of the mapped file, and a network
+    file system cannot remove the folder of a file that is still mapped.
+    """
 
     def __init__(self, files: list[Any]) -> None:
         self.files = files
@@ -165,11 +169,11 @@ class _Parts:
             low, high = (min(max(end - first, 0), num_rows) for end in (start, stop))
             pieces.append(part[low:high])
             first += num_rows
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return torch.cat(pieces)
 
     def whole(self, name: str) -> torch.Tensor:
         parts = self._tensors(name)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
     def _slices(self, name: str) -> list[Any]:
         return [file.get_slice(name) for file in self._holding(name)]

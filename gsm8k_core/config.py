@@ -1104,10 +1104,13 @@ class RunSettings(Settings):
 
     def without_resources(self) -> RunSettings:
         """What decides the run's result: with the defaults of all else."""
+        keys: tuple[str, ...] = METHOD_RESOURCES
+        if self.round and isinstance(self.method_settings, ExpertIterationMethod):
+            keys = (*keys, "rounds")  # a round is the same however many come after it
         return self.model_copy(
             update={
                 "model_settings": self.model_settings.without_resources(),
-                "method_settings": with_defaults(self.method_settings, METHOD_RESOURCES),
+                "method_settings": with_defaults(self.method_settings, keys),
             }
         )
 

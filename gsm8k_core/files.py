@@ -22,14 +22,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gsm8k_core.errors import BusyError, DataError
+from gsm8k_core.errors import BusyError, DataError, Gsm8kError
 
 Json = dict[str, Any]
 Value = TypeVar("Value")
 # What is read of a model's folder, at its top: safe weights, settings, tokenizer; nothing pickled.
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model"]
 WRITER = ".writer"
-"""In the temporary folder of `atomic_path`: a file that is locked as long as its writer lives."""
+"""In the temporary folder of `atomic_path`: names its writer's host; locked while that lives."""
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextlib.contextmanager
@@ -55,11 +57,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder at once: of one that is killed meanwhile, nothing stays under the name.
 
-    What does stay goes with `remove_leftovers`.
+    What does stay goes with `remove_leftovers`. A file that cannot be removed costs disk, not the
+    job: on a network file system one that is open somewhere keeps its folder.
     """
     with _holder_beside(path) as holder:
         path.rename(holder / path.name)
-        shutil.rmtree(holder / path.name)
+        shutil.rmtree(holder / path.name, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -78,6 +81,7 @@ def _mark_as_alive(holder: Path) -> int:
     """Lock WRITER in `holder` until the returned descriptor is closed, or this process ends."""
     unlocked = holder / f"{WRITER}.new"
     descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    os.write(descriptor, platform.node().encode())
     # On a file system without locks there is no WRITER, and nothing passes for a leftover.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,11 +90,17 @@ def _mark_as_alive(holder: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write into `folder` (`atomic_path`)."""
+    """Remove what processes of this host that were killed had begun to write (`atomic_path`).
+
+    Some file systems keep such locks to one host (NFS and Lustre, as mounted), where a living
+    writer on another one would pass for a dead one.
+    """
     for mark in folder.glob(f".*/{WRITER}"):
         with contextlib.suppress(OSError):  # its writer is alive, or has just ended
             descriptor = os.open(mark, os.O_RDWR | os.O_CLOEXEC)
             try:
+                if os.read(descriptor, 1000) != platform.node().encode():
+                    continue
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             finally:
                 os.close(descriptor)
@@ -254,7 +264,8 @@ def lock(path: Path, what: str) -> int:
     """Keep other processes from writing `what` until `unlock`, or the end of this one.
 
     `path` is the lock file; it holds who has it, and stays where the process is killed. Raises
-    BusyError that says who. Returns what `unlock` wants.
+    BusyError that says who, or Gsm8kError on a file system without locks. Returns what `unlock`
+    wants.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -264,6 +275,11 @@ def lock(path: Path, what: str) -> int:
         except OSError as error:
             holder = os.read(descriptor, 1000).decode("utf-8", errors="replace").strip()
             os.close(descriptor)
+            if error.errno in NO_LOCKS:
+                raise Gsm8kError(
+                    f"{path}: the file system gives no locks ({error.strerror}); mount it with "
+                    "them (Lustre: -o flock; NFS: with lockd), or put the clone on another one"
+                ) from None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise BusyError(

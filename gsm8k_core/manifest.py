@@ -31,17 +31,19 @@ from typing import Any
 
 import psutil
 
-from gsm8k_core.config import Config
+from gsm8k_core.config import Config, parse_config
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import (
     Json,
     atomic_path,
     read_json,
+    read_record,
     sha256_file,
     sha256_json,
     write_json,
     write_text,
 )
+from gsm8k_core.layout import RUNS
 from gsm8k_core.redaction import is_secret_name, redact, redact_assignments
 
 log = logging.getLogger(__name__)
@@ -257,6 +259,13 @@ def invocation_name() -> str | None:
     return name if INVOCATION_NAME.fullmatch(name) else None
 
 
+def invocation_config() -> Config | None:
+    """The settings of the call of snakemake that this process works for; None by hand."""
+    name = invocation_name()
+    manifest = read_record(Path(RUNS, name, "run_manifest.json")) if name else {}
+    return parse_config(manifest["config"]) if manifest.get("study") else None
+
+
 def provenance() -> dict[str, Any]:
     """What stands in every stage's own record: call, code, packages, machine, GPUs, time."""
     return {"written": utc_now(), **_call_facts(TRACKED_PACKAGES), "gpus": list(gpus())}
@@ -444,7 +453,7 @@ class Invocation:
 
         `evaluation` holds the settings of an `eval`, which belongs to no study.
         """
-        killed = close_dead_runs(self.runs_dir)
+        close_dead_runs(self.runs_dir)
         git = git_state()
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         name = f"{stamp}_{(git['commit'] or 'nogit')[:8]}"
@@ -469,10 +478,8 @@ class Invocation:
         }
         lock = self.folder / "locks" / "requirements.lock.txt"
         write_text(lock, "\n".join(installed_packages()) + "\n")
-        self.since_ns = min(
-            [_began_ns(self.folder)]
-            + [_began_ns(path) for path, of_study in killed if of_study == study]
-        )
+        unrecorded = _unrecorded(self.runs_dir, study) if study is not None else []
+        self.since_ns = min(_began_ns(folder) for folder in [self.folder, *unrecorded])
         if (ROOT / "uv.lock").exists():
             write_text(
                 self.folder / "locks" / "uv.lock", (ROOT / "uv.lock").read_text(encoding="utf-8")
@@ -515,16 +522,28 @@ def _program(path: str) -> str:
     return Path(path).parent.name if Path(path).name == "__main__.py" else Path(path).name
 
 
-def close_dead_runs(runs_dir: Path) -> list[tuple[Path, str | None]]:
-    """Write `killed` into manifests whose process is gone; returns their folders and studies."""
-    closed = []
+def close_dead_runs(runs_dir: Path) -> None:
+    """Write `killed` into manifests whose process is gone."""
     for path in sorted(runs_dir.glob("*/run_manifest.json")):
         if _is_dead(path):
             manifest = read_json(path)  # once more: what it wrote last, it wrote before it ended
             if manifest["state"] == "running":
                 write_json(path, {**manifest, "state": "killed"})
-                closed.append((path.parent, manifest["study"]))
-    return closed
+
+
+def _unrecorded(runs_dir: Path, study: str) -> list[Path]:
+    """Folders of the study's calls since the last that came to its end and renewed its hashes.
+
+    What these wrote is the study's own: they were killed, here or on another host.
+    """
+    folders = []
+    for path in sorted(runs_dir.glob("*/run_manifest.json"), reverse=True):
+        manifest = read_record(path)
+        if manifest.get("study") == study:
+            if manifest["state"] in ("succeeded", "failed"):
+                break
+            folders.append(path.parent)
+    return folders
 
 
 def _is_dead(path: Path) -> bool:

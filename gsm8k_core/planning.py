@@ -1,9 +1,10 @@
 """What a study will cost, before anything runs: jobs, files, bytes and seconds.
 
 Seconds are measured where a finished run of the same model and method (or suite) left its records
-below artifacts/experiments, in whatever study, and are scaled by steps or completions. Else they
-are arithmetic: 6·N FLOPs for each token that is trained on and 2·N for each that is read or sampled
-(Kaplan et al. 2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation.
+below artifacts/experiments, in whatever study, and are scaled by steps or completions, and to the
+GPUs that a job would have, as if twice as many took half the time. Else they are arithmetic: 6·N
+FLOPs for each token that is trained on and 2·N for each that is read or sampled (Kaplan et al.
+2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation.
 Where N is not known nor is the time: it is None, never a guess.
 """
 
@@ -27,6 +28,7 @@ from gsm8k_core.config import (
 )
 from gsm8k_core.files import Json, read_record
 from gsm8k_core.layout import ARTIFACTS, Layout
+from gsm8k_core.records import num_gpus
 
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
 # A model is config.json, generation_config.json, tokenizer (2), weights and Snakemake's time stamp.
@@ -214,7 +216,13 @@ def _training_seconds(
     rounds = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
     num_steps = settings.num_steps * rounds
     if measured := records.training.get((model, method)):
-        scaled = [one["seconds_training"] * num_steps / one["num_steps"] for one in measured]
+        gpus = config.models[model].gpus
+        scaled = [
+            one["seconds_training"]
+            * (num_steps / one["num_steps"])
+            * (max(1, one.get("num_ranks", gpus)) / max(1, gpus))
+            for one in measured
+        ]
         return statistics.median(scaled), f"measured, {len(measured)} runs"
     size = parameters_of(config, model, assumptions)
     if size is None:
@@ -245,10 +253,13 @@ def _generation_seconds(
     config: Config, records: Records, assumptions: Assumptions, model: str, suite: str
 ) -> tuple[float | None, str]:
     _, completions = suite_size(config, config.suites[suite])
+    gpus = config.models[model].gpus_generating
     if measured := records.generating.get((model, suite)):
         seconds = [
             one["seconds_loading"]
-            + one["seconds_generating"] * completions / one["num_completions"]
+            + one["seconds_generating"]
+            * (completions / one["num_completions"])
+            * (max(1, gpus if (held := num_gpus(one)) is None else held) / max(1, gpus))
             for one in measured
         ]
         return statistics.median(seconds), f"measured, {len(measured)} runs"
@@ -256,7 +267,6 @@ def _generation_seconds(
     if size is None:
         return None, "parameters unknown"
     length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
-    gpus = config.models[model].gpus_generating
     return _sampling_seconds(size, completions * length, gpus, assumptions), "arithmetic"
 
 
@@ -278,10 +288,11 @@ def _flops(gpus: int, assumptions: Assumptions) -> float:
 
 
 def disk_use(
-    config: Config, assumptions: Assumptions, num_parallel: int
+    config: Config, assumptions: Assumptions, gpus: int, cpu_jobs: int
 ) -> dict[str, float | None]:
-    """Bytes by what they are; None: not known. `num_parallel` runs hold checkpoints at once.
+    """Bytes by what they are; None: not known.
 
+    Of a model, as many runs hold checkpoints at once as `gpus` allow, or `cpu_jobs` without one.
     `most at once` adds up what lies on the disk together; checkpoints that newer ones replace, and
     weights that are dropped, are written besides.
     """
@@ -306,6 +317,11 @@ def disk_use(
             # The rows that are selected of them are written once more, without their tokens.
             sampled += 1.5 * seeds * rows * (BYTES_OF_COMPLETION + BYTES_OF_TOKEN * length)
     all_known = len(known) == len(sizes)
+    of_job = [config.models[model].gpus for model in config.study.models]
+    at_once = [
+        (size or 0) * (max(1, gpus // each) if each else cpu_jobs)
+        for size, each in zip(sizes, of_job, strict=True)
+    ]
     weights = sum(known) * BYTES_PER_PARAMETER
     keep = config.study.keep_models
     evaluations = sum(len(config.seeds_of(method)) for method in config.study.methods)
@@ -322,7 +338,7 @@ def disk_use(
         "starting weights": weights if all_known else None,
         "trained weights kept": weights * kept if all_known else (0.0 if keep == "none" else None),
         "checkpoints while running": (
-            max(known) * STATE_BYTES_PER_PARAMETER * state * num_parallel if all_known else None
+            max(at_once) * STATE_BYTES_PER_PARAMETER * state if all_known else None
         ),
         "completions": models * completions,
         "completions trained on": models * sampled,

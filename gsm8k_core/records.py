@@ -24,9 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gsm8k_core.config import BaseMethod, SftMethod
+from gsm8k_core.config import (
+    BaseMethod,
+    DpoMethod,
+    EvaluationSettings,
+    ExpertIterationMethod,
+    RunSettings,
+    Settings,
+    SftMethod,
+    checked,
+)
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_record, sha256_file, write_json, write_text
+from gsm8k_core.files import Json, read_json, read_record, sha256_file, write_json, write_text
 from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
 
 log = logging.getLogger(__name__)
@@ -264,6 +273,84 @@ def _gpu_seconds(record: Json) -> float:
     training = record.get("seconds_training", 0.0) - record.get("seconds_sampling", 0.0)
     generating = record.get("seconds_loading", 0.0) + record.get("seconds_generating", 0.0)
     return (num_gpus(record) or 0) * (training + generating)
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+def check_settings(layout: Layout) -> None:
+    """Raise DataError where a run or its completions were made with other settings than asked for.
+
+    Snakemake makes such again, by its own record of how they were made. It has none of what a job
+    finished on a cluster after its snakemake had been killed, and takes that as it is.
+    """
+    found: dict[str, list[str]] = {}
+    for path, made, asked in _made_and_asked(layout):
+        if other := _differing(made.without_resources(), asked.without_resources()):
+            found[path] = other
+    if found:
+        lines = [f"  {path}: {other}" for path, others in found.items() for other in others]
+        lines = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
+        raise DataError(
+            "made with other settings than the study asks for:\n"
+            + "\n".join(lines)
+            + f"\nTo make them again, add to the command: --forcerun {' '.join(found)}"
+        )
+
+
+def _made_and_asked(
+    layout: Layout,
+) -> Iterator[tuple[str, RunSettings | EvaluationSettings, RunSettings | EvaluationSettings]]:
+    """A file that tells how something of the study was made, what it tells, and what is asked."""
+    config = layout.config
+    for model in config.study.models:
+        for method in config.stages():
+            settings = config.methods[method]
+            for seed in config.seeds_of(method):
+                run = layout.run(model, method, seed)
+                rounds = 1 if isinstance(settings, DpoMethod) else 0
+                if isinstance(settings, ExpertIterationMethod):
+                    rounds = settings.rounds
+                    trained = [(number, f"{run}/round{number}") for number in range(1, rounds + 1)]
+                else:
+                    trained = [] if isinstance(settings, BaseMethod) else [(0, run)]
+                for number, folder in trained:
+                    path = f"{folder}/settings.json"
+                    if Path(path).exists():
+                        made = checked(read_json(Path(path)), RunSettings, path)
+                        yield path, made, config.run_settings(model, method, seed, number)
+                sampled = {
+                    f"{run}/round{number}/completions.stats.json": config.round_generation_settings(
+                        model, method, seed, number
+                    )
+                    for number in range(1, rounds + 1)
+                }
+                if method in config.study.methods:
+                    for suite in config.study.suites:
+                        path = f"{run}/completions/{suite}.stats.json"
+                        sampled[path] = config.evaluation_settings(model, method, seed, suite)
+                for path, asked in sampled.items():
+                    if (told := read_record(Path(path)).get("settings")) is not None:
+                        yield path, checked(told, EvaluationSettings, path), asked
+
+
+def _differing(made: Settings, asked: Settings) -> list[str]:
+    """Each key that differs, with both values."""
+    was, is_now = (_flat(one.model_dump(mode="json", by_alias=True)) for one in (made, asked))
+    return [
+        f"{key} is {was.get(key)!r}, the study asks for {is_now.get(key)!r}"
+        for key in sorted(was.keys() | is_now.keys())
+        if was.get(key) != is_now.get(key)
+    ]
+
+
+def _flat(settings: Json, above: str = "") -> Json:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: Json = {}
+    for key, value in settings.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 # ------------------------------------------------------------------------------------------- sums

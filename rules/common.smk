@@ -21,13 +21,17 @@ from gsm8k_core.manifest import (
     Invocation,
     code_digest,
     gpus as gpus_here,
+    invocation_config,
 )
 from gsm8k_core.records import SUMS, invocation_facts, record_study
 from gsm8k_core.rewards import missing_reward, reward_code
 from gsm8k_core.tracking import TRACKING_VARIABLE
 
+# A job on a cluster reads this file too, maybe days after it was submitted: it has the settings of its
+# call, whatever the files say by then.
 try:
-    CONFIG = parse_config(config)
+    of_call = None if workflow.is_main_process else invocation_config()
+    CONFIG = of_call or parse_config(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -51,7 +55,7 @@ RUN = LAYOUT.run("{model}", "{method}", "{seed}")
 ROUND = f"{RUN}/round{{round}}"
 RESULTS = LAYOUT.results
 
-# Jobs on a cluster read this file too, and need not say it again.
+# Jobs on a cluster need not say it again.
 if workflow.is_main_process:
     SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
     if doubt := doubts(CONFIG, SHIPPED):
@@ -218,11 +222,12 @@ def collection_settings(wildcards, resources):
     return dump(CONFIG.collection_settings(wildcards.traces))
 
 
-# A retry asks for more memory. It needs no more time: it goes on where the last attempt was stopped.
+# A retry asks for more memory, up to three times as much: a run of many jobs, each stopped by its time,
+# would else ask for more than any node has. It needs no more time: it goes on where it was stopped.
 
 
 def model_memory(wildcards, attempt):
-    return CONFIG.models[wildcards.model].mem_mb * attempt
+    return CONFIG.models[wildcards.model].mem_mb * min(attempt, 3)
 
 
 def training_minutes(wildcards):
@@ -259,6 +264,12 @@ def every_round(name):
         f"{LAYOUT.run(wildcards.model, wildcards.method, wildcards.seed)}/round{number}/{name}"
         for number in range(1, CONFIG.methods[wildcards.method].rounds + 1)
     ]
+
+
+def number_of_rounds(wildcards, resources):
+    """Out of what Snakemake compares: it sees by the inputs when there are more or fewer."""
+    del resources
+    return CONFIG.methods[wildcards.method].rounds
 
 
 def last_round(name):

@@ -166,9 +166,11 @@ rule finish_rounds:
         method=methods_of_kind("expert_iteration"),
     localrule: True
     params:
+        rounds=number_of_rounds,
         code=CODE,
     shell:
-        "python scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) 2> {log:q}"
+        "python scripts/finish_rounds.py --run-dir $(dirname {output.model:q}) "
+        "--rounds {params.rounds} 2> {log:q}"
 
 
 rule select_pairs:

@@ -5,7 +5,8 @@ comparison.parquet (full precision), comparison.md and comparison.html (rounded,
 pass_at_k.csv. Intervals and p-values take both seeds and problems as random, and differences to the
 parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows are flagged if
 their settings, engine, code or environment differ from what they are compared with. Runs that
-graded different problems are refused. Where W&B is on, it gets the table too. --manifest writes a
+graded different problems are refused. Within a call of snakemake, so are runs that were made with
+other settings than its config asks for. Where W&B is on, it gets the table too. --manifest writes a
 record of this call: command line, commit, versions, hashes.
 
     python scripts/compare.py \\
@@ -22,7 +23,9 @@ from pathlib import Path
 
 from gsm8k_core.cli import leave, run_script, study_parser
 from gsm8k_core.config import Comparison, settings_from
-from gsm8k_core.manifest import CallRecord
+from gsm8k_core.layout import Layout
+from gsm8k_core.manifest import CallRecord, invocation_config
+from gsm8k_core.records import check_settings
 from gsm8k_core.tables import build_comparison, write_comparison
 from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
 
@@ -39,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
     record = CallRecord("compare.py", argv)
     study: Comparison = settings_from(args.study, Comparison, "--study")
+    if (asked := invocation_config()) is not None:
+        check_settings(Layout(asked))
     frame, curves = build_comparison(study, args.study_dir)
     write_comparison(frame, curves, args.output_dir)
     if args.manifest is not None:

@@ -1,6 +1,7 @@
 """Make a run of expert iteration look like any other: its last model, and all rounds' records.
 
-python scripts/finish_rounds.py --run-dir artifacts/experiments/default/tiny-qwen2/rft/seed0
+python scripts/finish_rounds.py --rounds 1 \\
+        --run-dir artifacts/experiments/default/tiny-qwen2/rft/seed0
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gsm8k_core.cli import leave, parser, run_script
+from gsm8k_core.cli import leave, parser, positive, run_script
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -40,11 +41,10 @@ def steps_of(rounds: list[Path]) -> Iterator[Json]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--run-dir", type=Path, required=True, help="folder with round1, …")
+    # To be said: folders of a study that once had more rounds may still be there.
+    arguments.add_argument("--rounds", type=positive, required=True, help="how many of them count")
     args = arguments.parse_args(argv)
-    # The settings say how many: folders of a study that once had more rounds may still be there.
-    settings = read_json(args.run_dir / "round1" / "settings.json")
-    num_rounds = settings["method_settings"]["rounds"]
-    rounds = [args.run_dir / f"round{number}" for number in range(1, num_rounds + 1)]
+    rounds = [args.run_dir / f"round{number}" for number in range(1, args.rounds + 1)]
 
     summaries = [read_json(folder / "train" / "summary.json") for folder in rounds]
     sampled = [read_json(folder / "completions.stats.json") for folder in rounds]
@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     write_jsonl(args.run_dir / "train" / "metrics.jsonl", steps_of(rounds))
     write_json(args.run_dir / "train" / "summary.json", summary)
-    write_json(args.run_dir / "settings.json", read_json(rounds[-1] / "settings.json"))
+    settings = read_json(rounds[-1] / "settings.json")
+    settings["method_settings"]["rounds"] = args.rounds  # no single round depends on it
+    write_json(args.run_dir / "settings.json", settings)
     with atomic_path(args.run_dir / "model") as temporary:
         shutil.copytree(
             rounds[-1] / "model",

@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     given["parameters"] = read_parameters(args.parameters, config.models)
     assumptions = Assumptions(**given)
     work = work_of(config, Records.read(), assumptions)
-    num_parallel = max(args.gpus, args.cpu_jobs)
     jobs = jobs_by_rule(config)
     total = sum(jobs.values())
     trained = [item for item in work if item.suite is None]
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         "planning_seconds": {"estimate": round(SECONDS_OF_START + SECONDS_PER_JOB * total, 1)},
         "files": num_files(config),
         "keep_models": config.study.keep_models,
-        "bytes": disk_use(config, assumptions, num_parallel),
+        "bytes": disk_use(config, assumptions, args.gpus, args.cpu_jobs),
         "hours": hours(work),
         "wall_hours": wall_hours(work, args.gpus, args.cpu_jobs),
         "gpus": args.gpus,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def test_a_load_into_a_fresh_optimizer_restores_its_moments_and_counts(tmp_path:
         for name, value in values.items():
             assert torch.equal(value, restored[index][name])
             assert value.dtype == restored[index][name].dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_loaded_checkpoint_is_not_held_open_by_what_was_loaded(tmp_path: Path) -> None:
+    model, optimizer = new()
+    train(model, optimizer, 3)
+    save_checkpoint(tmp_path, 3, model, optimizer, {}, extra={"reference": torch.ones(1000)})
+    again, optimizer_again = new()
+    _, extra = load_checkpoint(tmp_path / "step-00000003", again, optimizer_again)
+    assert torch.equal(extra["reference"], torch.ones(1000))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 def test_python_s_generator_with_a_pending_gauss_comes_back(tmp_path: Path) -> None:

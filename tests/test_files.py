@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -314,6 +316,34 @@ def test_seeds_tell_apart_order_grouping_and_type() -> None:
 def test_a_seed_fits_in_63_bits_and_repeats(parts: list[int | str]) -> None:
     assert 0 <= seed_from(*parts) < 2**63
     assert seed_from(*parts) == seed_from(*parts)
+
+
+def test_what_another_host_writes_is_no_leftover_since_its_locks_may_not_be_seen_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platform, "node", lambda: "elsewhere")
+        elsewhere.setattr(fcntl, "flock", lambda *_: None)
+        with atomic_path(tmp_path / "a.json") as temporary:
+            temporary.write_text("1", encoding="utf-8")
+            elsewhere.setattr(platform, "node", lambda: "here")
+            write_text(tmp_path / "b.json", "2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_a_folder_that_a_file_cannot_leave_is_gone_from_its_name_and_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+
+    def not_empty(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    remove_folder(folder)
+    assert not folder.exists()
 
 
 def test_a_folder_whose_removal_is_killed_is_gone_and_its_rest_goes_later(

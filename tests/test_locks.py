@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gsm8k_core.errors import BusyError
+from gsm8k_core.errors import BusyError, Gsm8kError
 from gsm8k_core.files import lock, read_jsonl, unlock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,20 @@ def test_a_lock_that_was_given_back_is_free_and_leaves_no_file(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
     with hold(tmp_path / ".lock") as holder:
         holder.kill()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def lockf(_descriptor: int, _operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(Gsm8kError) as caught:
+        lock(tmp_path / ".lock", "the run")
+    assert str(caught.value).startswith(f"{tmp_path / '.lock'}: the file system gives no locks (")
+    assert "-o flock" in str(caught.value)
 
 
 def as_the_holder_gives_it_back(

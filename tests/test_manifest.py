@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gsm8k_core import manifest
 from gsm8k_core.config import Config
-from gsm8k_core.files import read_json
+from gsm8k_core.files import read_json, write_json
 from gsm8k_core.manifest import (
     Invocation,
     git_state,
@@ -369,9 +370,34 @@ def test_what_a_killed_call_of_the_study_wrote_counts_as_written_by_the_next(
     invocation = Invocation(tmp_path)
     invocation.start(config)
     assert invocation.since_ns == (killed / "locks" / "requirements.lock.txt").stat().st_ctime_ns
+    invocation.finish("failed")
     third = Invocation(tmp_path)
     third.start(config)
     assert third.since_ns > invocation.since_ns
+
+
+def test_what_a_killed_call_wrote_counts_until_a_call_of_its_study_comes_to_an_end(
+    tmp_path: Path, config: Config
+) -> None:
+    earlier = Invocation(tmp_path)
+    earlier.start(config)
+    earlier.finish("succeeded")
+    time.sleep(1.1)  # calls are in the order of their seconds
+    start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    _, killed = sorted(tmp_path.iterdir())
+    time.sleep(1.1)
+    start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    of_another = config.study.model_copy(update={"name": "another"})
+    other = Invocation(tmp_path)
+    other.start(config.model_copy(update={"study": of_another}))
+    other.finish("succeeded")
+    # On another host nobody can tell that a process has ended.
+    path = killed / "run_manifest.json"
+    process = {"host": "elsewhere", "pid": 1, "started": 1.0}
+    write_json(path, {**read_json(path), "state": "running", "process": process})
+    last = Invocation(tmp_path)
+    last.start(config)
+    assert last.since_ns == (killed / "locks" / "requirements.lock.txt").stat().st_ctime_ns
 
 
 def test_a_manifest_that_cannot_be_read_stops_nobody(tmp_path: Path, config: Config) -> None:

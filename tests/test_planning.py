@@ -16,8 +16,10 @@ from gsm8k_core.planning import (
     Assumptions,
     Records,
     _sampling_seconds,
+    disk_use,
     jobs_by_rule,
     num_parameters,
+    suite_size,
     work_of,
 )
 
@@ -118,6 +120,39 @@ def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
     own = SFT.replace("other", "default")
     write_json(tmp_path / own / "train" / "summary.json", summary)
     assert hours_of(plan(), "sft", "training")["finished"] == 1
+
+
+def test_seconds_measured_on_other_gpus_than_a_job_would_have_are_scaled(tmp_path: Path) -> None:
+    records = Records()
+    summary = {"num_steps": 1000, "seconds_training": 800.0}
+    stats = {
+        "seconds_loading": 5.0, "seconds_generating": 800.0, "num_completions": 2500,
+        "device": "H100", "engine": "vllm",
+    }  # fmt: skip
+    records.training["tiny-qwen2", "sft"].append({**summary, "num_ranks": 2})
+    records.generating["tiny-qwen2", "arithmetic"].append(stats)
+    overlay = tmp_path / "gpus.yaml"
+    seconds = {}
+    for gpus in (1, 8):
+        settings = f"{{gpus: {gpus}, vllm: {{tensor_parallel: {gpus}}}}}"
+        overlay.write_text(f"models: {{tiny-qwen2: {settings}}}", encoding="utf-8")
+        config = load_config(ROOT / "config.yaml", [overlay])
+        _, completions = suite_size(config, config.suites["arithmetic"])
+        stats["num_completions"] = completions
+        work = work_of(config, records, Assumptions())
+        seconds[gpus] = [item.seconds for item in work if item.method == "sft"]
+    assert seconds == {1: [1600.0, 805.0], 8: [200.0, 105.0]}  # training, evaluation
+
+
+def test_of_a_model_on_several_gpus_fewer_runs_hold_checkpoints_at_once(tmp_path: Path) -> None:
+    overlay = tmp_path / "gpus.yaml"
+    sizes = Assumptions(parameters={"tiny-qwen2": 1e6})
+    held = {}
+    for each in (0, 1, 3, 8):
+        overlay.write_text(f"models: {{tiny-qwen2: {{gpus: {each}}}}}", encoding="utf-8")
+        config = load_config(ROOT / "config.yaml", [overlay])
+        held[each] = disk_use(config, sizes, gpus=8, cpu_jobs=5)["checkpoints while running"]
+    assert held == {each: runs * 3 * 12e6 for each, runs in ((0, 5), (1, 8), (3, 2), (8, 1))}
 
 
 def test_parameters_are_counted_in_the_files(tiny_folder: Path) -> None:

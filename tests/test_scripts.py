@@ -581,12 +581,12 @@ def test_a_method_that_selects_nothing_is_an_error(select: Callable[..., list[Ro
 
 @pytest.fixture
 def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
-    """`rounds(declared, there)`: a run's folder as so many rounds leave it."""
+    """`rounds(there)`: a run's folder as so many rounds leave it."""
 
-    def build(declared: int = 2, there: int = 2) -> Path:
+    def build(there: int = 2) -> Path:
         for number in range(1, there + 1):
             folder = tmp_path / f"round{number}"
-            settings = {**json.loads(run_json("rft", rounds=declared)), "round": number}
+            settings = {**json.loads(run_json("rft")), "round": number}
             write_json(folder / "settings.json", settings)
             write_jsonl(
                 folder / "train" / "metrics.jsonl",
@@ -616,7 +616,7 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
     rounds: Callable[..., Path], script: Script
 ) -> None:
     folder = rounds()
-    assert script("finish_rounds").main(["--run-dir", str(folder)]) == 0
+    assert script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"]) == 0
     summary = read_json(folder / "train" / "summary.json")
     expected = {
         "num_rounds": 2, "round": 0, "num_steps": 6, "num_updates": 6,
@@ -635,7 +635,8 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
     assert rows[4]["loss"] == 2.2
-    assert read_json(folder / "settings.json")["round"] == 2
+    settings = read_json(folder / "settings.json")
+    assert (settings["round"], settings["method_settings"]["rounds"]) == (2, 2)
     assert [path.name for path in (folder / "model").iterdir()] == ["model.safetensors"]
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
 
@@ -649,7 +650,7 @@ def test_a_runs_record_names_the_calls_of_every_round(
         seconds = {"seconds_wall": 2.0, "seconds_cpu": 3.0, "seconds_gpu": 0.0}
         attempts = [{"invocation": call, **seconds} for call in calls]
         write_json(path, {**read_json(path), "attempts": attempts})
-    script("finish_rounds").main(["--run-dir", str(folder)])
+    script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"])
     summary = read_json(folder / "train" / "summary.json")
     assert [one["invocation"] for one in summary["attempts"]] == ["first", "second", "third"]
     assert summary["attempts_total"] == {
@@ -660,8 +661,8 @@ def test_a_runs_record_names_the_calls_of_every_round(
 def test_rounds_of_an_earlier_study_are_not_taken_along(
     rounds: Callable[..., Path], script: Script
 ) -> None:
-    folder = rounds(declared=2, there=3)
-    script("finish_rounds").main(["--run-dir", str(folder)])
+    folder = rounds(there=3)
+    script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"])
     assert read_json(folder / "train" / "summary.json")["num_rounds"] == 2
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
 
@@ -669,19 +670,19 @@ def test_rounds_of_an_earlier_study_are_not_taken_along(
 def test_ten_rounds_are_in_the_order_of_their_numbers(
     rounds: Callable[..., Path], script: Script
 ) -> None:
-    folder = rounds(declared=10, there=10)
-    script("finish_rounds").main(["--run-dir", str(folder)])
+    folder = rounds(there=10)
+    script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "10"])
     rows = read_jsonl(folder / "train" / "metrics.jsonl")
     assert [row["round"] for row in rows] == [n for n in range(1, 11) for _ in range(3)]
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 10"
 
 
 def test_a_missing_round_is_named(rounds: Callable[..., Path], script: Script) -> None:
-    folder = rounds(declared=3, there=2)
+    folder = rounds()
     with pytest.raises(DataError, match=r"round3/train/summary\.json: no such file"):
-        script("finish_rounds").main(["--run-dir", str(folder)])
-    with pytest.raises(DataError, match=r"round1/settings\.json: no such file"):
-        script("finish_rounds").main(["--run-dir", str(folder / "nowhere")])
+        script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "3"])
+    with pytest.raises(DataError, match=r"round1/train/summary\.json: no such file"):
+        script("finish_rounds").main(["--run-dir", str(folder / "nowhere"), "--rounds", "1"])
     assert not (folder / "model").exists()
 
 

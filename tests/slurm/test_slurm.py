@@ -327,10 +327,16 @@ def test_a_profile_that_would_let_one_gpu_work_at_a_time_is_refused(
     assert "has been submitted" not in output
 
 
-def test_a_retry_asks_for_more_memory(tmp_path: Path) -> None:
+def test_a_retry_asks_for_more_memory_but_the_tenth_for_no_more_than_the_third(
+    tmp_path: Path,
+) -> None:
     workspace = edited_workspace(tmp_path / "workspace")
-    process = start(workspace, dict(os.environ), "-n", "--cores", "1", "--attempt", "2", log="log")
-    code, output = finished(process, workspace, "log")
-    assert code == 0, output
-    (training,) = re.findall(r"^rule train_sft:\n(?:    .*\n)+", output, re.M)
-    assert "mem_mb=1400" in training
+    profile = ("--workflow-profile", "profiles/slurm")
+    for attempt, of_model, of_others in ((2, 1400, 8000), (10, 2100, 12000)):
+        dry_run = (*profile, "-n", "--cores", "1", "--attempt", str(attempt))
+        process = start(workspace, dict(os.environ), *dry_run, log="log")
+        code, output = finished(process, workspace, "log")
+        assert code == 0, output
+        for rule, expected in (("train_sft", of_model), ("compare", of_others)):
+            (job,) = re.findall(rf"^rule {rule}:\n(?:    .*\n)+", output, re.M)
+            assert f"mem_mb={expected}," in job

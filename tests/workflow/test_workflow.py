@@ -18,8 +18,10 @@ from flips import files_of, unnoticed_flips
 from workspace import ROOT, make_workspace
 
 from gsm8k_core.answers import is_correct
+from gsm8k_core.config import load_config
 from gsm8k_core.data import content_digest
-from gsm8k_core.files import read_json, read_jsonl, write_jsonl
+from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.manifest import Invocation
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
@@ -283,12 +285,60 @@ def test_an_edit_of_a_custom_reward_trains_again_what_uses_it_and_nothing_else(
     assert planned_jobs(finished, *targets, overlays=overlays) == {"train_grpo": 1, "total": 1}
 
 
+def test_one_more_round_of_expert_iteration_trains_none_of_those_before(finished: Path) -> None:
+    changed = overlay(finished, "rounds.yaml", {"methods": {"expert_iteration": {"rounds": 3}}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, changed)) == {
+        "generate_round": 1, "select_completions": 1, "train_round": 1, "finish_rounds": 1,
+        "generate": 1, "grade": 1, "compare": 1, "plot": 1, "report": 1, "all": 1, "total": 10,
+    }  # fmt: skip
+
+
 def test_a_changed_parent_reruns_all_that_starts_from_it(finished: Path) -> None:
     changed = overlay(finished, "sft.yaml", {"methods": {"sft": {"learning_rate": 2e-4}}})
     jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, changed))
     assert jobs["train_sft"] == jobs["train_dpo"] == jobs["train_grpo"] == 1
     assert jobs["train_round"] == 2
     assert jobs["generate"] == 4  # not the base model
+
+
+def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_other_settings(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As a job leaves it that goes on when its snakemake, on another node, has been killed."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished, workspace, symlinks=True)
+    sft = f"{CELLS}/sft/seed0/settings.json"
+    stats = f"{CELLS}/sft/seed0/completions/debug.stats.json"
+    made, sampled = read_json(workspace / sft), read_json(workspace / stats)
+    made["method_settings"]["learning_rate"] = 0.5
+    sampled["settings"]["suite_settings"]["max_new_tokens"] = 99
+    write_json(workspace / sft, made)
+    write_json(workspace / stats, sampled)
+    refused = snakemake(workspace)
+    assert refused.returncode == 1
+    asks = "the study asks for"
+    assert f"{sft}: method_settings.learning_rate is 0.5, {asks} 0.006\n" in refused.stdout
+    assert f"{stats}: suite_settings.max_new_tokens is 99, {asks} " in refused.stdout
+    remedy = ["--forcerun", sft, stats]
+    assert " ".join(remedy) in refused.stdout
+    again = snakemake(workspace, *remedy)
+    assert again.returncode == 0, again.stdout
+    assert planned_jobs(workspace) == {}
+
+
+def test_a_job_of_a_call_has_the_settings_that_the_call_began_with(workspace: Path) -> None:
+    overlays = [ROOT / "studies" / "debug.yaml", workspace / "small.yaml"]
+    config = load_config(ROOT / "config.yaml", overlays)
+    name = Invocation(workspace / "artifacts" / "runs").start(config)
+    edited = overlay(workspace, "edited.yaml", {"methods": {"sft": {"learning_rate": 0.5}}})
+    training = (f"{CELLS}/sft/seed0/model", "--forceall", "-n", "-p")
+    for mode, rate in (("remote", 0.006), ("default", 0.5)):
+        shown = snakemake(
+            workspace, *training, "--mode", mode,
+            overlays=(*SMALL_STUDY, edited), GSM8K_INVOCATION=name,
+        )  # fmt: skip
+        (command,) = [line for line in shown.stdout.splitlines() if "train_sft.py" in line]
+        assert f'"learning_rate": {rate},' in command
 
 
 def test_an_added_suite_trains_nothing_again(finished: Path) -> None:
