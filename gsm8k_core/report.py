@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ from gsm8k_core.tables import (
     read_training_logs,
 )
 
+PairPValues = dict[tuple[str, str, str], float | None]
+"""(suite, method, one that stands below it in the table) → corrected p-value."""
+
 MINUS, SPACE = "\u2212", "\u00a0"
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
@@ -85,7 +88,7 @@ class Lead:
     other: str
     difference: Difference
     p_value: float  # corrected
-    is_tested: bool  # by the comparison, which has the p-value and corrects it within the model
+    correction: str  # in words
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,29 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     comparison = read_comparison(sources.comparison)
     curves = _read_curves(sources.comparison.with_name("pass_at_k.csv"))
     problems = {suite: read_problems(path) for suite, path in sources.problems.items()}
-    pairs = [(model, suite) for model in study.models for suite in study.suites]
     charts: Json = {}
     learning = {
         model: _add(charts, learning_charts(read_training_logs(study, sources.study_dir, model),
                                             study.methods))
         for model in study.models
     }  # fmt: skip
+    num_views = len(study.models) * len(study.suites)
     views, browsers = [], []
-    for model, suite in pairs:
-        subject = _read_subject(study, sources.study_dir, comparison, curves, model, suite)
-        by_id = {problem.id: problem for problem in problems.get(suite, [])}
-        browser = _browser(subject, sources.study_dir, by_id, max_bytes // len(pairs))
-        views.append(_view(subject, charts) | {"browser": browser.index, "kept": _kept(browser)})
-        views[-1]["charts"]["learning"] = learning[model]
-        browsers.append(browser)
+
+    def subjects(model: str) -> Iterator[Subject]:
+        for suite in study.suites:
+            yield _read_subject(study, sources.study_dir, comparison, curves, model, suite)
+
+    for model in study.models:
+        # Read twice, so that the grades of one suite at a time are in memory.
+        p_values = _pair_p_values(subjects(model))
+        for subject in subjects(model):
+            by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
+            browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
+            view = _view(subject, p_values, charts)
+            views.append(view | {"browser": browser.index, "kept": _kept(browser)})
+            views[-1]["charts"]["learning"] = learning[model]
+            browsers.append(browser)
     data = {
         "themes": themes(),
         "charts": charts,
@@ -292,10 +303,10 @@ def _kept(browser: Browser) -> str:
 # --------------------------------------------------------------------------------------- the answer
 
 
-def _view(subject: Subject, charts: Json) -> Json:
+def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
     study, rows = subject.study, subject.rows
     methods = study.methods
-    leads = _leads(subject)
+    leads = _leads(subject, p_values)
     pairs = _pairs(subject)
     return {
         "model": subject.model,
@@ -388,25 +399,41 @@ def _context(subject: Subject) -> str:
     )
 
 
-def _leads(subject: Subject) -> list[Lead]:
+def _pair_p_values(subjects: Iterable[Subject]) -> PairPValues:
+    """p-values of every two methods that the comparison has not tested, over a model's suites.
+
+    Which method comes first, and on which suite, is known from the same answers: so they are one
+    family, corrected (Holm) for all pairs, not for the leads of those that came first.
+    """
+    found: dict[tuple[str, str, str], float | None] = {}
+    for subject in subjects:
+        for first, second in itertools.combinations(subject.rows, 2):
+            if _tested(first, second) is None:
+                a, b = first["method"], second["method"]
+                found[subject.suite, a, b] = _difference(subject, a, b).p_value
+    return dict(zip(found, holm(list(found.values())), strict=True))
+
+
+def _leads(subject: Subject, p_values: PairPValues) -> list[Lead]:
     """The first method against each of the others, the runner-up first.
 
-    Which method comes first is known from the same answers, so its leads are corrected (Holm) for
-    how many there are. A pair that the comparison has tested keeps its corrected p-value from
-    there: the page is to say one thing of it.
+    `p_values` are those of the model. A pair that the comparison has tested keeps its corrected
+    p-value from there: the page is to say one thing of it.
     """
     best, *others = subject.rows
-    found = [_difference(subject, best["method"], row["method"]) for row in others]
-    corrected = holm([difference.p_value for difference in found])
+    family = "uncorrected"  # of one pair there is nothing to correct for
+    if len(p_values) > 1:
+        family = f"Holm-corrected over the {len(p_values)} pairs that the table does not test"
+        if len(subject.study.suites) > 1:
+            family += ", of all suites"
     leads = []
-    for row, difference, p_value in zip(others, found, corrected, strict=True):
-        assert p_value is not None  # none of `found` is without
-        tested = _tested(best, row)
-        leads.append(
-            Lead(
-                row["method"], difference, p_value if tested is None else tested, tested is not None
-            )
-        )
+    for row in others:
+        difference = _difference(subject, best["method"], row["method"])
+        p_value, correction = _tested(best, row), "Holm-corrected"
+        if p_value is None:
+            p_value, correction = p_values[subject.suite, best["method"], row["method"]], family
+        assert p_value is not None  # no difference is without
+        leads.append(Lead(row["method"], difference, p_value, correction))
     return leads
 
 
@@ -517,11 +544,7 @@ def _lead_finding(subject: Subject, leads: list[Lead]) -> Json:
         "p": lead.p_value,
         "p_alone": lead.difference.p_value,
     }
-    correction = "Holm-corrected"
-    if not lead.is_tested:  # with one other there is nothing to correct for
-        over = f"{correction} over {best} against each of the other {len(leads)}"
-        correction = over if len(leads) > 1 else "uncorrected"
-    return _difference_words(subject, best, lead.other, numbers, correction)
+    return _difference_words(subject, best, lead.other, numbers, lead.correction)
 
 
 def _difference_words(
@@ -667,8 +690,9 @@ def _table_note(subject: Subject) -> str:
     if len(subject.rows) > 1:
         notes.append(
             "A method is called best where it is ahead of every other significantly: by the "
-            "p-values here of what it was trained from or what was trained from it, else "
-            "Holm-corrected over its differences to all others."
+            "p-values here of what it was trained from or what was trained from it, else by one "
+            "that is Holm-corrected over all pairs of methods without a p-value here, on all "
+            "suites of the model."
         )
     if any(row["accuracy_flexible"] is not None for row in subject.rows):
         notes.append(
