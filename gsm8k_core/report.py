@@ -975,10 +975,13 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         {"name": "completions made", "shown": _span(sorted(filter(None, written))),
          "differs": False}
     )  # fmt: skip
-    target = f"artifacts/results/{study.name}/overlap.md"
+    # The target before --configfile, which takes all that follows for files.
+    command = f"snakemake artifacts/results/{study.name}/overlap.md --cores 1"
+    if study.name != "default":
+        command += " --configfile FILE, where FILE is the study's (or files, one after another)"
     facts.append(
         {"name": "test problems in the training data", "differs": False,
-         "shown": [f"listed by: snakemake --cores 1 {target}"]}
+         "shown": [f"listed by: {command}"]}
     )  # fmt: skip
     details = [
         ("Settings of training runs", _training_settings(study, sources.study_dir)),

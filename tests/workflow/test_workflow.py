@@ -194,6 +194,17 @@ def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Pat
         assert f'"{category}"' in page
 
 
+def test_the_command_that_the_report_gives_for_overlap_plans_that_alone(finished: Path) -> None:
+    page = (finished / "artifacts/results/small/report.html").read_text(encoding="utf-8")
+    (command,) = re.findall(r"snakemake ([\w/.]+overlap\.md [-\w ]+ --configfile) FILE,", page)
+    result = subprocess.run(
+        [sys.executable, "-m", "snakemake", *command.split(), *SMALL_STUDY, "-n"],
+        cwd=finished, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert re.findall(r"^check_overlap +1$", result.stdout, re.M)
+
+
 def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
     run = finished / CELLS / "grpo" / "seed0"
     assert {path.name for path in (run / "logs").iterdir()} == {
