@@ -24,7 +24,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.tables import has_clusters, read_metrics, read_training_logs
+from gsm8k_core.tables import has_clusters, level_text, read_metrics, read_training_logs
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -169,7 +169,7 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 
 def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
-    level = f"{100 * study.confidence:g} %"
+    level = level_text(study.confidence)
     sizes = comparison.select("num_problems", "num_clusters").iter_rows()
     drawn = "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
     if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
@@ -232,7 +232,9 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
         for axes in grid[-1]:
             axes.set_xlabel(f"{'GPU time' if on_gpus else 'Time'} of training, with parents")
         title = f"{study.name}: accuracy against cost"
-        _title(figure, title, f"Bars: {100 * study.confidence:g} % intervals; dashed: no training")
+        _title(
+            figure, title, f"Bars: {level_text(study.confidence)} intervals; dashed: no training"
+        )
         _legend(figure, [_cost_handle(method, index) for index, method in enumerate(trained)])
     return figure
 

@@ -55,6 +55,7 @@ from gsm8k_core.tables import (
     PASS_AT_K_SCHEMA,
     counted,
     has_clusters,
+    level_text,
     notes_on,
     notes_on_clusters,
     p_text,
@@ -103,10 +104,6 @@ class Subject:
     metrics: dict[str, list[Json]]  # method → a summary for each seed
     pass_at_k: list[Json]  # rows of pass_at_k.csv
     flag_notes: list[str]  # what its flags mean
-
-    @property
-    def num_problems(self) -> int:
-        return len(self.graded.problem_ids)
 
 
 def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
@@ -266,7 +263,7 @@ def _read_subject(
     }
     graded = read_graded(study, study_dir, model, suite)
     pass_at_k = curves.filter(is_here).to_dicts()
-    notes = [note for note in notes_on(here) if note.startswith("flag ")]
+    notes = [note for note in notes_on(here, study.confidence) if note.startswith("flag ")]
     return Subject(study, model, suite, ranked, graded, metrics, pass_at_k, notes)
 
 
@@ -385,7 +382,7 @@ def _context(subject: Subject) -> str:
     row, summary = subject.rows[0], subject.metrics[subject.rows[0]["method"]][0]
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
-    level = f"{100 * subject.study.confidence:g} %"
+    level = level_text(subject.study.confidence)
     sizes = row["num_problems"], row.get("num_clusters")
     drawn = "clusters" if has_clusters(*sizes) else "problems"
     over = f"over seeds and {drawn}; differences are paired by seed and problem."
@@ -557,10 +554,11 @@ def _difference_words(
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
     num_seeds = max(len(subject.study.seeds_of[name]) for name in (method, other))
+    sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
         f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "
-        f"n = {counted(subject.num_problems, 'problem')} × {counted(num_seeds, 'seed')}"
+        f"n = {problems_text(*sizes)} × {counted(num_seeds, 'seed')}"
     )
     name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
     if not _is_significant(numbers["p"], subject.study):

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     record = CallRecord("compare.py", argv)
     study: Comparison = settings_from(args.study, Comparison, "--study")
     frame, curves = build_comparison(study, args.study_dir)
-    write_comparison(frame, curves, args.output_dir)
+    write_comparison(frame, curves, args.output_dir, study.confidence)
     if args.manifest is not None:
         record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))

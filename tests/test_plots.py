@@ -230,7 +230,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
     curves = pl.DataFrame(schema=PASS_AT_K_SCHEMA)
-    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results")
+    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results", 0.95)
     path = Path(__file__).parent.parent / "scripts" / "plot.py"
     spec = importlib.util.spec_from_file_location("script_plot", path)
     assert spec is not None and spec.loader is not None

@@ -228,6 +228,10 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
     assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
+    for row in clones.rows:
+        row["parent"] = "sft"
+    finding = str(_findings(clones, leads_of(clones))[0]["text"])
+    assert "n = 100 problems in 10 clusters × 1 seed" in finding
     clones.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
     assert "over seeds and clusters; differences are paired" in _context(clones)
