@@ -63,6 +63,7 @@ from gsm8k_core.tables import (
     read_comparison,
     read_metrics,
     read_training_logs,
+    time_unit,
 )
 
 PairPValues = dict[tuple[str, str, str], float | None]
@@ -810,7 +811,7 @@ def _cost_charts(subject: Subject) -> list[Json]:
         values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
-        unit, seconds = _time_unit(max(value for value in values if value is not None))
+        unit, seconds = time_unit(max(value for value in values if value is not None))
         rows = [
             {"method": row["method"], "cost": round(row[name] / seconds, 4)}
             | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
@@ -818,12 +819,6 @@ def _cost_charts(subject: Subject) -> list[Json]:
         ]
         charts.append(cost_chart(rows, subject.study.methods, title, f"{axis}, {unit}"))
     return charts
-
-
-def _time_unit(seconds: float) -> tuple[str, float]:
-    if seconds < 180:
-        return "seconds", 1.0
-    return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
 
 
 def _sampling_charts(subject: Subject) -> list[Json]:

@@ -807,6 +807,13 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit of an axis that reaches to `seconds`, and how many of them it has."""
+    if seconds < 180:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
+
+
 def _count(number: float | None) -> str:
     if number is None:
         return ""
