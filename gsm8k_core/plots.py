@@ -24,7 +24,14 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.tables import has_clusters, level_text, read_metrics, read_training_logs, time_unit
+from gsm8k_core.tables import (
+    MAX_BANDS,
+    has_clusters,
+    level_text,
+    read_metrics,
+    read_training_logs,
+    time_unit,
+)
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -32,8 +39,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":")
 GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
 GREY = "#666666"
-MAX_BANDS = 4
-"""Methods whose bands can still be told apart."""
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere

@@ -52,6 +52,7 @@ from gsm8k_core.report_charts import (
 from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
+    MAX_BANDS,
     PASS_AT_K_SCHEMA,
     counted,
     has_clusters,
@@ -70,6 +71,7 @@ PairPValues = dict[tuple[str, str, str], float | None]
 """(suite, method, one that stands below it in the table) → corrected p-value."""
 
 MINUS, SPACE = "\u2212", "\u00a0"
+BANDS_NOTE = f"With more than {MAX_BANDS} methods, bands show of those picked in the legend alone."
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -183,6 +185,7 @@ def _render(
         views=views,
         charts=charts,
         has_curves=has_curves,
+        bands_note=BANDS_NOTE,
         provenance=provenance,
         records=[(name, Markup(record)) for name, record in records],
         data=Markup(json_for_script(data)),
@@ -323,7 +326,7 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
             "the charts add the stages that it starts from. All are means over seeds. Generating "
             "is for one evaluation. Times are of the machines that ran: compare them within a "
             "study only. "
-            "The bands of pass@k and maj@k are their intervals, as in the table."
+            "The bands of pass@k and maj@k are their intervals, as in the table. " + BANDS_NOTE
         ),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "

@@ -127,6 +127,9 @@ MEANS_OVER_SEEDS = (
 )
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
+MAX_BANDS = 4
+"""Methods whose bands can be told apart in a figure; those of more cover each other."""
+
 # Flags of single rows, with their share after a colon.
 PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
 LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}

@@ -49,7 +49,15 @@ from gsm8k_core.report import (
     script_text,
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_charts, learning_curve
+from gsm8k_core.report_charts import (
+    PALETTES,
+    SURFACES,
+    _methods,
+    agreement_charts,
+    learning_charts,
+    learning_curve,
+    pass_at_k_chart,
+)
 from gsm8k_core.tables import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -454,6 +462,46 @@ def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() 
         (2, 3.0, 2.0, 4.0),
     ]
     assert learning_curve([[], []], "reward_mean", "grpo", 1.0) == []
+
+
+def test_the_shares_of_many_pairs_keep_a_field_each_and_scroll() -> None:
+    parts = ("same_answer", "both_right", "same_wrong", "other_wrong", "no_answer")
+    for number, width in ((6, "container"), (13, {"step": 46})):
+        methods = [f"method {place}" for place in range(number)]
+        rows = [
+            {"a": a, "b": b, **dict.fromkeys((*parts, "only_a", "only_b"), 12.5)}
+            for a in methods
+            for b in methods
+            if a != b
+        ]
+        charts = agreement_charts(rows, methods)
+        assert [chart["spec"]["width"] for chart in charts] == [width] * 2
+        assert [chart["scrolls"] for chart in charts] == [number == 13] * 2
+
+
+@pytest.mark.parametrize(("num_samples", "ticks"), [(4, [1, 2, 4]), (12, [1, 2, 4, 8, 12])])
+def test_the_axis_of_repeated_sampling_has_doublings_and_its_end(
+    num_samples: int, ticks: list[int]
+) -> None:
+    rows = [{"method": "grpo", "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for k in range(1, num_samples + 1)]  # fmt: skip
+    spec = pass_at_k_chart(rows, ["grpo"], "pass@k")["spec"]
+    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 3
+
+
+@pytest.mark.parametrize(("number", "shows_all"), [(4, True), (5, False)])
+def test_of_many_methods_bands_show_of_those_picked_alone(number: int, shows_all: bool) -> None:
+    methods = [f"method {place}" for place in range(number)]
+    rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for name in methods for k in (1, 2)]  # fmt: skip
+    band, line, _ = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
+    assert band["encoding"]["opacity"]["condition"]["empty"] == shows_all
+    assert line["encoding"]["opacity"]["condition"].get("empty", True)
+
+
+def test_the_page_says_when_bands_show(page: Page) -> None:
+    note = "With more than 4 methods, bands show of those picked in the legend alone."
+    assert squeezed(page.text).count(note) == 2
 
 
 def test_a_method_is_drawn_by_its_answers_and_by_its_reward_only_where_it_logs_no_answers() -> None:
