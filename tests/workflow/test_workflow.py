@@ -23,6 +23,7 @@ from gsm8k_core.files import read_json, read_jsonl, write_jsonl
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
+SMALL_METHODS = ("base", "sft", "expert_iteration", "dpo", "grpo")  # of small.yaml
 CELLS = "artifacts/experiments/small/tiny-qwen2"
 
 pytestmark = pytest.mark.slow
@@ -391,6 +392,20 @@ def test_what_is_deleted_of_a_cell_is_made_again_with_the_tables_and_nothing_els
     cell = ["train_grpo", "generate", "grade"]
     rules = [*cell[cell.index(first_rule) :], "compare", "plot", "report", "all"]
     assert jobs == {**dict.fromkeys(rules, 1), "total": len(rules)}
+
+
+def test_tables_can_be_had_without_a_cell_that_failed(finished: Path) -> None:
+    rest = [name for name in SMALL_METHODS if name != "grpo"]
+    without = overlay(finished, "without.yaml", {"study": {"methods": rest}})
+    path = finished / CELLS / "grpo" / "seed0"
+    path.rename(finished / "failed")
+    try:
+        whole = planned_jobs(finished)
+        jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, without))
+    finally:
+        (finished / "failed").rename(path)
+    assert whole["train_grpo"] == 1
+    assert jobs == {"compare": 1, "plot": 1, "report": 1, "all": 1, "total": 4}
 
 
 def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -> None:
