@@ -58,7 +58,7 @@ from gsm8k_core.layout import ARTIFACTS
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
-from gsm8k_core.tables import clusters_of, problems_text
+from gsm8k_core.tables import clusters_of, level_text, problems_text
 
 log = logging.getLogger(__name__)
 RUNS = Path(ARTIFACTS) / "runs"
@@ -244,7 +244,7 @@ def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> 
     asked = problems_text(result["num_problems"], result["num_clusters"])
     return (
         f"{who} on {settings.suite}: {', '.join(parts)} "
-        f"({asked}, {100 * confidence:.0f} % interval)\n"
+        f"({asked}, {level_text(confidence)} interval)\n"
     )
 
 

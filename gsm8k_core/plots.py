@@ -24,13 +24,20 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.tables import has_clusters, read_metrics, read_training_logs
+from gsm8k_core.tables import (
+    MAX_BANDS,
+    has_clusters,
+    level_text,
+    read_metrics,
+    read_training_logs,
+    time_unit,
+)
 
 # Okabe and Ito (2008): told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":")
-GREEDY, SAMPLED = PALETTE[0], PALETTE[1]
+GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
 GREY = "#666666"
 
 STYLE: dict[Any, Any] = {
@@ -169,7 +176,7 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 
 def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
-    level = f"{100 * study.confidence:g} %"
+    level = level_text(study.confidence)
     sizes = comparison.select("num_problems", "num_clusters").iter_rows()
     drawn = "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
     if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
@@ -199,9 +206,9 @@ def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
 def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
     """Accuracy against the training that led to it; one panel per suite (rows) × model (columns).
 
-    Cost is GPU-seconds of the method and the stages before it where the study used GPUs, else
-    seconds. The base model costs nothing and is a dashed line. Bars are intervals over seeds and
-    problems. Raises DataError when the comparison lacks a row of the study.
+    Cost is the GPU time of the method and the stages before it where all that trains used GPUs,
+    else the time. The base model costs nothing and is a dashed line. Bars are intervals over seeds
+    and problems. Raises DataError when the comparison lacks a row of the study.
     """
     rows = {
         (model, method, suite): _comparison_row(comparison, model, method, suite)
@@ -209,12 +216,13 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
         for method in study.methods
         for suite in study.suites
     }
-    on_gpus = any(row["gpu_seconds_training_with_parents"] for row in rows.values())
-    key = "gpu_seconds_training_with_parents" if on_gpus else "train_seconds_with_parents"
+    gpu_time, time = "gpu_seconds_training_with_parents", "train_seconds_with_parents"
+    on_gpus = [bool(row[gpu_time]) for row in rows.values() if row[gpu_time] or row[time]]
+    key, name = (gpu_time, "GPU time") if all(on_gpus) else (time, "Time")
     trained = [
         method
         for method in study.methods
-        if any(row[key] for (_, name, _), row in rows.items() if name == method)
+        if any(row[key] for (_, other, _), row in rows.items() if other == method)
     ]
     if not trained:
         return _empty_figure(f"{study.name}: no method of this study trains anything")
@@ -225,15 +233,18 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
         for axes_row, suite in zip(grid, study.suites, strict=True):
             axes_row[0].set_ylabel("Correct answers")
             for axes, model in zip(axes_row, study.models, strict=True):
-                for method in study.methods:
-                    index = trained.index(method) if method in trained else None
-                    _cost_mark(axes, rows[model, method, suite], key, index)
-                _finish_cost_panel(axes, f"{model} on {suite}")
-        for axes in grid[-1]:
-            axes.set_xlabel(f"{'GPU time' if on_gpus else 'Time'} of training, with parents")
+                for index, method in enumerate(study.methods):
+                    place = index if method in trained else None
+                    _cost_mark(axes, rows[model, method, suite], key, place)
+                unit = _finish_cost_panel(axes, f"{model} on {suite}")
+                if suite == study.suites[-1]:
+                    axes.set_xlabel(f"{name} of training with parents{unit}")
         title = f"{study.name}: accuracy against cost"
-        _title(figure, title, f"Bars: {100 * study.confidence:g} % intervals; dashed: no training")
-        _legend(figure, [_cost_handle(method, index) for index, method in enumerate(trained)])
+        _title(
+            figure, title, f"Bars: {level_text(study.confidence)} intervals; dashed: no training"
+        )
+        handles = [_cost_handle(method, study.methods.index(method)) for method in trained]
+        _legend(figure, handles)
     return figure
 
 
@@ -258,7 +269,8 @@ def _cost_handle(method: str, index: int) -> Line2D:
     return Line2D([], [], label=method, markersize=8, **_cost_look(index))
 
 
-def _finish_cost_panel(axes: Axes, title: str) -> None:
+def _finish_cost_panel(axes: Axes, title: str) -> str:
+    """Axes and title; returns `, minutes` or the like where all ticks are in one unit."""
     axes.set_title(title)
     axes.grid()
     axes.yaxis.set_major_formatter(PERCENT)
@@ -271,9 +283,15 @@ def _finish_cost_panel(axes: Axes, title: str) -> None:
         axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
         axes.xaxis.set_major_locator(FixedLocator(_round_times(min(costs), max(costs))))
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short_time(seconds)))
     elif costs:
+        unit, size = time_unit(max(costs))
         axes.set_xlim(0, max(costs) * 1.15)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short_time(seconds)))
+        ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, max(costs) * 1.15 / size)
+        axes.xaxis.set_major_locator(FixedLocator([size * tick for tick in ticks]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds / size:g}"))
+        return f", {unit}"
+    return ""
 
 
 # What people count time in, from a second to a hundred days.
@@ -311,9 +329,9 @@ def plot_reward(study: Comparison, study_dir: Path) -> Figure:
 
     That is the reward of the answer alone: methods have other penalties, and their sums would not
     compare. Where a log lacks it, the whole reward is drawn of all. The line is the mean over
-    seeds, the band their smallest and largest. A second row shows the validated accuracy where a
-    method validates. A study without rewards shows the training loss instead, and one that trains
-    nothing says so.
+    seeds, the band their smallest and largest, which many methods would cover each other with. A
+    second row shows the validated accuracy where a method validates. A study without rewards shows
+    the training loss instead, and one that trains nothing says so.
     """
     logs = {model: read_training_logs(study, study_dir, model) for model in study.models}
     curves = {
@@ -341,7 +359,7 @@ def _curves_figure(
     methods: list[str],
     rows: list[tuple[str, str]],
 ) -> Figure:
-    models = study.models
+    models, has_bands = study.models, len(methods) <= MAX_BANDS
     size = (max(7.0, 1.6 + 4.6 * len(models)), 1.4 + 3.0 * len(rows))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -350,8 +368,9 @@ def _curves_figure(
         for axes_row, (key, label) in zip(grid, rows, strict=True):
             axes_row[0].set_ylabel(label)
             for axes, model in zip(axes_row, models, strict=True):
-                for index, method in enumerate(methods):
-                    used = _curve(axes, curves[model, method], key, index)
+                for method in methods:
+                    look = _look(study.methods.index(method))
+                    used = _curve(axes, curves[model, method], key, look, has_bands)
                     window = max(window, used)
                 axes.grid(axis="y")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -364,9 +383,13 @@ def _curves_figure(
         figure.align_ylabels()
         subject = CURVES[rows[0][0]][1]
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
-        caption = f"Mean over seeds{smoothed}; band: smallest to largest seed"
+        bands = f"; no bands of seeds with more than {MAX_BANDS} methods"
+        if has_bands:
+            bands = "; band: smallest to largest seed"
+        caption = f"Mean over seeds{smoothed}{bands}"
         _title(figure, f"{study.name}: {subject} during training", caption)
-        _legend(figure, [Line2D([], [], label=m, **_look(i)) for i, m in enumerate(methods)])
+        handles = [Line2D([], [], label=m, **_look(study.methods.index(m))) for m in methods]
+        _legend(figure, handles)
     return figure
 
 
@@ -380,17 +403,16 @@ def _methods_with(
     ]
 
 
-def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, index: int) -> int:
+def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, look: Json, has_band: bool) -> int:
     """Draw one method; returns the number of steps of its running mean."""
     steps, values, window = smoothed_curve(runs, key)
     if not steps:
         return 1
     if key in IN_PERCENT:
         values = 100 * values
-    look = _look(index)
     marker = "o" if len(steps) <= 25 else ""
     axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
-    if len(values) > 1:
+    if has_band and len(values) > 1:
         axes.fill_between(
             steps,
             values.min(axis=0),

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,11 @@ from gsm8k_core.report_charts import (
 from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
+    MAX_BANDS,
     PASS_AT_K_SCHEMA,
     counted,
     has_clusters,
+    level_text,
     notes_on,
     notes_on_clusters,
     p_text,
@@ -62,9 +64,14 @@ from gsm8k_core.tables import (
     read_comparison,
     read_metrics,
     read_training_logs,
+    time_unit,
 )
 
+PairPValues = dict[tuple[str, str, str], float | None]
+"""(suite, method, one that stands below it in the table) → corrected p-value."""
+
 MINUS, SPACE = "\u2212", "\u00a0"
+BANDS_NOTE = f"With more than {MAX_BANDS} methods, bands show of those picked in the legend alone."
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -85,7 +92,7 @@ class Lead:
     other: str
     difference: Difference
     p_value: float  # corrected
-    is_tested: bool  # by the comparison, which has the p-value and corrects it within the model
+    correction: str  # in words
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,6 @@ class Subject:
     pass_at_k: list[Json]  # rows of pass_at_k.csv
     flag_notes: list[str]  # what its flags mean
 
-    @property
-    def num_problems(self) -> int:
-        return len(self.graded.problem_ids)
-
 
 def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     """The page. `max_bytes` bounds the problems and completions that it holds, shared by the views.
@@ -114,21 +117,29 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     comparison = read_comparison(sources.comparison)
     curves = _read_curves(sources.comparison.with_name("pass_at_k.csv"))
     problems = {suite: read_problems(path) for suite, path in sources.problems.items()}
-    pairs = [(model, suite) for model in study.models for suite in study.suites]
     charts: Json = {}
     learning = {
         model: _add(charts, learning_charts(read_training_logs(study, sources.study_dir, model),
                                             study.methods))
         for model in study.models
     }  # fmt: skip
+    num_views = len(study.models) * len(study.suites)
     views, browsers = [], []
-    for model, suite in pairs:
-        subject = _read_subject(study, sources.study_dir, comparison, curves, model, suite)
-        by_id = {problem.id: problem for problem in problems.get(suite, [])}
-        browser = _browser(subject, sources.study_dir, by_id, max_bytes // len(pairs))
-        views.append(_view(subject, charts) | {"browser": browser.index, "kept": _kept(browser)})
-        views[-1]["charts"]["learning"] = learning[model]
-        browsers.append(browser)
+
+    def subjects(model: str) -> Iterator[Subject]:
+        for suite in study.suites:
+            yield _read_subject(study, sources.study_dir, comparison, curves, model, suite)
+
+    for model in study.models:
+        # Read twice, so that the grades of one suite at a time are in memory.
+        p_values = _pair_p_values(subjects(model))
+        for subject in subjects(model):
+            by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
+            browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
+            view = _view(subject, p_values, charts)
+            views.append(view | {"browser": browser.index, "kept": _kept(browser)})
+            views[-1]["charts"]["learning"] = learning[model]
+            browsers.append(browser)
     data = {
         "themes": themes(),
         "charts": charts,
@@ -174,6 +185,7 @@ def _render(
         views=views,
         charts=charts,
         has_curves=has_curves,
+        bands_note=BANDS_NOTE,
         provenance=provenance,
         records=[(name, Markup(record)) for name, record in records],
         data=Markup(json_for_script(data)),
@@ -255,7 +267,7 @@ def _read_subject(
     }
     graded = read_graded(study, study_dir, model, suite)
     pass_at_k = curves.filter(is_here).to_dicts()
-    notes = [note for note in notes_on(here) if note.startswith("flag ")]
+    notes = [note for note in notes_on(here, study.confidence) if note.startswith("flag ")]
     return Subject(study, model, suite, ranked, graded, metrics, pass_at_k, notes)
 
 
@@ -292,10 +304,10 @@ def _kept(browser: Browser) -> str:
 # --------------------------------------------------------------------------------------- the answer
 
 
-def _view(subject: Subject, charts: Json) -> Json:
+def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
     study, rows = subject.study, subject.rows
     methods = study.methods
-    leads = _leads(subject)
+    leads = _leads(subject, p_values)
     pairs = _pairs(subject)
     return {
         "model": subject.model,
@@ -314,7 +326,7 @@ def _view(subject: Subject, charts: Json) -> Json:
             "the charts add the stages that it starts from. All are means over seeds. Generating "
             "is for one evaluation. Times are of the machines that ran: compare them within a "
             "study only. "
-            "The bands of pass@k and maj@k are their intervals, as in the table."
+            "The bands of pass@k and maj@k are their intervals, as in the table. " + BANDS_NOTE
         ),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "
@@ -374,7 +386,7 @@ def _context(subject: Subject) -> str:
     row, summary = subject.rows[0], subject.metrics[subject.rows[0]["method"]][0]
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
-    level = f"{100 * subject.study.confidence:g} %"
+    level = level_text(subject.study.confidence)
     sizes = row["num_problems"], row.get("num_clusters")
     drawn = "clusters" if has_clusters(*sizes) else "problems"
     over = f"over seeds and {drawn}; differences are paired by seed and problem."
@@ -388,25 +400,41 @@ def _context(subject: Subject) -> str:
     )
 
 
-def _leads(subject: Subject) -> list[Lead]:
+def _pair_p_values(subjects: Iterable[Subject]) -> PairPValues:
+    """p-values of every two methods that the comparison has not tested, over a model's suites.
+
+    Which method comes first, and on which suite, is known from the same answers: so they are one
+    family, corrected (Holm) for all pairs, not for the leads of those that came first.
+    """
+    found: dict[tuple[str, str, str], float | None] = {}
+    for subject in subjects:
+        for first, second in itertools.combinations(subject.rows, 2):
+            if _tested(first, second) is None:
+                a, b = first["method"], second["method"]
+                found[subject.suite, a, b] = _difference(subject, a, b).p_value
+    return dict(zip(found, holm(list(found.values())), strict=True))
+
+
+def _leads(subject: Subject, p_values: PairPValues) -> list[Lead]:
     """The first method against each of the others, the runner-up first.
 
-    Which method comes first is known from the same answers, so its leads are corrected (Holm) for
-    how many there are. A pair that the comparison has tested keeps its corrected p-value from
-    there: the page is to say one thing of it.
+    `p_values` are those of the model. A pair that the comparison has tested keeps its corrected
+    p-value from there: the page is to say one thing of it.
     """
     best, *others = subject.rows
-    found = [_difference(subject, best["method"], row["method"]) for row in others]
-    corrected = holm([difference.p_value for difference in found])
+    family = "uncorrected"  # of one pair there is nothing to correct for
+    if len(p_values) > 1:
+        family = f"Holm-corrected over the {len(p_values)} pairs that the table does not test"
+        if len(subject.study.suites) > 1:
+            family += ", of all suites"
     leads = []
-    for row, difference, p_value in zip(others, found, corrected, strict=True):
-        assert p_value is not None  # none of `found` is without
-        tested = _tested(best, row)
-        leads.append(
-            Lead(
-                row["method"], difference, p_value if tested is None else tested, tested is not None
-            )
-        )
+    for row in others:
+        difference = _difference(subject, best["method"], row["method"])
+        p_value, correction = _tested(best, row), "Holm-corrected"
+        if p_value is None:
+            p_value, correction = p_values[subject.suite, best["method"], row["method"]], family
+        assert p_value is not None  # no difference is without
+        leads.append(Lead(row["method"], difference, p_value, correction))
     return leads
 
 
@@ -517,11 +545,7 @@ def _lead_finding(subject: Subject, leads: list[Lead]) -> Json:
         "p": lead.p_value,
         "p_alone": lead.difference.p_value,
     }
-    correction = "Holm-corrected"
-    if not lead.is_tested:  # with one other there is nothing to correct for
-        over = f"{correction} over {best} against each of the other {len(leads)}"
-        correction = over if len(leads) > 1 else "uncorrected"
-    return _difference_words(subject, best, lead.other, numbers, correction)
+    return _difference_words(subject, best, lead.other, numbers, lead.correction)
 
 
 def _difference_words(
@@ -534,10 +558,11 @@ def _difference_words(
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
     num_seeds = max(len(subject.study.seeds_of[name]) for name in (method, other))
+    sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
         f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "
-        f"n = {counted(subject.num_problems, 'problem')} × {counted(num_seeds, 'seed')}"
+        f"n = {problems_text(*sizes)} × {counted(num_seeds, 'seed')}"
     )
     name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
     if not _is_significant(numbers["p"], subject.study):
@@ -667,8 +692,9 @@ def _table_note(subject: Subject) -> str:
     if len(subject.rows) > 1:
         notes.append(
             "A method is called best where it is ahead of every other significantly: by the "
-            "p-values here of what it was trained from or what was trained from it, else "
-            "Holm-corrected over its differences to all others."
+            "p-values here of what it was trained from or what was trained from it, else by one "
+            "that is Holm-corrected over all pairs of methods without a p-value here, on all "
+            "suites of the model."
         )
     if any(row["accuracy_flexible"] is not None for row in subject.rows):
         notes.append(
@@ -788,7 +814,7 @@ def _cost_charts(subject: Subject) -> list[Json]:
         values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
-        unit, seconds = _time_unit(max(value for value in values if value is not None))
+        unit, seconds = time_unit(max(value for value in values if value is not None))
         rows = [
             {"method": row["method"], "cost": round(row[name] / seconds, 4)}
             | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
@@ -796,12 +822,6 @@ def _cost_charts(subject: Subject) -> list[Json]:
         ]
         charts.append(cost_chart(rows, subject.study.methods, title, f"{axis}, {unit}"))
     return charts
-
-
-def _time_unit(seconds: float) -> tuple[str, float]:
-    if seconds < 180:
-        return "seconds", 1.0
-    return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
 
 
 def _sampling_charts(subject: Subject) -> list[Json]:
@@ -951,10 +971,13 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         {"name": "completions made", "shown": _span(sorted(filter(None, written))),
          "differs": False}
     )  # fmt: skip
-    target = f"artifacts/results/{study.name}/overlap.md"
+    # The target before --configfile, which takes all that follows for files.
+    command = f"snakemake artifacts/results/{study.name}/overlap.md --cores 1"
+    if study.name != "default":
+        command += " --configfile FILE, where FILE is the study's (or files, one after another)"
     facts.append(
         {"name": "test problems in the training data", "differs": False,
-         "shown": [f"listed by: snakemake --cores 1 {target}"]}
+         "shown": [f"listed by: {command}"]}
     )  # fmt: skip
     details = [
         ("Settings of training runs", _training_settings(study, sources.study_dir)),

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -72,7 +72,7 @@ class Graded:
             rows.append(shares["correct"].to_numpy())
         return np.stack(rows).astype(np.float64)
 
-    @property
+    @cached_property
     def accuracy(self) -> Floats:
         """(runs, P): greedy where every run has it, else the share of right samples."""
         shares = self.share_right(self.main_decoding)
@@ -90,7 +90,7 @@ class Graded:
             "samples; generate them again with one suite"
         )
 
-    @property
+    @cached_property
     def clusters(self) -> pl.Series | None:
         """(P,): the same for problems that are no independent draws; None where each is one."""
         return clusters_of(

@@ -13,7 +13,8 @@ import altair as alt
 import numpy as np
 
 from gsm8k_core.files import Json
-from gsm8k_core.metrics import smoothed_curve
+from gsm8k_core.metrics import powers_up_to, smoothed_curve
+from gsm8k_core.tables import MAX_BANDS
 
 # From the hues of Okabe and Ito (2008), moved until each has a contrast of 3:1 or more to the page
 # and every two keep a distance of 15 or more (CIE76) under every common colour blindness (tested).
@@ -33,6 +34,10 @@ MAX_POINTS = 120
 """Points of a learning curve; more cannot be seen."""
 MAX_NAMED = 6
 """Methods whose names stand beside their points; more would cover each other."""
+MAX_SQUEEZED = 6
+"""Methods whose shares can be read in a table of pairs as narrow as a phone."""
+PAIR_STEP = 46
+"""Width of a field of a wider table of pairs, which scrolls in its place."""
 
 # What a training log may hold, in the order of the page: key, title, axis, factor.
 CURVES = (
@@ -41,7 +46,7 @@ CURVES = (
     ("validation_accuracy", "Validation accuracy", "% right", 100.0),
     ("loss", "Loss of methods without a reward", "training loss", 1.0),
     ("completion_length_mean", "Length of sampled completions", "tokens", 1.0),
-    ("entropy", "Entropy of sampled tokens", "nats", 1.0),
+    ("entropy", "Entropy of tokens in the batch that is trained on", "nats", 1.0),
 )
 # Not drawn of a method that logs the other: penalties differ between methods, answers compare.
 PREFERRED = {"reward_mean": "answer_reward_mean", "loss": "reward_mean"}
@@ -99,18 +104,28 @@ def _methods(methods: Sequence[str]) -> dict[str, alt.Scale]:
     }
 
 
-def _finish(chart: Any, rows: list[Json], title: str, height: int, axes: tuple[str, str]) -> Json:
-    """A specification without the colours of a theme, as wide as its place on the page."""
+def _finish(
+    chart: Any,
+    rows: list[Json],
+    title: str,
+    height: int,
+    axes: tuple[str, str],
+    step: int | None = None,
+) -> Json:
+    """A specification without the colours of a theme, as wide as its place on the page.
+
+    With a `step` between neighbours on the x-axis it is as wide as it has to be, and scrolls.
+    """
     spec = chart.properties(
         data=alt.Data(values=rows),
-        width="container",
+        width="container" if step is None else alt.Step(step),
         height=height,
         description=title,
-        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+        autosize=alt.AutoSizeParams(type="fit-x" if step is None else "pad", contains="padding"),
     ).to_dict(validate=False)
     spec.pop("config", None)
     spec.pop("$schema", None)
-    return {"title": title, "x": axes[0], "y": axes[1], "spec": spec}
+    return {"title": title, "x": axes[0], "y": axes[1], "scrolls": step is not None, "spec": spec}
 
 
 def _percent(title: str) -> Any:
@@ -252,8 +267,11 @@ def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json
 def _bands(
     x: str, x_axis: Any, y_title: str, methods: list[str], shown: list[str], band_opacity: float
 ) -> Any:
-    """Lines with bands; a click on the legend brings one forward."""
-    scales = _methods(methods)
+    """Lines with bands; a click on the legend brings one forward.
+
+    With many methods a band is to be seen only once its method is picked.
+    """
+    scales, few = _methods(methods), len(shown) <= MAX_BANDS
     legend = alt.Legend(
         title=None, values=shown, symbolType="stroke", symbolSize=500, symbolOpacity=1.0
     )
@@ -266,7 +284,12 @@ def _bands(
         y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)),
         y2="high:Q",
         fill=fill,
-        opacity=alt.condition(picked, alt.value(band_opacity), alt.value(0.02)),
+        opacity=alt.condition(
+            picked,
+            alt.value(band_opacity),
+            alt.value(0.02 if few else 0.0),
+            empty=few,  # whether all count as picked while none is
+        ),
     )
     tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
     line = base.mark_line(strokeWidth=2.2).encode(
@@ -329,7 +352,8 @@ def _ticks(largest: float) -> list[float]:
 
 def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     """`rows`: method, k, mean, low, high in percent."""
-    ks = sorted({row["k"] for row in rows})
+    largest = max(row["k"] for row in rows)
+    ks = sorted({*powers_up_to(largest), largest})  # every k would not fit
     axis = alt.Axis(title="samples k", values=ks, format="d", grid=False)
     shown = [method for method in methods if any(row["method"] == method for row in rows)]
     chart = _bands("k:Q", axis, "% of problems", methods, shown, 0.09)
@@ -447,4 +471,6 @@ def _pair_chart(
         tooltip=tooltip,
     )
     text = base.mark_text(fontSize=13).encode(text=alt.Text(f"{shown}:Q", format=".1f"))
-    return _finish(cells + text, rows, title, 40 + 40 * len(methods), ("column", "row"))
+    step = None if len(methods) <= MAX_SQUEEZED else PAIR_STEP
+    height = 40 + 40 * len(methods)
+    return _finish(cells + text, rows, title, height, ("column", "row"), step)

@@ -35,6 +35,7 @@ from gsm8k_core.metrics import holm, is_significant, paired_difference
 from gsm8k_core.tables import (
     TextTable,
     clusters_of,
+    level_text,
     markdown_table,
     notes_on_clusters,
     p_text,
@@ -284,7 +285,7 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
     if rows:
         parts.append(markdown_table(TextTable("", header, rows)))
         parts.append(
-            f"Differences are paired by seed and problem, with {100 * confidence:g} % intervals "
+            f"Differences are paired by seed and problem, with {level_text(confidence)} intervals "
             "over both; p is corrected (Holm) over all rows of a model. One seed: problems only, "
             "and of what was trained no verdict, as another seed of the same settings may differ "
             "by more. Flags name few seeds, and what is not the same in both studies.\n"

@@ -127,6 +127,9 @@ MEANS_OVER_SEEDS = (
 )
 METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
 
+MAX_BANDS = 4
+"""Methods whose bands can be told apart in a figure; those of more cover each other."""
+
 # Flags of single rows, with their share after a colon.
 PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
 LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
@@ -610,14 +613,17 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_comparison(frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path) -> None:
+def write_comparison(
+    frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path, confidence: float
+) -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
+    `confidence` is the level of the intervals, which the last two state.
     pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k.
     """
     write_text(output_dir / "comparison.csv", frame.write_csv())
-    write_text(output_dir / "comparison.md", to_markdown(frame))
-    write_text(output_dir / "comparison.html", to_html(frame))
+    write_text(output_dir / "comparison.md", to_markdown(frame, confidence))
+    write_text(output_dir / "comparison.html", to_html(frame, confidence))
     write_text(output_dir / "pass_at_k.csv", curves.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
         frame.write_parquet(temporary)
@@ -647,10 +653,10 @@ class TextTable:
 TEXT_COLUMNS = {"model", "suite", "method", "parent", "verdict", "flags"}  # the others are numbers
 
 
-def to_markdown(frame: pl.DataFrame) -> str:
+def to_markdown(frame: pl.DataFrame, confidence: float) -> str:
     """The tables for people: percent with intervals, points, times in plain units."""
     parts = [f"### {table.title}\n\n{markdown_table(table)}" for table in _text_tables(frame)]
-    notes = "\n".join(f"- {note}" for note in notes_on(frame))
+    notes = "\n".join(f"- {note}" for note in notes_on(frame, confidence))
     return "\n".join(parts) + f"\n{notes}\n"
 
 
@@ -691,11 +697,12 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
     return tables
 
 
-def notes_on(frame: pl.DataFrame) -> list[str]:
+def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
     """What the columns mean, and every flag that the table holds."""
     notes = [
         "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
-        "Intervals take both seeds and problems as random.",
+        f"Brackets are {level_text(confidence)} intervals, which take both seeds and problems as "
+        "random.",
         "flexible: the last number counts, wherever it stands. format: the answer stands where the "
         "prompt asked for it. Where accuracy grows with format and flexible does not, read "
         "completions: format alone may have been learnt, or the model writes on after its answer.",
@@ -765,6 +772,11 @@ def problems_text(num_problems: int, num_clusters: int | None) -> str:
     return f"{problems} in {counted(num_clusters, 'cluster')}"
 
 
+def level_text(confidence: float) -> str:
+    """`95 %`, `99.5 %`."""
+    return f"{100 * confidence:g} %"
+
+
 def counted(number: int, noun: str) -> str:
     """`1 problem`, `1,319 problems`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -796,6 +808,13 @@ def _duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit of an axis that reaches to `seconds`, and how many of them it has."""
+    if seconds < 180:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
 
 
 def _count(number: float | None) -> str:
@@ -881,10 +900,10 @@ th {{ text-align: left; border-bottom-width: 2px; }}
 """
 
 
-def to_html(frame: pl.DataFrame) -> str:
+def to_html(frame: pl.DataFrame, confidence: float) -> str:
     """The same tables as one static page without scripts, light or dark as the reader's screen."""
     tables = "\n".join(_html_table(table) for table in _text_tables(frame))
-    notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame))
+    notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame, confidence))
     return PAGE.format(tables=tables, notes=notes)
 
 

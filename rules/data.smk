@@ -24,7 +24,7 @@ rule prepare_data:
 
 
 # Which test problems stand in the training data. No part of the default target:
-#   snakemake --cores 1 artifacts/results/STUDY/overlap.md
+#   snakemake artifacts/results/STUDY/overlap.md --cores 1 --configfile studies/STUDY.yaml
 rule check_overlap:
     input:
         train=LAYOUT.training_files(),

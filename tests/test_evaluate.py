@@ -147,6 +147,7 @@ def test_the_number_of_clones_has_the_interval_of_their_clusters(config: Config)
     assert expected.high - expected.low > 1.5 * np.subtract(*mean_interval([right])[:0:-1])
     settings = config.evaluation_settings("tiny-qwen2", "base", 0, "arithmetic")
     assert _sentence(settings, found, 0.95).endswith("(30 problems in 6 clusters, 95 % interval)\n")
+    assert _sentence(settings, found, 0.995).endswith("99.5 % interval)\n")
     alone = {**found, "num_clusters": None}
     assert _sentence(settings, alone, 0.95).endswith("(30 problems, 95 % interval)\n")
 

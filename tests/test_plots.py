@@ -13,6 +13,9 @@ from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import write_json, write_jsonl
 from gsm8k_core.plots import (
+    GREEDY,
+    PALETTE,
+    SAMPLED,
     plot_accuracy,
     plot_cost,
     plot_reward,
@@ -187,7 +190,7 @@ def test_accuracy_stands_over_the_time_of_training_with_parents(tmp_path: Path) 
     assert points(base, "y") == [40.0, 40.0]
     assert (points(interval, "x"), points(interval, "y")) == ([90.0, 90.0], [30.0, 50.0])
     assert (points(mean, "x"), points(mean, "y")) == ([90.0], [40.0])
-    assert figure.axes[2].get_xlabel() == "Time of training, with parents"
+    assert figure.axes[2].get_xlabel() == "Time of training with parents, seconds"
     assert figure.axes[0].get_xscale() == "linear"
 
 
@@ -199,8 +202,78 @@ def test_gpu_time_is_the_cost_where_gpus_were_used(tmp_path: Path) -> None:
         train_seconds_with_parents=[None if hour == 0.0 else 1.0 for hour in hours],
     )
     figure = plot_cost(STUDY, comparison)
-    assert figure.axes[2].get_xlabel() == "GPU time of training, with parents"
+    assert figure.axes[2].get_xlabel() == "GPU time of training with parents, minutes"
     assert points(figure.axes[0].lines[2], "x") == [7200.0]
+
+
+def test_a_linear_axis_of_time_has_round_numbers_of_one_unit(tmp_path: Path) -> None:
+    seconds: list[float | None] = [0.0, 0.0, 4200.0, 4200.0, 0.0, 0.0, 70.0, 70.0]
+    comparison = with_costs(write_runs(tmp_path, REWARDS), train_seconds_with_parents=seconds)
+    figure = plot_cost(STUDY, comparison)
+    labels = []
+    for axes in figure.axes[2:]:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        labels.append([axes.xaxis.get_major_formatter()(tick) for tick in ticks])
+    assert labels == [["0", "20", "40", "60", "80"], ["0", "20", "40", "60", "80"]]
+    assert [axes.get_xlabel().split(", ")[1] for axes in figure.axes[2:]] == ["minutes", "seconds"]
+
+
+def test_a_method_that_was_trained_without_a_gpu_does_not_vanish(tmp_path: Path) -> None:
+    comparison = with_costs(
+        write_runs(tmp_path, REWARDS),
+        gpu_seconds_training_with_parents=[0.0, 0.0, 7200.0, 7200.0, 0.0, 0.0, 0.0, 0.0],
+        train_seconds_with_parents=[0.0, 0.0, 3600.0, 3600.0, 0.0, 0.0, 600.0, 600.0],
+    )
+    figure = plot_cost(STUDY, comparison)
+    assert figure.axes[2].get_xlabel() == "Time of training with parents, minutes"
+    assert [points(axes.lines[-1], "x") for axes in figure.axes[:2]] == [[3600.0], [600.0]]
+
+
+def test_a_method_has_one_colour_in_all_figures_and_greedy_and_sampled_have_none(
+    tmp_path: Path,
+) -> None:
+    added = {"methods": ["base", "sft", "grpo"], "seeds_of": {**STUDY.seeds_of, "sft": [0]},
+             "chains": {**STUDY.chains, "sft": ["base", "sft"]}}  # fmt: skip
+    study = STUDY.model_copy(update=added)
+    rows = write_runs(tmp_path, REWARDS)
+    sft = rows.filter(pl.col("method") == "grpo").with_columns(method=pl.lit("sft"))
+    for model in study.models:  # no reward: not in that figure
+        write_jsonl(tmp_path / model / "sft" / "seed0" / "train" / "metrics.jsonl", [])
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(90.0)
+    comparison = pl.concat([rows, sft]).with_columns(train_seconds_with_parents=cost)
+    figures = (plot_cost(study, comparison), plot_reward(study, tmp_path))
+    colours = [
+        dict(zip([text.get_text() for text in legend.get_texts()],
+                 [line.get_color() for line in legend.get_lines()], strict=True))
+        for legend in (figure.legends[0] for figure in figures)
+    ]  # fmt: skip
+    assert set(colours[0]) == {"sft", "grpo"} and set(colours[1]) == {"grpo"}
+    assert colours[0]["grpo"] == colours[1]["grpo"] != colours[0]["sft"]
+    assert {GREEDY, SAMPLED}.isdisjoint(PALETTE)
+
+
+@pytest.mark.parametrize(("number", "has_bands"), [(4, True), (5, False)])
+def test_bands_of_many_methods_do_not_cover_each_other(
+    tmp_path: Path, number: int, has_bands: bool
+) -> None:
+    names = [f"m{place}" for place in range(number)]
+    study = STUDY.model_copy(
+        update={
+            "models": ["m1"],
+            "methods": names,
+            "seeds_of": {name: [0, 1] for name in names},
+            "chains": {name: ["base", name] for name in names},
+        }
+    )
+    for name in names:
+        for seed in (0, 1):
+            write_jsonl(tmp_path / "m1" / name / f"seed{seed}" / "train/metrics.jsonl", REWARDS)
+    figure = plot_reward(study, tmp_path)
+    assert len(figure.axes[0].collections) == (number if has_bands else 0)
+    caption = " ".join(text.get_text() for text in figure.texts)
+    assert ("band: smallest to largest seed" in caption) == has_bands
+    assert ("no bands of seeds with more than 4 methods" in caption) != has_bands
 
 
 def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
@@ -230,7 +303,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
     curves = pl.DataFrame(schema=PASS_AT_K_SCHEMA)
-    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results")
+    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results", 0.95)
     path = Path(__file__).parent.parent / "scripts" / "plot.py"
     spec = importlib.util.spec_from_file_location("script_plot", path)
     assert spec is not None and spec.loader is not None

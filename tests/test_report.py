@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -36,17 +37,27 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json
 from gsm8k_core.plots import _cost_look, _look
 from gsm8k_core.report import (
+    Lead,
     Subject,
     _context,
     _findings,
     _headline,
     _leads,
+    _pair_p_values,
     _table_note,
     json_for_script,
     script_text,
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.report_charts import PALETTES, SURFACES, _methods, learning_charts, learning_curve
+from gsm8k_core.report_charts import (
+    PALETTES,
+    SURFACES,
+    _methods,
+    agreement_charts,
+    learning_charts,
+    learning_curve,
+    pass_at_k_chart,
+)
 from gsm8k_core.tables import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -185,25 +196,31 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
     return Subject(study, "m", "test", rows, graded, {}, [], [])
 
 
+def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
+    return _leads(subject, _pair_p_values([subject, *other_suites]))
+
+
 def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:
     assert "Trained with two seeds: intervals are wide" in squeezed(page.text)
     for num_seeds, words in ((1, "one seed"), (2, "two seeds"), (3, None)):
         subject = subject_of({"grpo": 60, "base": 10}, grpo=0.01)
         for row in subject.rows:
             row["num_seeds"] = num_seeds
-        texts = [str(one["text"]) for one in _findings(subject, _leads(subject))]
+        texts = [str(one["text"]) for one in _findings(subject, leads_of(subject))]
         told = [text for text in texts if text.startswith("Trained with")]
         assert [text.startswith(f"Trained with {words}:") for text in told] == [True] * bool(words)
 
 
 def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     subject = subject_of({"grpo": 60, "base": 10}, grpo=1e-9)
-    assert _headline(subject, _leads(subject)) == "grpo is best: 60.0\u00a0% of test right"
-    assert "grpo</strong> beats <strong>base" in str(_findings(subject, _leads(subject))[0]["text"])
+    assert _headline(subject, leads_of(subject)) == "grpo is best: 60.0\u00a0% of test right"
+    assert "grpo</strong> beats <strong>base" in str(
+        _findings(subject, leads_of(subject))[0]["text"]
+    )
     for row in subject.rows:
         row["num_seeds"] = 1
-    assert _headline(subject, _leads(subject)).startswith("In one run of each method grpo comes")
-    finding = str(_findings(subject, _leads(subject))[0]["text"])
+    assert _headline(subject, leads_of(subject)).startswith("In one run of each method grpo comes")
+    finding = str(_findings(subject, leads_of(subject))[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
     subject.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "over problems alone; differences are paired by problem" in _context(subject)
@@ -213,12 +230,16 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
-    assert _headline(plain, _leads(plain)).startswith("grpo is best")
+    assert _headline(plain, leads_of(plain)).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
     clones.graded.tables[1] = clones.graded.tables[1].with_columns(cluster=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
-    assert "its lead over dpo may be chance" in _headline(clones, _leads(clones))  # one cluster
+    assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
+    for row in clones.rows:
+        row["parent"] = "sft"
+    finding = str(_findings(clones, leads_of(clones))[0]["text"])
+    assert "n = 100 problems in 10 clusters × 1 seed" in finding
     clones.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
     assert "over seeds and clusters; differences are paired" in _context(clones)
@@ -250,22 +271,57 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "sft: 2 seeds; parent: engine" in words
 
 
-def test_a_lead_over_many_is_corrected_for_their_number_and_says_so() -> None:
+def test_a_lead_over_many_is_corrected_for_all_pairs_and_says_so() -> None:
     # Five problems of a hundred: t = 0.05 / √(0.05·0.95 / 99) = 2.28, p = 0.0246 for each
     two = subject_of({"grpo": 60, "dpo": 55})
-    assert _headline(two, _leads(two)).startswith("grpo is best")
+    assert _headline(two, leads_of(two)).startswith("grpo is best")
+    assert [lead.correction for lead in leads_of(two)] == ["uncorrected"]
     four = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55})
-    assert [lead.p_value for lead in _leads(four)] == pytest.approx([3 * 0.02461] * 3, rel=0.01)
-    assert "its lead over dpo, rft and sft may be chance" in _headline(four, _leads(four))
-    finding = squeezed(str(_findings(four, _leads(four))[0]["text"]).replace("\u00a0", " "))
+    assert [lead.p_value for lead in leads_of(four)] == pytest.approx([6 * 0.02461] * 3, rel=0.01)
+    assert "its lead over dpo, rft and sft may be chance" in _headline(four, leads_of(four))
+    finding = squeezed(str(_findings(four, leads_of(four))[0]["text"]).replace("\u00a0", " "))
     assert "not significant" in finding
-    assert "p = 0.074 (Holm-corrected over grpo against each of the other 3)" in finding
+    assert "p = 0.148 (Holm-corrected over the 6 pairs that the table does not test)" in finding
     assert "Alone, without the correction, it would be: p = 0.025." in finding
     # One is far behind, and is no part of the doubt.
     five = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55, "base": 10}, grpo=1e-9)
-    assert "its lead over dpo, rft and sft may be chance" in _headline(five, _leads(five))
+    assert "its lead over dpo, rft and sft may be chance" in _headline(five, leads_of(five))
     six = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57})
-    assert "its lead over 4 of the others may be chance" in _headline(six, _leads(six))
+    assert "its lead over 4 of the others may be chance" in _headline(six, leads_of(six))
+
+
+def test_a_suite_on_which_a_sibling_came_first_by_chance_does_not_make_it_best() -> None:
+    tested = {"grpo": 1e-9, "dpo": 1e-9}
+    lucky = subject_of({"grpo": 60, "dpo": 56, "base": 10}, **tested)  # p = 0.045 alone
+    assert _headline(lucky, leads_of(lucky)).startswith("grpo is best")
+    other = subject_of({"dpo": 57, "grpo": 56, "base": 10}, **tested)
+    other = replace(other, suite="other")
+    lucky.study.suites.append("other")
+    leads = leads_of(lucky, other)
+    assert "its lead over dpo may be chance" in _headline(lucky, leads)
+    assert [lead.p_value for lead in leads] == pytest.approx([2 * 0.0452, 1e-9], rel=0.01)
+    finding = str(_findings(lucky, leads)[0]["text"])
+    assert "over the 2 pairs that the table does not test, of all suites)" in finding
+
+
+def test_of_equal_siblings_one_is_seldom_best_on_any_of_six_suites() -> None:
+    rng = np.random.default_rng(0)
+    num_wrong = 0
+    for _ in range(60):
+        suites = []
+        for number in range(6):
+            subject = subject_of({"grpo": 60, "dpo": 60})
+            for place, row in enumerate(subject.rows):
+                right = rng.random(100) < 0.6
+                table = subject.graded.tables[place]
+                subject.graded.tables[place] = table.with_columns(correct=pl.Series(right))
+                row["accuracy"] = right.mean()
+            subject.rows.sort(key=lambda row: -row["accuracy"])
+            suites.append(replace(subject, suite=f"suite{number}"))
+        p_values = _pair_p_values(suites)
+        heads = [_headline(subject, _leads(subject, p_values)) for subject in suites]
+        num_wrong += any("is best" in head for head in heads)
+    assert num_wrong <= 6  # 3 are expected; without the other suites' pairs it is 18
 
 
 @pytest.mark.parametrize("methods", [("grpo", "base"), ("base", "grpo"), ("grpo", "sft", "base")])
@@ -278,7 +334,7 @@ def test_the_headline_takes_the_corrected_p_value_of_the_comparison(
         tested = {name: p_value for name in methods if name != "base"}
         subject = subject_of(right, **tested)
         other = ("grpo" if methods[0] == "base" else "base") if p_value > 0.05 else methods[0]
-        assert wanted.format(other) in _headline(subject, _leads(subject))
+        assert wanted.format(other) in _headline(subject, leads_of(subject))
 
 
 def test_the_headline_does_not_contradict_the_finding_below_it(
@@ -406,6 +462,46 @@ def test_the_learning_curve_is_the_mean_over_seeds_at_the_steps_that_all_have() 
         (2, 3.0, 2.0, 4.0),
     ]
     assert learning_curve([[], []], "reward_mean", "grpo", 1.0) == []
+
+
+def test_the_shares_of_many_pairs_keep_a_field_each_and_scroll() -> None:
+    parts = ("same_answer", "both_right", "same_wrong", "other_wrong", "no_answer")
+    for number, width in ((6, "container"), (13, {"step": 46})):
+        methods = [f"method {place}" for place in range(number)]
+        rows = [
+            {"a": a, "b": b, **dict.fromkeys((*parts, "only_a", "only_b"), 12.5)}
+            for a in methods
+            for b in methods
+            if a != b
+        ]
+        charts = agreement_charts(rows, methods)
+        assert [chart["spec"]["width"] for chart in charts] == [width] * 2
+        assert [chart["scrolls"] for chart in charts] == [number == 13] * 2
+
+
+@pytest.mark.parametrize(("num_samples", "ticks"), [(4, [1, 2, 4]), (12, [1, 2, 4, 8, 12])])
+def test_the_axis_of_repeated_sampling_has_doublings_and_its_end(
+    num_samples: int, ticks: list[int]
+) -> None:
+    rows = [{"method": "grpo", "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for k in range(1, num_samples + 1)]  # fmt: skip
+    spec = pass_at_k_chart(rows, ["grpo"], "pass@k")["spec"]
+    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 3
+
+
+@pytest.mark.parametrize(("number", "shows_all"), [(4, True), (5, False)])
+def test_of_many_methods_bands_show_of_those_picked_alone(number: int, shows_all: bool) -> None:
+    methods = [f"method {place}" for place in range(number)]
+    rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for name in methods for k in (1, 2)]  # fmt: skip
+    band, line, _ = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
+    assert band["encoding"]["opacity"]["condition"]["empty"] == shows_all
+    assert line["encoding"]["opacity"]["condition"].get("empty", True)
+
+
+def test_the_page_says_when_bands_show(page: Page) -> None:
+    note = "With more than 4 methods, bands show of those picked in the legend alone."
+    assert squeezed(page.text).count(note) == 2
 
 
 def test_a_method_is_drawn_by_its_answers_and_by_its_reward_only_where_it_logs_no_answers() -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from report_study import HOSTILE, NUM_PROBLEMS, is_right, make_study, problem_id, report_arguments
 
+from gsm8k_core import report_charts
 from gsm8k_core.report import json_for_script
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -408,6 +409,32 @@ def test_every_control_has_a_name(open_page: Open) -> None:
             .map((item) => item.outerHTML.slice(0, 100))"""
     )
     assert nameless == []
+
+
+@pytest.mark.parametrize("width", [360, 900, 1000, 1280])
+def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
+    chromium: Browser,
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    monkeypatch.setattr(report_charts, "MAX_SQUEEZED", 2)  # as with more methods
+    monkeypatch.setattr(report_charts, "PAIR_STEP", 400)
+    names = tuple(f"deepseek-r1-distill-qwen-1.5b-with-a-long-name-{n}" for n in (1, 2))
+    paths = make_study(tmp_path, script, num_samples=0, models=names)
+    assert script("report").main(report_arguments(paths)) == 0
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    page.goto(paths["output"].as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+    draw_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    links = page.locator("nav[aria-label=Sections]")
+    assert links.evaluate("nav => nav.clientWidth") > min(width, 500) * 0.8  # not squeezed out
+    wide = page.locator("#agreement .chart-box:visible").first
+    assert wide.evaluate("box => box.scrollWidth - box.clientWidth") > 0
+    assert wide.locator("svg").evaluate("svg => svg.clientWidth") > 1600
+    page.close()
 
 
 def test_views_of_models_and_suites_can_be_changed_and_linked_to(

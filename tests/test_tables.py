@@ -345,7 +345,7 @@ def test_a_gain_that_is_format_alone_can_be_told_from_one_in_arithmetic(study_di
     assert (base["accuracy"], sft["accuracy"]) == (0.0, 1.0)
     assert (base["accuracy_flexible"], sft["accuracy_flexible"]) == (1.0, 1.0)
     assert (base["format_fraction"], sft["format_fraction"]) == (0.0, 1.0)
-    for text in (to_markdown(frame), to_html(frame)):
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "flexible %" in text and "format %" in text and "format alone may have been" in text
 
 
@@ -454,14 +454,14 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
         last = curves.row(3, named=True)
         assert [row[f"{name}_n{end}"] for end in ends] == [last[f"{name}_k{end}"] for end in ends]
     low, high = (100 * bound for bound in mean_interval(by_hand[4])[1:])
-    for text in (to_markdown(frame), to_html(frame)):
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "Repeated sampling" in text
         assert f"58.3 [{low:.1f}, {high:.1f}]" in text
 
 
 def test_a_study_without_samples_has_no_table_of_repeated_sampling(study_dir: Path) -> None:
     frame, curves = build_comparison(make_study(), study_dir)
-    assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame)
+    assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame, 0.95)
     assert row_of(frame, "sft")["maj_at_n"] is None
 
 
@@ -485,7 +485,7 @@ def test_rows_that_were_not_made_alike_are_flagged_and_explained(study_dir: Path
     assert row_of(frame, "base")["flags"] is None
     assert row_of(frame, "sft")["flags"] == "2 seeds; parent: engine, suite settings, code"
     assert row_of(frame, "grpo")["flags"] == "2 seeds; parent: engine, suite settings, code"
-    for text in (to_markdown(frame), to_html(frame)):
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "flag “suite settings”: other problems, sampling or limits." in text
         assert "flag “2 seeds”: too few" in text
 
@@ -527,7 +527,7 @@ def test_rows_of_other_problems_data_or_starting_weights_are_flagged(study_dir: 
     assert row_of(frame, "grpo")["flags"] == (
         "2 seeds; parent: problems, training data; base: problems"
     )
-    assert "flag “problems”: other problems" in to_markdown(frame)
+    assert "flag “problems”: other problems" in to_markdown(frame, 0.95)
 
 
 def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: Path) -> None:
@@ -537,7 +537,7 @@ def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: 
     frame = build(make_study(), study_dir)
     assert row_of(frame, "base")["flags"] == "prompts cut: 92.5 %"
     assert row_of(frame, "sft")["flags"] == "2 seeds"
-    for text in (to_markdown(frame), to_html(frame)):
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "prompts cut: 92.5 %" in text
         assert "flag “prompts cut”: so many prompts were too long for the model" in text
     set_stats(study_dir, "sft", num_prompts_truncated=1)  # metrics of an older version
@@ -566,7 +566,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
         frame = build(study, study_dir)
         assert row_of(frame, "base")["flags"] == (expected if flagged else None)
         if flagged and expected:
-            assert "flag “right and then contradicted”: so many" in to_markdown(frame)
+            assert "flag “right and then contradicted”: so many" in to_markdown(frame, 0.95)
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
@@ -574,7 +574,7 @@ def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir
     frame = build(study, study_dir)
     assert row_of(frame, "base")["flags"] is None  # nothing of it is a draw of training
     assert row_of(frame, "sft")["flags"] == "1 seed: problems only"
-    assert "flag “1 seed”: the interval is of problems alone" in to_markdown(frame)
+    assert "flag “1 seed”: the interval is of problems alone" in to_markdown(frame, 0.95)
 
 
 def test_runs_without_statistics_of_generation_are_compared_all_the_same(study_dir: Path) -> None:
@@ -677,9 +677,9 @@ def test_clones_have_the_intervals_and_tests_of_their_clusters(study_dir: Path) 
         found = [row[f"delta_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")]
         assert [*found, row[f"p_value_vs_{kind}"]] == pytest.approx(list(expected[:4]))
     note = "test: 40 problems in 10 clusters. Problems of one cluster are made from one template or"
-    for text in (to_markdown(frame), to_html(frame)):
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert text.count(note) == 1
-    assert "cluster" not in to_markdown(plain)
+    assert "cluster" not in to_markdown(plain, 0.95)
 
 
 def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) -> None:
@@ -733,7 +733,7 @@ def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
 
 def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: Path) -> None:
     frame, curves = build_comparison(make_study(), study_dir)
-    write_comparison(frame, curves, tmp_path / "results")
+    write_comparison(frame, curves, tmp_path / "results", 0.95)
     for suffix in ("csv", "parquet"):
         assert read_comparison(tmp_path / "results" / f"comparison.{suffix}").equals(frame)
     with pytest.raises(DataError, match="no such file"):
@@ -741,7 +741,7 @@ def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: 
 
 
 def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None:
-    text = to_markdown(build(make_study(), study_dir))
+    text = to_markdown(build(make_study(), study_dir), 0.95)
     quality = text.partition("### Quality\n\n")[2].partition("\n\n")[0].split("\n")
     cost = text.partition("### Cost\n\n")[2].partition("\n\n")[0].split("\n")
     for lines in (quality, cost):
@@ -753,17 +753,26 @@ def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None
     assert "18.5 min" not in cost[3] and "18.5 min" in cost[4]  # 1108 s
 
 
+def test_the_tables_say_the_level_of_their_intervals(study_dir: Path, tmp_path: Path) -> None:
+    study = make_study(confidence=0.995)
+    arguments = ["--study", dump(study), "--study-dir", str(study_dir)]
+    assert compare.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    for suffix in ("md", "html"):
+        text = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
+        assert "Brackets are 99.5 % intervals, which take both seeds and problems" in text
+
+
 def test_names_cannot_break_out_of_the_tables(study_dir: Path) -> None:
     name = "<script>alert(1)</script>|`"
     frame = build(make_study(), study_dir).with_columns(model=pl.lit(name))
-    assert "<script>" not in to_html(frame)
-    assert "&lt;script&gt;" in to_html(frame)
-    line = to_markdown(frame).split("\n")[4]
+    assert "<script>" not in to_html(frame, 0.95)
+    assert "&lt;script&gt;" in to_html(frame, 0.95)
+    line = to_markdown(frame, 0.95).split("\n")[4]
     assert "\\|`" in line
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Path) -> None:
-    page = to_html(build(make_study(), study_dir))
+    page = to_html(build(make_study(), study_dir), 0.95)
     assert not re.search(r"(src|href)=|https?://|<script", page)
     for tag in ("table", "tr", "td", "th", "ul", "li", "h2", "html"):
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>") > 0

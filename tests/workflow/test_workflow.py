@@ -25,6 +25,7 @@ from gsm8k_core.manifest import Invocation
 from gsm8k_core.problems import read_problems
 
 SMALL_STUDY = ("studies/debug.yaml", "small.yaml")
+SMALL_METHODS = ("base", "sft", "expert_iteration", "dpo", "grpo")  # of small.yaml
 CELLS = "artifacts/experiments/small/tiny-qwen2"
 
 pytestmark = pytest.mark.slow
@@ -194,6 +195,17 @@ def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Pat
     assert "all completions with their grades" in page  # the report's caption
     for category in ("Report", "Tables", "Figures"):
         assert f'"{category}"' in page
+
+
+def test_the_command_that_the_report_gives_for_overlap_plans_that_alone(finished: Path) -> None:
+    page = (finished / "artifacts/results/small/report.html").read_text(encoding="utf-8")
+    (command,) = re.findall(r"snakemake ([\w/.]+overlap\.md [-\w ]+ --configfile) FILE,", page)
+    result = subprocess.run(
+        [sys.executable, "-m", "snakemake", *command.split(), *SMALL_STUDY, "-n"],
+        cwd=finished, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert re.findall(r"^check_overlap +1$", result.stdout, re.M)
 
 
 def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
@@ -430,6 +442,20 @@ def test_what_is_deleted_of_a_cell_is_made_again_with_the_tables_and_nothing_els
     cell = ["train_grpo", "generate", "grade"]
     rules = [*cell[cell.index(first_rule) :], "compare", "plot", "report", "all"]
     assert jobs == {**dict.fromkeys(rules, 1), "total": len(rules)}
+
+
+def test_tables_can_be_had_without_a_cell_that_failed(finished: Path) -> None:
+    rest = [name for name in SMALL_METHODS if name != "grpo"]
+    without = overlay(finished, "without.yaml", {"study": {"methods": rest}})
+    path = finished / CELLS / "grpo" / "seed0"
+    path.rename(finished / "failed")
+    try:
+        whole = planned_jobs(finished)
+        jobs = planned_jobs(finished, overlays=(*SMALL_STUDY, without))
+    finally:
+        (finished / "failed").rename(path)
+    assert whole["train_grpo"] == 1
+    assert jobs == {"compare": 1, "plot": 1, "report": 1, "all": 1, "total": 4}
 
 
 def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -> None:
