@@ -141,7 +141,7 @@ def trl_side(args: argparse.Namespace) -> None:
     turns = Turns()
     import torch
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import AutoConfig, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from gsm8k_core.files import seed_from
@@ -153,7 +153,8 @@ def trl_side(args: argparse.Namespace) -> None:
     run = run_settings(args)
     method = run.method_settings
     tokenizer = load_tokenizer(args.model)
-    examples = load_examples(args.data, run, tokenizer, len(tokenizer))
+    num_positions = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    examples = load_examples(args.data, run, tokenizer, len(tokenizer), num_positions)
     num_steps, num_steps_of_turn = method.num_steps, args.steps
     order = endless_order(len(examples), seed_from(SEED, run.method, run.round))
     # Packed rows hold several examples each; how many is not known beforehand.

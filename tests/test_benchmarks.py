@@ -11,7 +11,7 @@ import pytest
 
 from gsm8k_core.arithmetic import make_arithmetic
 from gsm8k_core.config import ArithmeticDataset
-from gsm8k_core.files import write_jsonl
+from gsm8k_core.files import read_jsonl, write_jsonl
 
 SCORING = "--hidden 16 --vocabulary 300 --rows 2 --tokens 9 --rounds 1"
 
@@ -33,6 +33,22 @@ def test_a_training_step_is_compared_with_one_of_compiled_layers(
     assert importlib.import_module("benchmarks.training_step").main(words) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
     assert rows[-2:] == ["| plain", "| compiled layers"]
+
+
+@pytest.mark.slow
+def test_sft_and_trl_train_on_the_same_examples_with_the_same_losses(
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    problems = read_jsonl(arithmetic_folder / "train.jsonl")[:8]
+    problems[3]["question"] *= 36  # longer than the model has positions, as some of GSM8K are
+    write_jsonl(tmp_path / "train.jsonl", problems)
+    words = f"--model {sft_folder} --model-name tiny-qwen2 --data {tmp_path}/train.jsonl"
+    sizes = "--batch-size 2 --steps 4 --rounds 1"
+    assert importlib.import_module("benchmarks.sft").main(f"{words} {sizes}".split()) == 0
+    assert "losses of the same step differ by at most" in capsys.readouterr().out
 
 
 @pytest.mark.slow
