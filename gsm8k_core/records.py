@@ -34,6 +34,7 @@ from gsm8k_core.config import (
     SftMethod,
     checked,
 )
+from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_record, sha256_file, write_json, write_text
 from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
@@ -336,21 +337,11 @@ def _made_and_asked(
 
 def _differing(made: Settings, asked: Settings) -> list[str]:
     """Each key that differs, with both values."""
-    was, is_now = (_flat(one.model_dump(mode="json", by_alias=True)) for one in (made, asked))
+    was, is_now = (one.model_dump(mode="json", by_alias=True) for one in (made, asked))
     return [
-        f"{key} is {was.get(key)!r}, the study asks for {is_now.get(key)!r}"
-        for key in sorted(was.keys() | is_now.keys())
-        if was.get(key) != is_now.get(key)
+        f"{key} is {old!r}, the study asks for {new!r}"
+        for key, (old, new) in leaf_changes(was, is_now).items()
     ]
-
-
-def _flat(settings: Json, above: str = "") -> Json:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: Json = {}
-    for key, value in settings.items():
-        name = f"{above}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 # ------------------------------------------------------------------------------------------- sums

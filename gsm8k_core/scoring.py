@@ -126,19 +126,18 @@ def score_responses(
             )
     head = _output_layer(model)
     num_positions = input_ids.shape[-1]
-    plain = attention_mask is None and position_ids is None
+    # How long rows may be made: those with a mask or positions of their own stay as they are.
+    longest = _longest(model) if attention_mask is None and position_ids is None else 0
     if shared_row is not None:
         attention_mask, position_ids = shared_row.attention_mask, shared_row.source_columns
-    if head is not None and (plain or shared_row is not None):
-        # A shared row is longer than any of its parts, which are as long as the model allows.
-        longest = math.inf if shared_row is not None else _longest(model)
-        more = _width_to_compute(head, num_positions, longest) - num_positions
-        if more:  # `pad` copies even where it adds nothing
-            input_ids, labels, response_mask = (
-                functional.pad(tensor, (0, more)) for tensor in (input_ids, labels, response_mask)
-            )
-            if position_ids is not None:
-                position_ids = functional.pad(position_ids, (0, more))
+        longest = math.inf  # its parts are as long as the model allows, not it
+    more = _width_to_compute(head, num_positions, longest) - num_positions
+    if more:  # `pad` copies even where it adds nothing
+        input_ids, labels, response_mask = (
+            functional.pad(tensor, (0, more)) for tensor in (input_ids, labels, response_mask)
+        )
+        if position_ids is not None:
+            position_ids = functional.pad(position_ids, (0, more))
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
@@ -175,12 +174,12 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     return None if find is None else find()
 
 
-def _longest(model: torch.nn.Module) -> int:
+def _longest(model: torch.nn.Module) -> float:
     """Positions that a transformers model knows."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
 
 
-def _width_to_compute(head: torch.nn.Module, width: int, longest: float) -> int:
+def _width_to_compute(head: torch.nn.Module | None, width: int, longest: float) -> int:
     """Positions of rows padded on the right, so that their shapes come again (`onednn`)."""
     if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight, head.weight):
         return width
