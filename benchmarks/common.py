@@ -7,6 +7,7 @@ has its own peak of memory, and may have its own environment.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -137,6 +138,21 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+
+
+def start_sides(
+    names: Sequence[str], command: Sequence[str], args: argparse.Namespace
+) -> list[Side]:
+    """A side of `command` for each of `names`: one after another on a CPU, together on a GPU.
+
+    There starting is waiting and compiling, for which such a machine has the processors.
+    """
+    on_cpu = args.device == "cpu"
+    sides = [Side(name, [*command, "--side", name], args.threads, wait=on_cpu) for name in names]
+    if not on_cpu:
+        for side in sides:
+            side.wait()
+    return sides
 
 
 def take_turns(sides: Sequence[Side], rounds: int, warm_up: int = 1) -> None:

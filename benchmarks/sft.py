@@ -26,12 +26,12 @@ from typing import Any
 
 from benchmarks.common import (
     Json,
-    Side,
     Turns,
     environment_line,
     plain_model,
     ratios,
     spread,
+    start_sides,
     take_turns,
 )
 from gsm8k_core.cli import leave, parser, run_script
@@ -253,8 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     packages = ("torch", "transformers", "trl")
     sys.stdout.write(environment_line(packages, args.threads, args.device) + "\n")
     command = ["-m", "benchmarks.sft", *argv]
-    sides = [Side(name, [*command, "--side", name], args.threads) for name in ("ours", "trl")]
-    ours, theirs = sides
+    ours, theirs = sides = start_sides(("ours", "trl"), command, args)
     firsts = [side.turn(keep=False)["losses"][0] for side in sides]
     take_turns(sides, args.rounds, warm_up=0)
     for side in sides:

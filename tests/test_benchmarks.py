@@ -36,6 +36,20 @@ def test_a_training_step_is_compared_with_one_of_compiled_layers(
 
 
 @pytest.mark.slow
+def test_an_update_with_shared_prompts_has_the_gradient_of_one_with_a_row_each(
+    sft_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--prompts 3 --group-size 4 --completion-tokens 3 20 --tokens-per-microbatch 200"
+    model = f"--model {sft_folder} --rounds 1"
+    assert (
+        importlib.import_module("benchmarks.shared_prompts").main(f"{model} {words}".split()) == 0
+    )
+    written = capsys.readouterr().out
+    found = re.search(r"log-probs differ by (\S+), gradients by (\S+)", written)
+    assert found is not None and max(map(float, found.groups())) < 1e-4, written
+
+
+@pytest.mark.slow
 def test_sft_and_trl_train_on_the_same_examples_with_the_same_losses(
     sft_folder: Path,
     arithmetic_folder: Path,

@@ -530,63 +530,62 @@ def count_tests(xml: Path) -> dict[str, Any]:
 
 def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
     """Name and command line of each. They print Markdown."""
-    small = kit.settings["device"] == "cpu"
-    device = ["--device", kit.settings["device"]]
-    model = ["--model", study.weights, "--model-name", study.model]
-    ceilings, scoring, training_step, engines, grpo = (
-        (
-            ["--sizes", 256, 512, "--copy-mib", 64, "--rounds", 2],
-            ["--hidden", 32, "--vocabulary", 500, "--rows", 2, "--tokens", 16, "--rounds", 1],
-            ["--rows", 1, "--shortest", 16, "--rounds", 1],
-            ["--num-problems", 4, "--max-new-tokens", 8, "--batch-size", 2],
-            ["--prompts", 2, "--group-size", 2, "--max-new-tokens", 4, "--rounds", 1],
-        )
-        if small
-        else (
-            [],
-            ["--dtype", "bfloat16"],
-            ["--dtype", "bfloat16"],
-            ["--num-problems", 512, "--max-new-tokens", 256, "--batch-size", 256],
-            ["--prompts", 16, "--group-size", 16, "--max-new-tokens", 128, "--rounds", 4]
-            + ["--dtype", "bfloat16"],
-        )
-    )
-    engines += ["--config", *study.files, "--data", study.data / "test.jsonl"]
-    commands = {
-        "ceilings": [
-            "benchmarks/ceilings.py",
-            *device,
-            *ceilings,
-            "--output",
-            kit.folder / "ceilings.json",
-        ],
-        "scoring": ["benchmarks/scoring.py", *device, *scoring],
-        "scoring without entropy": [
-            "benchmarks/scoring.py",
-            *device,
-            *scoring,
-            "--without-entropy",
-        ],
-        "training step": [
-            "benchmarks/training_step.py",
-            "--model",
-            study.weights,
-            *device,
-            *training_step,
-        ],
-        "engines": ["benchmarks/engines.py", *model, *engines],
+    on_cpu = kit.settings["device"] == "cpu"
+    device = ["--device", kit.settings["device"]] + ["--dtype", "bfloat16"] * (not on_cpu)
+    weights = ["--model", study.weights]
+    model = [*weights, "--model-name", study.model]
+    train = ["--data", study.data / "train.jsonl"]
+    test = ["--config", *study.files, "--data", study.data / "test.jsonl"]
+    ceilings_file = kit.folder / "ceilings.json"
+    # Arguments, what is added on a CPU, and what is on a GPU.
+    commands: dict[str, tuple[list[Any], str, str]] = {
+        "ceilings": (
+            ["ceilings", *device[:2], "--output", ceilings_file],
+            "--sizes 256 512 --copy-mib 64 --rounds 2",
+            "",
+        ),
+        "scoring": (
+            ["scoring", *device],
+            "--hidden 32 --vocabulary 500 --rows 2 --tokens 16 --rounds 1",
+            "",
+        ),
+        "scoring without entropy": (
+            ["scoring", *device, "--without-entropy"],
+            "--hidden 32 --vocabulary 500 --rows 2 --tokens 16 --rounds 1",
+            "",
+        ),
+        "training step": (
+            ["training_step", *weights, *device],
+            "--rows 1 --shortest 16 --rounds 1",
+            "",
+        ),
+        "shared prompts": (
+            ["shared_prompts", *weights, *device],
+            "--prompts 2 --group-size 2 --completion-tokens 4 8 --rounds 1",
+            "",
+        ),
+        "engines": (
+            ["engines", *model, *test],
+            "--num-problems 4 --max-new-tokens 8 --batch-size 2",
+            "--num-problems 512 --max-new-tokens 256 --batch-size 256",
+        ),
     }
     if importlib.util.find_spec("trl") is not None:
-        data = study.data / "train.jsonl"
-        commands["grpo against TRL"] = [
-            "benchmarks/grpo.py",
-            *model,
-            "--data",
-            data,
-            *device,
-            *grpo,
-        ]
-    return commands
+        with_vllm = " --engine vllm" * (importlib.util.find_spec("vllm") is not None)
+        commands["sft against TRL"] = (
+            ["sft", *model, *train, *device],
+            "--batch-size 2 --steps 1 --rounds 1",
+            "--batch-size 64 --tokens-per-microbatch 32768 --rounds 4",
+        )
+        commands["grpo against TRL"] = (
+            ["grpo", *model, *train, *device],
+            "--prompts 2 --group-size 2 --max-new-tokens 4 --rounds 1",
+            "--prompts 16 --group-size 16 --max-new-tokens 128 --rounds 4" + with_vllm,
+        )
+    return {
+        name: [f"benchmarks/{script}.py", *words, *(for_cpu if on_cpu else for_gpu).split()]
+        for name, ((script, *words), for_cpu, for_gpu) in commands.items()
+    }
 
 
 def run_benchmarks(kit: Kit) -> None:
