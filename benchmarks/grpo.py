@@ -147,6 +147,8 @@ def our_side(args: argparse.Namespace) -> None:
 
     def steps_after(run: TrainingRun, steps_done: int, what: str) -> Any:
         """The loop's own steps, each begun at our turn; one ends where the next begins."""
+        with run.sampling():  # starts the engine, as TRL has started its own by then
+            pass
         turns.tell()
         for step in of_run(run, steps_done, what):
             if not turns.wait():

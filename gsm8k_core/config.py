@@ -546,9 +546,10 @@ class GrpoMethod(TrainSettings):
     max_refills: PositiveInt = 3
     """Most additional rounds of sampling in one step."""
 
-    share_prompts: bool = True
+    share_prompts: bool | None = None
     """Compute a prompt once for several of its completions in updates and scoring, for the model
-    types where this is known to be right (`gsm8k_core.shared_prompts`)."""
+    types where this is known to be right (`gsm8k_core.shared_prompts`); unset: on a CPU (on a GPU
+    it takes more memory, and was not seen to be faster)."""
     check_sampler_every_steps: NonNegativeInt = 10
     """Compare the sampler's log-probs with the trainer's every this many steps, and in the first
     two of a call (the second is the first with pushed weights); 0: never."""

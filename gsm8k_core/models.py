@@ -340,9 +340,19 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
 def set_up_process(device: torch.device) -> None:
     """What makes this process faster on `device`, whichever model it computes with."""
     keep_freed_memory(device)
-    # PyTorch's first choice of attention on Hopper, which is planned anew for every shape: the CPU
-    # takes longer for that than the GPU for a small layer (docs/experiments.md).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    avoid_cudnn_attention(device)
+
+
+def avoid_cudnn_attention(device: torch.device) -> None:
+    """Have this process compute attention on a GPU by other kernels than cuDNN's from now on.
+
+    They are PyTorch's first choice on Hopper and Blackwell. Where there is a mask, gradients were
+    wrong there, without a word (docs/experiments.md, 2026-11-27; pytorch/pytorch#196678, #193893).
+    They are also planned anew for every shape, which takes the CPU longer than the GPU takes for a
+    small layer.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory(device: torch.device) -> None:

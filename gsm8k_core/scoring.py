@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm8k_core import onednn
 from gsm8k_core.compiling import compile_error
+from gsm8k_core.models import avoid_cudnn_attention
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 from gsm8k_core.shared_prompts import SharedRow
 
@@ -113,9 +114,11 @@ def score_responses(
     at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU
     `LOGITS_PER_BLOCK_OF_OTHERS` (more only with over 100 000 positions). Any other module, and any
     model that changes its logits after the output layer (Gemma's soft-capping, Cohere's scale), is
-    asked for plain logits. Raises ValueError for a label outside the vocabulary where the mask is
-    true, and for shapes that differ.
+    asked for plain logits. On a GPU the process does without cuDNN's attention from then on
+    (`avoid_cudnn_attention`). Raises ValueError for a label outside the vocabulary where the mask
+    is true, and for shapes that differ.
     """
+    avoid_cudnn_attention(input_ids.device)
     if temperature <= 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
     for name, tensor in (("labels", labels), ("response_mask", response_mask)):

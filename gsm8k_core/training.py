@@ -659,10 +659,13 @@ class TrainingRun:
             "seconds_training": round(
                 time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
             ),
-            "peak_memory_mb": max(one["peak_memory_mb"] for one in measured),
+            "peak_memory_mb": max(
+                *(row["peak_memory_mb"] for row in iter_jsonl(self.metrics.path)),  # earlier calls
+                *(one["peak_memory_mb"] for one in measured),
+            ),
             "device": device_name(self.device),
             "num_ranks": len(measured),
-            "engine": self._engine.name if self._engine else None,
+            "engine": self._engine.name if self._engine else self.progress.get("engine"),
             "best_validation": best,
             # Weights can be dropped, and that be cut short: who loads them looks here.
             "model_files": sorted(path.name for path in (self.output_dir / "model").iterdir()),

@@ -558,7 +558,8 @@ def main(argv: list[str] | None = None) -> int:
     updates_per_step = settings.epochs_per_batch * settings.minibatches
     run = TrainingRun.from_arguments(args, run_settings, updates_per_step)
     disable_dropout(run.model)
-    shares_prompts = settings.share_prompts and use_in(run.model)
+    wanted = settings.share_prompts
+    shares_prompts = (run.device.type == "cpu" if wanted is None else wanted) and use_in(run.model)
     reference = None
     if settings.kl_coefficient > 0:
         reference = run.load_reference()

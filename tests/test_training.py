@@ -316,6 +316,25 @@ def test_a_run_killed_while_its_engine_shuts_down_goes_on_from_its_checkpoint(
     assert same(weights(run.model), weights(again.model))
 
 
+def test_a_call_that_finds_all_steps_done_tells_the_engine_and_the_memory_of_those_before(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(num_steps=3, checkpoint_every_steps=1)
+    run.resume()
+    run.progress["engine"] = "vllm"
+    monkeypatch.setattr(training, "peak_memory_mb", lambda _: 30_000)
+    for number in (1, 2):
+        step(run, number)
+    unlock(run._lock_path, run._lock)
+    monkeypatch.setattr(training, "peak_memory_mb", lambda _: 1_500)
+    again = start(num_steps=3, checkpoint_every_steps=1)
+    again.num_steps = 2  # as by --max-steps
+    assert again.resume()[0] == 2
+    again.finish({})
+    summary = read_json(again.output_dir / "train" / "summary.json")
+    assert summary["engine"] == "vllm" and summary["peak_memory_mb"] == 30_000
+
+
 def test_an_engine_that_fails_to_shut_down_takes_no_finished_run_with_it(
     start: Callable[..., TrainingRun], caplog: pytest.LogCaptureFixture
 ) -> None:

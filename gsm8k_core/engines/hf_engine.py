@@ -33,7 +33,12 @@ from gsm8k_core.engines.base import (
     in_order,
 )
 from gsm8k_core.errors import ModelError
-from gsm8k_core.models import is_plain_decoder, load_plain_weights, stop_token_ids
+from gsm8k_core.models import (
+    avoid_cudnn_attention,
+    is_plain_decoder,
+    load_plain_weights,
+    stop_token_ids,
+)
 from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
 
 log = logging.getLogger(__name__)
@@ -189,7 +194,8 @@ class HfEngine:
     """The Engine of a transformers model. `batch_size` bounds the completions decoded at once.
 
     `generate` takes `gsm8k_core.engines.base.Request`s and gives `Completion`s of the same module.
-    Of the model's generation config only the EOS ids are used: no top-p, top-k or penalty.
+    Of the model's generation config only the EOS ids are used: no top-p, top-k or penalty. On a GPU
+    the process does without cuDNN's attention from then on (`avoid_cudnn_attention`).
     """
 
     name = "transformers"
@@ -202,6 +208,7 @@ class HfEngine:
         forward_context: Callable[[], Any] | None = None,
     ) -> None:
         _check_cache(model)
+        avoid_cudnn_attention(model.device)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size

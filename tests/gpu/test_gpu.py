@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks import shared_prompts
 from gsm8k_core import scoring
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.engines.base import Completion, Request
@@ -89,6 +90,15 @@ def test_bf16_scores_stay_near_those_of_float32(
     rounded, _ = scores_of(model, requests, groups, "bfloat16")
     assert (exact - rounded).abs().mean() < 0.05
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_that_are_shared_give_the_scores_and_gradients_of_a_row_each(
+    sft_folder: Path, cuda: torch.device, dtype: str
+) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default, which scoring has to undo
+    words = f"--model {sft_folder} --device {cuda} --dtype {dtype} --rounds 2"
+    assert shared_prompts.main(f"{words} --prompts 8 --group-size 4".split()) == 0
 
 
 @pytest.mark.parametrize("eager", [True, False])
