@@ -576,7 +576,10 @@ class GrpoMethod(TrainSettings):
         if self.advantage in AMONG_A_GROUP and self.group_size < 2:
             raise ValueError(f"{self.advantage} needs group_size of 2 or more")
         if self.overlong_buffer >= self.max_new_tokens:
-            raise ValueError("overlong_buffer must be below max_new_tokens")
+            raise ValueError(
+                f"overlong_buffer ({self.overlong_buffer}) must be below max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
         if self.reference_refresh_steps and self.kl_coefficient == 0.0:
             raise ValueError("reference_refresh_steps needs kl_coefficient above 0")
         if self.reference_refresh_steps and self.lora is not None:
@@ -1206,8 +1209,11 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def load_config(path: Path | str, overlays: list[Path] | list[str] | None = None) -> Config:
     """Read `path`, lay `overlays` over it in order, check the result.
 
-    Raises ConfigError that names a file that cannot be read, or lists every mistake by key.
+    Raises ConfigError that names a file that cannot be read, or lists every mistake by key, and
+    TypeError where `overlays` is one path and no list of them.
     """
+    if isinstance(overlays, str | Path):
+        raise TypeError(f"overlays is one path: pass [{str(overlays)!r}]")
     raw: dict[str, Any] = {}
     for file in map(Path, [path, *(overlays or [])]):
         content = read_yaml(file)
@@ -1270,7 +1276,8 @@ def parse_config(raw: dict[str, Any]) -> Config:
         problems += _check_references(raw)
         raise _config_error(problems) from None
     problems = _check_references(raw)
-    for name, model in config.models.items():
+    for name in config.study.models:
+        model = config.models[name]
         if 0 < model.gpus < model.vllm.tensor_parallel:
             problems.append(
                 f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, but "

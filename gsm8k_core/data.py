@@ -19,6 +19,7 @@ import random
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,22 +84,28 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         folder = Path(local).expanduser()
         splits = {split: list(iter_jsonl(folder / f"{split}.jsonl")) for split in SPLITS}
         source = "local folder"
+        where = f"{folder}" + " ($GSM8K_DIR)" * (settings.path is None)
     else:
         splits, source = _download(settings)
-    for split in SPLITS:
-        _verify(splits[split], split, settings.digests.get(split), source)
+        where = source
+    _verify(splits, settings.digests, where)
     return splits, source
 
 
-def _verify(rows: list[Json], split: str, expected: str | None, source: str) -> None:
-    found = content_digest(rows)
-    if expected is None:
-        raise DataError(f"datasets.*.digests.{split}: missing; this source has {found}")
-    if found != expected:
+def _verify(splits: dict[str, list[Json]], expected: dict[str, str], where: str) -> None:
+    """Raise one DataError for all splits whose content is not that of the digests `expected`."""
+    found = {split: content_digest(rows) for split, rows in splits.items()}
+    faults = [
+        f"GSM8K {split} is not the pinned one: {len(splits[split])} rows with content digest "
+        f"{digest}, expected {expected.get(split, 'none')}"
+        for split, digest in found.items()
+        if digest != expected.get(split)
+    ]
+    if faults:
+        pins = ", ".join(f"{split}: {digest}" for split, digest in found.items())
         raise DataError(
-            f"GSM8K {split} is not the pinned one: {len(rows)} rows with content digest {found}, "
-            f"expected {expected} (source: {source}). Take an unchanged copy, or pin this digest "
-            f"under datasets.<name>.digests.{split} if you mean to use it."
+            f"{'; '.join(faults)} (source: {where}). Take an unchanged copy, or, if you mean to "
+            f"use it, pin it under datasets.<name>: digests: {{{pins}}}"
         )
 
 
@@ -187,6 +194,9 @@ def split_gsm8k(splits: dict[str, list[Json]], num_val: int) -> dict[str, list[P
         ]
         for split, rows in splits.items()
     }
+    for split, of_split in problems.items():
+        if repeated := [name for name, n in Counter(p.id for p in of_split).items() if n > 1]:
+            raise DataError(f"GSM8K {split}: id {repeated[0]!r} occurs twice")
     if num_val >= len(problems["train"]):
         raise DataError(
             f"num_val is {num_val} of {len(problems['train'])} train rows: leave some to train on"

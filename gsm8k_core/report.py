@@ -371,6 +371,10 @@ def _headline(subject: Subject, leads: list[Lead]) -> str:
     if not unsure:
         return f"{name} is best: {score} of {subject.suite} right"
     over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
+    equal = [row["method"] for row in subject.rows if row["accuracy"] == best["accuracy"]]
+    if len(equal) > 1:
+        are = "are equal" if len(equal) == len(subject.rows) else "come first together"
+        return f"{_list(equal)} {are}: {score} of {subject.suite} right"
     return (
         f"{name} comes first with {score} of {subject.suite} right, but its lead over {over} may "
         "be chance"

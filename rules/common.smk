@@ -142,9 +142,9 @@ wildcard_constraints:
     round=r"[1-9]\d*",
 
 
-def methods_of_kind(kind):
+def methods_of_kind(*kinds):
     return one_of(
-        name for name, method in CONFIG.methods.items() if method.kind == kind
+        name for name, method in CONFIG.methods.items() if method.kind in kinds
     )
 
 

@@ -81,6 +81,8 @@ rule generate_round:
         f"{ROUND}/logs/generate.log",
     benchmark:
         f"{ROUND}/benchmarks/generate.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("expert_iteration", "dpo"),
     threads: model_threads
     resources:
         gpu=generation_gpus,
@@ -106,6 +108,8 @@ rule select_completions:
         f"{ROUND}/logs/select_completions.log",
     benchmark:
         f"{ROUND}/benchmarks/select_completions.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("expert_iteration"),
     localrule: True
     params:
         settings=run_settings,
@@ -130,6 +134,8 @@ rule train_round:
         f"{ROUND}/logs/train_sft.log",
     benchmark:
         f"{ROUND}/benchmarks/train_sft.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("expert_iteration"),
     threads: model_threads
     resources:
         gpu=model_gpus,
@@ -183,6 +189,8 @@ rule select_pairs:
         f"{ROUND}/logs/select_pairs.log",
     benchmark:
         f"{ROUND}/benchmarks/select_pairs.tsv"
+    wildcard_constraints:
+        method=methods_of_kind("dpo"),
     localrule: True
     params:
         settings=run_settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -556,6 +557,23 @@ def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> N
     message = "models.tiny-qwen2: vllm.tensor_parallel is 4, but gpus is only 2"
     with pytest.raises(ConfigError, match=message):
         parse_config(raw)
+    raw["study"]["models"] = ["smollm2-135m-instruct"]
+    assert parse_config(raw)  # the study asks nothing of the others
+
+
+def test_the_readme_s_study_of_one_s_own_is_one() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = textwrap.dedent("  " + text.partition("```yaml\n")[2].partition("```")[0].lstrip())
+    shipped = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config = parse_config(merge(shipped, yaml.safe_load(example)))
+    method = config.methods["my_grpo"]
+    assert isinstance(method, GrpoMethod) and method.reward.custom == "my_reward:score"
+    assert config.stages() == ["base", "sft", "my_grpo"]
+
+
+def test_one_overlay_that_is_no_list_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"overlays is one path: pass \['studies/presets.yaml'\]"):
+        load_config(ROOT / "config.yaml", "studies/presets.yaml")  # type: ignore[arg-type]
 
 
 def test_another_prompt_does_not_fetch_the_weights_again(config: Config) -> None:

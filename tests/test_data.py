@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gsm8k_core import data
 from gsm8k_core.config import Gsm8kDataset
@@ -125,7 +126,9 @@ def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert fetch_gsm8k(settings())[0] == ROWS
 
 
-def test_other_rows_stop_and_the_message_names_split_and_digests(folder: Path) -> None:
+def test_other_rows_stop_and_the_message_names_split_and_digests(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changed = [*ROWS["train"][:-1], {"question": "new", "answer": "#### 1"}]
     (folder / "train.jsonl").write_bytes(to_jsonl(changed))
     with pytest.raises(DataError) as caught:
@@ -133,11 +136,21 @@ def test_other_rows_stop_and_the_message_names_split_and_digests(folder: Path) -
     message = str(caught.value)
     assert message.startswith("GSM8K train is not the pinned one: 20 rows with content digest ")
     assert content_digest(changed) in message and content_digest(ROWS["train"]) in message
-    assert "local folder" in message
+    assert f"(source: {folder})" in message
+    monkeypatch.setenv("GSM8K_DIR", str(folder))
+    with pytest.raises(DataError, match=r"GSM8K_DIR"):
+        fetch_gsm8k(settings())
+
+
+def test_of_rows_of_one_s_own_one_message_says_all_there_is_to_pin(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"train is not .* expected none; GSM8K test is") as caught:
+        fetch_gsm8k(settings(path=str(folder), digests={}))
+    pinned = {"digests": yaml.safe_load(str(caught.value).partition("digests: ")[2])}
+    assert fetch_gsm8k(settings(path=str(folder), **pinned))[0] == ROWS
 
 
 def test_a_missing_split_and_a_missing_digest_are_named(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"digests\.test: missing; this source has [0-9a-f]{64}"):
+    with pytest.raises(DataError, match=r"GSM8K test is not .* expected none"):
         fetch_gsm8k(settings(path=str(folder), digests={"train": content_digest(ROWS["train"])}))
     (folder / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test\.jsonl: no such file"):
@@ -342,6 +355,12 @@ def test_rows_keep_their_order_and_are_named_by_their_row_in_the_source() -> Non
         p.question == ROWS["train"][int(p.id.removeprefix("train-"))]["question"]
         for p in splits["train"] + splits["val"]
     )
+
+
+def test_an_id_that_occurs_twice_in_a_split_is_named() -> None:
+    rows = [{**row, "id": "x"} for row in ROWS["train"][:8]]
+    with pytest.raises(DataError, match="GSM8K train: id 'x' occurs twice"):
+        split_gsm8k({**ROWS, "train": rows}, 2)
 
 
 def test_a_val_that_takes_all_of_train_is_an_error() -> None:

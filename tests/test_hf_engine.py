@@ -350,6 +350,13 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_says_by_how_much(engine: Hf
         engine.generate([greedy([])])
 
 
+def test_a_batch_of_no_completions_and_a_prompt_of_text_are_refused(engine: HfEngine) -> None:
+    with pytest.raises(ValueError, match="batch_size is 0: take 1 or more"):
+        HfEngine(engine.model, engine.tokenizer, 0)
+    with pytest.raises(TypeError, match="prompt_ids is the text 'What is': tokenize it"):
+        engine.generate([replace(greedy([5]), prompt_ids="What is")])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

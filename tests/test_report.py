@@ -228,6 +228,16 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert "over seeds and problems; differences are paired by seed and" in _context(subject)
 
 
+def test_methods_that_are_equal_are_called_so() -> None:
+    for num_right, wanted in (
+        ({"dpo": 50, "grpo": 50, "sft": 50}, "dpo, grpo and sft are equal: 50.0"),
+        ({"dpo": 50, "grpo": 50, "sft": 40}, "dpo and grpo come first together: 50.0"),
+    ):
+        subject = subject_of(num_right)
+        subject.rows.sort(key=lambda row: (-row["accuracy"], row["method"]))
+        assert _headline(subject, leads_of(subject)).startswith(wanted)
+
+
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
     assert _headline(plain, leads_of(plain)).startswith("grpo is best")

@@ -93,9 +93,11 @@ def check_requests(requests: list[Request], max_length: int | None) -> None:
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
     Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text and
-    a seed that is no integer from 0 on.
+    a seed that is no integer from 0 on, TypeError for a text in place of a prompt's ids.
     """
     for request in requests:
+        if isinstance(request.prompt_ids, str):
+            raise TypeError(f"prompt_ids is the text {request.prompt_ids[:40]!r}: tokenize it")
         for seed in request.seeds:
             if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
                 raise ValueError(f"a seed is {seed!r}: take an integer, 0 or above")

@@ -207,6 +207,8 @@ class HfEngine:
         batch_size: int = 64,
         forward_context: Callable[[], Any] | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: take 1 or more")
         _check_cache(model)
         avoid_cudnn_attention(model.device)
         self.model = model

@@ -282,11 +282,16 @@ def _import_vllm() -> Any:
 
 @contextlib.contextmanager
 def _state_of_process_kept() -> Iterator[None]:
-    """Undo what starting vLLM does to its process: generators, threads, LD_PRELOAD."""
+    """Undo what starting vLLM does to its process: generators, threads, environment, dynamo.
+
+    With its cache's folder and its limit of recompilations, the trainer's layers would be compiled
+    anew for each folder of weights, and might be left uncompiled.
+    """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
-    num_threads = torch.get_num_threads()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "TORCHINDUCTOR_CACHE_DIR")}
+    recompile_limit = torch._dynamo.config.recompile_limit
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -300,10 +305,12 @@ def _state_of_process_kept() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != num_threads:  # on a GPU one is left, for the trainer too
             torch.set_num_threads(num_threads)
-        if preload is None:
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preload
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        torch._dynamo.config.recompile_limit = recompile_limit
 
 
 @contextlib.contextmanager

@@ -246,6 +246,8 @@ def test_starting_leaves_generators_threads_and_environment_alone(
             torch.get_rng_state().tolist(),
             torch.set_num_threads,
             os.environ.get("LD_PRELOAD"),
+            os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+            torch._dynamo.config.recompile_limit,
         ]
 
     random.seed(3), np.random.seed(4), torch.manual_seed(5)

@@ -319,23 +319,30 @@ def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_oth
     """As a job leaves it that goes on when its snakemake, on another node, has been killed."""
     workspace = tmp_path / "workspace"
     shutil.copytree(finished, workspace, symlinks=True)
-    sft = f"{CELLS}/sft/seed0/settings.json"
+    grpo = f"{CELLS}/grpo/seed0/settings.json"  # from which nothing else starts
     stats = f"{CELLS}/sft/seed0/completions/debug.stats.json"
-    made, sampled = read_json(workspace / sft), read_json(workspace / stats)
+    made, sampled = read_json(workspace / grpo), read_json(workspace / stats)
+    wanted = made["method_settings"]["learning_rate"]
     made["method_settings"]["learning_rate"] = 0.5
     sampled["settings"]["suite_settings"]["max_new_tokens"] = 99
-    write_json(workspace / sft, made)
+    write_json(workspace / grpo, made)
     write_json(workspace / stats, sampled)
     refused = snakemake(workspace)
     assert refused.returncode == 1
     asks = "the study asks for"
-    assert f"{sft}: method_settings.learning_rate is 0.5, {asks} 0.006\n" in refused.stdout
+    assert f"{grpo}: method_settings.learning_rate is 0.5, {asks} {wanted}\n" in refused.stdout
     assert f"{stats}: suite_settings.max_new_tokens is 99, {asks} " in refused.stdout
-    remedy = ["--forcerun", sft, stats]
+    remedy = ["--forcerun", stats, grpo]
     assert " ".join(remedy) in refused.stdout
     again = snakemake(workspace, *remedy)
     assert again.returncode == 0, again.stdout
     assert planned_jobs(workspace) == {}
+
+
+def test_a_round_of_a_method_without_rounds_is_no_target(workspace: Path) -> None:
+    refused = snakemake(workspace, f"{CELLS}/sft/seed0/round1/completions.jsonl", "-n")
+    assert refused.returncode != 0
+    assert "MissingRuleException" in refused.stdout and "Traceback" not in refused.stdout
 
 
 def test_a_job_of_a_call_has_the_settings_that_the_call_began_with(workspace: Path) -> None:
