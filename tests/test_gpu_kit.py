@@ -228,6 +228,21 @@ def test_a_benchmark_that_its_time_cut_is_named_and_takes_none_from_the_others(
     assert (tmp_path / "state" / "benchmarks" / "short.md").read_text("utf-8") == "| 1 |\n"
 
 
+def test_benchmarks_that_are_named_run_alone_in_their_order_with_all_of_the_time(
+    check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = {name: ["-c", "", name] for name in ("one", "two", "three")}
+    monkeypatch.setattr(kit, "Study", lambda _: None)
+    monkeypatch.setattr(kit, "benchmark_commands", lambda *_: commands)
+    words = ("--phase", "benchmarks", "--minutes", "2", "--benchmarks")
+    code, report = check({"benchmarks": kit.run_benchmarks}, *words, "four", "one")
+    assert code == 1 and "no benchmark four: there are one, two, three" in report
+    assert check({"benchmarks": kit.run_benchmarks}, *words, "three", "one")[0] == 0
+    state = json.loads((tmp_path / "state" / "kit.json").read_text("utf-8"))
+    assert [one["command"].split()[-1] for one in state["commands"]] == ["three", "one"]
+    assert state["phases"]["benchmarks"]["box_seconds"] > 100
+
+
 def test_what_is_left_for_another_call_comes_before_what_was_cut(
     check: Callable[..., tuple[int, str]],
 ) -> None:

@@ -140,6 +140,8 @@ class Kit:
         command = "bash tests/gpu/check.sh " + shlex.join(sys.argv[1:])
         self.state["calls"].append({"started": now, "command": command})
         self.output_dir: Path | None = args.output
+        self.wanted: list[str] = args.phase or PHASES
+        self.benchmarks: list[str] | None = args.benchmarks
         self.phase = ""
         self.phase_end = math.inf
 
@@ -244,7 +246,7 @@ class Kit:
         share = SHARES[phase]
         self.phase, self.phase_end = phase, math.inf
         if share is not None:
-            later = sum(SHARES[p] or 0 for p in PHASES if not self.done(p))
+            later = sum(SHARES[p] or 0 for p in self.wanted if not self.done(p))
             if "box_seconds" not in entry:
                 entry["box_seconds"] = round(max(self.seconds_left(), 0.0) * share / later, 1)
             self.phase_end = time.monotonic() + max(entry["box_seconds"] - entry["seconds"], 5.0)
@@ -594,6 +596,10 @@ def run_benchmarks(kit: Kit) -> None:
     folder.mkdir(exist_ok=True)
     faults, cut = [], []
     commands = benchmark_commands(kit, study)
+    if kit.benchmarks is not None:
+        if unknown := [name for name in kit.benchmarks if name not in commands]:
+            raise Failed(f"no benchmark {', '.join(unknown)}: there are {', '.join(commands)}")
+        commands = {name: commands[name] for name in kit.benchmarks}
     finished = kit.facts("benchmarks").setdefault("finished", [])
     for number, (name, words) in enumerate(commands.items()):
         if name in finished:
@@ -755,6 +761,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     found.add_argument("--receive", type=Path, metavar="PIECE", help="take in a piece of the pack")
     found.add_argument("--phase", nargs="+", choices=PHASES, help="these alone (default: all)")
+    found.add_argument(
+        "--benchmarks", nargs="+", metavar="NAME", help="of that phase these alone, in this order"
+    )
     found.add_argument("--again", action="store_true", help="redo phases that are done")
     found.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda")
     found.add_argument(
@@ -800,7 +809,7 @@ def main() -> int:
     if "study" not in kit.settings:
         rehearsal = kit.settings["device"] == "cpu"
         kit.settings["study"] = [STUDY, REHEARSAL] if rehearsal else [STUDY]
-    wanted = args.phase or PHASES
+    wanted = kit.wanted
     if not args.phase or "install" not in args.phase:
         wanted = ["install", *[phase for phase in wanted if phase != "install"]]
     try:
