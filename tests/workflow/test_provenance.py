@@ -214,8 +214,12 @@ def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothin
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.02)
         first.send_signal(signal.SIGSTOP)
+        is_at_work = any((workspace / ".snakemake" / "locks").iterdir())
         code, output = run(workspace, command(target))
         first.send_signal(signal.SIGCONT)
+        if not is_at_work:
+            first.wait(120)
+            pytest.skip("the machine is so busy that the first call had ended when it was stopped")
         assert code == 1
         assert "Error: Directory cannot be locked." in output and "--unlock" in output
         assert "Traceback" not in output
