@@ -3,8 +3,7 @@
 The forwards, entropies included, and backwards of one minibatch, cut into microbatches as training
 cuts it. Tokens are random, and every completion has an advantage. Both ways train the same model,
 and take turns on the same completions, others in every turn; log-probs and gradients are compared.
-Extra memory is the most that a turn takes above what was there before it, gradients included
-(measured on a GPU alone).
+Extra memory is the most that a turn takes above what was there before it, gradients included.
 
     python -m benchmarks.shared_prompts --model MODEL --device cuda --dtype bfloat16
     python -m benchmarks.shared_prompts --model MODEL --prompts 2 --group-size 8 \\
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Json, environment_line, ratios, settle, spread
+from benchmarks.scoring import ExtraMemory
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.config import load_config
 from gsm8k_core.engines.base import Completion
@@ -66,6 +66,7 @@ class Minibatches:
             run_settings=self.settings,
             autocast=lambda: autocast(self.device, args.dtype),
         )
+        self.memory = ExtraMemory(args.device)
         self.random = random.Random(0)
 
     def tokens(self, shortest: int, longest: int) -> list[int]:
@@ -95,10 +96,7 @@ class Minibatches:
         self.model.zero_grad(set_to_none=True)
         log_probs = torch.zeros_like(rollouts.sampler_log_probs)
         settle(self.device.type)
-        before = 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        self.memory.start()
         started, cpu_started = time.perf_counter(), time.process_time()
         for packs in own_packs(self.run, rollouts, rollouts.packs):
             rows, scores = score_packs(
@@ -110,12 +108,12 @@ class Minibatches:
             log_probs[rows, : found.shape[1]] = found.detach() * mask
         settle(self.device.type)
         ended, cpu_ended = time.perf_counter(), time.process_time()
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        mib = self.memory.mib()
         gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
         return {
             "seconds": ended - started,
             "cpu": cpu_ended - cpu_started,
-            "mib": (peak - before) / 2**20,
+            "mib": mib,
             "tokens": sum(rollouts.lengths),
             "log_probs": log_probs,
             "gradient": gradient,
@@ -165,10 +163,9 @@ def main(argv: list[str] | None = None) -> int:
             spread(ratios(of(way, key), of(WAYS[1], key))) for key in ("seconds", "cpu")
         )
         rates = ratios(of(way, "tokens"), of(way, "seconds"))
-        memory = spread(of(way, "mib"), 0) if args.device == "cuda" else ""
         sys.stdout.write(
             f"| {way} | {spread(of(way, 'seconds'), 3)} | {seconds} | {cpu} | {spread(rates, 0)} "
-            f"| {memory} |\n"
+            f"| {spread(of(way, 'mib'), 0)} |\n"
         )
     sys.stdout.write(
         f"\nlog-probs differ by {furthest['log_probs']:.1e}, gradients by "

@@ -660,8 +660,8 @@ class TrainingRun:
                 time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
             ),
             "peak_memory_mb": max(
-                *(row["peak_memory_mb"] for row in iter_jsonl(self.metrics.path)),  # earlier calls
-                *(one["peak_memory_mb"] for one in measured),
+                row["peak_memory_mb"]
+                for row in [*measured, *iter_jsonl(self.metrics.path)]  # these of earlier calls too
             ),
             "device": device_name(self.device),
             "num_ranks": len(measured),
