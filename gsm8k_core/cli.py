@@ -25,6 +25,8 @@ from gsm8k_core import ranks
 from gsm8k_core.config import (
     METHOD_RESOURCES,
     MODEL_RESOURCES,
+    VLLM_EVALUATION_KEYS,
+    VLLM_ROLLOUT_KEYS,
     Config,
     EngineName,
     ModelSettings,
@@ -303,15 +305,19 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
 
 
-def add_engine_arguments(arguments: argparse.ArgumentParser) -> None:
-    """`--engine` and a flag for every vLLM setting; what is given wins over the config."""
+def add_engine_arguments(arguments: argparse.ArgumentParser, *, rollouts: bool = False) -> None:
+    """`--engine` and a flag for every vLLM setting that evaluation reads, or with `rollouts` a
+    trainer; what is given wins over the config.
+    """
     group = arguments.add_argument_group(
         "engine", "override the config's settings (docs/settings.md, section `vllm`)"
     )
     group.add_argument("--engine", choices=get_args(EngineName), help="what generates")
     _add_setting(group, ModelSettings, "completions_per_batch")
+    unread = VLLM_EVALUATION_KEYS if rollouts else VLLM_ROLLOUT_KEYS
     for name in VllmSettings.model_fields:
-        _add_setting(group, VllmSettings, name, "vllm_")
+        if name not in unread:
+            _add_setting(group, VllmSettings, name, "vllm_")
 
 
 def _add_setting(
@@ -363,7 +369,7 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--max-steps", type=positive, help="stop after this many steps (for a quick look)"
     )
-    add_engine_arguments(arguments)
+    add_engine_arguments(arguments, rollouts=True)
     group = arguments.add_argument_group(
         "resources", "override the config's settings; change no result, and may change during a run"
     )

@@ -51,6 +51,9 @@ VLLM_RESOURCES = (
     "tensor_parallel", "gpu_memory_fraction", "rollout_gpu_memory_fraction", "max_sequences",
     "kv_cache_gib", "sleep_level",
 )  # fmt: skip
+# Of vLLM's, those that only evaluation (generation of rounds included) reads, and only a trainer.
+VLLM_EVALUATION_KEYS = ("tensor_parallel", "gpu_memory_fraction")
+VLLM_ROLLOUT_KEYS = ("rollout_gpu_memory_fraction", "sleep_level")
 METHOD_RESOURCES = (
     "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
@@ -954,8 +957,9 @@ class Config(Settings):
             found.pop("compile_layers", None)
         else:
             found |= not_default(self.trained(method), METHOD_RESOURCES)
+        unread = VLLM_ROLLOUT_KEYS if method is None else VLLM_EVALUATION_KEYS
         of_vllm = not_default(of_model.vllm, VLLM_RESOURCES)
-        return found | {f"vllm_{key}": value for key, value in of_vllm.items()}
+        return found | {f"vllm_{key}": of_vllm[key] for key in of_vllm if key not in unread}
 
     def round_generation_settings(
         self, model: str, method: str, seed: int, round_number: int

@@ -517,7 +517,10 @@ def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
     config: Config,
 ) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
-    memory = {"gpu_memory_fraction": 0.5, "tensor_parallel": 2, "sleep_level": 1}
+    of_evaluation = {"gpu_memory_fraction": 0.5, "tensor_parallel": 2}
+    of_rollouts = {"rollout_gpu_memory_fraction": 0.3, "sleep_level": 1}
+    of_both = {"max_sequences": 99}
+    memory = {**of_evaluation, **of_rollouts, **of_both}
     raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": memory}
     changed = parse_config(raw)
     raw["models"]["tiny-qwen2"]["gpus"] = 1
@@ -525,10 +528,12 @@ def test_vllms_share_of_memory_and_gpus_is_no_reason_to_train_or_generate_again(
     plain = parse_config(raw)
     for build in JOBS:
         assert deciding(build(changed)) == deciding(build(plain))
-    # The job is told all the same, by flags.
-    told = {f"vllm_{key}": value for key, value in memory.items()}
-    assert changed.resources("tiny-qwen2") == plain.resources("tiny-qwen2") | told
-    assert not told.keys() & plain.resources("tiny-qwen2").keys()
+    # The job is told all the same, by flags, each job what it reads.
+    for method, own in ((None, of_evaluation), ("grpo", of_rollouts)):
+        told = {f"vllm_{key}": value for key, value in {**own, **of_both}.items()}
+        found = plain.resources("tiny-qwen2", method)
+        assert changed.resources("tiny-qwen2", method) == found | told
+        assert not told.keys() & found.keys()
 
 
 def test_what_running_out_of_memory_or_time_changes_is_no_reason_to_train_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from gsm8k_core.cli import add_engine_arguments, parser, with_engine_arguments
-from gsm8k_core.config import ModelSettings, parse_config, read_yaml
+from gsm8k_core.config import ModelSettings, VllmSettings, parse_config, read_yaml
 from gsm8k_core.engines import start
 from gsm8k_core.engines.start import choose_engine
 from gsm8k_core.engines.vllm_engine import _start_errors
@@ -114,6 +115,22 @@ def test_flags_win_over_settings_and_are_checked() -> None:
     assert (model.engine, model.vllm.max_sequences, model.vllm.eager) == ("vllm", 3, True)
     with pytest.raises(ConfigError, match=r"vllm\.max_sequences"):
         with_engine_arguments(model, arguments.parse_args(["--vllm-max-sequences", "none"]))
+
+
+@pytest.mark.parametrize("rollouts", [False, True])
+def test_a_command_has_a_flag_for_each_setting_of_vllm_that_it_reads_and_no_other(
+    rollouts: bool,
+) -> None:
+    arguments = parser("doc")
+    add_engine_arguments(arguments, rollouts=rollouts)
+    shown = set(re.findall(r"--vllm-[a-z-]+", arguments.format_help()))
+    unread = (
+        {"--vllm-tensor-parallel", "--vllm-gpu-memory-fraction"}
+        if rollouts
+        else {"--vllm-rollout-gpu-memory-fraction", "--vllm-sleep-level"}
+    )
+    known = {f"--vllm-{key}".replace("_", "-") for key in VllmSettings.model_fields}
+    assert shown == known - unread
 
 
 def test_no_flag_changes_nothing() -> None:
