@@ -29,6 +29,7 @@ from gsm8k_core.config import (
     VLLM_ROLLOUT_KEYS,
     Config,
     EngineName,
+    ExpertIterationMethod,
     ModelSettings,
     RunSettings,
     TrainSettings,
@@ -283,7 +284,7 @@ def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") 
     """
     if arguments.settings is None:
         return None
-    for name in ("config", "model_name", "method", "suite", "seed", "traces"):
+    for name in ("config", "model_name", "method", "suite", "round", "seed", "traces"):
         if name != label and getattr(arguments, name, None) is not None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} repeats what --settings says: give only one of them")
@@ -302,6 +303,7 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     add_settings_arguments(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
+    group.add_argument("--round", type=positive, help="round of expert iteration (default: 1)")
     group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
 
 
@@ -425,6 +427,13 @@ def check_known(flag: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{flag}: no '{name}' in the config; there are: {', '.join(known)}")
 
 
+def check_round(arguments: argparse.Namespace, num_rounds: int) -> None:
+    """Raise ConfigError for a `--round` that `--method` has not."""
+    if arguments.round is not None and arguments.round > num_rounds:
+        its = f"its last is {num_rounds}" if num_rounds else "it has no rounds here"
+        raise ConfigError(f"--round: no round {arguments.round} of {arguments.method}: {its}")
+
+
 def run_settings_from(arguments: argparse.Namespace) -> RunSettings:
     """The RunSettings that a trainer's (or selection's) arguments name."""
     settings = _run_settings_of_cell(arguments)
@@ -454,7 +463,11 @@ def _run_settings_of_cell(arguments: argparse.Namespace) -> RunSettings:
     one = {"models": [arguments.model_name], "methods": [arguments.method]}
     cell = config.model_copy(update={"study": config.study.model_copy(update=one)})
     warn_of_toy_settings(cell, arguments)
-    return config.run_settings(arguments.model_name, arguments.method, arguments.seed or 0)
+    method = config.methods[arguments.method]
+    num_rounds = method.rounds if isinstance(method, ExpertIterationMethod) else 0
+    check_round(arguments, num_rounds)
+    number = arguments.round or min(1, num_rounds)
+    return config.run_settings(arguments.model_name, arguments.method, arguments.seed or 0, number)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Store a model's completions on a suite: tokens, text, finish reason. grade.py grades them.
 
 Every completion's random stream depends on (seed, suite, problem, sample) alone. Finished problems
-are kept in `<output>.partial`, so a killed job resumes where it was.
+are kept in `<output>.partial`, so a killed job resumes where it was. With `--round` in place of
+`--suite`, what is stored is what the method learns from.
 
     python scripts/generate.py --model-name tiny-qwen2 --method grpo --suite arithmetic --seed 0 \\
         --model /tmp/grpo/model --data artifacts/arithmetic/test.jsonl \\
@@ -29,14 +30,22 @@ from gsm8k_core.cli import (
     add_engine_arguments,
     add_settings_arguments,
     check_known,
+    check_round,
     config_from,
     given_settings,
     leave,
     parser,
+    positive,
     run_script,
     with_engine_arguments,
 )
-from gsm8k_core.config import EvaluationSettings, SuiteSettings, dump
+from gsm8k_core.config import (
+    DpoMethod,
+    EvaluationSettings,
+    ExpertIterationMethod,
+    SuiteSettings,
+    dump,
+)
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.start import choose_engine, close_engine, start_engine
 from gsm8k_core.errors import ConfigError
@@ -176,17 +185,27 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """The settings that the arguments name."""
     settings: EvaluationSettings | None = given_settings(args, EvaluationSettings)
     if settings is None:
-        if not (args.model_name and args.method and args.suite):
+        if not (args.model_name and args.method and bool(args.suite) != bool(args.round)):
             raise ConfigError(
-                "say what to generate: --settings, or --model-name, --method and --suite"
+                "say what to generate: --settings, or --model-name, --method and either --suite or "
+                "--round"
             )
         config = config_from(args)
         check_known("--model-name", args.model_name, config.models)
         check_known("--method", args.method, config.methods)
-        check_known("--suite", args.suite, config.suites)
-        settings = config.evaluation_settings(
-            args.model_name, args.method, args.seed or 0, args.suite
-        )
+        seed = args.seed or 0
+        if args.suite:
+            check_known("--suite", args.suite, config.suites)
+            settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
+        else:
+            method = config.methods[args.method]
+            has_pairs = isinstance(method, DpoMethod)
+            check_round(
+                args, method.rounds if isinstance(method, ExpertIterationMethod) else has_pairs
+            )
+            settings = config.round_generation_settings(
+                args.model_name, args.method, seed, args.round
+            )
     model_settings = with_engine_arguments(settings.model_settings, args)
     return settings.model_copy(update={"model_settings": model_settings})
 
@@ -197,6 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--model-name", help="a model of the config")
     arguments.add_argument("--method", help="the method that trained it")
     arguments.add_argument("--suite", help="a suite of the config")
+    arguments.add_argument(
+        "--round",
+        type=positive,
+        help="instead of a suite: a round of expert iteration or DPO (1), from train problems",
+    )
     arguments.add_argument("--seed", type=int, help="seed of the run (default: 0)")
     arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")

@@ -26,7 +26,7 @@ from gsm8k_core.cli import (
     training_parser,
     with_engine_arguments,
 )
-from gsm8k_core.config import ModelSettings, RunSettings, dump, load_config, settings_from
+from gsm8k_core.config import Config, ModelSettings, RunSettings, dump, load_config, settings_from
 from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.progress import progress
 
@@ -216,8 +216,26 @@ def test_a_cell_of_the_config_and_its_settings_are_the_same_run() -> None:
     assert run_settings_from(run_arguments("--settings", dump(by_name))) == by_name
 
 
+def test_a_round_of_expert_iteration_is_named_as_the_workflow_trains_it(config: Config) -> None:
+    for method, given, number in (
+        ("expert_iteration", ("--round", "2"), 2),
+        ("expert_iteration", (), 1),
+        ("sft", (), 0),
+    ):
+        cell = ("--model-name", "tiny-qwen2", "--method", method, "--seed", "3")
+        named = run_settings_from(run_arguments(*CONFIG, *cell, *given))
+        assert named == config.run_settings("tiny-qwen2", method, 3, number)
+
+
 @pytest.mark.parametrize(
-    "cell", [("--seed", "0"), ("--model-name", "tiny-qwen2"), ("--method", "sft"), CONFIG]
+    "cell",
+    [
+        ("--seed", "0"),
+        ("--round", "1"),
+        ("--model-name", "tiny-qwen2"),
+        ("--method", "sft"),
+        CONFIG,
+    ],
 )
 def test_a_cell_named_beside_its_settings_is_refused(cell: tuple[str, str]) -> None:
     settings = dump(load_config(ROOT / "config.yaml").run_settings("tiny-qwen2", "grpo", 2))
@@ -256,6 +274,14 @@ def test_overlays_of_the_config_apply(tmp_path: Path) -> None:
         (
             ("--model-name", "tiny-qwen2", "--method", "base"),
             "methods.base: kind base trains nothing",
+        ),
+        (
+            ("--model-name", "tiny-qwen2", "--method", "rft", "--round", "2"),
+            "--round: no round 2 of rft: its last is 1",
+        ),
+        (
+            ("--model-name", "tiny-qwen2", "--method", "sft", "--round", "1"),
+            "--round: no round 1 of sft: it has no rounds here",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Callable
@@ -475,7 +476,26 @@ def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
     paths = ["--model", "m", "--data", "d", "--output", "o", "--stats", "s"]
     with pytest.raises(ConfigError, match="say what to generate: --settings, or --model-name"):
         script("generate").main([*CONFIG, *paths])
+    cell = ["--model-name", "tiny-qwen2", "--method"]
+    both = ["--suite", "arithmetic", "--round", "1"]
+    with pytest.raises(ConfigError, match="either --suite or --round"):
+        script("generate").main([*CONFIG, *paths, *cell, "rft", *both])
+    for method, number in (("grpo", "1"), ("dpo", "2"), ("expert_iteration", "4")):
+        with pytest.raises(ConfigError, match=f"^--round: no round {number} of {method}: "):
+            script("generate").main([*CONFIG, *paths, *cell, method, "--round", number])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "number"), [("expert_iteration", 2), ("dpo", 1)])
+def test_a_round_by_name_asks_for_what_the_workflow_generates(
+    script: Script, config: Config, method: str, number: int
+) -> None:
+    names = {"model_name": "tiny-qwen2", "method": method, "suite": None, "round": number}
+    args = argparse.Namespace(
+        settings=None, config=[ROOT / "config.yaml"], seed=1, engine=None, **names
+    )
+    found = script("generate").settings_of(args)
+    assert found == config.round_generation_settings("tiny-qwen2", method, 1, number)
 
 
 # select_completions
