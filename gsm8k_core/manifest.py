@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -73,6 +74,10 @@ INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
 MAX_UNTRACKED_BYTES = 200_000
+# So are the files that git does not know below a folder of the checkout where they are more, as in
+# a virtual environment that somebody has made there: only the folder is named.
+MAX_UNTRACKED_FILES = 500
+MAX_UNTRACKED_BYTES_OF_FOLDER = 10_000_000
 # Files (and folders) that hold secrets: named in the manifest, known to git or not.
 SECRET_FILES = (
     ".env*", ".netrc", "_netrc", "*.pem", "*.key", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
@@ -97,14 +102,20 @@ def run_command(
     return None if output is None else output.decode("utf-8", errors="replace").strip()
 
 
-def _output(*command: str, cwd: Path, environment: dict[str, str] | None = None) -> bytes | None:
-    """Standard output of a command, to the byte; None where it is missing or fails."""
+def _output(
+    *command: str, cwd: Path, environment: dict[str, str] | None = None, given: bytes = b""
+) -> bytes | None:
+    """Standard output of a command that reads `given`, to the byte; None where it is missing or
+    fails.
+    """
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, **(environment or {})},
+        # Jobs look at the checkout while its owner works in it: git is not to lock its index.
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **(environment or {})},
+        input=given,
         capture_output=True,
         check=False,
     )
@@ -134,7 +145,9 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
     """How the tree differs from its commit, as a patch, and the files left out of it, and why.
 
     Files that git does not know are included. `git apply` on the commit gives the tree back, but
-    for what is left out: files that may hold secrets and unknown files above MAX_UNTRACKED_BYTES.
+    for what is left out: files that may hold secrets, unknown files above MAX_UNTRACKED_BYTES, and
+    all unknown files below a folder that has more than MAX_UNTRACKED_FILES of them or more than
+    MAX_UNTRACKED_BYTES_OF_FOLDER in them.
     Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`. Empty outside a checkout. The
     index is left as it is: a copy is used.
     """
@@ -142,23 +155,30 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
     if index is None or not Path(index).exists():
         return "", {}
     left_out: dict[str, str] = {}
-    small = []
-    for name in _git_names("ls-files", "--others", "--exclude-standard"):
-        reason = _reason_to_leave_out(name)
-        if reason is None:
-            small.append(name)
-        else:
-            left_out[name] = reason
+    small: list[str] = []
+    unknown = sorted(_git_names("ls-files", "--others", "--exclude-standard"), key=_top_folder)
+    for folder_name, names in itertools.groupby(unknown, _top_folder):
+        reasons = {name: _reason_to_leave_out(name) for name in names}
+        kept = [name for name, reason in reasons.items() if reason is None]
+        size = sum((ROOT / name).lstat().st_size for name in kept)
+        if len(reasons) > MAX_UNTRACKED_FILES or size > MAX_UNTRACKED_BYTES_OF_FOLDER:
+            left_out[folder_name] = f"{len(reasons)} files that git does not know"
+            continue
+        small += kept
+        left_out |= {name: reason for name, reason in reasons.items() if reason is not None}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "index"
         # With its time: git compares the content of files that are no older than the index.
         shutil.copy2(index, copy)
         environment = {"GIT_INDEX_FILE": str(copy)}
         if small:
-            run_command(
-                "git", "--literal-pathspecs", "add", "--intent-to-add", "--", *small,
-                environment=environment,
+            added = _output(
+                "git", "--literal-pathspecs", "add", "--intent-to-add",
+                "--pathspec-from-file=-", "--pathspec-file-nul",
+                cwd=ROOT, environment=environment, given=b"\0".join(map(os.fsencode, small)),
             )  # fmt: skip
+            if added is None:
+                left_out |= dict.fromkeys(small, "git could not add it")
         changed = _git_names("diff", "--name-only", "--no-renames", "HEAD", environment=environment)
         secret = [name for name in changed if _may_hold_secrets(name)]
         left_out |= dict.fromkeys(secret, "may hold secrets")
@@ -175,6 +195,12 @@ def _git_names(*words: str, environment: dict[str, str] | None = None) -> list[s
     """The names of files that a git command lists."""
     output = _output("git", *words, "-z", cwd=ROOT, environment=environment) or b""
     return [os.fsdecode(name) for name in output.split(b"\0") if name]
+
+
+def _top_folder(name: str) -> str:
+    """The folder of the checkout that a file lies below, or the checkout."""
+    top, slash, _ = name.partition("/")
+    return top + slash if slash else "./"
 
 
 def _reason_to_leave_out(name: str) -> str | None:

@@ -26,7 +26,7 @@ SECRET_NAME = re.compile(
 HARMLESS_PART = re.compile(r"(TOKEN_(IDS|BUDGET|COUNT|LIMIT)|PROMPT_CACHE_KEY)(?![A-Z])")
 # Shorter values (`1`, `false`) would strike out half of every log.
 MIN_SECRET_LENGTH = 8
-URL_USER = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
+URL_USER = re.compile(r"(?<=://)[^\s/\"']+(?=@)")  # to the last @: a password may hold others
 # Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, W&B.
 KEY_FORM = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}"
@@ -34,9 +34,9 @@ KEY_FORM = re.compile(
     r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
     r"|wandb_v1_[A-Za-z0-9_-]{16,})"
 )
-# What gives a value to an upper-case name: in a .env file, a shell, code, JSON or YAML.
+# What gives a value to a name: in a .env file, a shell, code, JSON or YAML.
 ASSIGNMENT = re.compile(
-    r"""(?<![\w$])(?P<name>[A-Z][A-Z0-9_]*)
+    r"""(?<![\w$])(?P<name>[A-Za-z_][A-Za-z0-9_]*)
     (?: ["']?[ \t]*[=:][ \t]* (?P<quoted>"[^"\n]*"|'[^'\n]*')
       | = (?P<word>[^\s"']\S*)
       | :[ \t]+ (?P<last>[^\s"']\S*) [ \t]*$
@@ -45,6 +45,10 @@ ASSIGNMENT = re.compile(
 )
 # A value that is none: `$HF_TOKEN`, `${{ secrets.HF_TOKEN }}`, `$(cat token)`.
 REFERENCE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*\b|[{(]).*")
+# In lower case a name is a field's or a parameter's as well: eos_token = "<|endoftext|>". There a
+# value is struck out only where it looks like a key, or the name speaks of a password.
+LOOKS_LIKE_KEY = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w./+=-]{20,}")
+PASSWORD_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS$")
 # The name of a variable, as in KEY_VARIABLE = "DEEPSEEK_API_KEY" or f(HF_TOKEN=FAKE_TOKEN).
 VARIABLE = re.compile(r"([A-Z][A-Z_]*)(?:[,)].*)?")
 
@@ -85,11 +89,25 @@ def redact_assignments(text: str) -> str:
         is_a_name = variable is not None and is_secret_name(variable[1])
         if not value or not is_secret_name(match["name"]) or is_a_name or REFERENCE.match(value):
             return match[0]
+        if not match["name"].isupper() and not _is_literal_secret(match["name"], group, value):
+            return match[0]
         before = match[0][: match.start(group) - match.start()]
         quote = match[group][0] if group == "quoted" else ""
         return before + quote + STRUCK_OUT + quote + match[0][match.end(group) - match.start() :]
 
     return ASSIGNMENT.sub(strike, text)
+
+
+def _is_literal_secret(name: str, group: str, value: str) -> bool:
+    """Whether `value`, given to a name that is not in upper case, is a secret and not code."""
+    if group == "word":  # f(token=tokenizer)
+        return False
+    if LOOKS_LIKE_KEY.fullmatch(value):
+        return True
+    if PASSWORD_NAME.search(name.upper()) is None or re.search(r"\s", value):
+        return False
+    # Without quotes it may be a type, as in `password: SecretStr`.
+    return len(value) >= MIN_SECRET_LENGTH and (group == "quoted" or any(map(str.isdigit, value)))
 
 
 def secrets_in_settings(settings: Any) -> list[str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,6 +163,66 @@ def test_the_uncommitted_changes_give_the_tree_back(
         for folder in (tree, copy)
     ]
     assert contents[1] == {k: v for k, v in contents[0].items() if k not in ("ignored", "large")}
+
+
+def test_a_folder_of_many_unknown_files_is_named_and_no_more(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a virtual environment has them: together longer than a command line may be.
+    (tree / "tracked").write_text("a\n", encoding="utf-8")
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
+    (tree / "own.py").write_text("b\n", encoding="utf-8")
+    (tree / "env" / ("x" * 100)).mkdir(parents=True)
+    for number in range(501):
+        (tree / "env" / ("x" * 100) / f"{number}.py").touch()
+    (tree / "data").mkdir()
+    for number in range(3):
+        (tree / "data" / f"{number}.jsonl").write_text("c" * 90_000, encoding="utf-8")
+    monkeypatch.setattr(manifest, "MAX_UNTRACKED_BYTES_OF_FOLDER", 200_000)
+    patch, left_out = manifest.uncommitted_changes()
+    assert left_out == {
+        "data/": "3 files that git does not know",
+        "env/": "501 files that git does not know",
+    }
+    assert "+b" in patch and "env/" not in patch
+
+
+def test_as_many_unknown_files_as_no_command_line_takes_are_in_the_patch(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git_in(tree, "commit", "-q", "--allow-empty", "-m", "first")
+    monkeypatch.setattr(manifest, "MAX_UNTRACKED_FILES", 20_000)
+    folder = tree / ("y" * 200)
+    folder.mkdir()
+    for number in range(12_000):
+        (folder / f"{number}.py").touch()
+    patch, left_out = manifest.uncommitted_changes()
+    assert left_out == {}
+    assert patch.count("new file mode") == 12_000
+
+
+def test_what_git_cannot_add_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git_in(tree, "commit", "-q", "--allow-empty", "-m", "first")
+    (tree / "gone.py").write_text("b\n", encoding="utf-8")
+    output_of = manifest._output
+
+    def without_add(*command: str, **options: Any) -> bytes | None:
+        return None if "add" in command else output_of(*command, **options)
+
+    monkeypatch.setattr(manifest, "_output", without_add)  # as where a file has just gone
+    assert manifest.uncommitted_changes() == ("", {"gone.py": "git could not add it"})
+
+
+def test_looking_at_a_checkout_does_not_write_its_index(tree: Path) -> None:
+    (tree / "file").write_text("a\n", encoding="utf-8")
+    git_in(tree, "add", ".")
+    git_in(tree, "commit", "-q", "-m", "first")
+    os.utime(tree / "file")  # git would note the new time
+    before = (tree / ".git" / "index").read_bytes()
+    git_state()
+    manifest.uncommitted_changes()
+    assert (tree / ".git" / "index").read_bytes() == before
 
 
 def test_a_patch_that_ends_in_a_blank_line_of_context_applies(tree: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         ("planted-key-and-more", "***"),  # the longer one first, or its end would stay
         ("https://me:word@host/x and s3://bucket/y", "https://***@host/x and s3://bucket/y"),
         ("https://token@host", "https://***@host"),
+        ("https://me:w@rd@host/x@y", "https://***@host/x@y"),
         (f"with {HUB_KEY}.", "with ***."),
         ("sk-" + "x" * 30, "***"),
         ("github_pat_" + "a1B2_" * 8, "***"),
@@ -134,6 +135,14 @@ def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None
         ('KEY_VARIABLE = "DEEPSEEK_API_KEY"', None),
         ("run(HF_TOKEN=FAKE_TOKEN)", None),
         ("AUTHOR=me PATTERN=x pad_token='<pad>'", None),
+        ('OpenAI(api_key="zx81-my-private-value-99")', 'OpenAI(api_key="***")'),
+        (f'wandb.login(key="{"0a1b2" * 8}")', 'wandb.login(key="***")'),
+        (f'"hf_token": "{"0a1b2" * 8}",', '"hf_token": "***",'),
+        ("password: correct-horse-1", "password: ***"),
+        ('db_password = "correct-horse"', 'db_password = "***"'),
+        ("password: SecretStr\ntoken: tokenizers.Tokenizer", None),
+        ('eos_token = "<|endoftext|>"; key="problem_id"; f(token=tokens[0])', None),
+        ('row["key"], sorted(rows, key="accuracy_of_100"), {"api_key": api_key}', None),
     ],
 )
 def test_the_value_that_a_file_gives_to_a_secret_is_struck_out(
