@@ -198,7 +198,6 @@ class TrainingRun:
         self.output_dir = output_dir
         self.num_updates = num_updates
         self.num_steps = num_steps
-        self.val_problems = (val_problems or [])[: self.settings.num_validation_problems]
         self.device = resolve_device(settings.model_settings.gpus)
         distributed.start(self.device)
         self.tokens_per_microbatch = self.settings.tokens_per_microbatch
@@ -237,6 +236,37 @@ class TrainingRun:
         self.attempts: Attempts | None = None
         self._engine: Engine | None = None
         self._num_updates_sampled_with = 0
+        self.val_problems = self.with_room(
+            (val_problems or [])[: self.settings.num_validation_problems],
+            self.settings.validation_max_new_tokens,
+            "validation problems",
+        )
+        if val_problems and not self.val_problems and self.settings.validate_every_steps:
+            raise ConfigError(
+                "validate_every_steps: no validation problem leaves room for "
+                f"validation_max_new_tokens {self.settings.validation_max_new_tokens}; lower it"
+            )
+
+    def with_room(self, problems: list[Problem], max_new_tokens: int, what: str) -> list[Problem]:
+        """The problems whose prompts leave room for a completion; a warning counts the others.
+
+        Neither engine generates beyond the model's positions, nor vLLM beyond `max_model_length`.
+        """
+        limits = {
+            "the model's {} positions": getattr(self.model.config, "max_position_embeddings", None),
+            "vllm.max_model_length {}": self.run_settings.model_settings.vllm.max_model_length,
+        }
+        known = [(limit, bound) for bound, limit in limits.items() if limit is not None]
+        if not problems or not known:
+            return problems
+        limit, bound = min(known)
+        prompt = self.run_settings.prompt
+        texts = [render_prompt(problem.question, prompt, self.tokenizer) for problem in problems]
+        lengths = [
+            len(ids) + max_new_tokens for ids in prompt_token_ids(texts, prompt, self.tokenizer)
+        ]
+        what = f"{what} with {max_new_tokens} new tokens"
+        return leave_out_long(problems, lengths, limit, what, bound.format(limit))
 
     @classmethod
     def from_arguments(

@@ -37,7 +37,7 @@ from gsm8k_core.cli import leave, run_script, run_settings_from, training_parser
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.distributed import own_microbatches, own_work
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.errors import DataError, TrainingError
 from gsm8k_core.files import Json, seed_from
 from gsm8k_core.grpo import (
     Metrics,
@@ -558,6 +558,14 @@ def main(argv: list[str] | None = None) -> int:
     updates_per_step = settings.epochs_per_batch * settings.minibatches
     run = TrainingRun.from_arguments(args, run_settings, updates_per_step)
     disable_dropout(run.model)
+    every_problem = problems
+    problems = run.with_room(every_problem, settings.max_new_tokens, "problems")
+    if not problems:
+        raise DataError(
+            f"{args.data}: none of its {len(every_problem)} problems leaves room for "
+            f"max_new_tokens {settings.max_new_tokens}; lower it, or take a model with more "
+            "positions"
+        )
     wanted = settings.share_prompts
     shares_prompts = (run.device.type == "cpu" if wanted is None else wanted) and use_in(run.model)
     reference = None

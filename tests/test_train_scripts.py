@@ -771,6 +771,57 @@ def test_what_is_longer_than_the_model_has_positions_is_left_out_and_counted(
         train(name, kind, name="none left", data=data, num_steps=1)
 
 
+def with_long_prompts(source: Path, target: Path, *long: int) -> None:
+    """The problems of `source`, of which those at `long` have more words than the tiny model has
+    positions.
+    """
+    rows = read_jsonl(source)[:12]
+    for place in long:
+        rows[place]["question"] = "2 " * 600 + rows[place]["question"]
+    write_jsonl(target, rows)
+
+
+def test_a_problem_that_leaves_no_room_for_a_completion_does_not_end_a_run(
+    train: Callable[..., Path],
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    with_long_prompts(arithmetic_folder / "train.jsonl", data, 3, 7)
+    with_long_prompts(arithmetic_folder / "val.jsonl", val, 0)
+    settings = {"num_steps": 3, "prompts_per_step": 8, "max_new_tokens": 8, "group_size": 2}
+    run = train(
+        "train_grpo", "grpo", data=data, flags=("--val-data", str(val)), validate_every_steps=3,
+        num_validation_problems=4, validation_max_new_tokens=8, **settings,
+    )  # fmt: skip
+    assert "2 of 12 problems with 8 new tokens are longer than the model's 512 positions" in (
+        caplog.text
+    )
+    assert "1 of 4 validation problems with 8 new tokens are longer" in caplog.text
+    assert len(read_jsonl(run / "train" / "metrics.jsonl")) == 3
+    shown = read_jsonl(run / "train" / "completions.jsonl")
+    prompts = [row["prompt"] for entry in shown for row in entry["completions"]]
+    assert prompts and not any("2 2 2" in prompt for prompt in prompts)
+
+
+def test_sft_runs_where_no_validation_problem_leaves_room_unless_it_is_to_validate(
+    train: Callable[..., Path], arithmetic_folder: Path, tmp_path: Path
+) -> None:
+    val = tmp_path / "val.jsonl"
+    with_long_prompts(arithmetic_folder / "val.jsonl", val, *range(12))
+    given = ("--val-data", str(val))
+    train("train_sft", "sft", flags=given, num_steps=1, batch_size=2)
+    wanted = {"validate_every_steps": 1, "num_validation_problems": 4}
+    with pytest.raises(ConfigError, match="no validation problem leaves room"):
+        train("train_sft", "sft", name="validates", flags=given, num_steps=1, **wanted)
+
+
+def test_grpo_says_so_where_no_problem_leaves_room(train: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"none of its \d+ problems leaves room for max_new_tokens"):
+        train("train_grpo", "grpo", max_new_tokens=512)
+
+
 def test_settings_json_of_a_run_starts_the_same_run_again(
     train: Callable[..., Path],
     script: Callable[[str], ModuleType],
