@@ -42,7 +42,6 @@ class Gold:
     lm_eval: str
 
 
-@lru_cache(maxsize=4096)
 def read_gold(text: str) -> Gold:
     """The reference answer in `text`: a number, or a worked answer that ends in `#### 18`.
 
@@ -53,6 +52,11 @@ def read_gold(text: str) -> Gold:
             f"gold answer {text!r:.80} is not a number in words or digits: it is of type "
             f"{type(text).__name__}, expected text such as '18'"
         )
+    return _read_gold(text)
+
+
+@lru_cache(maxsize=4096)
+def _read_gold(text: str) -> Gold:
     return Gold(value=parse_gold(text.rpartition("####")[2]), lm_eval=lm_eval_gold(text))
 
 

@@ -47,7 +47,7 @@ from gsm8k_core.config import (
     dump,
 )
 from gsm8k_core.engines.base import Completion, Engine, Request
-from gsm8k_core.engines.start import choose_engine, close_engine, start_engine
+from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype, start_engine
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
@@ -168,15 +168,25 @@ def generate_problems(
 def read_partial(path: Path, header: Json) -> dict[str, Json]:
     """Problems that a killed job had finished, by id.
 
-    Cuts off a torn last line. Drops the file when it has another header (other settings, weights or
-    problems), or nothing beyond it.
+    Cuts off a torn last line. Drops the file when it has another header (other settings, engine,
+    weights or problems), with a warning, or nothing beyond it.
     """
     if not path.exists():
         return {}
     cut_torn_line(path)
     rows = iter_jsonl(path)
-    if next(rows, None) == header and (done := {row["problem_id"]: row for row in rows}):
+    before = next(rows, None) or header
+    done = {row["problem_id"]: row for row in rows}
+    if before == header and done:
         return done
+    if done:
+        others = ", ".join(key for key in header if before.get(key) != header[key])
+        log.warning(
+            "%s: dropping %d finished problems, which were generated with other %s",
+            path,
+            len(done),
+            others,
+        )
     path.unlink()
     return {}
 
@@ -300,9 +310,10 @@ def main(argv: list[str] | None = None) -> int:
             "suite": settings.suite,
             "engine": engine_name,
             "device": device_name(device),
-            "dtype": settings.model_settings.dtype,
+            "dtype": engine_dtype(settings.model_settings, device, engine_name),
             "problems_sha256": header["problems"],
             "weights": header["weights"],
+            "completions_sha256": sha256_file(args.output),
             "num_problems": len(problems),
             "num_completions": len(rows),
             "num_prompt_tokens": sum(done[p.id]["num_prompt_tokens"] for p in problems),

@@ -42,7 +42,7 @@ import polars as pl
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.config import GradingSettings, settings_from
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, write_text
+from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, sha256_file, write_text
 from gsm8k_core.grading import GRADES, Gold, Grader, read_gold
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
@@ -237,6 +237,22 @@ def read_stats(path: Path) -> Json:
     return {**kept, **{key: stats.get(key) for key in COPIED}}
 
 
+def check_they_belong_together(stats_path: Path, completions: Path, grades: pl.DataFrame) -> None:
+    """Raise DataError where the stats are of other completions, or of more or fewer of them."""
+    stats = read_json(stats_path)
+    found = {
+        "completions_sha256": sha256_file(completions),
+        "num_problems": grades["problem_id"].n_unique(),
+        "num_completions": grades.height,
+    }
+    for key, value in found.items():  # stats of earlier versions have no hash
+        if stats.get(key, value) != value:
+            raise DataError(
+                f"{completions}: not the completions that {stats_path} is of: {key} is {value}, "
+                f"expected {stats[key]}; give those that generate.py wrote with it, whole"
+            )
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--completions", type=Path, required=True, help="completions, JSONL")
@@ -256,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     stats = read_stats(args.stats)
     with Grader(settings) as grader:
         grades = grade_rows(iter_jsonl(args.completions), str(args.completions), grader)
+    check_they_belong_together(args.stats, args.completions, grades)
     summary = {
         **stats,
         **settings.model_dump(),

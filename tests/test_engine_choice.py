@@ -117,6 +117,13 @@ def test_flags_win_over_settings_and_are_checked() -> None:
         with_engine_arguments(model, arguments.parse_args(["--vllm-max-sequences", "none"]))
 
 
+def test_the_compute_type_is_the_engines_own_where_it_has_one() -> None:
+    float16 = settings(dtype="float16")
+    assert start.engine_dtype(float16, CPU, "vllm") == "float16"
+    assert start.engine_dtype(float16, CPU, "transformers") == "float32"
+    assert start.engine_dtype(settings(), CPU, "vllm") == "float32"
+
+
 @pytest.mark.parametrize("rollouts", [False, True])
 def test_a_command_has_a_flag_for_each_setting_of_vllm_that_it_reads_and_no_other(
     rollouts: bool,

@@ -17,7 +17,7 @@ import pytest
 from gsm8k_core.answers import Mode, extract_answer
 from gsm8k_core.config import Config, Grade, GradingSettings, RewardGrade, RewardSettings, dump
 from gsm8k_core.errors import ConfigError, DataError
-from gsm8k_core.files import read_json, write_json, write_jsonl
+from gsm8k_core.files import read_json, sha256_file, write_json, write_jsonl
 from gsm8k_core.grading import GRADES, Grader, is_right, read_gold
 from gsm8k_core.lm_eval_grades import LmEvalMode, lm_eval_correct
 from gsm8k_core.rewards import build_reward_fn
@@ -149,7 +149,7 @@ def test_a_gold_answer_that_is_no_number_is_an_error() -> None:
             read_gold(text)
 
 
-@pytest.mark.parametrize("gold", [18, 18.0, None])
+@pytest.mark.parametrize("gold", [18, 18.0, None, ["1"]])
 def test_a_gold_answer_that_is_no_text_is_an_error_that_says_so(gold: Any) -> None:
     with pytest.raises(DataError, match=f"of type {type(gold).__name__}, expected text such as"):
         read_gold(gold)
@@ -266,6 +266,23 @@ MIXED = ["#### 1,800", "#### 1800.00", "It is $1,800.", "#### 7"]
 @pytest.fixture
 def job(script: Script, tmp_path: Path) -> Job:
     return Job(script("grade"), tmp_path, [completion(i, text) for i, text in enumerate(MIXED)])
+
+
+@pytest.mark.parametrize("key", ["completions_sha256", "num_problems", "num_completions"])
+def test_completions_that_are_not_those_of_the_stats_are_refused(job: Job, key: str) -> None:
+    path, stats = job.folder / "c.stats.json", read_json(job.folder / "c.stats.json")
+    right = {
+        "completions_sha256": sha256_file(job.folder / "c.jsonl"),
+        "num_problems": 4,
+        "num_completions": 4,
+    }
+    write_json(path, {**stats, **right})
+    job.run()
+    write_json(path, {**stats, **right, key: 5})
+    with pytest.raises(
+        DataError, match=rf"c\.jsonl: not the completions .*: {key} is .*expected 5"
+    ):
+        job.run()
 
 
 def test_the_grades_file_has_a_column_for_each_grade(job: Job) -> None:

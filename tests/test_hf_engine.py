@@ -355,6 +355,17 @@ def test_a_batch_of_no_completions_and_a_prompt_of_text_are_refused(engine: HfEn
         HfEngine(engine.model, engine.tokenizer, 0)
     with pytest.raises(TypeError, match="prompt_ids is the text 'What is': tokenize it"):
         engine.generate([replace(greedy([5]), prompt_ids="What is")])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="stop is the text 'ab': give a list of texts"):
+        engine.generate([replace(greedy([5]), stop="ab")])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([5, 6]), torch.tensor([[5, 6]]), [[5, 6]], [-1]])
+def test_prompt_ids_that_are_no_list_of_whole_numbers_are_refused(
+    engine: HfEngine, wrong: Any
+) -> None:
+    with pytest.raises(TypeError, match="expected whole numbers from 0 on: give tokenizer"):
+        engine.generate([replace(greedy([5]), prompt_ids=wrong)])
+    assert engine.generate([greedy([5, 6])])
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,10 @@ def test_what_was_begun_with_something_else_is_not_gone_on_with(
 
 
 def test_what_another_engine_has_begun_is_not_gone_on_with(
-    job: Callable[..., Job], kill: Callable[[Job, int], None], monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., Job],
+    kill: Callable[[Job, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     this = job(**ONE_BY_ONE)
     kill(this, 4)
@@ -393,6 +396,19 @@ def test_what_another_engine_has_begun_is_not_gone_on_with(
     this.partial.write_text("".join([header, *rows]), encoding="utf-8", newline="\n")
     asked = batches_of(monkeypatch, this)
     assert len(asked) == 18  # three completions of each of the six problems
+    assert "dropping 3 finished problems, which were generated with other engine" in caplog.text
+
+
+def test_the_record_names_the_compute_type_that_was_used_and_the_completions(
+    job: Callable[..., Job],
+) -> None:
+    this = job()
+    this.settings["model_settings"]["dtype"] = "bfloat16"
+    this.run()
+    stats = read_json(this.stats)
+    assert stats["dtype"] == "float32"  # a CPU without fast bfloat16, as all are taken to be
+    assert stats["settings"]["model_settings"]["dtype"] == "bfloat16"
+    assert stats["completions_sha256"] == sha256_file(this.output)
 
 
 def test_more_memory_for_the_engine_goes_on_with_what_was_begun(

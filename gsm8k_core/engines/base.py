@@ -93,11 +93,21 @@ def check_requests(requests: list[Request], max_length: int | None) -> None:
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
     Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text and
-    a seed that is no integer from 0 on, TypeError for a text in place of a prompt's ids.
+    a seed that is no integer from 0 on, TypeError for prompt ids that are no integers, and for one
+    stop text in place of a list of them.
     """
     for request in requests:
         if isinstance(request.prompt_ids, str):
             raise TypeError(f"prompt_ids is the text {request.prompt_ids[:40]!r}: tokenize it")
+        if isinstance(request.stop, str):
+            raise TypeError(f"stop is the text {request.stop!r}: give a list of texts")
+        # Of a tensor, or what a tokenizer returns, the items are something else.
+        for token_id in request.prompt_ids:
+            if not (type(token_id) is int or isinstance(token_id, Integral)) or token_id < 0:
+                raise TypeError(
+                    f"prompt_ids holds {token_id!r:.40}, expected whole numbers from 0 on: give "
+                    "tokenizer(text)['input_ids'], one list for one prompt"
+                )
         for seed in request.seeds:
             if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
                 raise ValueError(f"a seed is {seed!r}: take an integer, 0 or above")

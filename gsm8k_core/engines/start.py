@@ -65,6 +65,12 @@ def choose_engine(
     return name
 
 
+def engine_dtype(settings: ModelSettings, device: torch.device, chosen: str) -> str:
+    """What an engine that `start_engine` starts computes in."""
+    own = settings.vllm.dtype if chosen == "vllm" else None
+    return own or compute_dtype(device, settings.dtype)
+
+
 def start_engine(
     folder: Path, settings: ModelSettings, device: torch.device, chosen: str | None = None
 ) -> Engine:
@@ -72,8 +78,9 @@ def start_engine(
 
     `chosen` is what `choose_engine` has said, if it was asked before.
     """
-    if (chosen or choose_engine(settings, folder, device)) == "vllm":
-        dtype = compute_dtype(device, settings.dtype)
+    chosen = chosen or choose_engine(settings, folder, device)
+    if chosen == "vllm":
+        dtype = engine_dtype(settings, device, chosen)
         fraction = settings.vllm.gpu_memory_fraction
         return VllmEngine(folder, settings.vllm, dtype, device, fraction)
     set_up_process(device)
