@@ -1007,6 +1007,8 @@ class Config(Settings):
         return TraceDatasetSettings(
             name=name,
             marker=self.prompts[traces.prompt].answer_marker,
+            num_questions=traces.num_questions,
+            traces_per_question=traces.traces_per_question,
             selection=traces.selection,
         )
 
@@ -1171,6 +1173,10 @@ class TraceDatasetSettings(Settings):
 
     name: str
     marker: Literal["####", "boxed"]
+    num_questions: PositiveInt | None = None
+    """Answers to others, which an earlier call has collected, are left out, as are further ones to
+    the same question; unset: none."""
+    traces_per_question: PositiveInt | None = None
     selection: TraceSelectionSettings = TraceSelectionSettings()
 
 

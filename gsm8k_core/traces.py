@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -36,9 +37,15 @@ def select_traces(
     or that lacks something.
     """
     counts: Counter[str] = Counter()
-    kept: dict[str, list[Problem]] = {problem.id: [] for problem in problems}
+    asked = problems[: settings.num_questions]
+    most = math.inf if settings.traces_per_question is None else settings.traces_per_question
+    kept: dict[str, list[Problem]] = {problem.id: [] for problem in asked}
     seen: set[bytes] = set()
     for problem, row in _in_order(path, problems):
+        counts["answers"] += 1
+        if problem.id not in kept or row["sample_index"] >= most:
+            counts["not_asked_for"] += 1
+            continue
         reasoning, content = split_reasoning(row["reasoning"], row["content"])
         fate = _fate(problem, reasoning, content, settings)
         if fate == "kept":
@@ -59,9 +66,8 @@ def select_traces(
                         ),
                     )
                 )
-        counts["answers"] += 1
         counts[fate] += 1
-    counts["questions"] = len(problems)
+    counts["questions"] = len(asked)
     counts["questions_kept"] = sum(bool(traces) for traces in kept.values())
     return [trace for traces in kept.values() for trace in traces], dict(counts)
 

@@ -112,6 +112,30 @@ def test_what_is_left_out_is_counted_by_its_reason(
     assert traces == [] and counts[fate] == 1 and counts["questions_kept"] == 0
 
 
+def test_answers_that_the_settings_no_longer_ask_for_are_left_out(tmp_path: Path) -> None:
+    # Collected for more questions, and more often, before the settings were lowered.
+    rows = [row("a", 0), row("a", 1, reasoning="Think."), row("b", 0, content="\\boxed{4}")]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    every = TraceDatasetSettings.model_validate(
+        {"name": "t", "marker": "boxed", "selection": {"max_kept_per_question": 2}}
+    )
+    few = every.model_copy(update={"num_questions": 1, "traces_per_question": 1})
+    for settings, ids in ((every, ["a-trace0", "a-trace1", "b-trace0"]), (few, ["a-trace0"])):
+        traces, counts = select_traces(tmp_path / "answers.jsonl", PROBLEMS, settings)
+        assert [trace.id for trace in traces] == ids
+        assert counts.get("not_asked_for", 0) == 3 - len(ids)
+        assert counts["questions"] == counts["questions_kept"] == (1 if settings is few else 2)
+
+
+def test_lowering_what_a_collection_asks_for_is_another_dataset(config: Config) -> None:
+    raw = config.model_dump(mode="json", by_alias=True)
+    name = next(iter(raw["traces"]))
+    before = config.trace_dataset_settings(name)
+    for key in ("num_questions", "traces_per_question"):
+        changed = parse_config({**raw, "traces": {name: {**raw["traces"][name], key: 3}}})
+        assert changed.trace_dataset_settings(name) != before
+
+
 def test_headings_in_the_reasoning_are_no_second_marker(select: Select) -> None:
     _, counts = select([row("a", reasoning="#### Step 1\nI guess \\boxed{7}; no, it is two.")])
     assert counts["kept"] == 1
