@@ -32,6 +32,7 @@ but another number follows a later marker.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ from gsm8k_core.files import Json, atomic_path, iter_jsonl
 from gsm8k_core.grading import GRADES, Grader, read_gold
 
 log = logging.getLogger("score_completions")
+PLAIN_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 SCHEMA: dict[str, type[pl.DataType]] = {
     "file": pl.String,
@@ -108,7 +110,8 @@ def text_of(value: Any, where: str) -> str:
     """A gold answer or an id, which JSON may hold as a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}: expected a text or a number, found {type(value).__name__}")
-    return str(value)
+    # Whole numbers of a column that has gaps, as pandas writes them: 18.0.
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def read_golds(path: Path) -> dict[str, str]:
@@ -137,6 +140,7 @@ def score_file(
     lm-evaluation-harness writes a completion once for each filter of its task: one time counts.
     """
     first_filter = None
+    num_in_words = 0
     for number, row in enumerate(iter_jsonl(path), start=1):
         where = f"{path}, row {number}"
         if "filter" in row and "doc_id" in row:
@@ -157,6 +161,7 @@ def score_file(
             reference = read_gold(gold)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        num_in_words += PLAIN_NUMBER.fullmatch(reference.lm_eval) is None
         for sample, text in enumerate(completions_of(field(row, completion_field, where), where)):
             yield {
                 "file": str(path),
@@ -166,6 +171,13 @@ def score_file(
                 "gold": str(reference.value),
                 **grader.grade(text, reference),
             }
+    if num_in_words:
+        log.warning(
+            "%s: %d gold answers are neither a number nor end in `#### <number>`; lm-evaluation-"
+            "harness compares texts, so by its grades no completion of theirs is right",
+            path,
+            num_in_words,
+        )
 
 
 def table(scored: pl.DataFrame) -> str:

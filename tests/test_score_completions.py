@@ -155,6 +155,23 @@ def test_golds_come_from_the_problems(score: Score, tmp_path: Path, form: str) -
     assert scored["problem_id"].to_list() == [str(names[1]), str(names[0])]
 
 
+def test_whole_numbers_with_a_point_are_right_by_every_grade(
+    score: Score, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, scored = score([{"completion": "#### 18", "gold": 18.0}])
+    assert scored.select("strict", "lm_eval_strict", "lm_eval_flexible").row(0) == (True,) * 3
+    assert not caplog.text
+
+
+def test_gold_answers_that_the_harness_cannot_compare_are_told(
+    score: Score, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"completion": "#### 18", "gold": gold} for gold in ("18", "The answer is 18", "\\boxed{18}")]
+    _, scored = score(rows)
+    assert scored["strict"].all() and scored["lm_eval_strict"].sum() == 1
+    assert "2 gold answers are neither a number nor end in `#### <number>`" in caplog.text
+
+
 def test_a_right_answer_with_another_one_after_it_is_told(score: Score) -> None:
     rows = [{"completion": ["#### 18\n#### 17", "#### 18"], "gold": "18"}]
     assert score(rows)[1].select("strict", "contradicted").rows() == [(True, True), (True, False)]
