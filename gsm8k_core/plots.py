@@ -27,8 +27,10 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
+from gsm8k_core.report_charts import PALETTES
 from gsm8k_core.tables import (
     MAX_BANDS,
+    counted,
     has_clusters,
     level_text,
     problems_text,
@@ -37,8 +39,7 @@ from gsm8k_core.tables import (
     time_unit,
 )
 
-# Okabe and Ito (2008): told apart with every common colour blindness.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = PALETTES["light"]  # a method has the same colour as in the report
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":")
 GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
@@ -185,11 +186,33 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
     level = level_text(study.confidence)
-    sizes = comparison.select("num_problems", "num_clusters").iter_rows()
-    drawn = "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
     if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
-        return f"One seed, with its {level} interval over {drawn} alone"
-    return f"Mean over seeds with its {level} interval over seeds and {drawn}; dots: single seeds"
+        return f"One seed, with its {level} interval over {_drawn(comparison)} alone"
+    return (
+        f"Mean over {_seeds_text(study, study.methods)}, {level} interval over seeds and "
+        f"{_drawn(comparison)}; dots: seeds"
+    )
+
+
+def _drawn(comparison: pl.DataFrame) -> str:
+    """What is taken as drawn independently."""
+    sizes = comparison.select("num_problems", "num_clusters").iter_rows()
+    return "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
+
+
+def _seeds_text(study: Comparison, methods: Sequence[str]) -> str:
+    """`3 seeds`, `2 to 5 seeds`; `3 seeds (base: 1)` where what is not trained has others."""
+    trained = [method for method in methods if len(study.chains[method]) > 1] or methods
+    numbers = sorted({len(study.seeds_of[method]) for method in trained})
+    text = counted(numbers[-1], "seed")
+    if len(numbers) > 1:
+        text = f"{numbers[0]} to {text}"
+    others = [
+        f"{method}: {len(study.seeds_of[method])}"
+        for method in methods
+        if method not in trained and [len(study.seeds_of[method])] != numbers
+    ]
+    return f"{text} ({', '.join(others)})" if others else text
 
 
 def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
@@ -209,6 +232,9 @@ def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
 
 
 # --------------------------------------------------------------------------------------------- cost
+
+
+UNTRAINED: Json = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
 
 
 def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
@@ -254,8 +280,11 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
             figure,
             grid,
             title=f"{study.name}: accuracy against cost",
-            caption=f"Bars: {level_text(study.confidence)} intervals; dashed: no training",
-            handles=[_cost_handle(method, study.methods.index(method)) for method in trained],
+            caption=_cost_caption(study, comparison, trained),
+            handles=[
+                _cost_handle(method, index if method in trained else None)
+                for index, method in enumerate(study.methods)
+            ],
             titles=_panel_titles(study, comparison),
             panel=(4.6, 3.2),
             beside=1.0,
@@ -267,7 +296,7 @@ def _cost_mark(axes: Axes, row: Json, key: str, index: int | None) -> None:
     """One method's mean and interval; a line where it has no `index` for it trains nothing."""
     mean, low, high = (100 * row[f"accuracy{end}"] for end in ("", "_ci_low", "_ci_high"))
     if index is None:
-        axes.axhline(mean, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        axes.axhline(mean, zorder=1, **UNTRAINED)
     elif row[key]:
         axes.plot([row[key]] * 2, [low, high], color=PALETTE[index % len(PALETTE)], linewidth=1.6)
         axes.plot([row[key]], [mean], markersize=8, **_cost_look(index))
@@ -280,7 +309,18 @@ def _cost_look(index: int) -> Json:
     return {"color": colour, "marker": marker, "linestyle": "none", "markeredgecolor": "white"}
 
 
-def _cost_handle(method: str, index: int) -> Line2D:
+def _cost_caption(study: Comparison, comparison: pl.DataFrame, trained: list[str]) -> str:
+    level, drawn = level_text(study.confidence), _drawn(comparison)
+    dashed = "; dashed: no training" if len(trained) < len(study.methods) else ""
+    if all(len(study.seeds_of[method]) == 1 for method in trained):
+        return f"One seed; bars: {level} intervals over {drawn} alone{dashed}"
+    seeds = _seeds_text(study, trained)
+    return f"Mean over {seeds}; bars: {level} intervals over seeds and {drawn}{dashed}"
+
+
+def _cost_handle(method: str, index: int | None) -> Line2D:
+    if index is None:
+        return Line2D([], [], label=method, **UNTRAINED)
     return Line2D([], [], label=method, markersize=8, **_cost_look(index))
 
 
@@ -392,14 +432,18 @@ def _curves_figure(
         figure.align_ylabels()
         subject = CURVES[rows[0][0]][1]
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
-        bands = f"; no bands of seeds with more than {MAX_BANDS} methods"
-        if has_bands:
+        seeds, bands = f"Mean over {_seeds_text(study, methods)}", ""
+        if all(len(study.seeds_of[method]) == 1 for method in methods):
+            seeds = "One seed"
+        elif has_bands:
             bands = "; band: smallest to largest seed"
+        else:
+            bands = f"; no bands of seeds with more than {MAX_BANDS} methods"
         _finish(
             figure,
             grid,
             title=f"{study.name}: {subject} during training",
-            caption=f"Mean over seeds{smoothed}{bands}",
+            caption=f"{seeds}{smoothed}{bands}",
             handles=[Line2D([], [], label=m, **_look(study.methods.index(m))) for m in methods],
             titles=[[[model] for model in models]],
             panel=(4.6, 3.0),

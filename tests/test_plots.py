@@ -20,11 +20,15 @@ from gsm8k_core.plots import (
     GREEDY,
     PALETTE,
     SAMPLED,
+    _cost_look,
+    _look,
+    _seeds_text,
     plot_accuracy,
     plot_cost,
     plot_reward,
     save_figure,
 )
+from gsm8k_core.report_charts import PALETTES
 from gsm8k_core.tables import PASS_AT_K_SCHEMA, SCHEMA, write_comparison
 
 STUDY = Comparison(
@@ -253,9 +257,65 @@ def test_a_method_has_one_colour_in_all_figures_and_greedy_and_sampled_have_none
                  [line.get_color() for line in legend.get_lines()], strict=True))
         for legend in (figure.legends[0] for figure in figures)
     ]  # fmt: skip
-    assert set(colours[0]) == {"sft", "grpo"} and set(colours[1]) == {"grpo"}
+    assert set(colours[0]) == {"base", "sft", "grpo"} and set(colours[1]) == {"grpo"}
     assert colours[0]["grpo"] == colours[1]["grpo"] != colours[0]["sft"]
     assert {GREEDY, SAMPLED}.isdisjoint(PALETTE)
+
+
+def test_the_colours_of_the_figures_are_those_of_the_report() -> None:
+    assert [_look(n)["color"] for n in range(7)] == PALETTES["light"]
+    assert [_cost_look(n)["color"] for n in range(7)] == PALETTES["light"]
+
+
+def captions(figure: Figure) -> str:
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
+
+
+def test_the_figures_say_how_many_seeds_problems_and_clusters_they_stand_on(
+    tmp_path: Path,
+) -> None:
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    comparison = write_runs(tmp_path, REWARDS).with_columns(
+        num_problems=pl.lit(1319), num_clusters=pl.lit(81), train_seconds_with_parents=cost
+    )
+    accuracy, spent = plot_accuracy(STUDY, tmp_path, comparison), plot_cost(STUDY, comparison)
+    for figure in (accuracy, spent):
+        title = figure.axes[0].get_title(loc="left").replace("\n", " ")
+        assert title == "m1 on test (1,319 problems in 81 clusters)"
+    over = "over seeds and clusters of problems"
+    assert f"Mean over 2 seeds (base: 1), 90 % interval {over}; dots: seeds" in captions(accuracy)
+    assert f"Mean over 2 seeds; bars: 90 % intervals {over}; dashed" in captions(spent)
+    assert "Mean over 2 seeds;" in captions(plot_reward(STUDY, tmp_path))
+
+
+def test_seeds_that_differ_in_number_and_single_ones_are_told(tmp_path: Path) -> None:
+    comparison = write_runs(tmp_path, REWARDS).with_columns(
+        train_seconds_with_parents=pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    )
+    once = STUDY.model_copy(update={"seeds_of": {"base": [0], "grpo": [0]}})
+    assert "One seed; bars: 90 % intervals over problems alone" in captions(
+        plot_cost(once, comparison)
+    )
+    reward = captions(plot_reward(once, tmp_path))
+    assert "One seed" in reward and "band" not in reward
+    study = STUDY.model_copy(
+        update={
+            "methods": ["base", "grpo", "sft"],
+            "seeds_of": {"base": [0], "grpo": [0, 1], "sft": [0, 1, 2, 3, 4]},
+            "chains": {**STUDY.chains, "sft": ["base", "sft"]},
+        }
+    )
+    assert _seeds_text(study, study.methods) == "2 to 5 seeds (base: 1)"
+
+
+def test_the_dashed_line_of_cost_has_the_name_of_what_is_not_trained(tmp_path: Path) -> None:
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    comparison = write_runs(tmp_path, REWARDS).with_columns(train_seconds_with_parents=cost)
+    figure = plot_cost(STUDY, comparison)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "grpo"]
+    assert [line.get_linestyle() for line in legend.get_lines()] == ["--", "None"]
+    assert "dashed: no training" in captions(figure)
 
 
 @pytest.mark.parametrize(("number", "has_bands"), [(4, True), (5, False)])
@@ -284,7 +344,14 @@ def test_bands_of_many_methods_do_not_cover_each_other(
 def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
     tmp_path: Path,
 ) -> None:
-    study = STUDY.model_copy(update={"methods": ["base", "grpo", "dapo"], "models": ["m1"]})
+    study = STUDY.model_copy(
+        update={
+            "methods": ["base", "grpo", "dapo"],
+            "models": ["m1"],
+            "seeds_of": {**STUDY.seeds_of, "dapo": [0]},
+            "chains": {**STUDY.chains, "dapo": ["base", "dapo"]},
+        }
+    )
     rows = write_runs(tmp_path, REWARDS).filter(pl.col("model") == "m1")
     dapo = rows.filter(pl.col("method") == "grpo").with_columns(method=pl.lit("dapo"))
     comparison = pl.concat([rows, dapo]).with_columns(
