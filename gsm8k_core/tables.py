@@ -614,16 +614,21 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def write_comparison(
-    frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path, confidence: float
+    frame: pl.DataFrame,
+    curves: pl.DataFrame,
+    output_dir: Path,
+    confidence: float,
+    name: str = "",
 ) -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
-    `confidence` is the level of the intervals, which the last two state.
+    `confidence` is the level of the intervals and `name` that of the study; the last two state
+    both.
     pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k.
     """
     write_text(output_dir / "comparison.csv", frame.write_csv())
-    write_text(output_dir / "comparison.md", to_markdown(frame, confidence))
-    write_text(output_dir / "comparison.html", to_html(frame, confidence))
+    write_text(output_dir / "comparison.md", to_markdown(frame, confidence, name))
+    write_text(output_dir / "comparison.html", to_html(frame, confidence, name))
     write_text(output_dir / "pass_at_k.csv", curves.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
         frame.write_parquet(temporary)
@@ -653,11 +658,15 @@ class TextTable:
 TEXT_COLUMNS = {"model", "suite", "method", "parent", "verdict", "flags"}  # the others are numbers
 
 
-def to_markdown(frame: pl.DataFrame, confidence: float) -> str:
+def _title(name: str) -> str:
+    return f"{name}: comparison" if name else "Comparison"
+
+
+def to_markdown(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
     """The tables for people: percent with intervals, points, times in plain units."""
     parts = [f"### {table.title}\n\n{markdown_table(table)}" for table in _text_tables(frame)]
     notes = "\n".join(f"- {note}" for note in notes_on(frame, confidence))
-    return "\n".join(parts) + f"\n{notes}\n"
+    return f"## {_title(name)}\n\n" + "\n".join(parts) + f"\n{notes}\n"
 
 
 def markdown_table(table: TextTable) -> str:
@@ -880,18 +889,25 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison</title>
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; }}
+body {{ font: 13px/1.4 system-ui, sans-serif; margin: 1rem; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .55rem; border-bottom: 1px solid #8886; white-space: nowrap; }}
-th {{ text-align: left; border-bottom-width: 2px; }}
+th, td {{ padding: .3rem .4rem; border-bottom: 1px solid #8886; vertical-align: top; }}
+th {{ text-align: left; }}
+thead th {{ border-bottom-width: 2px; vertical-align: bottom; }}
+td, td span {{ white-space: nowrap; }}
 .number {{ text-align: right; }}
-.flags {{ white-space: normal; min-width: 12rem; }}
-.starts td {{ border-top: 2px solid #888; }}
+.interval, .flags {{ white-space: normal; }}
+.flags {{ min-width: 8rem; }}
+.name {{ white-space: normal; overflow-wrap: anywhere; min-width: 4rem; }}
+/* The method stays in sight where a table is wider than the screen. */
+[scope="row"] {{ position: sticky; left: 0; background: Canvas; font-weight: normal; }}
+[scope="rowgroup"] {{ padding-top: .8rem; }}
 </style>
+<h1>{title}</h1>
 {tables}
 <ul>
 {notes}
@@ -900,32 +916,43 @@ th {{ text-align: left; border-bottom-width: 2px; }}
 """
 
 
-def to_html(frame: pl.DataFrame, confidence: float) -> str:
+def to_html(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
     """The same tables as one static page without scripts, light or dark as the reader's screen."""
     tables = "\n".join(_html_table(table) for table in _text_tables(frame))
     notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame, confidence))
-    return PAGE.format(tables=tables, notes=notes)
+    return PAGE.format(title=html.escape(_title(name)), tables=tables, notes=notes)
+
+
+HTML_CLASSES = {"method": "name", "parent": "name", "flags": "flags"}
 
 
 def _html_table(table: TextTable) -> str:
-    kinds = [
-        ' class="flags"' if name == "flags" else "" if name in TEXT_COLUMNS else ' class="number"'
-        for name in table.header
-    ]
-
-    def line(cells: Sequence[str], tag: str, starts: bool = False) -> str:
-        inner = "".join(
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-            for kind, cell in zip(kinds, cells, strict=True)
-        )
-        return f'<tr class="starts">{inner}</tr>' if starts else f"<tr>{inner}</tr>"
-
-    body = [
-        line(row, "td", index > 0 and row[:2] != table.rows[index - 1][:2])
-        for index, row in enumerate(table.rows)
+    """Model and suite, the first two columns, stand above their rows: that leaves room."""
+    header = table.header[2:]
+    classes = [HTML_CLASSES.get(name, "number") for name in header]
+    columns = "".join(
+        f'<th scope="col" class="{of}">{html.escape(name)}</th>'
+        for of, name in zip(classes, header, strict=True)
+    )
+    groups: dict[tuple[str, str], list[str]] = {}
+    for model, suite, method, *cells in table.rows:
+        inner = "".join(_html_cell(cell, of) for cell, of in zip(cells, classes[1:], strict=True))
+        row = f'<tr><th scope="row" class="name">{html.escape(method)}</th>{inner}</tr>'
+        groups.setdefault((model, suite), []).append(row)
+    bodies = [
+        f'<tbody>\n<tr><th scope="rowgroup" colspan="{len(header)}">'
+        f"{html.escape(f'{model} on {suite}')}</th></tr>\n" + "\n".join(rows) + "\n</tbody>\n"
+        for (model, suite), rows in groups.items()
     ]
     return (
         f'<h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n'
-        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n"
-        "</table></div>"
+        f"<thead><tr>{columns}</tr></thead>\n{''.join(bodies)}</table></div>"
     )
+
+
+def _html_cell(text: str, of: str) -> str:
+    """A cell of the class `of`; the line may be broken before an interval."""
+    value, bracket, rest = html.escape(text).partition(" [")
+    if of != "number" or not bracket:
+        return f'<td class="{of}">{html.escape(text)}</td>'
+    return f'<td class="number interval">{value} <span>[{rest}</span></td>'
