@@ -64,6 +64,7 @@ SCHEMA: dict[str, Any] = {
     "accuracy": pl.Float64,
     "accuracy_ci_low": pl.Float64,
     "accuracy_ci_high": pl.Float64,
+    "accuracy_by_seed": pl.String,
     "parent": pl.String,
     "delta_vs_parent": pl.Float64,
     "delta_vs_parent_ci_low": pl.Float64,
@@ -81,6 +82,7 @@ SCHEMA: dict[str, Any] = {
     "pass_at_1": pl.Float64,
     "pass_at_1_ci_low": pl.Float64,
     "pass_at_1_ci_high": pl.Float64,
+    "pass_at_1_by_seed": pl.String,
     "pass_at_n": pl.Float64,
     "pass_at_n_ci_low": pl.Float64,
     "pass_at_n_ci_high": pl.Float64,
@@ -352,10 +354,11 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
 
     `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
     to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest power of two
-    that is not above the number of samples. Differences are of `accuracy`, paired by seed and
-    problem: `delta_vs_parent` to the method that training started from, `delta_vs_base` to the
-    untrained model; null where that is not among the study's methods. `…_holm` is the p-value
-    corrected (Holm 1979) over all methods and suites of the model. `smallest_detectable_delta` is
+    that is not above the number of samples. `…_by_seed` is what each run has by itself, as
+    `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of `accuracy`, paired
+    by seed and problem: `delta_vs_parent` to the method that training started from, `delta_vs_base`
+    to the untrained model; null where that is not among the study's methods. `…_holm` is the
+    p-value corrected (Holm 1979) over all methods and suites of the model. `smallest_detectable_delta` is
     the difference that a study of this size and spread finds four times in five, at the
     uncorrected level.
 
@@ -409,9 +412,11 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         "num_clusters": None if cell.clusters is None else cell.clusters.n_unique(),
         "num_samples": cell.num_samples,
         **_with_bounds("accuracy", cell.accuracy, study.confidence, cell.clusters),
+        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of[method]),
         "parent": parent,
         "base": None if method == base else base,
         **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence, cell.clusters),
+        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of[method]),
         **_at_largest_k(cell, study.confidence),
         **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
@@ -451,6 +456,13 @@ def _with_bounds(name: str, values: Floats, confidence: float, clusters: pl.Seri
     """Mean of `values (S, P)` and its interval over seeds and problems, as columns of a row."""
     mean, low, high = mean_interval(values, confidence, clusters)
     return {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+def _by_seed(values: Floats, seeds: Sequence[int]) -> str:
+    """The mean of each row of `values (S, P)` behind its seed."""
+    return ";".join(
+        f"{seed}:{share}" for seed, share in zip(seeds, values.mean(axis=1), strict=True)
+    )
 
 
 def _few_seeds(method: str, cell: Cell, base: str) -> str:
@@ -655,7 +667,11 @@ class TextTable:
     rows: list[list[str]]
 
 
-TEXT_COLUMNS = {"model", "suite", "method", "parent", "verdict", "flags"}  # the others are numbers
+# The others are numbers.
+TEXT_COLUMNS = {
+    "model", "suite", "method", "parent", "verdict", "flags",
+    "accuracy % by seed", "pass@1 % by seed",
+}  # fmt: skip
 
 
 def _title(name: str) -> str:
@@ -694,10 +710,12 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
     parts = frame.partition_by("model", "suite", maintain_order=True)
     rows = [row for part in parts for row in part.iter_rows(named=True)]
     sampled = [row for row in rows if row["num_samples"]]
+    repeated = rows if any(row["num_seeds"] > 1 for row in rows) else []
     tables = []
     for title, shown, rows_of in (
         ("Quality", QUALITY_COLUMNS, rows),
         ("Repeated sampling", SAMPLING_COLUMNS, sampled),
+        ("Single seeds", SEED_COLUMNS, repeated),
         ("Cost", COST_COLUMNS, rows),
     ):
         texts = [[render(row) for render in shown.values()] for row in rows_of]
@@ -731,6 +749,11 @@ def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
         notes.append(
             "pass@n: one of n samples is right. maj@n: the most frequent answer of n samples is. "
             "n is the largest power of two among the samples; pass_at_k.csv has the others."
+        )
+    if (frame["num_seeds"] > 1).any():
+        notes.append(
+            "by seed: the seed and what its run has by itself; comparison.csv has these shares in "
+            "full."
         )
     words: list[str] = []
     for flags in frame["flags"].drop_nulls().to_list():
@@ -811,6 +834,12 @@ def with_interval(row: Json, name: str, form: str) -> str:
     return f"{percent(row[name], form)} [{percent(low, form)}, {percent(high, form)}]"
 
 
+def _seeds_text(by_seed: str | None) -> str:
+    """`0: 87.5, 1: 91.3` of a column `…_by_seed`."""
+    pairs = [pair.split(":") for pair in by_seed.split(";")] if by_seed else []
+    return ", ".join(f"{seed}: {percent(float(share), '.1f')}" for seed, share in pairs)
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
@@ -868,6 +897,13 @@ SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     "pass@n %": lambda row: with_interval(row, "pass_at_n", ".1f"),
     "maj@n %": lambda row: with_interval(row, "maj_at_n", ".1f"),
 }
+SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "accuracy % by seed": lambda row: _seeds_text(row["accuracy_by_seed"]),
+    "pass@1 % by seed": lambda row: (
+        _seeds_text(row["pass_at_1_by_seed"]) if row["num_samples"] else ""
+    ),
+}
 COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "accuracy %": lambda row: percent(row["accuracy"], ".1f"),
@@ -900,8 +936,8 @@ th {{ text-align: left; }}
 thead th {{ border-bottom-width: 2px; vertical-align: bottom; }}
 td, td span {{ white-space: nowrap; }}
 .number {{ text-align: right; }}
-.interval, .flags {{ white-space: normal; }}
-.flags {{ min-width: 8rem; }}
+.interval, .text {{ white-space: normal; }}
+.text {{ min-width: 8rem; }}
 .name {{ white-space: normal; overflow-wrap: anywhere; min-width: 4rem; }}
 /* The method stays in sight where a table is wider than the screen. */
 [scope="row"] {{ position: sticky; left: 0; background: Canvas; font-weight: normal; }}
@@ -923,7 +959,13 @@ def to_html(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
     return PAGE.format(title=html.escape(_title(name)), tables=tables, notes=notes)
 
 
-HTML_CLASSES = {"method": "name", "parent": "name", "flags": "flags"}
+HTML_CLASSES = {
+    "method": "name",
+    "parent": "name",
+    "flags": "text",
+    "accuracy % by seed": "text",
+    "pass@1 % by seed": "text",
+}
 
 
 def _html_table(table: TextTable) -> str:

@@ -779,6 +779,25 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Pat
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>") > 0
 
 
+def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path: Path) -> None:
+    frame, curves = build_comparison(make_study(), study_dir)
+    seeds = make_study().seeds_of["grpo"]
+    alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
+    by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
+    write_comparison(frame, curves, tmp_path, 0.95)
+    rows = pl.read_csv(tmp_path / "comparison.csv").filter(pl.col("method") == "grpo")
+    assert rows["accuracy_by_seed"].to_list() == [by_seed, by_seed]
+    assert rows["pass_at_1_by_seed"].to_list() == [by_seed, by_seed]
+    assert np.mean(alone) == pytest.approx(rows["accuracy"][0])
+    text = ", ".join(f"{seed}: {100 * share:.1f}" for seed, share in zip(seeds, alone, strict=True))
+    for suffix in ("md", "html"):
+        page = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
+        assert "Single seeds" in page and page.count(text) == 2  # of two models, without samples
+    once = make_study(seeds_of={method: [seeds[0]] for method in make_study().methods})
+    once = once.model_copy(update={"methods": ["sft", "grpo"]})
+    assert "Single seeds" not in to_markdown(build(once, study_dir), 0.95)
+
+
 def test_the_tables_say_which_study_they_are_of(study_dir: Path, tmp_path: Path) -> None:
     study = make_study(name="spring")
     arguments = ["--study", dump(study), "--study-dir", str(study_dir)]
