@@ -358,9 +358,9 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of `accuracy`, paired
     by seed and problem: `delta_vs_parent` to the method that training started from, `delta_vs_base`
     to the untrained model; null where that is not among the study's methods. `…_holm` is the
-    p-value corrected (Holm 1979) over all methods and suites of the model. `smallest_detectable_delta` is
-    the difference that a study of this size and spread finds four times in five, at the
-    uncorrected level.
+    p-value corrected (Holm 1979) over all methods and suites of the model.
+    `smallest_detectable_delta` is the difference that a study of this size and spread finds four
+    times in five, at the uncorrected level.
 
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage, null
     where nothing is trained; `…_with_parents` adds the stages before it. `flags` says what makes a
