@@ -100,14 +100,16 @@ def test_the_tables_of_a_comparison_are_as_wide_as_the_screen(
     numbers |= {"smallest_detectable_delta": 0.153, "num_seeds": 3, "num_problems": 1319}
     numbers |= {"model": "Qwen2.5-0.5B-Instruct", "suite": "gsm8k_platinum_8shot_greedy"}
     numbers |= {"method": f"sft_{'long_' * 7}", "parent": f"grpo_{'long_' * 7}"}
+    by_seed = ";".join(f"{seed}:0.875" for seed in range(10))
+    numbers |= {"accuracy_by_seed": by_seed, "pass_at_1_by_seed": by_seed}
     numbers |= {"flags": "right and then contradicted: 2.53 %; 2 seeds; base: engine, dtype"}
     path = tmp_path / "comparison.html"
     path.write_text(to_html(pl.DataFrame([numbers], schema=SCHEMA), 0.95), encoding="utf-8")
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.goto(path.as_uri())
     tables = page.locator(".scroll")
-    assert tables.count() == 3
-    for place in range(3):
+    assert tables.count() == 4
+    for place in range(4):
         hidden = tables.nth(place).evaluate("box => box.scrollWidth - box.clientWidth")
         assert hidden <= 0, place
     page.close()
