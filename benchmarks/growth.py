@@ -2,7 +2,8 @@
 
 Each is done at several sizes up to ten times the smallest, in a process of its own. Memory is what
 a turn takes above what was there before it. The exponent is the slope of a straight line
-through the logarithms: 1 is linear growth, less than that shows a fixed share.
+through the logarithms: 1 is linear growth, less than that shows a fixed share. Memory of less than
+5 MiB at every size has none: it is too little to tell growth from chance.
 
     python benchmarks/growth.py --model artifacts/models/tiny-qwen2 --output docs/figures/growth.svg
 """
@@ -31,6 +32,7 @@ SIZES = {
 }
 UNITS = {"scoring": "tokens", "grading": "completions", "compare": "runs"}
 SEED = 0
+LEAST_MIB = 5.0
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -192,8 +194,16 @@ def exponent(numbers: list[int], values: np.ndarray) -> float:
     return float(np.polyfit(np.log(numbers), np.log(np.maximum(values, 1e-9)), 1)[0])
 
 
+def grows(mib: np.ndarray) -> bool:
+    """Whether memory is enough to tell its growth from chance."""
+    return bool(mib.max() >= LEAST_MIB)
+
+
 def plot(found: dict[str, tuple[list[int], np.ndarray, np.ndarray]], path: Path) -> None:
-    """Seconds above, MiB below, one column a kind, both axes logarithmic."""
+    """Seconds above, MiB below, one column a kind, both axes logarithmic.
+
+    Memory that cannot be said to grow is drawn as points, from zero on and without an exponent.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,11 +214,20 @@ def plot(found: dict[str, tuple[list[int], np.ndarray, np.ndarray]], path: Path)
     for column, (name, (numbers, seconds, mib)) in enumerate(found.items()):
         for row, (values, label) in enumerate(((seconds, "processor seconds"), (mib, "MiB"))):
             axis = axes[row][column]
-            axis.loglog(numbers, values, "o-", color="#1f5fa8")
-            axis.set_title(f"{name}: exponent {exponent(numbers, values):.2f}", fontsize=10)
+            trend = row == 0 or grows(values)
+            axis.loglog(numbers, values, "o-" if trend else "o", color="#1f5fa8")
+            title = f"exponent {exponent(numbers, values):.2f}"
+            axis.set_title(
+                f"{name}: {title if trend else f'less than {LEAST_MIB:g} MiB'}", fontsize=10
+            )
             axis.set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize=8)
             axis.minorticks_off()
-            if values.min() > 0:
+            if not trend:
+                axis.set_yscale("linear")
+                axis.set_ylim(0, 4 * LEAST_MIB)
+                ticks = np.arange(0, 5) * LEAST_MIB
+                axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+            elif values.min() > 0:
                 ticks = np.geomspace(values.min(), values.max(), 3)
                 axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
                 axis.minorticks_off()
@@ -244,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, (numbers, seconds, mib) in found.items():
         for number, second, memory in zip(numbers, seconds, mib, strict=True):
-            slopes = f"{exponent(numbers, seconds):.2f} | {exponent(numbers, mib):.2f}"
+            of_memory = f"{exponent(numbers, mib):.2f}" if grows(mib) else ""
+            slopes = f"{exponent(numbers, seconds):.2f} | {of_memory}"
             last = slopes if number == numbers[-1] else " | "
             sys.stdout.write(
                 f"| {name} | {number:,} {UNITS.get(name, 'completions')} | {second:.3f} "

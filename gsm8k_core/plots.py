@@ -7,6 +7,7 @@ for the same numbers. Matplotlib is imported by this module alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from gsm8k_core.config import Comparison
@@ -24,17 +27,19 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
+from gsm8k_core.report_charts import PALETTES
 from gsm8k_core.tables import (
     MAX_BANDS,
+    counted,
     has_clusters,
     level_text,
+    problems_text,
     read_metrics,
     read_training_logs,
     time_unit,
 )
 
-# Okabe and Ito (2008): told apart with every common colour blindness.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = PALETTES["light"]  # a method has the same colour as in the report
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":")
 GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
@@ -83,20 +88,28 @@ def plot_accuracy(study: Comparison, study_dir: Path, comparison: pl.DataFrame) 
     single seeds. Raises DataError when the comparison lacks a row of the study.
     """
     models, suites, methods = study.models, study.suites, study.methods
-    longest = max(len(model) for model in models) + max(len(suite) for suite in suites)
-    width = 1.6 + len(models) * max(4.2, 1.8 + 0.09 * longest)  # titles are not to collide
-    height = 1.35 + len(suites) * (0.95 + 0.45 * len(methods))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(7.0, width), height), layout="constrained")
-        grid = figure.subplots(len(suites), len(models), squeeze=False, sharey=True)
+        figure = Figure(layout="constrained")
+        # One axis for all panels: the same spot is the same accuracy everywhere.
+        grid = figure.subplots(len(suites), len(models), squeeze=False, sharex=True, sharey=True)
         drawn: set[str] = set()
         for axes_row, suite in zip(grid, suites, strict=True):
             for axes, model in zip(axes_row, models, strict=True):
                 drawn |= _accuracy_panel(axes, study, study_dir, comparison, model, suite)
+        low, high = grid[0, 0].get_xlim()
+        grid[0, 0].set_xlim(max(low, -2.0), min(high, 102.0))
         for axes in grid[-1]:
             axes.set_xlabel("Correct answers")
-        _title(figure, f"{study.name}: accuracy by method", _accuracy_caption(study, comparison))
-        _legend(figure, _accuracy_legend(drawn))
+        _finish(
+            figure,
+            grid,
+            title=f"{study.name}: accuracy by method",
+            caption=_accuracy_caption(study, comparison),
+            handles=_accuracy_legend(drawn),
+            titles=_panel_titles(study, comparison),
+            panel=(4.2, 0.95 + 0.45 * len(methods)),
+            beside=0.4 + max(_text_width(method, 10.0) for method in methods),
+        )
     return figure
 
 
@@ -105,10 +118,8 @@ def _accuracy_panel(
 ) -> set[str]:
     """Draw one panel; returns the decodings that it shows."""
     drawn: set[str] = set()
-    num_problems = 0
     for position, method in enumerate(study.methods):
         row = _comparison_row(comparison, model, method, suite)
-        num_problems = row["num_problems"]
         runs = [
             read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
             for seed in study.seeds_of[method]
@@ -125,15 +136,13 @@ def _accuracy_panel(
             offset = 0.0 if len(shown) == 1 else -0.17 if decoding == "greedy" else 0.17
             _accuracy_mark(axes, row, runs, decoding, position + offset)
         drawn |= set(shown)
-    axes.set_title(f"{model} on {suite} ({num_problems} problems)")
     axes.set_yticks(range(len(study.methods)), study.methods)
     axes.set_ylim(len(study.methods) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.xaxis.set_major_formatter(PERCENT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    low, high = axes.get_xlim()
-    axes.set_xlim(max(low, -2.0), min(high, 102.0))
+    axes.xaxis.set_tick_params(labelbottom=True)
     return drawn
 
 
@@ -177,11 +186,33 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
     level = level_text(study.confidence)
-    sizes = comparison.select("num_problems", "num_clusters").iter_rows()
-    drawn = "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
     if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
-        return f"One seed, with its {level} interval over {drawn} alone"
-    return f"Mean over seeds with its {level} interval over seeds and {drawn}; dots: single seeds"
+        return f"One seed, with its {level} interval over {_drawn(comparison)} alone"
+    return (
+        f"Mean over {_seeds_text(study, study.methods)}, {level} interval over seeds and "
+        f"{_drawn(comparison)}; dots: seeds"
+    )
+
+
+def _drawn(comparison: pl.DataFrame) -> str:
+    """What is taken as drawn independently."""
+    sizes = comparison.select("num_problems", "num_clusters").iter_rows()
+    return "clusters of problems" if any(has_clusters(*row) for row in sizes) else "problems"
+
+
+def _seeds_text(study: Comparison, methods: Sequence[str]) -> str:
+    """`3 seeds`, `2 to 5 seeds`; `3 seeds (base: 1)` where what is not trained has others."""
+    trained = [method for method in methods if len(study.chains[method]) > 1] or methods
+    numbers = sorted({len(study.seeds_of[method]) for method in trained})
+    text = counted(numbers[-1], "seed")
+    if len(numbers) > 1:
+        text = f"{numbers[0]} to {text}"
+    others = [
+        f"{method}: {len(study.seeds_of[method])}"
+        for method in methods
+        if method not in trained and [len(study.seeds_of[method])] != numbers
+    ]
+    return f"{text} ({', '.join(others)})" if others else text
 
 
 def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
@@ -201,6 +232,9 @@ def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
 
 
 # --------------------------------------------------------------------------------------------- cost
+
+
+UNTRAINED: Json = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
 
 
 def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
@@ -226,25 +260,35 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
     ]
     if not trained:
         return _empty_figure(f"{study.name}: no method of this study trains anything")
-    size = (max(7.0, 1.6 + 4.6 * len(study.models)), 1.6 + 3.2 * len(study.suites))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(study.suites), len(study.models), squeeze=False, sharex="col")
+        figure = Figure(layout="constrained")
+        grid = figure.subplots(
+            len(study.suites), len(study.models), squeeze=False, sharex="col", sharey=True
+        )
         for axes_row, suite in zip(grid, study.suites, strict=True):
             axes_row[0].set_ylabel("Correct answers")
             for axes, model in zip(axes_row, study.models, strict=True):
                 for index, method in enumerate(study.methods):
                     place = index if method in trained else None
                     _cost_mark(axes, rows[model, method, suite], key, place)
-                unit = _finish_cost_panel(axes, f"{model} on {suite}")
+                unit = _finish_cost_panel(axes)
                 if suite == study.suites[-1]:
                     axes.set_xlabel(f"{name} of training with parents{unit}")
-        title = f"{study.name}: accuracy against cost"
-        _title(
-            figure, title, f"Bars: {level_text(study.confidence)} intervals; dashed: no training"
+        low, high = grid[0, 0].get_ylim()
+        grid[0, 0].set_ylim(max(low, -2.0), min(high, 102.0))
+        _finish(
+            figure,
+            grid,
+            title=f"{study.name}: accuracy against cost",
+            caption=_cost_caption(study, comparison, trained),
+            handles=[
+                _cost_handle(method, index if method in trained else None)
+                for index, method in enumerate(study.methods)
+            ],
+            titles=_panel_titles(study, comparison),
+            panel=(4.6, 3.2),
+            beside=1.0,
         )
-        handles = [_cost_handle(method, study.methods.index(method)) for method in trained]
-        _legend(figure, handles)
     return figure
 
 
@@ -252,7 +296,7 @@ def _cost_mark(axes: Axes, row: Json, key: str, index: int | None) -> None:
     """One method's mean and interval; a line where it has no `index` for it trains nothing."""
     mean, low, high = (100 * row[f"accuracy{end}"] for end in ("", "_ci_low", "_ci_high"))
     if index is None:
-        axes.axhline(mean, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        axes.axhline(mean, zorder=1, **UNTRAINED)
     elif row[key]:
         axes.plot([row[key]] * 2, [low, high], color=PALETTE[index % len(PALETTE)], linewidth=1.6)
         axes.plot([row[key]], [mean], markersize=8, **_cost_look(index))
@@ -265,17 +309,25 @@ def _cost_look(index: int) -> Json:
     return {"color": colour, "marker": marker, "linestyle": "none", "markeredgecolor": "white"}
 
 
-def _cost_handle(method: str, index: int) -> Line2D:
+def _cost_caption(study: Comparison, comparison: pl.DataFrame, trained: list[str]) -> str:
+    level, drawn = level_text(study.confidence), _drawn(comparison)
+    dashed = "; dashed: no training" if len(trained) < len(study.methods) else ""
+    if all(len(study.seeds_of[method]) == 1 for method in trained):
+        return f"One seed; bars: {level} intervals over {drawn} alone{dashed}"
+    seeds = _seeds_text(study, trained)
+    return f"Mean over {seeds}; bars: {level} intervals over seeds and {drawn}{dashed}"
+
+
+def _cost_handle(method: str, index: int | None) -> Line2D:
+    if index is None:
+        return Line2D([], [], label=method, **UNTRAINED)
     return Line2D([], [], label=method, markersize=8, **_cost_look(index))
 
 
-def _finish_cost_panel(axes: Axes, title: str) -> str:
-    """Axes and title; returns `, minutes` or the like where all ticks are in one unit."""
-    axes.set_title(title)
+def _finish_cost_panel(axes: Axes) -> str:
+    """The axes; returns `, minutes` or the like where all ticks are in one unit."""
     axes.grid()
     axes.yaxis.set_major_formatter(PERCENT)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -2.0), min(high, 102.0))
     # A logarithm where costs are far apart, with room beside the outermost marks.
     costs = [float(np.max(line.get_xdata())) for line in axes.lines if line.get_marker() != "None"]
     if costs and max(costs) > 10 * min(costs):
@@ -360,9 +412,8 @@ def _curves_figure(
     rows: list[tuple[str, str]],
 ) -> Figure:
     models, has_bands = study.models, len(methods) <= MAX_BANDS
-    size = (max(7.0, 1.6 + 4.6 * len(models)), 1.4 + 3.0 * len(rows))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(layout="constrained")
         grid = figure.subplots(len(rows), len(models), squeeze=False, sharex="col", sharey="row")
         window = 1
         for axes_row, (key, label) in zip(grid, rows, strict=True):
@@ -376,20 +427,28 @@ def _curves_figure(
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 if key in IN_PERCENT:
                     axes.yaxis.set_major_formatter(PERCENT)
-        for axes, model in zip(grid[0], models, strict=True):
-            axes.set_title(model)
         for axes in grid[-1]:
             axes.set_xlabel("Training step")
         figure.align_ylabels()
         subject = CURVES[rows[0][0]][1]
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
-        bands = f"; no bands of seeds with more than {MAX_BANDS} methods"
-        if has_bands:
+        seeds, bands = f"Mean over {_seeds_text(study, methods)}", ""
+        if all(len(study.seeds_of[method]) == 1 for method in methods):
+            seeds = "One seed"
+        elif has_bands:
             bands = "; band: smallest to largest seed"
-        caption = f"Mean over seeds{smoothed}{bands}"
-        _title(figure, f"{study.name}: {subject} during training", caption)
-        handles = [Line2D([], [], label=m, **_look(study.methods.index(m))) for m in methods]
-        _legend(figure, handles)
+        else:
+            bands = f"; no bands of seeds with more than {MAX_BANDS} methods"
+        _finish(
+            figure,
+            grid,
+            title=f"{study.name}: {subject} during training",
+            caption=f"{seeds}{smoothed}{bands}",
+            handles=[Line2D([], [], label=m, **_look(study.methods.index(m))) for m in methods],
+            titles=[[[model] for model in models]],
+            panel=(4.6, 3.0),
+            beside=1.0,
+        )
     return figure
 
 
@@ -442,23 +501,104 @@ def _empty_figure(text: str) -> Figure:
 # ------------------------------------------------------------------------------------------- shared
 
 
-def _title(figure: Figure, title: str, caption: str) -> None:
+LINE = 1.2 / 72  # inches between two lines of text for each point of its size
+TITLE, PANEL_TITLE, CAPTION, LABEL = 13.0, 11.0, 9.5, 10.0  # sizes in points
+
+
+def _panel_titles(study: Comparison, comparison: pl.DataFrame) -> list[list[list[str]]]:
+    """By suite and model: the parts of a title, between which it may be broken."""
+    titles = []
+    for suite in study.suites:
+        row = _comparison_row(comparison, study.models[0], study.methods[0], suite)
+        size = f"({problems_text(row['num_problems'], row['num_clusters'])})"
+        titles.append([[model, f"on {suite}", size] for model in study.models])
+    return titles
+
+
+def _finish(
+    figure: Figure,
+    grid: Any,
+    *,
+    title: str,
+    caption: str,
+    handles: list[Line2D],
+    titles: list[list[list[str]]],
+    panel: tuple[float, float],
+    beside: float,
+) -> None:
+    """Titles and legend, and a size of the figure in which all of them fit.
+
+    `titles` are those of the panels, by row and column, each in parts; rows below them have none.
+    `panel` is the least width and the height of one, `beside` the room to the left of them. In
+    inches.
+    """
+    num_rows, num_columns = grid.shape
+    parts = [part for row in titles for one in row for part in one]
+    column = max(panel[0], 0.3 + max(_text_width(part, PANEL_TITLE) for part in parts))
+    label = LEGEND_MARK + max(_text_width(str(one.get_label()), LABEL) for one in handles)
+    words = max(_text_width(word, TITLE, "bold") for word in title.split())
+    width = max(7.0, beside + num_columns * column, 0.3 + label, 0.3 + words)
+    column = (width - beside) / num_columns
+
+    title_lines = _wrapped(title.split(), width - 0.3, TITLE, "bold")
+    caption_lines = _wrapped(caption.split(), width - 0.3, CAPTION)
+    height = 1.4 + num_rows * panel[1]
+    height += LINE * (TITLE * (len(title_lines) - 1) + CAPTION * (len(caption_lines) - 1))
+    for axes_row, titles_row in zip(grid, titles, strict=False):
+        texts = [_wrapped(one, column - 0.3, PANEL_TITLE) for one in titles_row]
+        for axes, lines in zip(axes_row, texts, strict=True):
+            axes.set_title("\n".join(lines))
+        height += LINE * PANEL_TITLE * (max(map(len, texts)) - 1)
+
+    # As many columns as fit, and no more than the rows of the legend then need.
+    num_lines = ceil(len(handles) / max(1, int((width - 0.3) / label)))
+    height += LEGEND_LINE * (num_lines - 1)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=ceil(len(handles) / num_lines),
+        handlelength=2.4,
+    )
+    figure.set_size_inches(width, height)
+    _title(figure, title_lines, caption_lines)
+
+
+# Of the legend, in inches: what stands before a label and between two, and the height of a line.
+LEGEND_MARK, LEGEND_LINE = 0.75, 0.21
+
+
+def _title(figure: Figure, title: list[str], caption: list[str]) -> None:
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.set(h_pad=0.09, w_pad=0.09)  # type: ignore[call-arg]
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
-    # The second line of the title, in another weight: suptitle reserves the room for both.
+    text = "\n".join([*title, *[""] * len(caption)])
+    figure.suptitle(text, x=0.01, ha="left", fontsize=TITLE, fontweight="bold")
+    # The lines below the title, in another weight: suptitle reserves the room for both.
     figure.text(
         0.01,
-        1 - 0.36 / figure.get_figheight(),
-        caption,
+        1 - (0.14 + LINE * TITLE * len(title)) / figure.get_figheight(),
+        "\n".join(caption),
         ha="left",
         va="top",
-        fontsize=9.5,
+        fontsize=CAPTION,
         color=GREY,
     )
 
 
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.7)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4)
+def _wrapped(parts: Sequence[str], width: float, size: float, weight: str = "normal") -> list[str]:
+    """Lines of at most `width` inches, broken between `parts` alone."""
+    lines: list[str] = []
+    for part in parts:
+        longer = f"{lines[-1]} {part}" if lines else part
+        if lines and _text_width(longer, size, weight) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
+def _text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Inches of a line of `size` points."""
+    font = FontProperties(family=STYLE["font.family"], size=size, weight=weight)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / 72

@@ -64,6 +64,7 @@ SCHEMA: dict[str, Any] = {
     "accuracy": pl.Float64,
     "accuracy_ci_low": pl.Float64,
     "accuracy_ci_high": pl.Float64,
+    "accuracy_by_seed": pl.String,
     "parent": pl.String,
     "delta_vs_parent": pl.Float64,
     "delta_vs_parent_ci_low": pl.Float64,
@@ -81,6 +82,7 @@ SCHEMA: dict[str, Any] = {
     "pass_at_1": pl.Float64,
     "pass_at_1_ci_low": pl.Float64,
     "pass_at_1_ci_high": pl.Float64,
+    "pass_at_1_by_seed": pl.String,
     "pass_at_n": pl.Float64,
     "pass_at_n_ci_low": pl.Float64,
     "pass_at_n_ci_high": pl.Float64,
@@ -352,12 +354,13 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
 
     `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
     to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest power of two
-    that is not above the number of samples. Differences are of `accuracy`, paired by seed and
-    problem: `delta_vs_parent` to the method that training started from, `delta_vs_base` to the
-    untrained model; null where that is not among the study's methods. `…_holm` is the p-value
-    corrected (Holm 1979) over all methods and suites of the model. `smallest_detectable_delta` is
-    the difference that a study of this size and spread finds four times in five, at the
-    uncorrected level.
+    that is not above the number of samples. `…_by_seed` is what each run has by itself, as
+    `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of `accuracy`, paired
+    by seed and problem: `delta_vs_parent` to the method that training started from, `delta_vs_base`
+    to the untrained model; null where that is not among the study's methods. `…_holm` is the
+    p-value corrected (Holm 1979) over all methods and suites of the model.
+    `smallest_detectable_delta` is the difference that a study of this size and spread finds four
+    times in five, at the uncorrected level.
 
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage, null
     where nothing is trained; `…_with_parents` adds the stages before it. `flags` says what makes a
@@ -409,9 +412,11 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         "num_clusters": None if cell.clusters is None else cell.clusters.n_unique(),
         "num_samples": cell.num_samples,
         **_with_bounds("accuracy", cell.accuracy, study.confidence, cell.clusters),
+        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of[method]),
         "parent": parent,
         "base": None if method == base else base,
         **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence, cell.clusters),
+        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of[method]),
         **_at_largest_k(cell, study.confidence),
         **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
@@ -451,6 +456,13 @@ def _with_bounds(name: str, values: Floats, confidence: float, clusters: pl.Seri
     """Mean of `values (S, P)` and its interval over seeds and problems, as columns of a row."""
     mean, low, high = mean_interval(values, confidence, clusters)
     return {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+def _by_seed(values: Floats, seeds: Sequence[int]) -> str:
+    """The mean of each row of `values (S, P)` behind its seed."""
+    return ";".join(
+        f"{seed}:{share}" for seed, share in zip(seeds, values.mean(axis=1), strict=True)
+    )
 
 
 def _few_seeds(method: str, cell: Cell, base: str) -> str:
@@ -614,16 +626,21 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def write_comparison(
-    frame: pl.DataFrame, curves: pl.DataFrame, output_dir: Path, confidence: float
+    frame: pl.DataFrame,
+    curves: pl.DataFrame,
+    output_dir: Path,
+    confidence: float,
+    name: str = "",
 ) -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
-    `confidence` is the level of the intervals, which the last two state.
+    `confidence` is the level of the intervals and `name` that of the study; the last two state
+    both.
     pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k.
     """
     write_text(output_dir / "comparison.csv", frame.write_csv())
-    write_text(output_dir / "comparison.md", to_markdown(frame, confidence))
-    write_text(output_dir / "comparison.html", to_html(frame, confidence))
+    write_text(output_dir / "comparison.md", to_markdown(frame, confidence, name))
+    write_text(output_dir / "comparison.html", to_html(frame, confidence, name))
     write_text(output_dir / "pass_at_k.csv", curves.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
         frame.write_parquet(temporary)
@@ -650,14 +667,22 @@ class TextTable:
     rows: list[list[str]]
 
 
-TEXT_COLUMNS = {"model", "suite", "method", "parent", "verdict", "flags"}  # the others are numbers
+# The others are numbers.
+TEXT_COLUMNS = {
+    "model", "suite", "method", "parent", "verdict", "flags",
+    "accuracy % by seed", "pass@1 % by seed",
+}  # fmt: skip
 
 
-def to_markdown(frame: pl.DataFrame, confidence: float) -> str:
+def _title(name: str) -> str:
+    return f"{name}: comparison" if name else "Comparison"
+
+
+def to_markdown(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
     """The tables for people: percent with intervals, points, times in plain units."""
     parts = [f"### {table.title}\n\n{markdown_table(table)}" for table in _text_tables(frame)]
     notes = "\n".join(f"- {note}" for note in notes_on(frame, confidence))
-    return "\n".join(parts) + f"\n{notes}\n"
+    return f"## {_title(name)}\n\n" + "\n".join(parts) + f"\n{notes}\n"
 
 
 def markdown_table(table: TextTable) -> str:
@@ -685,10 +710,12 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
     parts = frame.partition_by("model", "suite", maintain_order=True)
     rows = [row for part in parts for row in part.iter_rows(named=True)]
     sampled = [row for row in rows if row["num_samples"]]
+    repeated = rows if any(row["num_seeds"] > 1 for row in rows) else []
     tables = []
     for title, shown, rows_of in (
         ("Quality", QUALITY_COLUMNS, rows),
         ("Repeated sampling", SAMPLING_COLUMNS, sampled),
+        ("Single seeds", SEED_COLUMNS, repeated),
         ("Cost", COST_COLUMNS, rows),
     ):
         texts = [[render(row) for render in shown.values()] for row in rows_of]
@@ -722,6 +749,11 @@ def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
         notes.append(
             "pass@n: one of n samples is right. maj@n: the most frequent answer of n samples is. "
             "n is the largest power of two among the samples; pass_at_k.csv has the others."
+        )
+    if (frame["num_seeds"] > 1).any():
+        notes.append(
+            "by seed: the seed and what its run has by itself; comparison.csv has these shares in "
+            "full."
         )
     words: list[str] = []
     for flags in frame["flags"].drop_nulls().to_list():
@@ -802,6 +834,12 @@ def with_interval(row: Json, name: str, form: str) -> str:
     return f"{percent(row[name], form)} [{percent(low, form)}, {percent(high, form)}]"
 
 
+def _seeds_text(by_seed: str | None) -> str:
+    """`0: 87.5, 1: 91.3` of a column `…_by_seed`."""
+    pairs = [pair.split(":") for pair in by_seed.split(";")] if by_seed else []
+    return ", ".join(f"{seed}: {percent(float(share), '.1f')}" for seed, share in pairs)
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
@@ -859,6 +897,13 @@ SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     "pass@n %": lambda row: with_interval(row, "pass_at_n", ".1f"),
     "maj@n %": lambda row: with_interval(row, "maj_at_n", ".1f"),
 }
+SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "accuracy % by seed": lambda row: _seeds_text(row["accuracy_by_seed"]),
+    "pass@1 % by seed": lambda row: (
+        _seeds_text(row["pass_at_1_by_seed"]) if row["num_samples"] else ""
+    ),
+}
 COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "accuracy %": lambda row: percent(row["accuracy"], ".1f"),
@@ -880,18 +925,25 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison</title>
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; }}
+body {{ font: 13px/1.4 system-ui, sans-serif; margin: 1rem; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .55rem; border-bottom: 1px solid #8886; white-space: nowrap; }}
-th {{ text-align: left; border-bottom-width: 2px; }}
+th, td {{ padding: .3rem .4rem; border-bottom: 1px solid #8886; vertical-align: top; }}
+th {{ text-align: left; }}
+thead th {{ border-bottom-width: 2px; vertical-align: bottom; }}
+td, td span {{ white-space: nowrap; }}
 .number {{ text-align: right; }}
-.flags {{ white-space: normal; min-width: 12rem; }}
-.starts td {{ border-top: 2px solid #888; }}
+.interval, .text {{ white-space: normal; }}
+.text {{ min-width: 8rem; }}
+.name {{ white-space: normal; overflow-wrap: anywhere; min-width: 4rem; }}
+/* The method stays in sight where a table is wider than the screen. */
+[scope="row"] {{ position: sticky; left: 0; background: Canvas; font-weight: normal; }}
+[scope="rowgroup"] {{ padding-top: .8rem; }}
 </style>
+<h1>{title}</h1>
 {tables}
 <ul>
 {notes}
@@ -900,32 +952,49 @@ th {{ text-align: left; border-bottom-width: 2px; }}
 """
 
 
-def to_html(frame: pl.DataFrame, confidence: float) -> str:
+def to_html(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
     """The same tables as one static page without scripts, light or dark as the reader's screen."""
     tables = "\n".join(_html_table(table) for table in _text_tables(frame))
     notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame, confidence))
-    return PAGE.format(tables=tables, notes=notes)
+    return PAGE.format(title=html.escape(_title(name)), tables=tables, notes=notes)
+
+
+HTML_CLASSES = {
+    "method": "name",
+    "parent": "name",
+    "flags": "text",
+    "accuracy % by seed": "text",
+    "pass@1 % by seed": "text",
+}
 
 
 def _html_table(table: TextTable) -> str:
-    kinds = [
-        ' class="flags"' if name == "flags" else "" if name in TEXT_COLUMNS else ' class="number"'
-        for name in table.header
-    ]
-
-    def line(cells: Sequence[str], tag: str, starts: bool = False) -> str:
-        inner = "".join(
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-            for kind, cell in zip(kinds, cells, strict=True)
-        )
-        return f'<tr class="starts">{inner}</tr>' if starts else f"<tr>{inner}</tr>"
-
-    body = [
-        line(row, "td", index > 0 and row[:2] != table.rows[index - 1][:2])
-        for index, row in enumerate(table.rows)
+    """Model and suite, the first two columns, stand above their rows: that leaves room."""
+    header = table.header[2:]
+    classes = [HTML_CLASSES.get(name, "number") for name in header]
+    columns = "".join(
+        f'<th scope="col" class="{of}">{html.escape(name)}</th>'
+        for of, name in zip(classes, header, strict=True)
+    )
+    groups: dict[tuple[str, str], list[str]] = {}
+    for model, suite, method, *cells in table.rows:
+        inner = "".join(_html_cell(cell, of) for cell, of in zip(cells, classes[1:], strict=True))
+        row = f'<tr><th scope="row" class="name">{html.escape(method)}</th>{inner}</tr>'
+        groups.setdefault((model, suite), []).append(row)
+    bodies = [
+        f'<tbody>\n<tr><th scope="rowgroup" colspan="{len(header)}">'
+        f"{html.escape(f'{model} on {suite}')}</th></tr>\n" + "\n".join(rows) + "\n</tbody>\n"
+        for (model, suite), rows in groups.items()
     ]
     return (
         f'<h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n'
-        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n"
-        "</table></div>"
+        f"<thead><tr>{columns}</tr></thead>\n{''.join(bodies)}</table></div>"
     )
+
+
+def _html_cell(text: str, of: str) -> str:
+    """A cell of the class `of`; the line may be broken before an interval."""
+    value, bracket, rest = html.escape(text).partition(" [")
+    if of != "number" or not bracket:
+        return f'<td class="{of}">{html.escape(text)}</td>'
+    return f'<td class="number interval">{value} <span>[{rest}</span></td>'

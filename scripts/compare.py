@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if (asked := invocation_config()) is not None:
         check_settings(Layout(asked))
     frame, curves = build_comparison(study, args.study_dir)
-    write_comparison(frame, curves, args.output_dir, study.confidence)
+    write_comparison(frame, curves, args.output_dir, study.confidence, study.name)
     if args.manifest is not None:
         record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))

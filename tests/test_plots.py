@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
@@ -16,11 +20,15 @@ from gsm8k_core.plots import (
     GREEDY,
     PALETTE,
     SAMPLED,
+    _cost_look,
+    _look,
+    _seeds_text,
     plot_accuracy,
     plot_cost,
     plot_reward,
     save_figure,
 )
+from gsm8k_core.report_charts import PALETTES
 from gsm8k_core.tables import PASS_AT_K_SCHEMA, SCHEMA, write_comparison
 
 STUDY = Comparison(
@@ -48,7 +56,7 @@ def row_of(model: str, method: str, suite: str) -> dict[str, Any]:
     return {**numbers, "model": model, "method": method, "suite": suite}
 
 
-def write_runs(folder: Path, log: list[dict[str, Any]]) -> pl.DataFrame:
+def write_runs(folder: Path, log: list[dict[str, Any]], study: Comparison = STUDY) -> pl.DataFrame:
     """Summaries and training logs of every run; returns the comparison."""
     keys = (
         "pass_at_k",
@@ -60,20 +68,20 @@ def write_runs(folder: Path, log: list[dict[str, Any]]) -> pl.DataFrame:
     rest: dict[str, Any] = dict.fromkeys(
         (*keys, "truncated_fraction", "seconds_generating", "num_samples")
     )
-    for model in STUDY.models:
-        for method, seeds in STUDY.seeds_of.items():
+    for model in study.models:
+        for method, seeds in study.seeds_of.items():
             for seed in seeds:
                 run = folder / model / method / f"seed{seed}"
                 scores = {"accuracy": 0.35 + 0.1 * seed, "pass_at_1": 0.2}
-                for suite in STUDY.suites:
+                for suite in study.suites:
                     write_json(run / "metrics" / f"{suite}.json", {**rest, **scores})
                 if method != "base":
                     write_jsonl(run / "train" / "metrics.jsonl", log)
     rows = [
         row_of(model, method, suite)
-        for model in STUDY.models
-        for method in STUDY.methods
-        for suite in STUDY.suites
+        for model in study.models
+        for method in study.methods
+        for suite in study.suites
     ]
     return pl.DataFrame(rows, schema=SCHEMA)
 
@@ -184,7 +192,8 @@ def test_accuracy_stands_over_the_time_of_training_with_parents(tmp_path: Path) 
     comparison = with_costs(write_runs(tmp_path, REWARDS), train_seconds_with_parents=seconds)
     figure = plot_cost(STUDY, comparison)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "m1 on test", "m2 on test", "m1 on samples", "m2 on samples",
+        "m1 on test (50 problems)", "m2 on test (50 problems)",
+        "m1 on samples (50 problems)", "m2 on samples (50 problems)",
     ]  # fmt: skip
     base, interval, mean = figure.axes[0].lines
     assert points(base, "y") == [40.0, 40.0]
@@ -248,9 +257,65 @@ def test_a_method_has_one_colour_in_all_figures_and_greedy_and_sampled_have_none
                  [line.get_color() for line in legend.get_lines()], strict=True))
         for legend in (figure.legends[0] for figure in figures)
     ]  # fmt: skip
-    assert set(colours[0]) == {"sft", "grpo"} and set(colours[1]) == {"grpo"}
+    assert set(colours[0]) == {"base", "sft", "grpo"} and set(colours[1]) == {"grpo"}
     assert colours[0]["grpo"] == colours[1]["grpo"] != colours[0]["sft"]
     assert {GREEDY, SAMPLED}.isdisjoint(PALETTE)
+
+
+def test_the_colours_of_the_figures_are_those_of_the_report() -> None:
+    assert [_look(n)["color"] for n in range(7)] == PALETTES["light"]
+    assert [_cost_look(n)["color"] for n in range(7)] == PALETTES["light"]
+
+
+def captions(figure: Figure) -> str:
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
+
+
+def test_the_figures_say_how_many_seeds_problems_and_clusters_they_stand_on(
+    tmp_path: Path,
+) -> None:
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    comparison = write_runs(tmp_path, REWARDS).with_columns(
+        num_problems=pl.lit(1319), num_clusters=pl.lit(81), train_seconds_with_parents=cost
+    )
+    accuracy, spent = plot_accuracy(STUDY, tmp_path, comparison), plot_cost(STUDY, comparison)
+    for figure in (accuracy, spent):
+        title = figure.axes[0].get_title(loc="left").replace("\n", " ")
+        assert title == "m1 on test (1,319 problems in 81 clusters)"
+    over = "over seeds and clusters of problems"
+    assert f"Mean over 2 seeds (base: 1), 90 % interval {over}; dots: seeds" in captions(accuracy)
+    assert f"Mean over 2 seeds; bars: 90 % intervals {over}; dashed" in captions(spent)
+    assert "Mean over 2 seeds;" in captions(plot_reward(STUDY, tmp_path))
+
+
+def test_seeds_that_differ_in_number_and_single_ones_are_told(tmp_path: Path) -> None:
+    comparison = write_runs(tmp_path, REWARDS).with_columns(
+        train_seconds_with_parents=pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    )
+    once = STUDY.model_copy(update={"seeds_of": {"base": [0], "grpo": [0]}})
+    assert "One seed; bars: 90 % intervals over problems alone" in captions(
+        plot_cost(once, comparison)
+    )
+    reward = captions(plot_reward(once, tmp_path))
+    assert "One seed" in reward and "band" not in reward
+    study = STUDY.model_copy(
+        update={
+            "methods": ["base", "grpo", "sft"],
+            "seeds_of": {"base": [0], "grpo": [0, 1], "sft": [0, 1, 2, 3, 4]},
+            "chains": {**STUDY.chains, "sft": ["base", "sft"]},
+        }
+    )
+    assert _seeds_text(study, study.methods) == "2 to 5 seeds (base: 1)"
+
+
+def test_the_dashed_line_of_cost_has_the_name_of_what_is_not_trained(tmp_path: Path) -> None:
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    comparison = write_runs(tmp_path, REWARDS).with_columns(train_seconds_with_parents=cost)
+    figure = plot_cost(STUDY, comparison)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "grpo"]
+    assert [line.get_linestyle() for line in legend.get_lines()] == ["--", "None"]
+    assert "dashed: no training" in captions(figure)
 
 
 @pytest.mark.parametrize(("number", "has_bands"), [(4, True), (5, False)])
@@ -279,7 +344,14 @@ def test_bands_of_many_methods_do_not_cover_each_other(
 def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
     tmp_path: Path,
 ) -> None:
-    study = STUDY.model_copy(update={"methods": ["base", "grpo", "dapo"], "models": ["m1"]})
+    study = STUDY.model_copy(
+        update={
+            "methods": ["base", "grpo", "dapo"],
+            "models": ["m1"],
+            "seeds_of": {**STUDY.seeds_of, "dapo": [0]},
+            "chains": {**STUDY.chains, "dapo": ["base", "dapo"]},
+        }
+    )
     rows = write_runs(tmp_path, REWARDS).filter(pl.col("model") == "m1")
     dapo = rows.filter(pl.col("method") == "grpo").with_columns(method=pl.lit("dapo"))
     comparison = pl.concat([rows, dapo]).with_columns(
@@ -289,6 +361,90 @@ def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
     assert axes.get_xscale() == "log"
     labels = [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()]
     assert labels == ["1 min", "3 min", "10 min", "30 min", "1 h", "3 h", "10 h"]
+
+
+def texts_of(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Everything that is written, with the pixels that it takes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return [
+        (text.get_text(), text.get_window_extent(canvas.get_renderer()))
+        for text in figure.findobj(Text)
+        if isinstance(text, Text) and text.get_text().strip() and text.get_visible()
+    ]
+
+
+def long_names() -> Comparison:
+    methods = ["base", *(f"method_number_{n}_with_a_rather_long_name_" for n in range(10))]
+    return STUDY.model_copy(
+        update={
+            "name": "a-study-with-a-long-name-of-gsm8k-2026",
+            "models": ["DeepSeek-R1-Distill-Qwen-1.5B-instruct-v1", "Qwen2.5-0.5B-Instruct-GRPO-c"],
+            "suites": ["gsm8k_platinum_8shot_cot_greedy", "gsm_symbolic_p2_main_sampled"],
+            "methods": methods,
+            "seeds_of": {method: [0] for method in methods},
+            "chains": {name: ["base"] if name == "base" else ["base", name] for name in methods},
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["accuracy", "cost", "reward"])
+def test_long_names_are_neither_cut_nor_printed_over_each_other(tmp_path: Path, name: str) -> None:
+    study = long_names()
+    comparison = write_runs(tmp_path, REWARDS, study).with_columns(
+        train_seconds_with_parents=pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    )
+    figure = {
+        "accuracy": lambda: plot_accuracy(study, tmp_path, comparison),
+        "cost": lambda: plot_cost(study, comparison),
+        "reward": lambda: plot_reward(study, tmp_path),
+    }[name]()
+    texts = texts_of(figure)
+    assert {*study.models} <= {line for text, _ in texts for line in text.split("\n")}
+    drawn = figure.get_tightbbox()  # in inches
+    assert drawn.x0 >= 0 and drawn.x1 <= figure.get_figwidth()
+    assert drawn.y0 >= 0 and drawn.y1 <= figure.get_figheight()
+    names = {*study.models, *study.methods}
+    named = [(text, box) for text, box in texts if text.split("\n")[0] in names]
+    assert len(named) >= 2 + 10
+    for place, (text, box) in enumerate(named):
+        for other, taken in named[:place]:
+            assert not box.overlaps(taken), (text, other)
+
+
+def test_a_figure_grows_with_the_lines_of_its_legend(tmp_path: Path) -> None:
+    write_runs(tmp_path, REWARDS, long_names())
+    write_runs(tmp_path / "few", REWARDS)
+    heights = []
+    for study, folder in ((STUDY, tmp_path / "few"), (long_names(), tmp_path)):
+        figure = plot_reward(study, folder)
+        texts_of(figure)  # lays it out
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
+
+
+def test_the_same_spot_is_the_same_accuracy_in_all_panels(tmp_path: Path) -> None:
+    of_m1 = pl.col("model") == "m1"
+    far_apart = [
+        pl.when(of_m1).then(pl.col(name) / 20).otherwise(pl.col(name)).alias(name)
+        for name in ("accuracy", "accuracy_ci_low", "accuracy_ci_high")
+    ]
+    cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
+    comparison = write_runs(tmp_path, REWARDS).with_columns(
+        *far_apart, train_seconds_with_parents=cost
+    )
+    for figure, axis in (
+        (plot_accuracy(STUDY, tmp_path, comparison), "x"),
+        (plot_cost(STUDY, comparison), "y"),
+    ):
+        limits = {axes.get_xlim() if axis == "x" else axes.get_ylim() for axes in figure.axes}
+        ((low, high),) = limits
+        assert -2 <= low < 1.5 and 50 < high <= 102
+
+
+def test_every_row_of_accuracies_has_its_numbers_below_it(tmp_path: Path) -> None:
+    texts = texts_of(plot_accuracy(STUDY, tmp_path, write_runs(tmp_path, REWARDS)))
+    assert len([text for text, _ in texts if text == "40 %"]) == 4
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 from urllib.parse import quote
 
 import numpy as np
+import polars as pl
 import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from report_study import HOSTILE, NUM_PROBLEMS, is_right, make_study, problem_id
 
 from gsm8k_core import report_charts
 from gsm8k_core.report import json_for_script
+from gsm8k_core.tables import SCHEMA, to_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 THEMES = ["light", "dark"]
@@ -85,6 +87,32 @@ def open_page(chromium: Browser, report: Path) -> Iterator[Open]:
     yield open_one
     for context in contexts:
         context.close()
+
+
+def test_the_tables_of_a_comparison_are_as_wide_as_the_screen(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    numbers: dict[str, object] = dict.fromkeys(SCHEMA)
+    for name in ("accuracy", "pass_at_1", "delta_vs_parent", "delta_vs_base"):
+        numbers |= {name: 0.914, f"{name}_ci_low": 0.737, f"{name}_ci_high": 1.0}
+    numbers |= {"p_value_vs_parent_holm": 0.0001, "p_value_vs_base_holm": 0.0001}
+    numbers |= {"accuracy_flexible": 1.0, "format_fraction": 1.0, "num_samples": 16}
+    numbers |= {"smallest_detectable_delta": 0.153, "num_seeds": 3, "num_problems": 1319}
+    numbers |= {"model": "Qwen2.5-0.5B-Instruct", "suite": "gsm8k_platinum_8shot_greedy"}
+    numbers |= {"method": f"sft_{'long_' * 7}", "parent": f"grpo_{'long_' * 7}"}
+    by_seed = ";".join(f"{seed}:0.875" for seed in range(10))
+    numbers |= {"accuracy_by_seed": by_seed, "pass_at_1_by_seed": by_seed}
+    numbers |= {"flags": "right and then contradicted: 2.53 %; 2 seeds; base: engine, dtype"}
+    path = tmp_path / "comparison.html"
+    path.write_text(to_html(pl.DataFrame([numbers], schema=SCHEMA), 0.95), encoding="utf-8")
+    page = chromium.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(path.as_uri())
+    tables = page.locator(".scroll")
+    assert tables.count() == 4
+    for place in range(4):
+        hidden = tables.nth(place).evaluate("box => box.scrollWidth - box.clientWidth")
+        assert hidden <= 0, place
+    page.close()
 
 
 def draw_all(page: Page) -> int:

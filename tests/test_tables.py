@@ -456,7 +456,7 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
     low, high = (100 * bound for bound in mean_interval(by_hand[4])[1:])
     for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "Repeated sampling" in text
-        assert f"58.3 [{low:.1f}, {high:.1f}]" in text
+        assert f"58.3 [{low:.1f}, {high:.1f}]" in re.sub("</?span>", "", text)
 
 
 def test_a_study_without_samples_has_no_table_of_repeated_sampling(study_dir: Path) -> None:
@@ -767,15 +767,57 @@ def test_names_cannot_break_out_of_the_tables(study_dir: Path) -> None:
     frame = build(make_study(), study_dir).with_columns(model=pl.lit(name))
     assert "<script>" not in to_html(frame, 0.95)
     assert "&lt;script&gt;" in to_html(frame, 0.95)
-    line = to_markdown(frame, 0.95).split("\n")[4]
+    line = to_markdown(frame, 0.95).split("\n")[6]
     assert "\\|`" in line
+    assert "<script>" not in to_html(frame, 0.95, name)
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Path) -> None:
     page = to_html(build(make_study(), study_dir), 0.95)
     assert not re.search(r"(src|href)=|https?://|<script", page)
-    for tag in ("table", "tr", "td", "th", "ul", "li", "h2", "html"):
+    for tag in ("table", "tr", "td", "th", "tbody", "span", "ul", "li", "h1", "h2", "html"):
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>") > 0
+
+
+def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path: Path) -> None:
+    frame, curves = build_comparison(make_study(), study_dir)
+    seeds = make_study().seeds_of["grpo"]
+    alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
+    by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
+    write_comparison(frame, curves, tmp_path, 0.95)
+    rows = pl.read_csv(tmp_path / "comparison.csv").filter(pl.col("method") == "grpo")
+    assert rows["accuracy_by_seed"].to_list() == [by_seed, by_seed]
+    assert rows["pass_at_1_by_seed"].to_list() == [by_seed, by_seed]
+    assert np.mean(alone) == pytest.approx(rows["accuracy"][0])
+    text = ", ".join(f"{seed}: {100 * share:.1f}" for seed, share in zip(seeds, alone, strict=True))
+    for suffix in ("md", "html"):
+        page = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
+        assert "Single seeds" in page and page.count(text) == 2  # of two models, without samples
+    once = make_study(seeds_of={method: [seeds[0]] for method in make_study().methods})
+    once = once.model_copy(update={"methods": ["sft", "grpo"]})
+    assert "Single seeds" not in to_markdown(build(once, study_dir), 0.95)
+
+
+def test_the_tables_say_which_study_they_are_of(study_dir: Path, tmp_path: Path) -> None:
+    study = make_study(name="spring")
+    arguments = ["--study", dump(study), "--study-dir", str(study_dir)]
+    assert compare.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "<title>spring: comparison</title>" in page
+    assert "<h1>spring: comparison</h1>" in page
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert text.startswith("## spring: comparison\n\n### Quality\n")
+
+
+def test_every_header_cell_of_the_page_says_what_it_heads(study_dir: Path) -> None:
+    page = to_html(build(make_study(), study_dir), 0.95)
+    cells = re.findall(r"<th( [^>]*)?>(.*?)</th>", page)
+    assert cells and all(' scope="' in attributes for attributes, _ in cells)
+    of_rows = [name for attributes, name in cells if 'scope="row"' in attributes]
+    assert of_rows[:3] == ["base", "sft", "grpo"]
+    groups = [name for attributes, name in cells if "rowgroup" in attributes]
+    assert groups[:2] == ["m2 on test", "m1 on test"]
+    assert len(re.findall("<tbody>", page)) == len(groups)
 
 
 def test_the_compare_script_writes_five_files_and_is_deterministic(
