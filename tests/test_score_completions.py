@@ -166,7 +166,8 @@ def test_whole_numbers_with_a_point_are_right_by_every_grade(
 def test_gold_answers_that_the_harness_cannot_compare_are_told(
     score: Score, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"completion": "#### 18", "gold": gold} for gold in ("18", "The answer is 18", "\\boxed{18}")]
+    golds = ("18", "The answer is 18", "\\boxed{18}")
+    rows = [{"completion": "#### 18", "gold": gold} for gold in golds]
     _, scored = score(rows)
     assert scored["strict"].all() and scored["lm_eval_strict"].sum() == 1
     assert "2 gold answers are neither a number nor end in `#### <number>`" in caplog.text
