@@ -573,6 +573,31 @@ def test_a_local_model_or_dataset_that_changes_is_prepared_again(
     assert planned_jobs(finished, *targets, overlays=overlays) == both
 
 
+def test_a_path_that_is_not_there_is_refused_though_something_was_prepared_under_that_name(
+    finished: Path,
+) -> None:
+    settings = {
+        "study": {"methods": ["base", "grpo"], "dataset": "typo"},
+        "models": {"tiny-qwen2": {"source": "path", "path": "weights/typo"}},
+        "datasets": {"typo": {"kind": "gsm8k", "path": "data/typo"}},
+        "methods": {"grpo": {"from": "base", "reward": {"custom": "no_such_module:f"}}},
+    }
+    lost = overlay(finished, "lost.yaml", settings)
+    for how in (["-n"], [], ["artifacts/models/tiny-qwen2"]):
+        result = snakemake(finished, *how, overlays=(*SMALL_STUDY, lost))
+        assert result.returncode != 0
+        lines = [
+            "3 mistakes in the config:",
+            "  models.tiny-qwen2.path: no folder 'weights/typo'; name the folder of a model",
+            "  datasets.typo.path: no folder 'data/typo'; name a folder with train.jsonl and "
+            "test.jsonl",
+            "  methods.grpo.reward.custom: 'no_such_module:f': no module 'no_such_module' here; "
+            "put its folder on PYTHONPATH",
+        ]
+        assert "\n".join(lines) in result.stdout
+        assert "Traceback" not in result.stdout
+
+
 def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
     absent = {"models": {"smollm2-135m-instruct": {"wheel": "no-such-package-at-all"}}}
     result = snakemake(
