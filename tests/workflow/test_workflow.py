@@ -538,7 +538,7 @@ def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Pa
         )
     result = snakemake(workspace, "artifacts/gsm8k/train.jsonl", GSM8K_DIR=str(data))
     assert result.returncode != 0
-    assert "error: GSM8K train is not the pinned one: 1 rows with content digest" in result.stdout
+    assert "/train.jsonl is not the pinned one: 1 rows with content digest" in result.stdout
     assert "Traceback" not in result.stdout
     assert not list((workspace / "artifacts").rglob("*.jsonl"))
     (folder,) = list((workspace / "artifacts" / "runs").iterdir())
