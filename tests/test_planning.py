@@ -74,6 +74,15 @@ def test_an_assumption_that_makes_no_sense_is_refused(
     assert f"argument {words[0]}: {said}" in capsys.readouterr().err
 
 
+def test_a_plan_says_what_looks_inherited_by_mistake(
+    script: Callable[[str], ModuleType], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.yaml").write_text("study: {suites: [gsm8k]}", encoding="utf-8")
+    config = ["--config", str(ROOT / "config.yaml"), str(tmp_path / "mine.yaml")]
+    assert script("plan_study").main(config) == 0
+    assert "study.dataset: arithmetic, which the methods learn from, is inherited" in caplog.text
+
+
 def test_a_size_below_zero_is_refused(plan: Callable[..., dict]) -> None:
     for size in ("-1", "0", "x", ""):
         with pytest.raises(ConfigError, match=f"MODEL=NUMBER, a number above 0, found t.*={size}"):

@@ -519,14 +519,19 @@ def test_what_an_overlay_may_have_meant_otherwise_is_said_and_a_study_of_its_own
 ) -> None:
     inherited = "defaults.sft.learning_rate (0.004): made for the embedded model"
     nameless = "The study has the name that config.yaml gives, 'default'"
-    study = {"models": ["smollm2-135m-instruct"], "methods": ["base", "sft"]}
+    toys = "study.dataset: arithmetic, which the methods learn from, is inherited"
+    study = {
+        "models": ["smollm2-135m-instruct"], "methods": ["base", "sft"], "suites": ["gsm8k"],
+    }  # fmt: skip
     real = overlay(workspace, "real.yaml", {"study": study})
     said = snakemake(workspace, "-n", overlays=(real,)).stdout
-    assert said.count(inherited) == said.count(nameless) == 1
+    assert said.count(inherited) == said.count(nameless) == said.count(toys) == 1
     assert "take the place of those in artifacts/experiments/default." in said
     for quiet in (snakemake(workspace, "-n"), snakemake(workspace, "-n", overlays=())):
         assert quiet.returncode == 0
-        assert inherited not in quiet.stdout and nameless not in quiet.stdout
+        assert not any(doubt in quiet.stdout for doubt in (inherited, nameless, toys))
+    by_hand = snakemake(workspace, "-n", "--config", 'study={"suites": ["gsm8k"]}', overlays=())
+    assert toys in by_hand.stdout
 
 
 def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Path) -> None:
