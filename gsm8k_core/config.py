@@ -1538,11 +1538,12 @@ def _find_loops(methods: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggest(name: str, known: Iterable[Any]) -> str:
+    texts = sorted(map(str, known))  # YAML's keys may be numbers too
+    close = difflib.get_close_matches(name, texts, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; there are: {', '.join(sorted(known))}"
+    return f"; there are: {', '.join(texts)}"
 
 
 def _location(item: Any) -> list[Any]:
@@ -1662,9 +1663,10 @@ def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:
         if location[2] in ENGINE_KEYS and holds(raw, location[2:]):
             return location[2:]
     if location[:1] == ["methods"] and len(location) > 2 and not holds(raw, location):
-        kind = raw["methods"][location[1]].get("kind")
+        method = raw["methods"].get(location[1])
+        kind = method.get("kind") if isinstance(method, dict) else None
         inherited = ["defaults", kind, *location[2:]]
-        if holds(raw, inherited):
+        if isinstance(kind, str) and holds(raw, inherited):
             return inherited
     return location
 

@@ -390,6 +390,8 @@ def test_a_missing_section_is_named() -> None:
         {"study": {"models": "tiny-qwen2"}},
         {"suites": {"gsm8k": {"stop": [""]}}},
         {"suites": {1: {"dataset": "gsm8k"}}},
+        {"models": {1: {"source": "embedded"}}, "study": {"models": ["nothing"]}},
+        *({"methods": {name: body}} for name in (1, None) for body in (5, [1], {"kind": ["x"]})),
         {"methods": {"grpo": {"learning_rate": float("nan")}}},
         {"methods": {"grpo": {"weight_decay": float("inf")}}},
         {"methods": {"grpo": {"learning_rate": float("inf")}}},
