@@ -38,6 +38,7 @@ from gsm8k_core.config import (
     doubts,
     load_config,
     merge,
+    read_yaml,
     settings_from,
 )
 from gsm8k_core.errors import ConfigError, Gsm8kError
@@ -292,8 +293,9 @@ def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") 
 
 
 def warn_of_toy_settings(config: Config, arguments: argparse.Namespace) -> None:
-    """Log what real models of the study have inherited from the first file of `--config`."""
-    if doubt := doubts(config, load_config(config_files(arguments)[0])):
+    """Log what the study has inherited from the files of `--config` and may not have meant."""
+    first, *overlays = config_files(arguments)
+    if doubt := doubts(config, load_config(first), [read_yaml(path) for path in overlays]):
         log.warning("%s", doubt)
 
 

@@ -8,10 +8,11 @@ raises one ConfigError that lists every mistake.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -20,11 +21,10 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
-    PositiveFloat,
-    PositiveInt,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -66,14 +66,40 @@ PRICES = ("prompt_price", "completion_price")
 RESERVED_DATASET_NAMES = {"experiments", "models", "results", "runs", "logs", "benchmarks"}
 
 Method = TypeVar("Method", bound=BaseModel)
-Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-PositiveFiniteFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def _check_no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(
+            f"expected a number, found {str(value).lower()} (in YAML, yes and on mean true, no and "
+            "off false)"
+        )
+    return value
+
+
+# Numbers, without Python's True for 1.
+NoBool = BeforeValidator(_check_no_bool)
+Integer = Annotated[int, NoBool]
+PositiveInt = Annotated[int, Field(gt=0), NoBool]
+NonNegativeInt = Annotated[int, Field(ge=0), NoBool]
+Fraction01 = Annotated[float, Field(ge=0.0, le=1.0), NoBool]
+FractionAbove0 = Annotated[float, Field(gt=0.0, le=1.0), NoBool]
+FractionBelow1 = Annotated[float, Field(ge=0.0, lt=1.0), NoBool]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False), NoBool]
+PositiveFloat = Annotated[float, Field(gt=0.0), NoBool]
+PositiveFiniteFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), NoBool]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), NoBool]
+Names = Annotated[list[str], Field(min_length=1)]
+Confidence = Annotated[float, Field(gt=0.5, lt=1.0), NoBool]
 RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
 Grade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible", "math_verify"]
 AnswerMarker = Annotated[str, Field(min_length=1), AfterValidator(check_marker)]
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one ValueError of all `problems`, one a line, if there are any."""
+    if text := "\n".join(problems):
+        raise ValueError(text)
 
 
 class Settings(BaseModel):
@@ -130,7 +156,7 @@ class Gsm8kDataset(Settings):
     """Make `test` GSM8K-Platinum's (Vendrow et al. 2025): without 110 rows, 10 golds corrected."""
     examples_per_test_problem: NonNegativeInt = 0
     """Rows of train drawn for each test problem, for prompts with `examples: of_problem`."""
-    examples_seed: int = 1234
+    examples_seed: Integer = 1234
     """Seed of that draw; 1234 draws what lm-evaluation-harness draws."""
 
 
@@ -138,7 +164,7 @@ class ArithmeticDataset(Settings):
     """Embedded one- and two-step word problems, generated from a seed."""
 
     kind: Literal["arithmetic"]
-    seed: int = 0
+    seed: Integer = 0
     """Decides every problem."""
     num_train: PositiveInt = 8000
     """Problems to learn from, families in turn; a smaller number keeps the first ones."""
@@ -194,11 +220,14 @@ class PromptSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> PromptSettings:
-        if self.template.count("{question}") != 1:
-            raise ValueError("template must contain {question} exactly once")
-        if self.system is not None and not self.chat:
-            raise ValueError("system needs chat: true")
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.template.count("{question}") != 1:
+            yield "template must contain {question} exactly once"
+        if self.system is not None and not self.chat:
+            yield "system needs chat: true"
 
 
 EngineName = Literal["auto", "vllm", "transformers"]
@@ -209,9 +238,9 @@ class VllmSettings(Settings):
 
     tensor_parallel: PositiveInt = 1
     """GPUs that share one model in evaluation, at most `gpus`; rollouts use the trainer's GPUs."""
-    gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    gpu_memory_fraction: FractionAbove0 = 0.85
     """Share of the GPU's memory for weights and key-value cache in evaluation."""
-    rollout_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    rollout_gpu_memory_fraction: FractionAbove0 = 0.4
     """The same in training, where the trainer needs the rest."""
     max_model_length: PositiveInt | None = None
     """Longest prompt and completion together, in tokens; unset: the model's number of positions."""
@@ -323,7 +352,7 @@ class LoraSettings(Settings):
     """Rank r of the adapters."""
     alpha: PositiveFiniteFloat = 32.0
     """Adapters are scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: FractionBelow1 = 0.0
     """Dropout on the adapters' input; SFT only, reinforcement switches it off."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Layers that get adapters."""
@@ -352,9 +381,9 @@ class TrainSettings(Settings):
     """The rate at the end of a cosine or linear schedule, as a share of `learning_rate`."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled decay, on matrices only."""
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta1: FractionBelow1 = 0.9
     """Decay of AdamW's first moment."""
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    adam_beta2: FractionBelow1 = 0.95
     """Decay of AdamW's second moment."""
     adam_epsilon: PositiveFiniteFloat = 1e-8
     """AdamW's ε."""
@@ -381,10 +410,13 @@ class TrainSettings(Settings):
     """Save the model of the best validation instead of the last one."""
 
     @model_validator(mode="after")
-    def _check_keep_best(self) -> TrainSettings:
-        if self.keep_best and self.validate_every_steps == 0:
-            raise ValueError("keep_best needs validate_every_steps above 0")
+    def _check(self) -> TrainSettings:
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.keep_best and self.validate_every_steps == 0:
+            yield "keep_best needs validate_every_steps above 0"
 
 
 class SftSettings(TrainSettings):
@@ -482,11 +514,14 @@ class RewardSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> RewardSettings:
-        if self.length != 0.0 and self.length_shaping is None:
-            raise ValueError("a length weight needs length_shaping: {start, end}")
-        if self.custom is not None and self.custom.count(":") != 1:
-            raise ValueError("custom must be 'module:function'")
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.length != 0.0 and self.length_shaping is None:
+            yield "a length weight needs length_shaping: {start, end}"
+        if self.custom is not None and self.custom.count(":") != 1:
+            yield "custom must be 'module:function'"
 
 
 class GrpoMethod(TrainSettings):
@@ -566,53 +601,55 @@ class GrpoMethod(TrainSettings):
     """Weights above the bound: `truncate` cuts them to it, `mask` sets them to 0. What the loss is
     divided by still counts their tokens."""
 
-    @model_validator(mode="after")
-    def _check(self) -> GrpoMethod:
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
         if self.clip_low >= 1.0 and self.objective == "ppo_clip":
-            raise ValueError("clip_low must be below 1 (the ratio cannot fall below 0)")
+            yield "clip_low must be below 1 (the ratio cannot fall below 0)"
         if self.dual_clip is not None and self.dual_clip <= 1.0:
-            raise ValueError("dual_clip must be above 1")
+            yield "dual_clip must be above 1"
         if self.dual_clip is not None and self.objective != "ppo_clip":
-            raise ValueError("dual_clip needs objective: ppo_clip")
+            yield "dual_clip needs objective: ppo_clip"
         if self.prompts_per_step % self.minibatches:
-            raise ValueError("minibatches must divide prompts_per_step")
+            yield (
+                f"minibatches ({self.minibatches}) must divide prompts_per_step "
+                f"({self.prompts_per_step})"
+            )
         if self.advantage in AMONG_A_GROUP and self.group_size < 2:
-            raise ValueError(f"{self.advantage} needs group_size of 2 or more")
+            yield f"advantage: {self.advantage} needs group_size of 2 or more"
         if self.overlong_buffer >= self.max_new_tokens:
-            raise ValueError(
+            yield (
                 f"overlong_buffer ({self.overlong_buffer}) must be below max_new_tokens "
                 f"({self.max_new_tokens})"
             )
         if self.reference_refresh_steps and self.kl_coefficient == 0.0:
-            raise ValueError("reference_refresh_steps needs kl_coefficient above 0")
+            yield "reference_refresh_steps needs kl_coefficient above 0"
         if self.reference_refresh_steps and self.lora is not None:
-            raise ValueError("reference_refresh_steps and lora exclude each other: set one of them")
+            yield "reference_refresh_steps and lora exclude each other: set one of them"
         if self.objective == "cispo" and self.ratio_level == "sequence":
-            raise ValueError("cispo is defined on token ratios: set ratio_level: token")
+            yield "objective: cispo is defined on token ratios: set ratio_level: token"
         if self.objective == "reinforce" and self.minibatches * self.epochs_per_batch > 1:
-            raise ValueError(
+            yield (
                 "objective: reinforce has no ratio to correct what was sampled before an update: "
                 "set minibatches: 1 and epochs_per_batch: 1, or take ppo_clip or cispo"
             )
         if self.kl_coefficient > 0.0 and self.kl_placement == "reward":
-            self._check_kl_in_reward()
-        return self
+            yield from self._contradictions_of_kl_in_reward()
 
-    def _check_kl_in_reward(self) -> None:
-        """Raise ValueError for what makes KL in the reward another thing than a penalty of it."""
+    def _contradictions_of_kl_in_reward(self) -> Iterator[str]:
+        """What makes KL in the reward another thing than a penalty of it."""
         if self.kl_estimator != "k1":
-            raise ValueError(
+            yield (
                 "kl_placement: reward needs kl_estimator: k1: as a reward, k2 and k3 do not have "
                 "the gradient of the KL"
             )
         if self.advantage == "group_zscore":
-            raise ValueError(
+            yield (
                 "kl_placement: reward does not go with advantage: group_zscore: in a group that is "
                 "all right or all wrong it would scale differences of KL to spread 1, whatever "
                 "kl_coefficient is; take group_centered, leave_one_out or batch_zscore"
             )
         if self.mask_truncated:
-            raise ValueError(
+            yield (
                 "kl_placement: reward does not go with mask_truncated: truncated completions would "
                 "pay no KL, yet count in what others are compared with; set one of them"
             )
@@ -802,15 +839,15 @@ class StudySettings(Settings):
     """Folder of its runs and results."""
     dataset: str
     """The dataset whose `train` and `val` splits the methods learn from."""
-    models: Annotated[list[str], Field(min_length=1)]
+    models: Names
     """Models of the registry."""
-    methods: Annotated[list[str], Field(min_length=1)]
+    methods: Names
     """Methods of the registry."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """Every method that trains has one run per seed."""
-    suites: Annotated[list[str], Field(min_length=1)]
+    suites: Names
     """Suites that every run is evaluated on."""
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    confidence: Confidence = 0.95
     """Level of the intervals in tables and plots."""
     report_megabytes: PositiveFiniteFloat = 20.0
     """Megabytes for problems and completions in report.html; beyond that, a stratified sample."""
@@ -1031,19 +1068,29 @@ class Config(Settings):
         )
 
 
-def doubts(config: Config, shipped: Config) -> str:
+def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     """What a study has inherited that is made for another one, as one line, or none.
 
     From config.yaml (`shipped`), with real models: a rate too high for full fine-tuning, and too
-    few tokens for a solution of GSM8K; either only where it is config.yaml's own number. With a
-    dataset of its own: suites of another one. From the defaults: float32 on a GPU.
+    few tokens for a solution of GSM8K; either only where it is config.yaml's own number. From any
+    file: a dataset that no suite asks, where the last of the `overlays` (as read) that names one
+    of the two does not name the other. From the defaults: float32 on a GPU. Also `keep_best` where
+    there is but one validation.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
-    for stage in config.stages() if real else ():
+    found = []
+    for stage in config.stages():
         settings: Any = config.methods[stage]
         if isinstance(settings, BaseMethod):
             continue
+        # No mistake: studies/debug.yaml takes few steps of whatever study it is laid over.
+        if settings.keep_best and settings.validate_every_steps >= settings.num_steps:
+            found.append(
+                f"methods.{stage}.keep_best: without effect: with validate_every_steps "
+                f"{settings.validate_every_steps} and num_steps {settings.num_steps} there is no "
+                "validation before the last step. Lower validate_every_steps."
+            )
         doubtful: dict[str, float] = {}
         if settings.learning_rate >= DOUBTFUL_LEARNING_RATE and settings.lora is None:
             doubtful["learning_rate"] = settings.learning_rate
@@ -1055,25 +1102,13 @@ def doubts(config: Config, shipped: Config) -> str:
             for key, value in doubtful.items()
             if value == toys.get(key)
         }
-    found = []
-    if inherited:
+    if inherited and real:
         found.append(
             f"{', '.join(sorted(inherited))}: made for the embedded model, but inherited from "
             f"config.yaml for {', '.join(real)}. Set them in your study, or put your file after "
             "studies/qwen2.5-gsm8k.yaml, which does."
         )
-    study = config.study
-    evaluated_on = {config.suites[name].dataset for name in study.suites}
-    if (
-        study.suites == shipped.study.suites
-        and study.dataset != shipped.study.dataset
-        and study.dataset not in evaluated_on
-    ):
-        found.append(
-            f"study.suites: {', '.join(study.suites)}, as in config.yaml, asks problems of "
-            f"{', '.join(sorted(evaluated_on))}, and the methods learn from {study.dataset}. "
-            f"Name a suite with dataset: {study.dataset}."
-        )
+    found += _doubtful_dataset(config, overlays)
     slow = [
         f"models.{name}.dtype"
         for name in real
@@ -1085,6 +1120,39 @@ def doubts(config: Config, shipped: Config) -> str:
             "GPU than bfloat16: set it explicitly."
         )
     return " ".join(found)
+
+
+def _doubtful_dataset(config: Config, overlays: Sequence[Any]) -> list[str]:
+    """A dataset to learn from that no suite asks, where it or the suites are inherited."""
+    study = config.study
+    suites = ", ".join(study.suites)
+    asked = list(dict.fromkeys(config.suites[name].dataset for name in study.suites))
+
+    def problems(dataset: str) -> object:
+        """What tells its problems from others: GSM8K-Platinum is made from GSM8K's."""
+        settings = config.datasets[dataset]
+        return settings.digests if isinstance(settings, Gsm8kDataset) else dataset
+
+    trains = any(not isinstance(config.methods[stage], BaseMethod) for stage in config.stages())
+    of_study = [raw.get("study") for raw in overlays if isinstance(raw, dict)]
+    named = [
+        keys for keys in of_study if isinstance(keys, dict) and {"dataset", "suites"} & {*keys}
+    ]
+    if not trains or not named or problems(study.dataset) in map(problems, asked):
+        return []
+    last = named[-1]
+    if "dataset" not in last:
+        return [
+            f"study.dataset: {study.dataset}, which the methods learn from, is inherited, and "
+            f"study.suites ({suites}) asks problems of {', '.join(asked)}. Set study.dataset in "
+            "your file too."
+        ]
+    if "suites" not in last:
+        return [
+            f"study.suites: {suites}, which is inherited, asks problems of {', '.join(asked)}, and "
+            f"the methods learn from {study.dataset}. Name a suite with dataset: {study.dataset}."
+        ]
+    return []
 
 
 def dump(settings: BaseModel) -> str:
@@ -1099,7 +1167,7 @@ class RunSettings(Settings):
     model: str
     method: str
     parent: str
-    seed: int
+    seed: Integer
     round: NonNegativeInt = 0
     """Round of expert iteration, from 1; 0 for other methods."""
     model_settings: ModelSettings
@@ -1141,7 +1209,7 @@ class EvaluationSettings(Settings):
     model: str
     method: str
     parent: str | None
-    seed: int
+    seed: Integer
     suite: str
     model_settings: ModelSettings
     suite_settings: SuiteSettings
@@ -1192,14 +1260,29 @@ class Comparison(Settings):
     """What a comparison needs to know of a study."""
 
     name: str
-    models: list[str]
-    methods: list[str]
-    suites: list[str]
-    seeds_of: dict[str, list[int]]
+    models: Names
+    methods: Names
+    suites: Names
+    seeds_of: dict[str, Annotated[list[NonNegativeInt], Field(min_length=1)]]
     parent_of: dict[str, str | None]
-    chains: dict[str, list[str]]
+    chains: dict[str, Names]
     """Each method's stages, from the base model to itself."""
-    confidence: float
+    confidence: Confidence
+
+    @model_validator(mode="after")
+    def _check(self) -> Comparison:
+        maps: dict[str, dict[str, Any]] = {
+            "seeds_of": self.seeds_of,
+            "parent_of": self.parent_of,
+            "chains": self.chains,
+        }
+        refuse(
+            f"{key}: the method {method!r} is missing"
+            for key, of_methods in maps.items()
+            for method in self.methods
+            if method not in of_methods
+        )
+        return self
 
 
 # ---------------------------------------------------------------------------- loading and checking
@@ -1270,7 +1353,11 @@ def checked(raw: Any, schema: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, item['loc']))}: {line}".removeprefix(": ")
+            for item in error.errors()
+            for line in item["msg"].removeprefix("Value error, ").split("\n")
+        ]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
@@ -1278,13 +1365,16 @@ def parse_config(raw: dict[str, Any]) -> Config:
     """Check a merged dict. Raises one ConfigError that lists every mistake by key."""
     problems = secrets_in_settings(raw)
     if problems:
-        raise _config_error(problems)
+        raise config_error(problems)
+    whole = _apply_defaults(raw)
     try:
-        config = Config.model_validate(_apply_defaults(raw))
+        config = Config.model_validate(whole)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_explain(item, raw) for item in error.errors()))
+        items = error.errors()
+        problems = [line for item in items for line in _explain(item, raw)]
+        problems += _hidden_contradictions(whole, items, raw)
         problems += _check_references(raw)
-        raise _config_error(problems) from None
+        raise config_error(list(dict.fromkeys(problems))) from None
     problems = _check_references(raw)
     for name in config.study.models:
         model = config.models[name]
@@ -1294,11 +1384,12 @@ def parse_config(raw: dict[str, Any]) -> Config:
                 f"gpus is only {model.gpus}"
             )
     if problems:
-        raise _config_error(problems)
+        raise config_error(problems)
     return config
 
 
-def _config_error(problems: list[str]) -> ConfigError:
+def config_error(problems: list[str]) -> ConfigError:
+    """One error of all `problems`, a line each."""
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
     return ConfigError(f"{count} in the config:\n" + "\n".join(f"  {line}" for line in problems))
 
@@ -1453,21 +1544,86 @@ def _find_loops(methods: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggest(name: str, known: Iterable[Any]) -> str:
+    texts = sorted(map(str, known))  # YAML's keys may be numbers too
+    close = difflib.get_close_matches(name, texts, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; there are: {', '.join(sorted(known))}"
+    return f"; there are: {', '.join(texts)}"
 
 
-def _explain(item: Any, raw: dict[str, Any]) -> str:
-    """One pydantic error as `key: what is wrong; what would be right`."""
-    # The union's tag stands in the location (methods.grpo.grpo.clip_low); it is no key of the file.
+def _location(item: Any) -> list[Any]:
+    """Where a pydantic error is, without the union's tag, which is no key of the file.
+
+    `methods.grpo.grpo.clip_low` is `methods.grpo.clip_low` there.
+    """
     location = list(item["loc"])
     if len(location) > 2 and location[0] in ("methods", "datasets") and location[2] in KINDS:
         del location[2]
+    return location
+
+
+def _hidden_contradictions(
+    whole: dict[str, Any], items: Sequence[Any], raw: dict[str, Any]
+) -> list[str]:
+    """What contradicts itself in a section that has other mistakes, which make pydantic stop there.
+
+    Found by another look without those values; what is said of one of them may be wrong, so it is
+    left for when it is mended.
+    """
+    mended = copy.deepcopy(whole)
+    mistaken = set()
+    for item in items:
+        location, section = _location(item) or ["config"], mended
+        while len(location) > 1 and isinstance(section.get(location[0]), dict):
+            section = section[location.pop(0)]
+        if item["type"] != "value_error" or not isinstance(section.get(location[0]), dict):
+            section.pop(location[0], None)
+            mistaken.add(str(location[0]))
+    try:
+        Config.model_validate(mended)
+    except ValidationError as error:
+        return [
+            line
+            for item in error.errors()
+            if item["type"] == "value_error"
+            for line in _explain(item, raw)
+            if not mistaken & _keys_in(line.partition(": ")[2])
+        ]
+    return []
+
+
+def _keys_in(message: str) -> set[str]:
+    """The words of a message that may be keys."""
+    return set(re.findall(r"[a-z_]+", message))
+
+
+def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
+    """One pydantic error as `key: what is wrong; what would be right`, a line for each mistake."""
+    if item["type"] == "value_error":
+        return [
+            f"{_key_of_contradiction(_location(item), line, raw)}: {line}"
+            for line in item["msg"].removeprefix("Value error, ").split("\n")
+        ]
+    return [_explain_value(item, raw)]
+
+
+def _key_of_contradiction(location: list[Any], message: str, raw: dict[str, Any]) -> str:
+    """The section that contradicts itself: `defaults.<kind>` where a method only inherits that."""
+    if location[:1] == ["methods"] and len(location) == 2:
+        own = raw["methods"][location[1]]
+        defaults = raw.get("defaults")
+        inherited = defaults.get(own["kind"]) if isinstance(defaults, dict) else None
+        named = _keys_in(message)
+        if isinstance(inherited, dict) and inherited.keys() & named and not own.keys() & named:
+            return f"defaults.{own['kind']}"
+    return ".".join(str(part) for part in _where_it_stands(location, raw)) or "config"
+
+
+def _explain_value(item: Any, raw: dict[str, Any]) -> str:
+    location = _location(item)
     key = ".".join(str(part) for part in _where_it_stands(location, raw)) or "config"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"]
     if item["type"] == "extra_forbidden":
         known = _keys_at(location[:-1], item)
         return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
@@ -1485,8 +1641,6 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
         if found is not None:
             return f"{key}.kind: no kind '{found}'{_suggest(str(found), kinds)}"
         return f"{key}.kind: missing; expected one of {', '.join(kinds)}{_meant(location, raw)}"
-    if item["type"] == "value_error":
-        return f"{key}: {message}"
     found = redact(json.dumps(item.get("input"), default=str))
     return f"{key}: {message[0].lower()}{message[1:]}, found {found[:80]}"
 
@@ -1515,9 +1669,10 @@ def _where_it_stands(location: list[Any], raw: dict[str, Any]) -> list[Any]:
         if location[2] in ENGINE_KEYS and holds(raw, location[2:]):
             return location[2:]
     if location[:1] == ["methods"] and len(location) > 2 and not holds(raw, location):
-        kind = raw["methods"][location[1]].get("kind")
+        method = raw["methods"].get(location[1])
+        kind = method.get("kind") if isinstance(method, dict) else None
         inherited = ["defaults", kind, *location[2:]]
-        if holds(raw, inherited):
+        if isinstance(kind, str) and holds(raw, inherited):
             return inherited
     return location
 

@@ -25,13 +25,14 @@ from pathlib import Path
 
 from gsm8k_core.config import Gsm8kDataset
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl, packaged_json, parse_jsonl
+from gsm8k_core.files import Json, packaged_json, parse_jsonl, read_lines
 from gsm8k_core.problems import Problem, WorkedExample, problem_from_row
 
 log = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT_SECONDS = 60
 SPLITS = ("train", "test")
+LISTED_FAULTS = 20
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GITHUB_RAW = "https://raw.githubusercontent.com"
 GITHUB_FOLDER = "grade_school_math/data"
@@ -76,36 +77,85 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     """Raw rows of both splits and where they came from, verified against the pinned digests.
 
     Sources in order: `settings.path` or $GSM8K_DIR (if either is set, it alone is used), the hub at
-    the pinned revision, GitHub at the pinned commit. Raises DataError when none can be had, or when
-    a split is not the pinned one.
+    the pinned revision, GitHub at the pinned commit. Raises DataError when none can be had, when
+    rows are no problems (all of them are named), or when a split is not the pinned one.
     """
     local = settings.path or os.environ.get("GSM8K_DIR")
     if local:
         folder = Path(local).expanduser()
-        splits = {split: list(iter_jsonl(folder / f"{split}.jsonl")) for split in SPLITS}
-        source = "local folder"
-        where = f"{folder}" + " ($GSM8K_DIR)" * (settings.path is None)
+        names = {split: str(folder / f"{split}.jsonl") for split in SPLITS}
+        source, where = "local folder", " ($GSM8K_DIR)" * (settings.path is None)
+        read = {split: _read_rows(names[split]) for split in SPLITS}
+        splits = {split: list(rows.values()) for split, (rows, _) in read.items()}
+        faults = {
+            split: bad_lines + _faults(rows, names[split], split)
+            for split, (rows, bad_lines) in read.items()
+        }
     else:
         splits, source = _download(settings)
-        where = source
-    _verify(splits, settings.digests, where)
+        names, where = {split: f"GSM8K {split}" for split in SPLITS}, f" (source: {source})"
+        faults = {
+            split: _faults(dict(enumerate(rows, start=1)), names[split], split)
+            for split, rows in splits.items()
+        }
+    # Before digests: one that is pinned before its rows are mended would have to be pinned again.
+    if bad := [fault for split in SPLITS for fault in faults[split]]:
+        more = len(bad) - LISTED_FAULTS
+        listed = bad[:LISTED_FAULTS] + [f"and {more} more"] * (more > 0)
+        raise DataError(f"{'; '.join(listed)}. Mend these; then the digests are compared")
+    _verify(splits, names, settings.digests, where)
     return splits, source
 
 
-def _verify(splits: dict[str, list[Json]], expected: dict[str, str], where: str) -> None:
+def _read_rows(path: str) -> tuple[dict[int, Json], list[str]]:
+    """The rows of a JSONL file by their number, and what is wrong with lines that are none."""
+    rows, faults = {}, []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            (rows[number],) = parse_jsonl([line], path, number)
+        except DataError as error:
+            faults.append(str(error))
+    return rows, faults
+
+
+def _faults(rows: dict[int, Json], name: str, split: str) -> list[str]:
+    """What makes numbered rows no problems, each with its place; `name` is that of their file."""
+    faults = [] if rows else [f"{name}: holds no problem"]
+    row_of: dict[str, int] = {}
+    for number, row in rows.items():
+        where = f"{name}, row {number}"
+        try:
+            problem = problem_from_row(row, where, default_id=f"{split}-{number - 1}")
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        if not problem.question.strip():
+            faults.append(f"{where}: 'question' is empty")
+        first = row_of.setdefault(problem.id, number)
+        if first != number:
+            faults.append(f"{where}: id {problem.id!r} is that of row {first} too")
+    return faults
+
+
+def _verify(
+    splits: dict[str, list[Json]], names: dict[str, str], expected: dict[str, str], where: str
+) -> None:
     """Raise one DataError for all splits whose content is not that of the digests `expected`."""
     found = {split: content_digest(rows) for split, rows in splits.items()}
     faults = [
-        f"GSM8K {split} is not the pinned one: {len(splits[split])} rows with content digest "
+        f"{names[split]} is not the pinned one: {len(splits[split])} rows with content digest "
         f"{digest}, expected {expected.get(split, 'none')}"
         for split, digest in found.items()
         if digest != expected.get(split)
     ]
     if faults:
         pins = ", ".join(f"{split}: {digest}" for split, digest in found.items())
+        remedy = "If you mean to use it as it is"
+        if expected == Gsm8kDataset.model_fields["digests"].default:
+            remedy = "Take an unchanged copy of GSM8K, or, for problems of your own"
         raise DataError(
-            f"{'; '.join(faults)} (source: {where}). Take an unchanged copy, or, if you mean to "
-            f"use it, pin it under datasets.<name>: digests: {{{pins}}}"
+            f"{'; '.join(faults)}{where}. {remedy}, pin it under datasets.<name>: "
+            f"digests: {{{pins}}}"
         )
 
 

@@ -208,6 +208,11 @@ def iter_jsonl(path: Path | str) -> Iterator[Json]:
     Raises DataError that names file and row (from 1) when the file cannot be read, or a row is not
     UTF-8 or not a JSON object (as the last one of a file that was cut short is not).
     """
+    yield from parse_jsonl(read_lines(path), str(path))
+
+
+def read_lines(path: Path | str) -> Iterator[bytes]:
+    """Yield the lines of a file. Raises DataError that names the file when it cannot be read."""
     try:
         handle = Path(path).open("rb")
     except FileNotFoundError as error:
@@ -215,12 +220,15 @@ def iter_jsonl(path: Path | str) -> Iterator[Json]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     with handle:
-        yield from parse_jsonl(handle, str(path))
+        yield from handle
 
 
-def parse_jsonl(lines: Iterable[bytes], source: str) -> Iterator[Json]:
-    """Yield the objects of the lines of a binary stream; errors as `iter_jsonl`'s."""
-    for row_number, line in enumerate(lines, start=1):
+def parse_jsonl(lines: Iterable[bytes], source: str, first_row: int = 1) -> Iterator[Json]:
+    """Yield the objects of the lines of a binary stream; errors as `iter_jsonl`'s.
+
+    `first_row` is the number of the first line in the whole file.
+    """
+    for row_number, line in enumerate(lines, start=first_row):
         where = f"{source}, row {row_number}"
         try:
             row = json.loads(line.decode("utf-8"))

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsm8k_core.config import BaseMethod, Config, ExpertIterationMethod, SftMethod
+from gsm8k_core.config import (
+    BaseMethod,
+    Config,
+    ExpertIterationMethod,
+    Gsm8kDataset,
+    SftMethod,
+)
 
 ARTIFACTS = "artifacts"
 RUNS = f"{ARTIFACTS}/runs"
@@ -114,6 +120,36 @@ class Layout:
         asked = [self.config.traces[name].dataset for name in names if name in self.config.traces]
         return list(dict.fromkeys([*names, *asked]))
 
+    def missing_paths(self) -> list[str]:
+        """Each `path` of a model or dataset of the study that does not hold its files, by its key.
+
+        Snakemake would take what was once prepared under that name instead, without a word.
+        """
+        problems = []
+        for name in self.config.study.models:
+            model = self.config.models[name]
+            if model.source == "path" and model.path is not None:
+                if problem := _missing_in(model.path, ["config.json"]):
+                    problems.append(f"models.{name}.path: {problem}; name the folder of a model")
+        for name in self.prepared_datasets():
+            dataset = self.config.datasets[name]
+            if isinstance(dataset, Gsm8kDataset) and dataset.path is not None:
+                files = ["train.jsonl", "test.jsonl"]
+                if problem := _missing_in(dataset.path, files):
+                    problems.append(
+                        f"datasets.{name}.path: {problem}; name a folder with {' and '.join(files)}"
+                    )
+        return problems
+
+    def prepared_datasets(self) -> list[str]:
+        """The datasets that jobs of the study read: what is only evaluated learns from none."""
+        trains = any(
+            not isinstance(self.config.methods[m], BaseMethod) for m in self.config.stages()
+        )
+        of_suites = [self.config.suites[name].dataset for name in self.config.study.suites]
+        names = self.datasets() if trains else of_suites
+        return [name for name in dict.fromkeys(names) if name in self.config.datasets]
+
     def suite_files(self) -> list[str]:
         """The problems of the study's suites, each file once."""
         suites = [self.config.suites[name] for name in self.config.study.suites]
@@ -150,3 +186,12 @@ class Layout:
             for cell in self.cells()
             for suite in self.config.study.suites
         ]
+
+
+def _missing_in(path: str, names: list[str]) -> str:
+    """What is missing of the files `names` in the folder `path`; empty where all are there."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"no folder {path!r}"
+    missing = [name for name in names if not (folder / name).is_file()]
+    return f"no {' and no '.join(missing)} in {path!r}" if missing else ""

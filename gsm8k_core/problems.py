@@ -75,6 +75,10 @@ def problem_from_row(row: Json, where: str, default_id: str | None = None) -> Pr
     question, answer = (
         checked_text(row.get(key), f"{where}: '{key}'") for key in ("question", "answer")
     )
+    if "id" not in row and default_id is None:
+        raise DataError(
+            f"{where}: 'id' is missing; use the file that scripts/prepare_data.py makes of this one"
+        )
     problem_id = checked_text(row.get("id", default_id), f"{where}: 'id'")
     gold = gold_answer(answer, where)
     if row.get("gold", gold) != gold:

@@ -5,11 +5,12 @@ A component is a number by itself, logged by its own name; `reward` is their wei
 
 from __future__ import annotations
 
+import ast
 import importlib
 import math
-import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
@@ -99,17 +100,73 @@ def reward_source(path: str, folders: Sequence[str] | None = None) -> Path | Non
 
 
 def missing_reward(path: str, folders: Sequence[str] | None = None) -> str:
-    """What cannot be found of `module:function`, with a remedy; empty where it looks complete."""
+    """What is wrong with `module:function`, with a remedy; empty where it looks complete.
+
+    The file is read and nothing of it executed, so what it only makes up then is not seen.
+    """
     module, _, function = path.partition(":")
     source = reward_source(path, folders)
     if source is None:
         return f"no module {module!r} here; put its folder on PYTHONPATH"
     if source.suffix != ".py":
         return ""
-    text = source.read_text(encoding="utf-8", errors="replace")
-    if re.search(rf"\b{re.escape(function)}\b|import \*", text):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source.read_bytes())
+            compile(tree, str(source), "exec")
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        return f"{source}{line}: {error.msg}; mend it"
+    except ValueError as error:  # a null byte, before Python 3.12
+        return f"{source}: {error}; mend it"
+    bound = list(_bindings(tree))
+    found = [node for name, node in bound if name == function]
+    if not found:
+        if any(name in ("*", "__getattr__") for name, _ in bound):
+            return ""
+        return f"{source} has no function {function!r}; name one that it has"
+    return _not_a_reward(found[0], function, source) if len(found) == 1 else ""
+
+
+def _bindings(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Names that a module gets when it is executed, with what gives them; `*` for any.
+
+    Within functions and classes names are their own.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], node
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            yield from ((t.id, node.value) for t in node.targets if isinstance(t, ast.Name))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node
+        elif not isinstance(node, ast.Lambda):
+            yield from _bindings(node)
+
+
+def _not_a_reward(node: ast.AST, function: str, source: Path) -> str:
+    """Why what is called `function` takes no (completion, gold); empty where that is not plain."""
+    where = f"{source}, line {getattr(node, 'lineno', 0)}: {function!r}"
+    if isinstance(node, ast.Constant):
+        return f"{where} is no function; name one"
+    if isinstance(node, ast.AsyncFunctionDef):
+        return f"{where} is async; a reward is called as fn(completion, gold)"
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return ""
-    return f"{source} has no function {function!r}; name one that it has"
+    taken = node.args
+    most = len(taken.posonlyargs) + len(taken.args)
+    least = most - len(taken.defaults)
+    keywords = any(default is None for default in taken.kw_defaults)
+    if least <= 2 and (most >= 2 or taken.vararg) and not keywords:
+        return ""
+    return (
+        f"{where} takes ({ast.unparse(taken)}); a reward is called as fn(completion, gold): give "
+        "it two arguments"
+    )
 
 
 def reward_code(method: object, folders: Sequence[str] | None = None) -> dict[str, str] | None:
@@ -128,9 +185,13 @@ def import_reward(path: str) -> CustomRewardFn:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
+        remedy = "mend it"
+        if isinstance(error, ModuleNotFoundError):
+            own = f"{module_name}.".startswith(f"{error.name}.")
+            remedy = "put its folder on PYTHONPATH" if own else f"install {error.name}"
         raise TrainingError(
             f"reward.custom {path!r}: cannot import {module_name!r} "
-            f"({type(error).__name__}: {error}); put its folder on PYTHONPATH"
+            f"({type(error).__name__}: {error}); {remedy}"
         ) from error
     function: CustomRewardFn | None = getattr(module, function_name, None)
     if function is None or not callable(function):

@@ -38,7 +38,7 @@ from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine, close_engine
 from gsm8k_core.engines.vllm_engine import VllmEngine
-from gsm8k_core.errors import ConfigError, TrainingError
+from gsm8k_core.errors import ConfigError, TrainingError, first_line
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -163,21 +163,40 @@ def build_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.op
 
 
 def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
-    """The model with low-rank adapters, which alone are trained; itself without `lora`."""
+    """The model with low-rank adapters, which alone are trained; itself without `lora`.
+
+    Raises ConfigError for `target_modules` that the model has not (peft leaves out those that it
+    does not find beside others), or that can have no adapters.
+    """
     if settings.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]  # it may be a float
-            lora_dropout=settings.lora.dropout,
-            target_modules=settings.lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    targets = settings.lora.target_modules
+    layers = dict(model.named_modules())
+    linear = {n.rpartition(".")[2] for n in layers if isinstance(layers[n], torch.nn.Linear)}
+    lost = [
+        target
+        for target in ([] if targets == "all-linear" else targets)
+        if not any(f".{name}".endswith(f".{target}") for name in layers)
+    ]
+    where = "methods.<name>.lora.target_modules"
+    there_are = f"there are: {', '.join(sorted(linear))}"
+    if lost:
+        raise ConfigError(f"{where}: the model has no layer {', '.join(lost)}; {there_are}")
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.lora.rank,
+                lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]  # it may be a float
+                lora_dropout=settings.lora.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{where}: {first_line(error)}; {there_are}") from error
 
 
 class TrainingRun:

@@ -10,7 +10,14 @@ import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
 
 from gsm8k_core.cli import SNAKEMAKE_VARIABLE, this_process
-from gsm8k_core.config import doubts, dump, load_config, parse_config
+from gsm8k_core.config import (
+    config_error,
+    doubts,
+    dump,
+    load_config,
+    parse_config,
+    read_yaml,
+)
 from gsm8k_core.data import SPLITS
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import model_files
@@ -58,7 +65,8 @@ RESULTS = LAYOUT.results
 # Jobs on a cluster need not say it again.
 if workflow.is_main_process:
     SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
-    if doubt := doubts(CONFIG, SHIPPED):
+    overlays = [*map(read_yaml, workflow.overwrite_configfiles)]
+    if doubt := doubts(CONFIG, SHIPPED, [*overlays, workflow.config_settings.config]):
         logger.warning(doubt)
     if workflow.overwrite_configfiles and CONFIG.study.name == SHIPPED.study.name:
         logger.warning(
@@ -86,8 +94,9 @@ MISSING_REWARDS = [
     and (path := CONFIG.methods[name].reward.custom)
     and (problem := missing_reward(path, REWARD_FOLDERS))
 ]
-if MISSING_REWARDS and workflow.is_main_process:
-    raise WorkflowError("\n".join(MISSING_REWARDS))
+# Jobs may run where a path is not: what it holds was copied here before.
+if workflow.is_main_process and (missing := LAYOUT.missing_paths() + MISSING_REWARDS):
+    raise WorkflowError(str(config_error(missing)))
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no

@@ -20,6 +20,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from gsm8k_core.cli import leave, parser, run_script
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, write_json, write_text
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.overlap import MIN_JACCARD, find_overlap
@@ -121,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     tests = {str(path): read_problems(path) for path in args.test}
     training = ((str(path), progress(iter_jsonl(path), str(path))) for path in args.train)
     report = find_overlap(tests, training, args.min_jaccard)
+    for one in report["training"]:
+        if one["num_rows"] == 0:
+            raise DataError(f"{one['file']}: holds no row, so nothing was compared with it")
     write_json(args.output, report)
     write_text(args.markdown, page(report))
     if args.manifest is not None:

@@ -12,11 +12,14 @@ is not prepared yet, give its size (--parameters).
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     for item in fields(Assumptions):
         if item.name != "parameters":
             flag = "--" + item.name.replace("_", "-")
-            kind = int if isinstance(item.default, int) else float
+            kind = positive if isinstance(item.default, int) else number_for(item.name)
             arguments.add_argument(
                 flag, type=kind, default=item.default, help="default: %(default)s"
             )
@@ -105,6 +108,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def number_for(name: str) -> Callable[[str], float]:
+    """What reads the assumption `name` for argparse, and refuses a number that makes no sense."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if name.endswith("utilisation"):
+            fits, bounds = 0.0 < value <= 1.0, "above 0 and at most 1"
+        elif "seconds" in name:
+            fits, bounds = value >= 0.0, "from 0 on"
+        else:
+            fits, bounds = value > 0.0, "above 0"
+        if not fits or math.isinf(value):
+            raise ArgumentTypeError(f"expected a number {bounds}, found {text}")
+        return value
+
+    return number
+
+
 def read_parameters(pairs: list[str], known: Any) -> dict[str, float]:
     """`MODEL=N` as a mapping."""
     sizes = {}
@@ -112,9 +133,11 @@ def read_parameters(pairs: list[str], known: Any) -> dict[str, float]:
         name, _, number = pair.partition("=")
         check_known("--parameters", name, known)
         try:
-            sizes[name] = float(number)
-        except ValueError:
-            raise ConfigError(f"--parameters: expected MODEL=NUMBER, found {pair}") from None
+            sizes[name] = number_for("parameters")(number)
+        except (ValueError, ArgumentTypeError):
+            raise ConfigError(
+                f"--parameters: expected MODEL=NUMBER, a number above 0, found {pair}"
+            ) from None
     return sizes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from gsm8k_core.config import (
+    Comparison,
     Config,
     GrpoMethod,
     doubts,
@@ -20,6 +22,7 @@ from gsm8k_core.config import (
     merge,
     parse_config,
     read_yaml,
+    settings_from,
 )
 from gsm8k_core.errors import ConfigError
 
@@ -157,7 +160,7 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         *(
             (
                 {"methods": {"grpo": {"advantage": advantage, "group_size": 1}}},
-                f"methods.grpo: {advantage} needs group_size of 2 or more",
+                f"methods.grpo: advantage: {advantage} needs group_size of 2 or more",
             )
             for advantage in ("group_zscore", "group_centered", "leave_one_out")
         ),
@@ -205,7 +208,7 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         ),
         (
             {"methods": {"grpo": {"prompts_per_step": 32, "minibatches": 3}}},
-            "methods.grpo: minibatches must divide prompts_per_step",
+            "methods.grpo: minibatches (3) must divide prompts_per_step (32)",
         ),
         (
             {"methods": {"grpo": {"reference_refresh_steps": 5}}},
@@ -213,7 +216,7 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
         ),
         *(
             (
-                {"methods": {"grpo": {"objective": objective, "dual_clip": 3.0}}},
+                {"methods": {"grpo": {"objective": objective, "dual_clip": 3.0, "minibatches": 1}}},
                 "methods.grpo: dual_clip needs objective: ppo_clip",
             )
             for objective in ("cispo", "reinforce")
@@ -255,6 +258,89 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
 )
 def test_a_mistake_says_what_would_be_right(overlay: dict[str, Any], line: str) -> None:
     assert mistakes(overlay) == [line]
+
+
+def test_all_that_contradicts_itself_in_a_method_is_told_at_once_also_beside_a_bad_value() -> None:
+    four = {
+        "prompts_per_step": 30, "group_size": 1, "overlong_buffer": 64, "dual_clip": 0.5,
+        "keep_best": True,
+    }  # fmt: skip
+    lines = [
+        "methods.grpo: keep_best needs validate_every_steps above 0",
+        "methods.grpo: dual_clip must be above 1",
+        "methods.grpo: minibatches (4) must divide prompts_per_step (30)",
+        "methods.grpo: advantage: group_zscore needs group_size of 2 or more",
+        "methods.grpo: overlong_buffer (64) must be below max_new_tokens (48)",
+    ]
+    assert mistakes({"methods": {"grpo": four}}) == lines
+    bad = {"methods": {"grpo": {**four, "prompts_per_step": 0}}, "study": {"seeds": [-1]}}
+    # Whether minibatches divide prompts_per_step is not known before that is a number of prompts.
+    assert sorted(mistakes(bad)) == sorted(
+        [
+            "methods.grpo.prompts_per_step: input should be greater than 0, found 0",
+            "study.seeds.0: input should be greater than or equal to 0, found -1",
+            *lines[:2],
+            *lines[3:],
+        ]
+    )
+    two = {"prompts": {"plain": {"template": "", "system": "s"}}}
+    assert len(mistakes(two)) == 2
+
+
+def test_what_contradicts_itself_in_the_defaults_is_told_once_and_as_theirs() -> None:
+    line = "defaults.grpo: minibatches (5) must divide prompts_per_step (32)"
+    assert mistakes({"defaults": {"grpo": {"minibatches": 5}}}) == [line]
+    own = {"defaults": {"grpo": {"minibatches": 5}}, "methods": {"grpo": {"prompts_per_step": 31}}}
+    assert mistakes(own) == [
+        "methods.grpo: minibatches (5) must divide prompts_per_step (31)", line
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "overlay"),
+    [
+        ("study.seeds.0", {"study": {"seeds": [True]}}),
+        ("study.confidence", {"study": {"confidence": True}}),
+        ("suites.gsm8k.limit", {"suites": {"gsm8k": {"limit": yaml.safe_load("yes")}}}),
+        ("methods.sft.num_steps", {"methods": {"sft": {"num_steps": True}}}),
+        ("defaults.sft.learning_rate", {"defaults": {"sft": {"learning_rate": True}}}),
+        ("methods.grpo.reward.answer", {"methods": {"grpo": {"reward": {"answer": True}}}}),
+        ("datasets.arithmetic.seed", {"datasets": {"arithmetic": {"seed": True}}}),
+        ("vllm.max_sequences", {"vllm": {"max_sequences": True}}),
+    ],
+)
+def test_yes_is_no_number(key: str, overlay: dict[str, Any]) -> None:
+    meant = "expected a number, found true (in YAML, yes and on mean true, no and off false)"
+    assert mistakes(overlay) == [f"{key}: {meant}"]
+
+
+def test_a_comparison_by_hand_says_which_method_lacks_what() -> None:
+    given: dict[str, Any] = {
+        "name": "s", "models": ["m"], "methods": ["base", "sft"], "suites": ["t"],
+        "seeds_of": {"base": [0], "sft": [0, 1]}, "parent_of": {"base": None, "sft": "base"},
+        "chains": {"base": ["base"], "sft": ["base", "sft"]}, "confidence": 0.95,
+    }  # fmt: skip
+
+    def said(**changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            settings_from(json.dumps({**given, **changes}), Comparison, "--study")
+        return str(caught.value)
+
+    assert settings_from(json.dumps(given), Comparison).methods == ["base", "sft"]
+    assert said(seeds_of={"base": [0]}, chains={"sft": ["base", "sft"]}) == (
+        "--study: seeds_of: the method 'sft' is missing; chains: the method 'base' is missing"
+    )
+    assert said(confidence=1.5) == "--study: confidence: Input should be less than 1"
+    assert "seeds_of.sft: List should have at least 1 item" in said(
+        seeds_of={"base": [0], "sft": []}
+    )
+
+
+def test_no_setting_that_is_a_number_takes_yes() -> None:
+    # A bare int or float in an annotation would: Integer and the like do not.
+    source = (ROOT / "gsm8k_core" / "config.py").read_text(encoding="utf-8")
+    settings = source[source.index("class Gsm8kDataset") :]
+    assert not re.findall(r"^    \w+: .*\b(?:int|float)\b.*$", settings, re.M)
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "dr_grpo", "reinforce_pp"])
@@ -304,6 +390,8 @@ def test_a_missing_section_is_named() -> None:
         {"study": {"models": "tiny-qwen2"}},
         {"suites": {"gsm8k": {"stop": [""]}}},
         {"suites": {1: {"dataset": "gsm8k"}}},
+        {"models": {1: {"source": "embedded"}}, "study": {"models": ["nothing"]}},
+        *({"methods": {name: body}} for name in (1, None) for body in (5, [1], {"kind": ["x"]})),
         {"methods": {"grpo": {"learning_rate": float("nan")}}},
         {"methods": {"grpo": {"weight_decay": float("inf")}}},
         {"methods": {"grpo": {"learning_rate": float("inf")}}},
@@ -604,7 +692,8 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     shipped = load_config(ROOT / "config.yaml")
 
     def line(overlay: dict[str, Any]) -> str:
-        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)), shipped)
+        raw = merge(read_yaml(ROOT / "config.yaml"), overlay)
+        return doubts(parse_config(raw), shipped, [overlay])
 
     study = {"models": ["smollm2-135m-instruct"], "methods": ["sft", "grpo", "dapo", "dpo"]}
     names, _, remedy = line({"study": study}).partition(": ")
@@ -634,21 +723,56 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
         assert line(read_yaml(path)) == ""
 
 
-def test_a_study_with_a_dataset_of_its_own_is_told_of_suites_that_ask_for_another() -> None:
+def test_a_study_is_told_of_a_dataset_that_no_suite_asks_where_one_of_the_two_is_inherited() -> (
+    None
+):
     shipped = load_config(ROOT / "config.yaml")
 
-    def line(study: dict[str, Any], **suite: Any) -> str:
-        overlay = {
-            "study": study,
+    def line(*studies: dict[str, Any], **suite: Any) -> str:
+        own = {
             "datasets": {"mine": {"kind": "arithmetic", "seed": 7}},
             "suites": {"of_mine": {"dataset": "mine"}, "arithmetic": suite},
         }
-        return doubts(parse_config(merge(read_yaml(ROOT / "config.yaml"), overlay)), shipped)
+        raw = merge(read_yaml(ROOT / "config.yaml"), own)
+        overlays = [{"study": study} for study in studies]
+        for overlay in overlays:
+            raw = merge(raw, overlay)
+        return doubts(parse_config(raw), shipped, overlays)
 
     assert line({"dataset": "mine"}) == (
-        "study.suites: arithmetic, as in config.yaml, asks problems of arithmetic, and the methods "
-        "learn from mine. Name a suite with dataset: mine."
+        "study.suites: arithmetic, which is inherited, asks problems of arithmetic, and the "
+        "methods learn from mine. Name a suite with dataset: mine."
     )
     for meant in (["of_mine"], ["arithmetic", "of_mine"], ["gsm8k"]):
         assert line({"dataset": "mine", "suites": meant}) == ""
     assert line({"dataset": "mine"}, dataset="mine") == ""
+    # The toy problems, inherited by a study of GSM8K.
+    for model in ("tiny-qwen2", "qwen2.5-0.5b-instruct"):
+        said = line({"models": [model], "methods": ["base", "sft"], "suites": ["gsm8k"]})
+        assert said.endswith(
+            "study.dataset: arithmetic, which the methods learn from, is inherited, and "
+            "study.suites (gsm8k) asks problems of gsm8k. Set study.dataset in your file too."
+        )
+    assert line({"methods": ["base"], "suites": ["gsm8k"]}) == ""  # learns from nothing
+    # Of several files the last one that names either.
+    both = {"dataset": "gsm8k", "suites": ["gsm8k"]}
+    assert "study.suites: gsm8k, which is inherited, " in line(both, {"dataset": "mine"})
+    assert line({"dataset": "mine"}, both, {"seeds": [1]}) == ""
+    # GSM8K-Platinum's problems are GSM8K's own.
+    assert line(both, {"suites": ["gsm8k_platinum"]}) == ""
+
+
+def test_keep_best_that_has_one_validation_to_choose_from_is_said_to_be_without_effect() -> None:
+    shipped = load_config(ROOT / "config.yaml")
+
+    def line(every: int) -> str:
+        own = {"keep_best": True, "validate_every_steps": every, "num_steps": 80}
+        raw = merge(read_yaml(ROOT / "config.yaml"), {"methods": {"grpo": own}})
+        return doubts(parse_config(raw), shipped, [])
+
+    assert line(79) == ""
+    assert line(500) == (
+        "methods.grpo.keep_best: without effect: with validate_every_steps 500 and num_steps 80 "
+        "there is no validation before the last step. Lower validate_every_steps."
+    )
+    assert "validate_every_steps 80 and num_steps 80" in line(80)

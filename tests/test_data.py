@@ -40,6 +40,7 @@ ROWS: dict[str, Rows] = {
     ],
     "test": [{"question": "2 × 3?", "answer": "6\n#### 6"}],
 }
+PUBLISHED = Gsm8kDataset(kind="gsm8k").digests
 
 
 def to_jsonl(rows: Rows) -> bytes:
@@ -134,23 +135,74 @@ def test_other_rows_stop_and_the_message_names_split_and_digests(
     with pytest.raises(DataError) as caught:
         fetch_gsm8k(settings(path=str(folder)))
     message = str(caught.value)
-    assert message.startswith("GSM8K train is not the pinned one: 20 rows with content digest ")
+    assert message.startswith(
+        f"{folder}/train.jsonl is not the pinned one: 20 rows with content digest "
+    )
     assert content_digest(changed) in message and content_digest(ROWS["train"]) in message
-    assert f"(source: {folder})" in message
+    assert "If you mean to use it as it is, pin it under datasets.<name>: digests: " in message
     monkeypatch.setenv("GSM8K_DIR", str(folder))
     with pytest.raises(DataError, match=r"GSM8K_DIR"):
         fetch_gsm8k(settings())
 
 
 def test_of_rows_of_one_s_own_one_message_says_all_there_is_to_pin(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"train is not .* expected none; GSM8K test is") as caught:
+    with pytest.raises(DataError, match=r"train.jsonl is not .* none; .*test.jsonl is") as caught:
         fetch_gsm8k(settings(path=str(folder), digests={}))
     pinned = {"digests": yaml.safe_load(str(caught.value).partition("digests: ")[2])}
     assert fetch_gsm8k(settings(path=str(folder), **pinned))[0] == ROWS
 
 
+def test_only_where_gsm8k_itself_is_pinned_an_unchanged_copy_is_asked_for(folder: Path) -> None:
+    for changes, asked in (({}, False), ({"digests": PUBLISHED}, True)):
+        (folder / "test.jsonl").write_bytes(to_jsonl(ROWS["train"]))
+        with pytest.raises(DataError) as caught:
+            fetch_gsm8k(settings(path=str(folder), **changes))
+        assert (
+            "Take an unchanged copy of GSM8K, or, for problems of" in str(caught.value)
+        ) == asked
+
+
+def test_bad_rows_of_one_s_own_are_all_named_by_file_and_row_before_any_digest(
+    folder: Path,
+) -> None:
+    rows = to_jsonl(ROWS["train"]).splitlines(keepends=True)
+    rows[2] = b"{torn\n"
+    rows[4] = b'{"question": "a", "answer": "none"}\n'
+    rows[6] = b'{"question": " ", "answer": "#### 1"}\n'
+    rows[8] = b'{"question": "a", "answer": "#### 1", "id": "train-0"}\n'
+    (folder / "train.jsonl").write_bytes(b"".join(rows))
+    (folder / "test.jsonl").write_bytes(b'{"question": 5, "answer": "#### 1"}\n')
+    with pytest.raises(DataError) as caught:
+        fetch_gsm8k(settings(path=str(folder), digests={}))
+    message = str(caught.value)
+    train = f"{folder}/train.jsonl, row"
+    for said in (
+        f"{train} 3: not valid JSON",
+        f"{train} 5: no '#### <number>' at the end of the answer: 'none'",
+        f"{train} 7: 'question' is empty",
+        f"{train} 9: id 'train-0' is that of row 1 too",
+        f"{folder}/test.jsonl, row 1: 'question' is missing or not a text",
+    ):
+        assert said in message
+    assert message.endswith(". Mend these; then the digests are compared")
+    assert "\n" not in message and "digests:" not in message
+
+
+def test_of_many_bad_rows_the_first_are_listed_and_the_others_counted(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("{}\n" * 25)
+    with pytest.raises(DataError, match=r"train\.jsonl, row 20: .*; and 5 more\. Mend"):
+        fetch_gsm8k(settings(path=str(folder)))
+
+
+def test_a_file_without_a_problem_is_refused_whatever_is_pinned(folder: Path) -> None:
+    (folder / "test.jsonl").write_bytes(b"")
+    digests = {"train": content_digest(ROWS["train"]), "test": content_digest([])}
+    with pytest.raises(DataError, match=rf"^{folder}/test\.jsonl: holds no problem"):
+        make_gsm8k(settings(path=str(folder), digests=digests))
+
+
 def test_a_missing_split_and_a_missing_digest_are_named(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"GSM8K test is not .* expected none"):
+    with pytest.raises(DataError, match=r"test\.jsonl is not .* expected none"):
         fetch_gsm8k(settings(path=str(folder), digests={"train": content_digest(ROWS["train"])}))
     (folder / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test\.jsonl: no such file"):

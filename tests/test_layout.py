@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,42 @@ def test_one_of_matches_these_names_alone() -> None:
     assert pattern.fullmatch("qwen2.5") and pattern.fullmatch("a+b")
     assert not pattern.fullmatch("qwen2x5") and not pattern.fullmatch("aab")
     assert not re.fullmatch(one_of([]), "") and not re.search(one_of([]), "anything")
+
+
+def test_paths_of_the_study_that_hold_no_model_or_data_are_named_by_their_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(**study: Any) -> list[str]:
+        raw = config().model_dump(mode="json", by_alias=True)
+        for name, path in {"m": "~/weights", "n": "no/weights", "unused": "none"}.items():
+            raw["models"][name] = {"source": "path", "path": path, "prompt": "p"}
+        for name, path in {
+            "d": "data",
+            "half": "half",
+            "lost": "no/data",
+            "unused": "none",
+        }.items():
+            raw["datasets"][name] = {"kind": "gsm8k", "path": path}
+        raw["methods"]["own"] = {"kind": "sft", "dataset": "lost"}
+        raw["suites"]["u"]["dataset"] = "half"
+        raw["study"] |= study
+        return Layout(parse_config(raw)).missing_paths()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    for file in ("data/train.jsonl", "data/test.jsonl", "half/train.jsonl"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert missing(methods=["base", "own"]) == [
+        "models.m.path: no config.json in '~/weights'; name the folder of a model",
+        "models.n.path: no folder 'no/weights'; name the folder of a model",
+        "datasets.lost.path: no folder 'no/data'; name a folder with train.jsonl and test.jsonl",
+        "datasets.half.path: no test.jsonl in 'half'; name a folder with train.jsonl and "
+        "test.jsonl",
+    ]
+    (tmp_path / "weights" / "config.json").touch()
+    assert missing(models=["m"], methods=["sft"], suites=["t"]) == []
+    # What only evaluates learns from nothing.
+    assert missing(models=["m"], methods=["base"], suites=["t"], dataset="lost") == []
+    assert len(missing(models=["m"], methods=["sft"], suites=["t"], dataset="lost")) == 1

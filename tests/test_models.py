@@ -211,6 +211,44 @@ def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
         prepare_model(from_path(tmp_path / "nowhere"), tmp_path / "out")
 
 
+def test_a_config_of_no_model_is_told_without_the_name_of_a_temporary_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["model_type"]
+    for text in (json.dumps(config), "{"):
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ModelError) as caught:
+            prepare_model(from_path(folder), tmp_path / text[:2])
+        message = str(caught.value)
+        assert message.startswith("local folder model: config.json describes no model that ")
+        assert message.endswith("; put the model's own there") and "\n" not in message
+        assert str(tmp_path) not in message
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100_000])
+def test_weights_that_were_cut_short_are_refused_by_the_name_of_their_file(
+    folder: Path, tmp_path: Path, num_bytes: int
+) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    with pytest.raises(
+        ModelError, match=rf"^{file}: cut short or damaged \(.*\); copy or "
+    ) as error:
+        prepare_model(from_path(folder), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_the_weights_that_the_index_names_must_be_there(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1-of-2.safetensors")
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"^{folder}: no model-2-of-2\.safetensors, which model"):
+        prepare_model(from_path(folder), tmp_path / "out")
+
+
 def test_a_wheel_that_is_not_installed_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     settings = ModelSettings(
         source="gguf_wheel", wheel="no-such-wheel", gguf_file="x.gguf", prompt="plain"
@@ -541,6 +579,28 @@ def test_a_process_without_a_gpu_of_its_own_says_how_many_there_are(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="more processes than the 2 GPUs"):
         resolve_device(4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_prj"], "the model has no layer q_prj"),
+        (["q_proj", "v_prj", "proj"], "the model has no layer v_prj, proj"),  # q_proj alone else
+        (["self_attn"], "Target module Qwen2Attention"),
+    ],
+)
+def test_layers_that_can_have_no_adapters_are_told_with_those_there_are(
+    tokenizer: Any, targets: list[str], said: str
+) -> None:
+    settings = TrainSettings(lora=LoraSettings(target_modules=targets))
+    with pytest.raises(ConfigError) as caught:
+        add_lora(tiny_model(tokenizer), settings)
+    message = str(caught.value)
+    assert message.startswith(f"methods.<name>.lora.target_modules: {said}")
+    assert message.endswith(
+        "; there are: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    )
+    assert "\n" not in message
 
 
 def test_plain_weights_of_adapters_are_the_merged_ones_and_leave_the_model_alone(

@@ -189,6 +189,18 @@ def test_a_faulty_training_row_is_named(
     assert not (tmp_path / "o.json").exists()
 
 
+def test_a_training_file_without_a_row_is_refused_by_name(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    write_problems(tmp_path / "test.jsonl", [problem(LONG)])
+    write_jsonl(tmp_path / "train.jsonl", [{"x": 1}])
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match=rf"^{tmp_path}/empty\.jsonl: holds no row"):
+        run(script, tmp_path, "--test", str(tmp_path / "test.jsonl"),
+            "--train", str(tmp_path / "train.jsonl"), str(tmp_path / "empty.jsonl"))  # fmt: skip
+    assert not (tmp_path / "o.json").exists()
+
+
 @pytest.mark.parametrize("value", ["0", "1.5", "nan"])
 def test_a_similarity_out_of_range_is_refused(
     script: Callable[[str], ModuleType], value: str, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import plan_scale
 from gsm8k_core.config import load_config
+from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_json
 from gsm8k_core.planning import (
     Assumptions,
@@ -48,6 +49,45 @@ def plan(
 def hours_of(plan: dict, method: str, work: str) -> dict:
     (row,) = [row for row in plan["hours"] if row["method"] == method and row["work"] == work]
     return row
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt-tokens", "-5"], "expected 1 or more, found -5"),
+        (["--gpu-flops", "0"], "expected a number above 0, found 0"),
+        (["--cpu-flops", "nan"], "expected a number above 0, found nan"),
+        (["--gpu-flops", "inf"], "expected a number above 0, found inf"),
+        (["--gpu-flops", "fast"], "invalid number value: 'fast'"),
+        (["--training-utilisation", "30"], "expected a number above 0 and at most 1, found 30"),
+        (["--engine-start-seconds", "-1"], "expected a number from 0 on, found -1"),
+    ],
+)
+def test_an_assumption_that_makes_no_sense_is_refused(
+    script: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        script("plan_study").main(words)
+    assert f"argument {words[0]}: {said}" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_looks_inherited_by_mistake(
+    script: Callable[[str], ModuleType], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.yaml").write_text("study: {suites: [gsm8k]}", encoding="utf-8")
+    config = ["--config", str(ROOT / "config.yaml"), str(tmp_path / "mine.yaml")]
+    assert script("plan_study").main(config) == 0
+    assert "study.dataset: arithmetic, which the methods learn from, is inherited" in caplog.text
+
+
+def test_a_size_below_zero_is_refused(plan: Callable[..., dict]) -> None:
+    for size in ("-1", "0", "x", ""):
+        with pytest.raises(ConfigError, match=f"MODEL=NUMBER, a number above 0, found t.*={size}"):
+            plan("--parameters", f"tiny-qwen2={size}")
+    assert plan("--engine-start-seconds", "0", "--parameters", "tiny-qwen2=1e5")
 
 
 def test_nothing_is_guessed_of_a_model_whose_size_is_not_known(plan: Callable[..., dict]) -> None:

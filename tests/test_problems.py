@@ -83,7 +83,7 @@ def test_a_row_without_an_id_takes_the_default() -> None:
     raw = row()
     del raw["id"]
     assert problem_from_row(raw, "here", default_id="train-0").id == "train-0"
-    with pytest.raises(DataError, match="here: 'id' is missing"):
+    with pytest.raises(DataError, match=r"here: 'id' is missing; use .*/prepare_data\.py"):
         problem_from_row(raw, "here")
 
 

@@ -132,7 +132,7 @@ def test_a_custom_reward_may_answer_yes_or_no() -> None:
         ("no_such_module_here:f", "PYTHONPATH"),
         ("my_rewards:missing", "no function 'missing'"),
         ("my_rewards:NUMBER", "no function 'NUMBER'"),
-        ("my_broken_rewards:f", "no_such_package_at_all"),
+        ("my_broken_rewards:f", "; install no_such_package_at_all$"),
     ],
 )
 def test_a_custom_reward_that_cannot_be_imported_stops_before_training(
@@ -148,8 +148,7 @@ def test_what_is_missing_of_a_custom_reward_is_told_without_executing_it(tmp_pat
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "deep.py").write_text("def f(completion, gold): raise SystemExit")
     (tmp_path / "my_stars.py").write_text("from my_rewards import *\nraise SystemExit")
-    for complete in ("my_rewards:brevity", "my_broken_rewards:import", "my_package.deep:f",
-                     "my_stars:brevity"):  # fmt: skip
+    for complete in ("my_rewards:brevity", "my_package.deep:f", "my_stars:brevity"):
         assert missing_reward(complete) == "", complete
     for missing in ("my_rewadrs:brevity", "my_package.depe:f", "my_rewards.brevity:f"):
         module = missing.partition(":")[0]
@@ -160,6 +159,89 @@ def test_what_is_missing_of_a_custom_reward_is_told_without_executing_it(tmp_pat
         f"{tmp_path}/my_rewards.py has no function 'brevty'; name one that it has"
     )
     assert not {"my_rewards", "my_broken_rewards", "my_package", "my_stars"} & sys.modules.keys()
+
+
+REWARDS = """
+import math, os.path as paths
+from math import (sqrt as root, dist)
+if math.pi > 3:
+    def either(completion, gold): return 0
+else:
+    either = None
+try:
+    from math import no_such_name
+except ImportError:
+    no_such_name = lambda completion, gold: 0
+@math.cache
+def decorated(completion): return 0
+def optional(completion, gold, *, scale=1, **others): return 0
+def three(completion, gold, scale=1): return 0
+def any_number(*texts): return 0
+assigned = first = optional
+one, (two, *rest) = optional, (optional, optional)
+typed: object = optional
+class Scored:
+    def __new__(cls, completion, gold): return 0
+    def method(self, completion, gold): return 0
+def of_one(completion): return "\\d"
+def of_three(completion, gold, scale): return 0
+def named(completion, gold, *, scale): return 0
+async def later(completion, gold): return 0
+NUMBER = 3
+def outer(completion, gold):
+    within = [unpacked for unpacked in gold]
+    return within
+raise SystemExit
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["math", "paths", "root", "dist", "either", "no_such_name", "decorated", "optional", "three",
+     "any_number", "assigned", "first", "one", "two", "rest", "typed", "Scored", "outer"],
+)  # fmt: skip
+def test_a_name_that_a_module_gives_itself_may_be_a_custom_reward(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(REWARDS)
+    assert missing_reward(f"own:{name}", [str(tmp_path)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, f" has no function '{name}'; name one that it has")
+          for name in ("completion", "os", "method", "within", "unpacked", "sqrt")),
+        ("of_one", ", line 23: 'of_one' takes (completion); a reward is called as "
+         "fn(completion, gold): give it two arguments"),
+        ("of_three", ", line 24: 'of_three' takes (completion, gold, scale); a reward is "),
+        ("named", ", line 25: 'named' takes (completion, gold, *, scale); a reward is called as "),
+        ("later", ", line 26: 'later' is async; a reward is called as fn(completion, gold)"),
+        ("NUMBER", ", line 27: 'NUMBER' is no function; name one"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_called_as_a_reward_is_told_without_executing_it(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(REWARDS)
+    assert missing_reward(f"own:{name}", [str(tmp_path)]).startswith(f"{tmp_path}/own.py{said}")
+
+
+def test_a_custom_reward_that_is_no_python_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, said in (
+        ("\ndef score(completion, gold) return 1\n", ", line 2: expected ':'; mend it"),
+        ("def score(completion, gold): return 1\nreturn 1\n", ", line 2: 'return' outside"),
+        ("score = '\0'\n", ": source code string cannot contain null bytes; mend it"),
+    ):
+        (tmp_path / "not_python.py").write_text(text)
+        found = missing_reward("not_python:score", [str(tmp_path)])
+        assert found.startswith(f"{tmp_path}/not_python.py{said}")
+    (tmp_path / "not_python_either.py").write_text("def score(completion, gold) return 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(TrainingError, match=r"SyntaxError: .*; mend it$"):
+        build_reward_fn(RewardSettings(custom="not_python_either:score"), "####")
 
 
 def test_a_custom_reward_is_looked_for_in_the_folders_that_are_named(tmp_path: Path) -> None:

@@ -519,14 +519,19 @@ def test_what_an_overlay_may_have_meant_otherwise_is_said_and_a_study_of_its_own
 ) -> None:
     inherited = "defaults.sft.learning_rate (0.004): made for the embedded model"
     nameless = "The study has the name that config.yaml gives, 'default'"
-    study = {"models": ["smollm2-135m-instruct"], "methods": ["base", "sft"]}
+    toys = "study.dataset: arithmetic, which the methods learn from, is inherited"
+    study = {
+        "models": ["smollm2-135m-instruct"], "methods": ["base", "sft"], "suites": ["gsm8k"],
+    }  # fmt: skip
     real = overlay(workspace, "real.yaml", {"study": study})
     said = snakemake(workspace, "-n", overlays=(real,)).stdout
-    assert said.count(inherited) == said.count(nameless) == 1
+    assert said.count(inherited) == said.count(nameless) == said.count(toys) == 1
     assert "take the place of those in artifacts/experiments/default." in said
     for quiet in (snakemake(workspace, "-n"), snakemake(workspace, "-n", overlays=())):
         assert quiet.returncode == 0
-        assert inherited not in quiet.stdout and nameless not in quiet.stdout
+        assert not any(doubt in quiet.stdout for doubt in (inherited, nameless, toys))
+    by_hand = snakemake(workspace, "-n", "--config", 'study={"suites": ["gsm8k"]}', overlays=())
+    assert toys in by_hand.stdout
 
 
 def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Path) -> None:
@@ -538,7 +543,7 @@ def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Pa
         )
     result = snakemake(workspace, "artifacts/gsm8k/train.jsonl", GSM8K_DIR=str(data))
     assert result.returncode != 0
-    assert "error: GSM8K train is not the pinned one: 1 rows with content digest" in result.stdout
+    assert "/train.jsonl is not the pinned one: 1 rows with content digest" in result.stdout
     assert "Traceback" not in result.stdout
     assert not list((workspace / "artifacts").rglob("*.jsonl"))
     (folder,) = list((workspace / "artifacts" / "runs").iterdir())
@@ -571,6 +576,31 @@ def test_a_local_model_or_dataset_that_changes_is_prepared_again(
     write_jsonl(data / "test.jsonl", rows[:2])
     both = {"prepare_data": 1, "prepare_model": 1, "total": 2}
     assert planned_jobs(finished, *targets, overlays=overlays) == both
+
+
+def test_a_path_that_is_not_there_is_refused_though_something_was_prepared_under_that_name(
+    finished: Path,
+) -> None:
+    settings = {
+        "study": {"methods": ["base", "grpo"], "dataset": "typo"},
+        "models": {"tiny-qwen2": {"source": "path", "path": "weights/typo"}},
+        "datasets": {"typo": {"kind": "gsm8k", "path": "data/typo"}},
+        "methods": {"grpo": {"from": "base", "reward": {"custom": "no_such_module:f"}}},
+    }
+    lost = overlay(finished, "lost.yaml", settings)
+    for how in (["-n"], [], ["artifacts/models/tiny-qwen2"]):
+        result = snakemake(finished, *how, overlays=(*SMALL_STUDY, lost))
+        assert result.returncode != 0
+        lines = [
+            "3 mistakes in the config:",
+            "  models.tiny-qwen2.path: no folder 'weights/typo'; name the folder of a model",
+            "  datasets.typo.path: no folder 'data/typo'; name a folder with train.jsonl and "
+            "test.jsonl",
+            "  methods.grpo.reward.custom: 'no_such_module:f': no module 'no_such_module' here; "
+            "put its folder on PYTHONPATH",
+        ]
+        assert "\n".join(lines) in result.stdout
+        assert "Traceback" not in result.stdout
 
 
 def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
