@@ -415,8 +415,6 @@ class Attempts:
                 timespec="seconds"
             ),
         }
-        # Logs of long jobs are appended to: a retry's follows that of the call that was killed.
-        log.info("call %d of this job, on %s, %s", len(earlier) + 1, self._own["host"], utc_now())
         self._rows = [*earlier, self._own]
         self.note()
         atexit.register(self._end)

@@ -24,7 +24,7 @@ rule generate:
         code=CODE,
     shell:
         "{params.python} scripts/generate.py {params.flags} --settings {params.settings:q} --model {input.model:q} "
-        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2>> {log:q}"
+        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
 rule grade:

@@ -28,7 +28,7 @@ rule collect_traces:
         code=CODE,
     shell:
         "python scripts/collect_traces.py --settings {params.settings:q} --data {input.data:q} "
-        "--output-dir {params.collected:q} --summary {output.summary:q} 2>> {log:q}"
+        "--output-dir {params.collected:q} --summary {output.summary:q} 2> {log:q}"
 
 
 rule select_traces:

@@ -31,7 +31,7 @@ rule train_sft:
     shell:
         "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2>> {log:q}"
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 rule train_grpo:
@@ -63,7 +63,7 @@ rule train_grpo:
     shell:
         "{params.python} scripts/train_grpo.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2>> {log:q}"
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 # Expert iteration: rounds of generate on train → keep the correct → SFT. One round is RFT.
@@ -95,7 +95,7 @@ rule generate_round:
         code=CODE,
     shell:
         "{params.python} scripts/generate.py {params.flags} --settings {params.settings:q} --model {input.model:q} "
-        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2>> {log:q}"
+        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
 rule select_completions:
@@ -149,7 +149,7 @@ rule train_round:
     shell:
         "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2>> {log:q}"
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 rule finish_rounds:
@@ -231,4 +231,4 @@ rule train_dpo:
     shell:
         "{params.python} scripts/train_dpo.py {params.flags} --settings {params.settings:q} --sampling-stats {input.stats:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2>> {log:q}"
+        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
