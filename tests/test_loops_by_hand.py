@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +54,7 @@ GRPO: dict[str, Any] = {
     "minibatches": 2,  # the second is off policy
     "reward": {"answer": 0.0, "custom": "reward_by_hand:reward"},
 }
-UNCHECKED = {"check_sampler_every_steps": 0}
+UNCHECKED = {"check_sampler_every_steps": 0}  # or a wrong sampler would stop the run
 
 
 def reward(completion: str, gold: str) -> float:
@@ -163,16 +163,15 @@ class Reader:
     starting_weights: Weights
 
     def load(self, weights: Weights) -> None:
-        self.model.load_state_dict(weights, strict=False)  # tied embeddings are there once
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        assert missing == ["lm_head.weight"] and not unexpected  # which are the embeddings
         self.model.zero_grad()
 
     def distributions(self, prompt: list[int], response: list[int], temperature: float) -> PerToken:
         """log π(· | prompt, y_<t) for each token y_t of the response, (vocabulary,) each."""
         logits = self.model(torch.tensor([prompt + response])).logits[0]
         first = len(prompt) - 1  # the logits at a token are of the next one
-        return [
-            torch.log_softmax(logits[first + t] / temperature, dim=-1) for t in range(len(response))
-        ]
+        return list(torch.log_softmax(logits[first : first + len(response)] / temperature, dim=-1))
 
     def log_probs(
         self, prompt: list[int], response: list[int], temperature: float = 1.0
@@ -186,10 +185,10 @@ class Reader:
 
 
 @pytest.fixture
-def reader(sft_folder: Path) -> Iterator[Reader]:
+def reader(sft_folder: Path) -> Reader:
     model = AutoModelForCausalLM.from_pretrained(sft_folder, dtype=torch.float64).eval()
     weights = load_file(sft_folder / "model.safetensors")
-    yield Reader(model, AutoTokenizer.from_pretrained(sft_folder), weights)
+    return Reader(model, AutoTokenizer.from_pretrained(sft_folder), weights)
 
 
 def check_gradient(found: Weights, expected: Weights) -> float:
@@ -407,10 +406,7 @@ def floats(values: PerToken) -> list[float]:
 
 
 def token_losses(sample: Sample, reader: Reader, recipe: Recipe, settings: Any) -> PerToken:
-    """-objective·(importance weight) + β·KL - c·entropy for each token, with the gradient's graph.
-
-    `reader` has the weights of the moment.
-    """
+    """-objective·(importance weight) + β·KL - c·entropy of each token, by the reader's weights."""
     rows = reader.distributions(sample.prompt, sample.tokens, settings.get("temperature", 1.0))
     new = [row[token] for row, token in zip(rows, sample.tokens, strict=True)]
     losses = [-x for x in recipe.objective(new, sample.old, sample.advantage)]
@@ -430,9 +426,9 @@ def token_losses(sample: Sample, reader: Reader, recipe: Recipe, settings: Any) 
             losses[t] = losses[t] + settings["kl_coefficient"] * (
                 torch.exp(log_ratio) - log_ratio - 1
             )
-    for t, row in enumerate(rows):
-        entropy = -(row.exp() * row).sum()
-        losses[t] = losses[t] - settings.get("entropy_coefficient", 0.0) * entropy
+    if "entropy_coefficient" in settings:
+        for t, row in enumerate(rows):
+            losses[t] = losses[t] + settings["entropy_coefficient"] * (row.exp() * row).sum()
     return losses
 
 
@@ -469,12 +465,14 @@ def step_by_hand(
             sample.advantage = advantage if sample.teaches else 0.0
 
     minibatches = minibatches_by_hand(groups, settings["minibatches"])
+    if settings.get("mask_truncated"):  # DAPO, §3.4
+        minibatches = [[s for s in part if not s.is_truncated] for part in minibatches]
+        minibatches = [part for part in minibatches if part]
     minibatches *= settings.get("epochs_per_batch", 1)
     losses, norms = [], []
     for update, minibatch in zip(step.updates, minibatches, strict=True):
-        counted = [s for s in minibatch if not (settings.get("mask_truncated") and s.is_truncated)]
         reader.load(update.before)
-        loss = recipe.one_number([token_losses(s, reader, recipe, settings) for s in counted])
+        loss = recipe.one_number([token_losses(s, reader, recipe, settings) for s in minibatch])
         loss.backward()
         losses.append(loss.item())
         norms.append(check_gradient(update.gradient, reader.gradient()))
