@@ -138,7 +138,6 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
             browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
             view = _view(subject, p_values, charts)
             views.append(view | {"browser": browser.index, "kept": _kept(browser)})
-            views[-1]["charts"]["learning"] = learning[model]
             browsers.append(browser)
     data = {
         "themes": themes(),
@@ -154,14 +153,14 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
         for number, record in enumerate(browser.records)
     ]
     provenance = _provenance(study, sources)
-    return _render(study, views, charts, any(learning.values()), provenance, data, records)
+    return _render(study, views, charts, learning, provenance, data, records)
 
 
 def _render(
     study: Comparison,
     views: list[Json],
     charts: Json,
-    has_curves: bool,
+    learning: dict[str, list[str]],
     provenance: Json,
     data: Json,
     records: list[tuple[str, str]],
@@ -184,7 +183,7 @@ def _render(
         study=study,
         views=views,
         charts=charts,
-        has_curves=has_curves,
+        learning=learning,
         bands_note=BANDS_NOTE,
         provenance=provenance,
         records=[(name, Markup(record)) for name, record in records],

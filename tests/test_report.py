@@ -281,6 +281,20 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "sft: 2 seeds; parent: engine" in words
 
 
+def test_without_its_script_the_page_shows_the_answers_and_tables_of_every_view(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(made)) == 0
+    page = Page(made["output"].read_text(encoding="utf-8"))
+    views = [value for _, name, value in page.attributes if name == "data-view"]
+    assert [views.count(f"{number}") for number in (0, 1)] == [3, 3]  # answer, cost, agreement
+    hidden = [tag for tag, name, _ in page.attributes if name == "hidden"]
+    assert sorted(hidden) == ["div", "p"]  # a problem that is shown or missing
+    names = [value for _, name, value in page.attributes if value == "view-name"]
+    assert len(names) == 6  # of the learning curves, cost and agreement of each
+
+
 def test_a_lead_over_many_is_corrected_for_all_pairs_and_says_so() -> None:
     # Five problems of a hundred: t = 0.05 / √(0.05·0.95 / 99) = 2.28, p = 0.0246 for each
     two = subject_of({"grpo": 60, "dpo": 55})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -205,6 +206,60 @@ def test_screenshots_on_a_phone_are_narrow_and_long_and_no_chart_is_squeezed(
         assert width > 300 and height > 100, key
         columns = np.flatnonzero(ink(image, key[0]).any(axis=0))
         assert columns[-1] - columns[0] > 0.7 * width, f"{key}: drawn on a part of its place"
+
+
+LOOK = """() => ({
+    empty: [...document.querySelectorAll(".chart-box")].filter((box) => !box.querySelector("svg"))
+        .length,
+    hidden: document.querySelectorAll("[data-view][hidden]").length,
+    flags: document.querySelectorAll(".flags[open]").length,
+    page: getComputedStyle(document.body).backgroundColor,
+    inks: [...new Set([...document.querySelectorAll(".role-axis-label text")]
+        .map((text) => text.getAttribute("fill")))],
+})"""
+
+
+def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
+    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(paths)) == 0
+    context = chromium.new_context(color_scheme="dark")
+    # Before the page's own listener, which puts everything back.
+    context.add_init_script(
+        f"addEventListener('afterprint', () => {{ window.paper ??= ({LOOK})() }})"
+    )
+    opened = Opened(context.new_page())
+    opened.go(paths["output"])
+    page = opened.page
+    before = page.evaluate(LOOK)
+    assert before["empty"] > 0 and before["hidden"] > 0 and before["flags"] == 0
+    page.pdf()
+    printed: dict[str, Any] = page.evaluate("window.paper")
+    assert printed == {
+        "empty": 0,
+        "hidden": 0,
+        "flags": 2,
+        "page": "rgb(255, 255, 255)",
+        "inks": [report_charts.SURFACES["light"]["quiet"]],
+    }
+    after = page.evaluate(LOOK)
+    assert after["hidden"] == before["hidden"] and after["flags"] == 0
+    assert after["page"] == before["page"] == "rgb(18, 22, 27)"
+    context.close()
+
+
+def test_tables_are_no_wider_than_paper(open_page: Open) -> None:
+    page = open_page(width=703).page  # 186 mm
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    expect(page.locator(".chart-box svg").last).to_be_visible()
+    wide = """() => [...document.querySelectorAll("main table, main svg")].filter((shown) =>
+        shown.checkVisibility() && shown.getBoundingClientRect().right > innerWidth + 1)
+        .map((shown) => shown.outerHTML.slice(0, 100))"""
+    assert page.locator(".ranking").is_visible()
+    assert page.evaluate(wide) == []
+    assert background(page) == "rgb(255, 255, 255)"
 
 
 def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:

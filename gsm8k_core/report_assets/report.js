@@ -24,7 +24,10 @@ function storage(action) {
   }
 }
 
+let printing = false; // on paper everything shows, in the light theme
+
 function theme() {
+  if (printing) return "light";
   const chosen = $("theme").value;
   return chosen === "auto" ? (darkQuery.matches ? "dark" : "light") : chosen;
 }
@@ -78,6 +81,15 @@ for (const box of document.querySelectorAll(".chart-box")) {
   whenNear.observe(box);
 }
 
+/** Draw every chart that can be seen, near or not. */
+function drawAll() {
+  for (const box of document.querySelectorAll(".chart-box")) {
+    if (!box.checkVisibility()) continue;
+    whenNear.unobserve(box);
+    drawChart(box);
+  }
+}
+
 /** The numbers behind a chart, as a table, made when somebody asks for it. */
 function fillNumbers(details) {
   if (!details.open || details.querySelector("table")) return;
@@ -110,12 +122,39 @@ let shownMethods = new Set();
 function showView(number, link = false) {
   view = number;
   $("view").value = String(number);
-  for (const part of document.querySelectorAll("[data-view]")) {
-    part.hidden = part.dataset.view !== String(number);
-  }
+  hideOtherViews();
   startBrowser(link);
 }
+
+function hideOtherViews() {
+  for (const part of document.querySelectorAll("[data-view]")) {
+    part.hidden = !printing && !part.dataset.view.split(" ").includes(String(view));
+  }
+}
 $("view").addEventListener("change", () => showView(Number($("view").value), true));
+
+// ------------------------------------------------------------------------------------------ print
+
+const opened = []; // details that were closed before
+
+addEventListener("beforeprint", () => {
+  printing = true;
+  for (const details of document.querySelectorAll(".printed:not([open])")) {
+    details.open = true;
+    opened.push(details);
+  }
+  document.documentElement.classList.add("printing"); // as wide as paper, for the charts
+  document.documentElement.dataset.theme = theme();
+  hideOtherViews();
+  drawAll();
+});
+addEventListener("afterprint", () => {
+  printing = false;
+  for (const details of opened.splice(0)) details.open = false;
+  document.documentElement.classList.remove("printing");
+  hideOtherViews();
+  applyTheme();
+});
 
 // ---------------------------------------------------------------------------------------- browser
 
