@@ -40,10 +40,12 @@ from gsm8k_core.report import (
     Lead,
     Subject,
     _context,
+    _cost_note,
     _findings,
     _headline,
     _leads,
     _pair_p_values,
+    _rank,
     _table_note,
     json_for_script,
     script_text,
@@ -159,7 +161,7 @@ def test_a_difference_that_is_none_is_told_to_be_none(page: Page) -> None:
 def test_the_headline_names_the_best_method_and_the_table_is_ranked(page: Page) -> None:
     assert "grpo is best: 87.5 % of test right" in squeezed(page.text)
     order = [page.text.index(f"\n{place}\n{name}") for place, name in
-             ((1, "grpo"), (2, "sft"), (3, "twin"), (4, "base"))]  # fmt: skip
+             ((1, "grpo"), (2, "sft"), (2, "twin"), (4, "base"))]  # fmt: skip
     assert order == sorted(order)
 
 
@@ -232,10 +234,36 @@ def test_methods_that_are_equal_are_called_so() -> None:
     for num_right, wanted in (
         ({"dpo": 50, "grpo": 50, "sft": 50}, "dpo, grpo and sft are equal: 50.0"),
         ({"dpo": 50, "grpo": 50, "sft": 40}, "dpo and grpo come first together: 50.0"),
+        (
+            {"dpo": 50, "grpo": 50, "sft": 49, "rft": 48, "base": 10},
+            "dpo and grpo come first together with 50.0\u00a0% of test right, but their lead over "
+            "sft and rft may be chance",
+        ),
     ):
-        subject = subject_of(num_right)
+        subject = subject_of(num_right, **dict.fromkeys(set(num_right) - {"base"}, 1e-9))
         subject.rows.sort(key=lambda row: (-row["accuracy"], row["method"]))
         assert _headline(subject, leads_of(subject)).startswith(wanted)
+
+
+def test_equal_methods_share_a_rank() -> None:
+    subject = subject_of({"dpo": 50, "grpo": 50, "sft": 49, "base": 49})
+    subject.rows[1]["accuracy"] += 1e-16  # as means over seeds differ
+    assert [_rank(row, subject.rows) for row in subject.rows] == [1, 1, 3, 3]
+
+
+def test_the_ranking_has_numbers_of_seeds_and_every_seed_stands_below_it(page: Page) -> None:
+    words = squeezed(page.text)
+    assert "#\nmethod\nseeds\nright\n" in page.text
+    assert re.search(r" 1 grpo ⚑ 2 87\.5 %", words) and re.search(r" 4 base 1 10\.0 %", words)
+    assert "method completions seed 0 seed 1 " in words
+    assert "grpo greedy 85.0 % 90.0 % grpo sampled, pass@1 60.0 % 60.0 % " in words
+    assert "base greedy 10.0 % base sampled, pass@1 6.7 %" in words
+
+
+@pytest.mark.parametrize("memory", [None, 700.0])
+def test_what_peak_memory_is_stands_where_it_is_shown(memory: float | None) -> None:
+    row = {"peak_memory_mb_training": None, "peak_memory_mb_generating": memory}
+    assert ("of the whole process" in _cost_note([row])) == (memory is not None)
 
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
