@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
@@ -39,6 +40,7 @@ from gsm8k_core.metrics import (
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
 from gsm8k_core.report_charts import (
+    MINUS,
     accuracy_chart,
     agreement_charts,
     cost_chart,
@@ -70,7 +72,7 @@ from gsm8k_core.tables import (
 PairPValues = dict[tuple[str, str, str], float | None]
 """(suite, method, one that stands below it in the table) → corrected p-value."""
 
-MINUS, SPACE = "\u2212", "\u00a0"
+SPACE = "\u00a0"
 BANDS_NOTE = f"With more than {MAX_BANDS} methods, bands show of those picked in the legend alone."
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
@@ -137,13 +139,16 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
             by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
             browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
             view = _view(subject, p_values, charts)
-            views.append(view | {"browser": browser.index, "kept": _kept(browser)})
+            address = "v/" + "/".join(quote(part, safe="") for part in (model, subject.suite))
+            views.append(
+                view | {"browser": browser.index, "kept": _kept(browser), "address": address}
+            )
             browsers.append(browser)
     data = {
         "themes": themes(),
         "charts": charts,
         "views": [
-            {key: view[key] for key in ("model", "suite", "browser", "kept", "compared")}
+            {key: view[key] for key in ("model", "suite", "browser", "kept", "compared", "ranked")}
             for view in views
         ],
     }
@@ -321,6 +326,7 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
         "flag_notes": [note.replace("`", "") for note in subject.flag_notes],
         "table_note": _table_note(subject),
         "compared": _compared(subject),
+        "ranked": [methods.index(row["method"]) for row in rows],
         "cost_note": _cost_note(rows),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "

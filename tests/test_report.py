@@ -54,10 +54,15 @@ from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
 from gsm8k_core.report_charts import (
     PALETTES,
     SURFACES,
+    _difference_lines,
+    _lines,
     _methods,
+    accuracy_chart,
     agreement_charts,
+    difference_chart,
     learning_charts,
     learning_curve,
+    length_chart,
     pass_at_k_chart,
 )
 from gsm8k_core.tables import SCHEMA
@@ -546,9 +551,71 @@ def test_of_many_methods_bands_show_of_those_picked_alone(number: int, shows_all
     methods = [f"method {place}" for place in range(number)]
     rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
             for name in methods for k in (1, 2)]  # fmt: skip
-    band, line, _ = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
-    assert band["encoding"]["opacity"]["condition"]["empty"] == shows_all
-    assert line["encoding"]["opacity"]["condition"].get("empty", True)
+    layers = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
+    band, line = (layer["encoding"]["opacity"]["condition"]["test"] for layer in layers[:2])
+    assert ("length(picked) == 0" in band) == shows_all
+    assert "length(picked) == 0" in line
+
+
+def test_a_legend_names_the_methods_of_its_chart_with_their_looks() -> None:
+    methods = [f"method {place}" for place in range(9)]
+    rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for name in methods[1:] for k in (1, 2)]  # fmt: skip
+    legend = pass_at_k_chart(rows, methods, "pass@k")["legend"]
+    assert [entry["method"] for entry in legend] == methods[1:]
+    assert [entry["colour"] for entry in legend] == [1, 2, 3, 4, 5, 6, 0, 1]
+    assert [entry["dash"] for entry in legend] == _methods(methods)["dash"].range[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("dr_grpo", ["dr_grpo"]),
+        (
+            "method_number_9_with_a_rather_long_name",
+            ["method_number_9_with_", "a_rather_long_name"],
+        ),
+        ("x" * 50, ["x" * 22, "x" * 22, "x" * 6]),
+    ],
+)
+def test_a_long_name_beside_a_chart_is_whole_in_several_lines(name: str, lines: list[str]) -> None:
+    assert _lines(name) == lines
+    rows = [{"label": f"{name} − sft", "method": name, "mean": 1.0, "low": 0.5, "high": 2.0,
+             "significant": True, "significance": ""}]  # fmt: skip
+    assert _difference_lines(rows[0]["label"])[-1].endswith("− sft")
+    axis = difference_chart(rows, [name], "")["spec"]["layer"][1]["encoding"]["y"]["axis"]
+    assert (
+        json.dumps({rows[0]["label"]: _difference_lines(str(rows[0]["label"]))})
+        in (axis["labelExpr"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(-12.0, 83.0, [0, 20, 40, 60, 80]), (-70.0, -30.0, [-60, -40, -20, 0]), (0.0, 0.0, [0])],
+)
+def test_the_axis_of_differences_has_a_zero(low: float, high: float, ticks: list[float]) -> None:
+    rows = [{"label": "a − b", "method": "a", "mean": low, "low": low, "high": high,
+             "significant": True, "significance": ""}]  # fmt: skip
+    axis = difference_chart(rows, ["a"], "")["spec"]["layer"][1]["encoding"]["x"]["axis"]
+    assert axis["values"] == ticks and axis["labelOverlap"] is False
+
+
+def test_a_chart_of_one_seed_a_method_has_no_layer_of_seeds() -> None:
+    row = {"method": "a", "decoding": "greedy", "mean": 1.0, "low": 0.5, "high": 2.0}
+    seed = {"method": "a", "decoding": "greedy", "seed": 0, "value": 1.0}
+    one, two = (accuracy_chart([row], seeds, ["a"]) for seeds in ([], [seed]))
+    assert [len(chart["spec"]["layer"]) for chart in (one, two)] == [2, 3]
+    assert ["seeds" in chart["title"] for chart in (one, two)] == [False, True]
+
+
+def test_lengths_stand_with_the_number_of_completions_that_they_are_of() -> None:
+    quantiles = dict.fromkeys(("q05", "q25", "q50", "q75", "q95"), 7.0)
+    rows = [{"method": "a", "outcome": "wrong", "completions": 1, **quantiles}]
+    layers = length_chart(rows, ["a"])["spec"]["layer"]
+    assert layers[3]["encoding"]["text"]["field"] == "completions"
+    assert "completions" in [one["field"] for one in layers[1]["encoding"]["tooltip"]]
+    assert layers[1]["encoding"]["stroke"]["field"] == "method"  # an outline in full strength
 
 
 def test_the_page_says_when_bands_show(page: Page) -> None:
