@@ -675,8 +675,8 @@ def _decodings(subject: Subject, row: Json) -> list[tuple[str, str]]:
     return shown
 
 
-def _cell(main: str, detail: str = "") -> Json:
-    return {"main": main, "detail": detail}
+def _cell(main: str, detail: str = "", against: str = "") -> Json:
+    return {"main": main, "detail": detail, "against": against}
 
 
 def _seeds_cell(row: Json) -> Json:
@@ -708,8 +708,8 @@ def _difference_cell(reference: str) -> Any:
         name = f"delta_vs_{reference}"
         if row[name] is None:
             return _cell("")
-        against = f" {row['parent']}" if reference == "parent" else ""
-        return _cell(_points(row[name]), f"{_interval(row, name, _points)}{against}")
+        against = row["parent"] if reference == "parent" else ""
+        return _cell(_points(row[name]), _interval(row, name, _points), against)
 
     return make
 

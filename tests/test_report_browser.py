@@ -245,6 +245,12 @@ def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
     after = page.evaluate(LOOK)
     assert after["hidden"] == before["hidden"] and after["flags"] == 0
     assert after["page"] == before["page"] == "rgb(18, 22, 27)"
+    # A view that only paper has shown is drawn anew, as wide as its place.
+    page.select_option("#view", "1")
+    drawn = page.locator("#answer [data-view='1'] svg.marks").first
+    dark = report_charts.SURFACES["dark"]["quiet"]
+    expect(drawn.locator(".role-axis-label text").first).to_have_attribute("fill", dark)
+    assert drawn.evaluate("svg => svg.clientWidth") > 300
     context.close()
 
 

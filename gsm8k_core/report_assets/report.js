@@ -34,7 +34,10 @@ function theme() {
 
 function applyTheme() {
   document.documentElement.dataset.theme = theme();
-  for (const box of document.querySelectorAll(".chart-box.drawn")) drawChart(box);
+  for (const box of document.querySelectorAll(".chart-box.drawn")) {
+    if (box.checkVisibility()) drawChart(box);
+    else drawWhenNear(box); // has no width now
+  }
 }
 
 $("theme").value = storage((kept) => kept.getItem("gsm8k-report-theme")) ?? "auto";
@@ -136,10 +139,15 @@ const whenNear = new IntersectionObserver(
   },
   { rootMargin: "400px" },
 );
+function drawWhenNear(box) {
+  box.classList.remove("drawn");
+  whenNear.observe(box);
+}
+
 for (const box of document.querySelectorAll(".chart-box")) {
   // About its height, so that what a link leads to stays where it is while charts are drawn.
   box.style.minHeight = `${page.charts[box.dataset.chart].spec.height + 60}px`;
-  whenNear.observe(box);
+  drawWhenNear(box);
 }
 
 /** Draw every chart that can be seen, near or not. */
