@@ -580,14 +580,12 @@ def test_a_legend_names_the_methods_of_its_chart_with_their_looks() -> None:
 )
 def test_a_long_name_beside_a_chart_is_whole_in_several_lines(name: str, lines: list[str]) -> None:
     assert _lines(name) == lines
-    rows = [{"label": f"{name} − sft", "method": name, "mean": 1.0, "low": 0.5, "high": 2.0,
-             "significant": True, "significance": ""}]  # fmt: skip
-    assert _difference_lines(rows[0]["label"])[-1].endswith("− sft")
-    axis = difference_chart(rows, [name], "")["spec"]["layer"][1]["encoding"]["y"]["axis"]
-    assert (
-        json.dumps({rows[0]["label"]: _difference_lines(str(rows[0]["label"]))})
-        in (axis["labelExpr"])
-    )
+    label = f"{name} − sft"
+    assert _difference_lines(label)[-1].endswith("− sft")
+    row = {"label": label, "method": name, "mean": 1.0, "low": 0.5, "high": 2.0}
+    row |= {"significant": True, "significance": ""}
+    axis = difference_chart([row], [name], "")["spec"]["layer"][1]["encoding"]["y"]["axis"]
+    assert json.dumps({label: _difference_lines(label)}) in axis["labelExpr"]
 
 
 @pytest.mark.parametrize(
