@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
@@ -39,6 +40,7 @@ from gsm8k_core.metrics import (
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
 from gsm8k_core.report_charts import (
+    MINUS,
     accuracy_chart,
     agreement_charts,
     cost_chart,
@@ -70,7 +72,7 @@ from gsm8k_core.tables import (
 PairPValues = dict[tuple[str, str, str], float | None]
 """(suite, method, one that stands below it in the table) → corrected p-value."""
 
-MINUS, SPACE = "\u2212", "\u00a0"
+SPACE = "\u00a0"
 BANDS_NOTE = f"With more than {MAX_BANDS} methods, bands show of those picked in the legend alone."
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
@@ -137,14 +139,16 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
             by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
             browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
             view = _view(subject, p_values, charts)
-            views.append(view | {"browser": browser.index, "kept": _kept(browser)})
-            views[-1]["charts"]["learning"] = learning[model]
+            address = "v/" + "/".join(quote(part, safe="") for part in (model, subject.suite))
+            views.append(
+                view | {"browser": browser.index, "kept": _kept(browser), "address": address}
+            )
             browsers.append(browser)
     data = {
         "themes": themes(),
         "charts": charts,
         "views": [
-            {key: view[key] for key in ("model", "suite", "browser", "kept", "compared")}
+            {key: view[key] for key in ("model", "suite", "browser", "kept", "compared", "ranked")}
             for view in views
         ],
     }
@@ -154,14 +158,14 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
         for number, record in enumerate(browser.records)
     ]
     provenance = _provenance(study, sources)
-    return _render(study, views, charts, any(learning.values()), provenance, data, records)
+    return _render(study, views, charts, learning, provenance, data, records)
 
 
 def _render(
     study: Comparison,
     views: list[Json],
     charts: Json,
-    has_curves: bool,
+    learning: dict[str, list[str]],
     provenance: Json,
     data: Json,
     records: list[tuple[str, str]],
@@ -184,7 +188,7 @@ def _render(
         study=study,
         views=views,
         charts=charts,
-        has_curves=has_curves,
+        learning=learning,
         bands_note=BANDS_NOTE,
         provenance=provenance,
         records=[(name, Markup(record)) for name, record in records],
@@ -316,18 +320,14 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
         "context": _context(subject),
         "findings": _findings(subject, leads),
         "table": _table(subject),
+        "seed_table": _seed_table(subject),
         "cost_table": _cost_table(subject),
         "flagged": any(_flags(row) for row in rows),
         "flag_notes": [note.replace("`", "") for note in subject.flag_notes],
         "table_note": _table_note(subject),
         "compared": _compared(subject),
-        "cost_note": (
-            "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
-            "the charts add the stages that it starts from. All are means over seeds. Generating "
-            "is for one evaluation. Times are of the machines that ran: compare them within a "
-            "study only. "
-            "The bands of pass@k and maj@k are their intervals, as in the table. " + BANDS_NOTE
-        ),
+        "ranked": [methods.index(row["method"]) for row in rows],
+        "cost_note": _cost_note(rows),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "
             "Seeds are compared with the same seed of the other method, and shares are means over "
@@ -370,15 +370,29 @@ def _headline(subject: Subject, leads: list[Lead]) -> str:
         return f"In one run of each method {name} comes first: {score} of {subject.suite} right"
     if not unsure:
         return f"{name} is best: {score} of {subject.suite} right"
-    over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
-    equal = [row["method"] for row in subject.rows if row["accuracy"] == best["accuracy"]]
+    equal = [row["method"] for row in subject.rows if not _is_ahead(best, row)]
+    unsure = [other for other in unsure if other not in equal]
+    if len(equal) == len(subject.rows):
+        return f"{_list(equal)} are equal: {score} of {subject.suite} right"
+    first, its = f"{name} comes first", "its"
     if len(equal) > 1:
-        are = "are equal" if len(equal) == len(subject.rows) else "come first together"
-        return f"{_list(equal)} {are}: {score} of {subject.suite} right"
+        first, its = f"{_list(equal)} come first together", "their"
+    if not unsure:
+        return f"{first}: {score} of {subject.suite} right"
+    over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
     return (
-        f"{name} comes first with {score} of {subject.suite} right, but its lead over {over} may "
-        "be chance"
+        f"{first} with {score} of {subject.suite} right, but {its} lead over {over} may be chance"
     )
+
+
+def _is_ahead(row: Json, other: Json) -> bool:
+    """Whether a row's accuracy is above another's by more than means of floats are off."""
+    return bool(row["accuracy"] > other["accuracy"] + 1e-9)
+
+
+def _rank(row: Json, rows: list[Json]) -> int:
+    """A row's place; equal ones share theirs."""
+    return 1 + sum(_is_ahead(other, row) for other in rows)
 
 
 def _has_one_run(subject: Subject) -> bool:
@@ -607,7 +621,7 @@ def _compared(subject: Subject) -> list[int]:
 
 def _table(subject: Subject) -> Json:
     rows = subject.rows
-    columns: list[tuple[str, Any]] = [("right", _accuracy_cell)]
+    columns: list[tuple[str, Any]] = [("seeds", _seeds_cell), ("right", _accuracy_cell)]
     for reference, title in (("parent", "against its parent"), ("base", "against base")):
         if any(row[f"delta_vs_{reference}"] is not None for row in rows):
             columns.append((f"{title}, points", _difference_cell(reference)))
@@ -627,6 +641,7 @@ def _table(subject: Subject) -> Json:
         "columns": [title for title, _ in columns],
         "rows": [
             {
+                "rank": _rank(row, rows),
                 "method": row["method"],
                 "flags": _flags(row),
                 "cells": [make(row) for _, make in columns],
@@ -636,8 +651,36 @@ def _table(subject: Subject) -> Json:
     }
 
 
-def _cell(main: str, detail: str = "") -> Json:
-    return {"main": main, "detail": detail}
+def _seed_table(subject: Subject) -> Json:
+    """Accuracy of every seed; greedy and sampled where there are both."""
+    seeds_of = subject.study.seeds_of
+    seeds = sorted({seed for row in subject.rows for seed in seeds_of[row["method"]]})
+    rows = []
+    for row in subject.rows:
+        method = row["method"]
+        runs = dict(zip(seeds_of[method], subject.metrics[method], strict=True))
+        for decoding, name in _decodings(subject, row):
+            shares = [runs[seed][name] if seed in runs else None for seed in seeds]
+            cells = ["" if share is None else _percent(share) for share in shares]
+            rows.append({"method": method, "decoding": decoding, "cells": cells})
+    return {"seeds": seeds, "rows": rows}
+
+
+def _decodings(subject: Subject, row: Json) -> list[tuple[str, str]]:
+    """What a row has accuracies of: in words, and by its column."""
+    greedy = subject.metrics[subject.rows[0]["method"]][0]["accuracy"] is not None
+    shown = [("greedy", "accuracy")] if greedy else []
+    if row["num_samples"]:
+        shown.append(("sampled, pass@1", "pass_at_1"))
+    return shown
+
+
+def _cell(main: str, detail: str = "", against: str = "") -> Json:
+    return {"main": main, "detail": detail, "against": against}
+
+
+def _seeds_cell(row: Json) -> Json:
+    return _cell(str(row["num_seeds"]))
 
 
 def _accuracy_cell(row: Json) -> Json:
@@ -665,8 +708,8 @@ def _difference_cell(reference: str) -> Any:
         name = f"delta_vs_{reference}"
         if row[name] is None:
             return _cell("")
-        against = f" {row['parent']}" if reference == "parent" else ""
-        return _cell(_points(row[name]), f"{_interval(row, name, _points)}{against}")
+        against = row["parent"] if reference == "parent" else ""
+        return _cell(_points(row[name]), _interval(row, name, _points), against)
 
     return make
 
@@ -714,6 +757,21 @@ def _table_note(subject: Subject) -> str:
     return " ".join(notes)
 
 
+def _cost_note(rows: list[Json]) -> str:
+    note = (
+        "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
+        "the charts add the stages that it starts from. All are means over seeds. Generating "
+        "is for one evaluation. Times are of the machines that ran: compare them within a "
+        "study only. "
+    )
+    memory = ("peak_memory_mb_training", "peak_memory_mb_generating")
+    if any(row[name] is not None for row in rows for name in memory):
+        note += (
+            "Peak memory on a CPU is that of the whole process, on a GPU what torch had allocated. "
+        )
+    return f"{note}The bands of pass@k and maj@k are their intervals, as in the table. {BANDS_NOTE}"
+
+
 def _cost_table(subject: Subject) -> Json:
     """The comparison's own columns of cost, without those that are empty here."""
     columns = {
@@ -734,12 +792,8 @@ def _cost_table(subject: Subject) -> Json:
 
 def _accuracy_chart(subject: Subject) -> Json:
     rows, seeds = [], []
-    greedy = subject.metrics[subject.rows[0]["method"]][0]["accuracy"] is not None
     for row in subject.rows:
-        shown = [("greedy", "accuracy")] if greedy else []
-        if row["num_samples"]:
-            shown.append(("sampled, pass@1", "pass_at_1"))
-        for decoding, name in shown:
+        for decoding, name in _decodings(subject, row):
             rows.append(
                 {"method": row["method"], "decoding": decoding}
                 | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])

@@ -6,6 +6,8 @@ changes. Methods differ in colour and in shape or dash, for those who cannot tel
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +31,13 @@ SURFACES = {
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 DASHES = [[1, 0], [7, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3, 2, 3, 2, 3], [1, 3]]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+MINUS = "\u2212"
+OPACITY = {"right": 0.6, "wrong": 0.08}
 SIGNED = "(datum.value > 0 ? '+' : '') + datum.label"
 MAX_POINTS = 120
 """Points of a learning curve; more cannot be seen."""
-MAX_NAMED = 6
-"""Methods whose names stand beside their points; more would cover each other."""
+LINE_LENGTH = 22
+"""Characters in a line of a name beside a chart."""
 MAX_SQUEEZED = 6
 """Methods whose shares can be read in a table of pairs as narrow as a phone."""
 PAIR_STEP = 46
@@ -67,7 +71,7 @@ def _theme(palette: list[str], surface: dict[str, str]) -> Json:
         "labelFontSize": 12,
         "titleFontSize": 12,
         "titleFontWeight": "normal",
-        "labelLimit": 150,
+        "labelLimit": 260,
     }
     return {
         "background": "transparent",
@@ -80,7 +84,6 @@ def _theme(palette: list[str], surface: dict[str, str]) -> Json:
             "orient": "top",
             "direction": "horizontal",
             "title": None,
-            "columns": 4,
             "symbolStrokeWidth": 2,
             "symbolBaseFillColor": surface["ink"],
             "symbolBaseStrokeColor": surface["ink"],
@@ -111,10 +114,13 @@ def _finish(
     height: int,
     axes: tuple[str, str],
     step: int | None = None,
+    legend: list[Json] | None = None,
+    picks: bool = False,
 ) -> Json:
     """A specification without the colours of a theme, as wide as its place on the page.
 
-    With a `step` between neighbours on the x-axis it is as wide as it has to be, and scrolls.
+    With a `step` between neighbours on the x-axis it is as wide as it has to be, and scrolls. The
+    page draws a `legend` of methods: its names wrap, and are buttons where the chart `picks`.
     """
     spec = chart.properties(
         data=alt.Data(values=rows),
@@ -125,7 +131,51 @@ def _finish(
     ).to_dict(validate=False)
     spec.pop("config", None)
     spec.pop("$schema", None)
-    return {"title": title, "x": axes[0], "y": axes[1], "scrolls": step is not None, "spec": spec}
+    return {
+        "title": title,
+        "x": axes[0],
+        "y": axes[1],
+        "scrolls": step is not None,
+        "legend": legend or [],
+        "picks": picks,
+        "spec": spec,
+    }
+
+
+def _legend(methods: list[str], shown: Sequence[str], kind: str) -> list[Json]:
+    """Entries of a legend: name, place among the colours, and the method's `shape` or `dash`."""
+    looks = _methods(methods)[kind].range
+    return [
+        {"method": method, "colour": place % len(PALETTES["light"]), kind: looks[place]}
+        for place, method in enumerate(methods)
+        if method in shown
+    ]
+
+
+def _lines(name: str) -> list[str]:
+    """A name in lines that are not too long, broken where its words end."""
+    lines = [""]
+    for word in re.findall(r"[^ _-]*[ _-]?", name):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > LINE_LENGTH:
+            lines.append("")
+        lines[-1] += word
+        while len(lines[-1].rstrip()) > LINE_LENGTH:
+            lines[-1:] = [lines[-1][:LINE_LENGTH], lines[-1][LINE_LENGTH:]]
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _names(labels: dict[str, list[str]], **properties: Any) -> Any:
+    """An axis of names, each in its lines."""
+    return alt.Axis(
+        ticks=False,
+        labelExpr=f"({json.dumps(labels)})[datum.value]",
+        **{"title": None, **properties},
+    )
+
+
+def _step(labels: dict[str, list[str]], least: int) -> int:
+    """Height of a row that has room for its name."""
+    return max(least, 4 + 16 * max(len(lines) for lines in labels.values()))
 
 
 def _percent(title: str) -> Any:
@@ -141,7 +191,8 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
     """
     ranked = list(dict.fromkeys(row["method"] for row in rows))
     scales = _methods(methods)
-    y = alt.Y("method:N", sort=ranked, axis=alt.Axis(title=None, ticks=False, labelFontSize=13))
+    labels = {method: _lines(method) for method in ranked}
+    y = alt.Y("method:N", sort=ranked, axis=_names(labels, labelFontSize=13))
     decodings = sorted({row["decoding"] for row in rows})
     offset = alt.YOffset("decoding:N", scale=alt.Scale(domain=decodings))
     colour = alt.Color("method:N", scale=scales["colour"], legend=None)
@@ -170,11 +221,12 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
             tooltip=["method:N", "decoding:N", "seed:N", alt.Tooltip("value:Q", format=".1f")],
         )
     )
-    height = 26 + len(ranked) * (22 + 14 * len(decodings))
+    height = 26 + len(ranked) * _step(labels, 22 + 14 * len(decodings))
+    title = "Accuracy by method, with intervals"
     return _finish(
-        intervals + dots + points,
+        intervals + dots + points if seeds else intervals + points,
         rows,
-        "Accuracy by method, with intervals; small ticks are single seeds",
+        f"{title}; small ticks are single seeds" if seeds else title,
         height,
         ("right answers", "method"),
     )
@@ -185,16 +237,24 @@ def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
 
     `rows`: label, method, mean, low, high in points, significant.
     """
-    y = alt.Y(
-        "label:N",
-        sort=[row["label"] for row in rows],
-        axis=alt.Axis(title=None, ticks=False, labelFontSize=13, labelLimit=220),
-    )
+    labels = {row["label"]: _difference_lines(row["label"]) for row in rows}
+    y = alt.Y("label:N", sort=list(labels), axis=_names(labels, labelFontSize=13))
     colour = alt.Color("method:N", scale=_methods(methods)["colour"], legend=None)
     base = alt.Chart().encode(y=y, color=colour)
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q")
     intervals = base.mark_rule(strokeWidth=3, strokeCap="round").encode(
-        x=alt.X("low:Q", axis=alt.Axis(title="difference in percentage points", labelExpr=SIGNED)),
+        x=alt.X(
+            "low:Q",
+            axis=alt.Axis(
+                title="difference in percentage points",
+                labelExpr=SIGNED,
+                # Left to itself, it drops every other one where they are close: the zero at times.
+                values=_ticks(
+                    max(0, *(row["high"] for row in rows)), min(0, *(row["low"] for row in rows))
+                ),
+                labelOverlap=False,
+            ),
+        ),
         x2="high:Q",
     )
     tooltip = ["label:N", *_interval_tooltip("points"), "significance:N"]
@@ -207,9 +267,16 @@ def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
         ),
         tooltip=tooltip,
     )
-    return _finish(
-        zero + intervals + points, rows, title, 26 + 34 * len(rows), ("points", "comparison")
-    )
+    height = 26 + _step(labels, 34) * len(rows)
+    return _finish(zero + intervals + points, rows, title, height, ("points", "comparison"))
+
+
+def _difference_lines(label: str) -> list[str]:
+    """`a − b` in one line, or else a line or more for either."""
+    if len(label) <= LINE_LENGTH:
+        return [label]
+    method, minus, other = label.partition(f" {MINUS} ")
+    return _lines(method) + (_lines(f"{MINUS} {other}") if minus else [])
 
 
 def _interval_tooltip(name: str, form: str = ".1f") -> list[Any]:
@@ -261,23 +328,23 @@ def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json
     shown = [method for method in methods if method in present]
     x_axis = alt.Axis(title="training step", grid=False, tickCount=6)
     chart = _bands("x:Q", x_axis, axis, methods, shown, 0.16)
-    return _finish(chart, rows, title, 210, ("training step", axis))
+    legend = _legend(methods, shown, "dash")
+    axes = ("training step", axis)
+    return _finish(chart, rows, title, 210, axes, legend=legend, picks=True)
 
 
 def _bands(
     x: str, x_axis: Any, y_title: str, methods: list[str], shown: list[str], band_opacity: float
 ) -> Any:
-    """Lines with bands; a click on the legend brings one forward.
+    """Lines with bands; the page's legend says which are `picked`, and so brought forward.
 
     With many methods a band is to be seen only once its method is picked.
     """
     scales, few = _methods(methods), len(shown) <= MAX_BANDS
-    legend = alt.Legend(
-        title=None, values=shown, symbolType="stroke", symbolSize=500, symbolOpacity=1.0
-    )
-    picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
-    # A band's colour is its fill, a line's its stroke: one legend entry shows both.
-    fill = alt.Fill("method:N", scale=scales["colour"], legend=legend)
+    picked = alt.param(name="picked", value=[])
+    is_picked = "indexof(picked, datum.method) >= 0"
+    is_forward = f"length(picked) == 0 || {is_picked}"
+    fill = alt.Fill("method:N", scale=scales["colour"], legend=None)
     base = alt.Chart().encode(x=alt.X(x, axis=x_axis, scale=alt.Scale(nice=False)))
     y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(zero=False))
     band = base.mark_area(clip=True).encode(
@@ -285,18 +352,17 @@ def _bands(
         y2="high:Q",
         fill=fill,
         opacity=alt.condition(
-            picked,
+            is_forward if few else is_picked,
             alt.value(band_opacity),
             alt.value(0.02 if few else 0.0),
-            empty=few,  # whether all count as picked while none is
         ),
     )
     tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
     line = base.mark_line(strokeWidth=2.2).encode(
         y=y,
-        color=alt.Color("method:N", scale=scales["colour"], legend=legend),
-        strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=legend),
-        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.15)),
+        color=alt.Color("method:N", scale=scales["colour"], legend=None),
+        strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=None),
+        opacity=alt.condition(is_forward, alt.value(1.0), alt.value(0.15)),
     )
     hits = base.mark_point(size=120, opacity=0, filled=True).encode(y=y, fill=fill, tooltip=tooltip)
     return (band + line + hits).add_params(picked)
@@ -309,13 +375,9 @@ def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> J
     x = alt.X(
         "cost:Q",
         axis=alt.Axis(title=axis, grid=False, values=_ticks(largest)),
-        scale=alt.Scale(domain=[-0.03 * largest, 1.18 * largest], nice=False),
+        scale=alt.Scale(domain=[-0.03 * largest, 1.05 * largest], nice=False),
     )
-    few = len(rows) <= MAX_NAMED
-    legend = None if few else alt.Legend(title=None)
-    base = alt.Chart().encode(
-        x=x, color=alt.Color("method:N", scale=scales["colour"], legend=legend)
-    )
+    base = alt.Chart().encode(x=x, color=alt.Color("method:N", scale=scales["colour"], legend=None))
     y_axis = _percent("right answers")
     y_scale = alt.Scale(zero=False, padding=14)
     intervals = base.mark_rule(strokeWidth=2, opacity=0.8).encode(
@@ -323,31 +385,25 @@ def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> J
     )
     points = base.mark_point(size=130, filled=True, opacity=1).encode(
         y=alt.Y("mean:Q", axis=y_axis, scale=y_scale),
-        shape=alt.Shape("method:N", scale=scales["shape"], legend=legend),
+        shape=alt.Shape("method:N", scale=scales["shape"], legend=None),
         tooltip=[
             "method:N",
             alt.Tooltip("cost:Q", title=axis, format=",.1f"),
             *_interval_tooltip("accuracy %"),
         ],
     )
-    # Methods of like cost stand close together: their names go above and below in turn.
-    names = [
-        base.transform_filter(f"datum.side == {side}")
-        .mark_text(align="left", dx=9, dy=dy, fontSize=12.5, fontWeight=600)
-        .encode(y="mean:Q", text="method:N")
-        for side, dy in ((0, -9), (1, 13))
-    ]
-    placed = sorted(rows, key=lambda row: row["mean"])
-    placed = [{**row, "side": place % 2} for place, row in enumerate(placed)]
-    chart = alt.layer(intervals, points, *(names if few else []))
-    return _finish(chart, placed, title, 300, (axis, "right answers"))
+    # Names beside the points would cover each other where methods cost and get alike.
+    legend = _legend(methods, [row["method"] for row in rows], "shape")
+    return _finish(intervals + points, rows, title, 280, (axis, "right answers"), legend=legend)
 
 
-def _ticks(largest: float) -> list[float]:
-    """Round numbers from 0 to `largest`, four or so: none below 0, where the axis begins."""
-    step = 10.0 ** np.floor(np.log10(largest / 4))
-    step = next(step * factor for factor in (1, 2, 5, 10) if step * factor * 5 >= largest)
-    return [round(place * step, 9) for place in range(int(largest / step) + 1)]
+def _ticks(largest: float, smallest: float = 0.0) -> list[float]:
+    """Round numbers from `smallest` to `largest`, four or so, with 0."""
+    span = (largest - smallest) or 1.0
+    step = 10.0 ** np.floor(np.log10(span / 4))
+    step = next(step * factor for factor in (1, 2, 5, 10) if step * factor * 6 >= span)
+    first, last = int(np.ceil(smallest / step)), int(np.floor(largest / step))
+    return [round(place * step, 9) for place in range(first, last + 1)]
 
 
 def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
@@ -360,46 +416,63 @@ def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     # Doublings of k are equal steps.
     for layer in chart.layer:
         layer.encoding.x.scale = alt.Scale(type="log", base=2, nice=False)
-    return _finish(chart, rows, title, 270, ("samples k", "% of problems"))
+    legend = _legend(methods, shown, "dash")
+    axes = ("samples k", "% of problems")
+    return _finish(chart, rows, title, 270, axes, legend=legend, picks=True)
 
 
 def length_chart(rows: list[Json], methods: list[str]) -> Json:
     """Spread of completion lengths: 5 to 95 % as a line, quartiles as a bar, the median as a tick.
 
-    `rows`: method, outcome, q05, q25, q50, q75, q95 in tokens.
+    `rows`: method, outcome, completions, q05, q25, q50, q75, q95 in tokens. Their number stands
+    beside them: of one completion there is no spread.
     """
     present = {row["outcome"] for row in rows}
     outcomes = [outcome for outcome in ("right", "wrong") if outcome in present]
-    base = alt.Chart().encode(
-        y=alt.Y("method:N", sort=methods, axis=alt.Axis(title=None, ticks=False, labelFontSize=13)),
+    labels = {method: _lines(method) for method in methods}
+    colour = _methods(methods)["colour"]
+    place = alt.Chart().encode(
+        y=alt.Y("method:N", sort=methods, axis=_names(labels, labelFontSize=13)),
         yOffset=alt.YOffset("outcome:N", scale=alt.Scale(domain=outcomes)),
-        color=alt.Color("method:N", scale=_methods(methods)["colour"], legend=None),
     )
-    x_axis = alt.Axis(title="tokens of a completion")
-    tooltip = ["method:N", "outcome:N"] + [
+    base = place.encode(color=alt.Color("method:N", scale=colour, legend=None))
+    x_axis = alt.Axis(title="tokens of a completion", tickCount=6)
+    tooltip = ["method:N", "outcome:N", alt.Tooltip("completions:Q", format=",")] + [
         alt.Tooltip(f"q{q}:Q", title=f"{int(q)} %", format=".0f")
         for q in ("05", "25", "50", "75", "95")
     ]
     whole = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("q05:Q", axis=x_axis), x2="q95:Q")
-    opacity = alt.Opacity(
+    # Right is filled and wrong hollow: the outline has the contrast of the method's colour.
+    fill = alt.FillOpacity(
         "outcome:N",
         sort=outcomes,
-        scale=alt.Scale(domain=outcomes, range=[0.85, 0.35][: len(outcomes)]),
-        legend=alt.Legend(title=None, symbolType="square", values=outcomes),
+        scale=alt.Scale(domain=outcomes, range=[OPACITY[outcome] for outcome in outcomes]),
+        legend=None,
     )
-    middle = base.mark_bar(height=12, cornerRadius=2).encode(
-        x="q25:Q", x2="q75:Q", opacity=opacity, tooltip=tooltip
+    middle = base.mark_bar(height=12, cornerRadius=2, strokeWidth=1.5).encode(
+        x="q25:Q",
+        x2="q75:Q",
+        stroke=alt.Stroke("method:N", scale=colour, legend=None),
+        fillOpacity=fill,
+        tooltip=tooltip,
     )
     median = base.mark_tick(thickness=3, size=17).encode(x="q50:Q", tooltip=tooltip)
-    height = 40 + len(methods) * 22 * max(1, len(outcomes))
-    title = "Length of completions that are right and wrong: 5 to 95 %, quartiles and median"
-    return _finish(whole + middle + median, rows, title, height, ("tokens", "method"))
+    number = place.mark_text(align="left", dx=6, fontSize=11).encode(
+        x="q95:Q", text=alt.Text("completions:Q", format=",")
+    )
+    height = 40 + len(methods) * _step(labels, 22 * max(1, len(outcomes)))
+    title = (
+        "Length of completions that are right (filled) and wrong (hollow): 5 to 95 %, quartiles, "
+        "median, and how many they are"
+    )
+    return _finish(whole + middle + median + number, rows, title, height, ("tokens", "method"))
 
 
 def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
     """Share of completions that were cut off; `rows`: method, value in percent."""
+    labels = {method: _lines(method) for method in methods}
     base = alt.Chart().encode(
-        y=alt.Y("method:N", sort=methods, axis=alt.Axis(title=None, ticks=False, labelFontSize=13)),
+        y=alt.Y("method:N", sort=methods, axis=_names(labels, labelFontSize=13)),
         x=alt.X(
             "value:Q",
             axis=_percent("cut off at the token limit"),
@@ -410,9 +483,10 @@ def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
         color=alt.Color("method:N", scale=_methods(methods)["colour"], legend=None),
         tooltip=["method:N", alt.Tooltip("value:Q", title="cut off %", format=".2f")],
     )
-    labels = base.mark_text(align="left", dx=5).encode(text=alt.Text("label:N"))
+    shares = base.mark_text(align="left", dx=5).encode(text=alt.Text("label:N"))
     title = "Completions cut off at the token limit"
-    return _finish(bars + labels, rows, title, 40 + 28 * len(rows), ("share", "method"))
+    height = 40 + _step(labels, 28) * len(rows)
+    return _finish(bars + shares, rows, title, height, ("share", "method"))
 
 
 def agreement_charts(rows: list[Json], methods: list[str]) -> list[Json]:
@@ -441,13 +515,12 @@ def _pair_chart(
     rows: list[Json], methods: list[str], shown: str, axes: tuple[str, str], title: str
 ) -> Json:
     """A field for every two methods, row and column, with the share `shown` in it."""
+    labels = {method: _lines(method) for method in methods}
+    angle = -30 if all(len(lines) == 1 for lines in labels.values()) else -60
+    columns = _names(labels, title=axes[1], orient="top", labelAngle=angle, domain=False)
     base = alt.Chart().encode(
-        x=alt.X(
-            "b:N",
-            sort=methods,
-            axis=alt.Axis(title=axes[1], orient="top", labelAngle=-30, domain=False, ticks=False),
-        ),
-        y=alt.Y("a:N", sort=methods, axis=alt.Axis(title=axes[0], domain=False, ticks=False)),
+        x=alt.X("b:N", sort=methods, axis=columns),
+        y=alt.Y("a:N", sort=methods, axis=_names(labels, title=axes[0], domain=False)),
     )
     tooltip = [
         alt.Tooltip("a:N", title="row"),
@@ -472,5 +545,5 @@ def _pair_chart(
     )
     text = base.mark_text(fontSize=13).encode(text=alt.Text(f"{shown}:Q", format=".1f"))
     step = None if len(methods) <= MAX_SQUEEZED else PAIR_STEP
-    height = 40 + 40 * len(methods)
+    height = 40 + _step(labels, 40) * len(methods)
     return _finish(cells + text, rows, title, height, ("column", "row"), step)

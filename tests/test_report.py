@@ -40,10 +40,12 @@ from gsm8k_core.report import (
     Lead,
     Subject,
     _context,
+    _cost_note,
     _findings,
     _headline,
     _leads,
     _pair_p_values,
+    _rank,
     _table_note,
     json_for_script,
     script_text,
@@ -52,10 +54,15 @@ from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
 from gsm8k_core.report_charts import (
     PALETTES,
     SURFACES,
+    _difference_lines,
+    _lines,
     _methods,
+    accuracy_chart,
     agreement_charts,
+    difference_chart,
     learning_charts,
     learning_curve,
+    length_chart,
     pass_at_k_chart,
 )
 from gsm8k_core.tables import SCHEMA
@@ -159,7 +166,7 @@ def test_a_difference_that_is_none_is_told_to_be_none(page: Page) -> None:
 def test_the_headline_names_the_best_method_and_the_table_is_ranked(page: Page) -> None:
     assert "grpo is best: 87.5 % of test right" in squeezed(page.text)
     order = [page.text.index(f"\n{place}\n{name}") for place, name in
-             ((1, "grpo"), (2, "sft"), (3, "twin"), (4, "base"))]  # fmt: skip
+             ((1, "grpo"), (2, "sft"), (2, "twin"), (4, "base"))]  # fmt: skip
     assert order == sorted(order)
 
 
@@ -232,10 +239,36 @@ def test_methods_that_are_equal_are_called_so() -> None:
     for num_right, wanted in (
         ({"dpo": 50, "grpo": 50, "sft": 50}, "dpo, grpo and sft are equal: 50.0"),
         ({"dpo": 50, "grpo": 50, "sft": 40}, "dpo and grpo come first together: 50.0"),
+        (
+            {"dpo": 50, "grpo": 50, "sft": 49, "rft": 48, "base": 10},
+            "dpo and grpo come first together with 50.0\u00a0% of test right, but their lead over "
+            "sft and rft may be chance",
+        ),
     ):
-        subject = subject_of(num_right)
+        subject = subject_of(num_right, **dict.fromkeys(set(num_right) - {"base"}, 1e-9))
         subject.rows.sort(key=lambda row: (-row["accuracy"], row["method"]))
         assert _headline(subject, leads_of(subject)).startswith(wanted)
+
+
+def test_equal_methods_share_a_rank() -> None:
+    subject = subject_of({"dpo": 50, "grpo": 50, "sft": 49, "base": 49})
+    subject.rows[1]["accuracy"] += 1e-16  # as means over seeds differ
+    assert [_rank(row, subject.rows) for row in subject.rows] == [1, 1, 3, 3]
+
+
+def test_the_ranking_has_numbers_of_seeds_and_every_seed_stands_below_it(page: Page) -> None:
+    words = squeezed(page.text)
+    assert "#\nmethod\nseeds\nright\n" in page.text
+    assert re.search(r" 1 grpo ⚑ 2 87\.5 %", words) and re.search(r" 4 base 1 10\.0 %", words)
+    assert "method completions seed 0 seed 1 " in words
+    assert "grpo greedy 85.0 % 90.0 % grpo sampled, pass@1 60.0 % 60.0 % " in words
+    assert "base greedy 10.0 % base sampled, pass@1 6.7 %" in words
+
+
+@pytest.mark.parametrize("memory", [None, 700.0])
+def test_what_peak_memory_is_stands_where_it_is_shown(memory: float | None) -> None:
+    row = {"peak_memory_mb_training": None, "peak_memory_mb_generating": memory}
+    assert ("of the whole process" in _cost_note([row])) == (memory is not None)
 
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
@@ -279,6 +312,20 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "twin: 2 seeds; prompts cut: 93 %" in words
     assert "flag “prompts cut”: so many prompts were too long" in words
     assert "sft: 2 seeds; parent: engine" in words
+
+
+def test_without_its_script_the_page_shows_the_answers_and_tables_of_every_view(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    made = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(made)) == 0
+    page = Page(made["output"].read_text(encoding="utf-8"))
+    views = [value for _, name, value in page.attributes if name == "data-view"]
+    assert [views.count(f"{number}") for number in (0, 1)] == [3, 3]  # answer, cost, agreement
+    hidden = [tag for tag, name, _ in page.attributes if name == "hidden"]
+    assert sorted(hidden) == ["div", "p"]  # a problem that is shown or missing
+    names = [value for _, name, value in page.attributes if value == "view-name"]
+    assert len(names) == 6  # of the learning curves, cost and agreement of each
 
 
 def test_a_lead_over_many_is_corrected_for_all_pairs_and_says_so() -> None:
@@ -504,9 +551,69 @@ def test_of_many_methods_bands_show_of_those_picked_alone(number: int, shows_all
     methods = [f"method {place}" for place in range(number)]
     rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
             for name in methods for k in (1, 2)]  # fmt: skip
-    band, line, _ = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
-    assert band["encoding"]["opacity"]["condition"]["empty"] == shows_all
-    assert line["encoding"]["opacity"]["condition"].get("empty", True)
+    layers = pass_at_k_chart(rows, methods, "pass@k")["spec"]["layer"]
+    band, line = (layer["encoding"]["opacity"]["condition"]["test"] for layer in layers[:2])
+    assert ("length(picked) == 0" in band) == shows_all
+    assert "length(picked) == 0" in line
+
+
+def test_a_legend_names_the_methods_of_its_chart_with_their_looks() -> None:
+    methods = [f"method {place}" for place in range(9)]
+    rows = [{"method": name, "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
+            for name in methods[1:] for k in (1, 2)]  # fmt: skip
+    legend = pass_at_k_chart(rows, methods, "pass@k")["legend"]
+    assert [entry["method"] for entry in legend] == methods[1:]
+    assert [entry["colour"] for entry in legend] == [1, 2, 3, 4, 5, 6, 0, 1]
+    assert [entry["dash"] for entry in legend] == _methods(methods)["dash"].range[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("dr_grpo", ["dr_grpo"]),
+        (
+            "method_number_9_with_a_rather_long_name",
+            ["method_number_9_with_", "a_rather_long_name"],
+        ),
+        ("x" * 50, ["x" * 22, "x" * 22, "x" * 6]),
+    ],
+)
+def test_a_long_name_beside_a_chart_is_whole_in_several_lines(name: str, lines: list[str]) -> None:
+    assert _lines(name) == lines
+    label = f"{name} − sft"
+    assert _difference_lines(label)[-1].endswith("− sft")
+    row = {"label": label, "method": name, "mean": 1.0, "low": 0.5, "high": 2.0}
+    row |= {"significant": True, "significance": ""}
+    axis = difference_chart([row], [name], "")["spec"]["layer"][1]["encoding"]["y"]["axis"]
+    assert json.dumps({label: _difference_lines(label)}) in axis["labelExpr"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(-12.0, 83.0, [0, 20, 40, 60, 80]), (-70.0, -30.0, [-60, -40, -20, 0]), (0.0, 0.0, [0])],
+)
+def test_the_axis_of_differences_has_a_zero(low: float, high: float, ticks: list[float]) -> None:
+    rows = [{"label": "a − b", "method": "a", "mean": low, "low": low, "high": high,
+             "significant": True, "significance": ""}]  # fmt: skip
+    axis = difference_chart(rows, ["a"], "")["spec"]["layer"][1]["encoding"]["x"]["axis"]
+    assert axis["values"] == ticks and axis["labelOverlap"] is False
+
+
+def test_a_chart_of_one_seed_a_method_has_no_layer_of_seeds() -> None:
+    row = {"method": "a", "decoding": "greedy", "mean": 1.0, "low": 0.5, "high": 2.0}
+    seed = {"method": "a", "decoding": "greedy", "seed": 0, "value": 1.0}
+    one, two = (accuracy_chart([row], seeds, ["a"]) for seeds in ([], [seed]))
+    assert [len(chart["spec"]["layer"]) for chart in (one, two)] == [2, 3]
+    assert ["seeds" in chart["title"] for chart in (one, two)] == [False, True]
+
+
+def test_lengths_stand_with_the_number_of_completions_that_they_are_of() -> None:
+    quantiles = dict.fromkeys(("q05", "q25", "q50", "q75", "q95"), 7.0)
+    rows = [{"method": "a", "outcome": "wrong", "completions": 1, **quantiles}]
+    layers = length_chart(rows, ["a"])["spec"]["layer"]
+    assert layers[3]["encoding"]["text"]["field"] == "completions"
+    assert "completions" in [one["field"] for one in layers[1]["encoding"]["tooltip"]]
+    assert layers[1]["encoding"]["stroke"]["field"] == "method"  # an outline in full strength
 
 
 def test_the_page_says_when_bands_show(page: Page) -> None:

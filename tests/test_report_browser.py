@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -120,7 +121,7 @@ def draw_all(page: Page) -> int:
     boxes = page.locator(".chart-box:visible")
     for number in range(boxes.count()):
         boxes.nth(number).scroll_into_view_if_needed()
-        expect(boxes.nth(number).locator("svg").first).to_be_visible()
+        expect(boxes.nth(number).locator("svg.marks")).to_be_visible()
     return boxes.count()
 
 
@@ -142,7 +143,7 @@ def test_it_draws_every_chart_without_a_word_or_a_request(
     for details in opened.page.locator("details:visible").all():
         details.locator("summary").click()
     assert opened.page.locator("details[open] table").count() >= 9
-    opened.page.locator(".chart-box svg path").first.hover()
+    opened.page.locator(".chart-box svg.marks path").first.hover()
     assert opened.said == []
     assert opened.asked == [report.as_uri()]
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -235,16 +236,75 @@ def test_screenshots_on_a_phone_are_narrow_and_long_and_no_chart_is_squeezed(
         assert columns[-1] - columns[0] > 0.7 * width, f"{key}: drawn on a part of its place"
 
 
+LOOK = """() => ({
+    empty: document.querySelectorAll(".chart-box:not(:has(svg.marks))").length,
+    hidden: document.querySelectorAll("[data-view][hidden]").length,
+    flags: document.querySelectorAll(".flags[open]").length,
+    page: getComputedStyle(document.body).backgroundColor,
+    inks: [...new Set([...document.querySelectorAll(".role-axis-label text")]
+        .map((text) => text.getAttribute("fill")))],
+})"""
+
+
+def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
+    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(paths)) == 0
+    context = chromium.new_context(color_scheme="dark")
+    # Before the page's own listener, which puts everything back.
+    context.add_init_script(
+        f"addEventListener('afterprint', () => {{ window.paper ??= ({LOOK})() }})"
+    )
+    opened = Opened(context.new_page())
+    opened.go(paths["output"])
+    page = opened.page
+    before = page.evaluate(LOOK)
+    assert before["empty"] > 0 and before["hidden"] > 0 and before["flags"] == 0
+    page.pdf()
+    printed: dict[str, Any] = page.evaluate("window.paper")
+    assert printed == {
+        "empty": 0,
+        "hidden": 0,
+        "flags": 2,
+        "page": "rgb(255, 255, 255)",
+        "inks": [report_charts.SURFACES["light"]["quiet"]],
+    }
+    after = page.evaluate(LOOK)
+    assert after["hidden"] == before["hidden"] and after["flags"] == 0
+    assert after["page"] == before["page"] == "rgb(18, 22, 27)"
+    # A view that only paper has shown is drawn anew, as wide as its place.
+    page.select_option("#view", "1")
+    drawn = page.locator("#answer [data-view='1'] svg.marks").first
+    dark = report_charts.SURFACES["dark"]["quiet"]
+    expect(drawn.locator(".role-axis-label text").first).to_have_attribute("fill", dark)
+    assert drawn.evaluate("svg => svg.clientWidth") > 300
+    context.close()
+
+
+def test_tables_are_no_wider_than_paper(open_page: Open) -> None:
+    page = open_page(width=703).page  # 186 mm
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    expect(page.locator(".chart-box svg.marks").last).to_be_visible()
+    wide = """() => [...document.querySelectorAll("main table, main svg")].filter((shown) =>
+        shown.checkVisibility() && shown.getBoundingClientRect().right > innerWidth + 1)
+        .map((shown) => shown.outerHTML.slice(0, 100))"""
+    assert page.locator(".ranking").is_visible()
+    assert page.evaluate(wide) == []
+    assert background(page) == "rgb(255, 255, 255)"
+
+
 def test_the_theme_is_the_systems_until_it_is_chosen(open_page: Open) -> None:
     light, dark = open_page("light"), open_page("dark")
     assert background(light.page) == "rgb(255, 255, 255)"
     assert background(dark.page) == "rgb(18, 22, 27)"
     draw_all(light.page)
-    label = light.page.locator(".chart-box svg text").first
+    label = light.page.locator(".chart-box svg.marks text").first
     before = label.get_attribute("fill")
     light.page.select_option("#theme", "dark")
     assert background(light.page) == "rgb(18, 22, 27)"
-    expect(light.page.locator(".chart-box svg text").first).not_to_have_attribute(
+    expect(light.page.locator(".chart-box svg.marks text").first).not_to_have_attribute(
         "fill", str(before)
     )
     draw_all(light.page)
@@ -359,6 +419,33 @@ def test_everything_can_be_done_from_the_keyboard(open_page: Open) -> None:
     assert opened.said == []
 
 
+def test_a_legend_wraps_and_its_names_are_buttons_that_bring_lines_forward(open_page: Open) -> None:
+    opened = open_page(width=360)
+    page = opened.page
+    draw_all(page)
+    outside = """() => [...document.querySelectorAll(".chart-legend li")].filter((entry) =>
+        entry.getBoundingClientRect().right > entry.closest(".chart").getBoundingClientRect().right)
+        .length"""
+    assert page.evaluate(outside) == 0
+    chart = page.locator(".chart", has_text="pass@k")
+    faint = chart.locator("svg.marks .mark-line path[opacity='0.15']")
+    grpo = chart.get_by_role("button", name="grpo")
+    expect(faint).to_have_count(0)
+    grpo.focus()
+    page.keyboard.press("Enter")
+    expect(grpo).to_have_attribute("aria-pressed", "true")
+    expect(faint).to_have_count(3)
+    chart.get_by_role("button", name="twin").click()
+    expect(faint).to_have_count(2)
+    page.select_option("#theme", "dark")  # drawn anew
+    expect(chart.get_by_role("button", name="twin")).to_have_attribute("aria-pressed", "true")
+    expect(faint).to_have_count(2)
+    grpo.click()
+    chart.get_by_role("button", name="twin").click()
+    expect(faint).to_have_count(0)
+    assert opened.said == []
+
+
 def test_one_row_of_the_list_takes_part_in_the_tab_order(open_page: Open) -> None:
     page = open_page().page
     assert page.locator("#problems button[tabindex='0']").count() == 1
@@ -370,18 +457,51 @@ def test_completions_stand_side_by_side_with_grades_and_marks(open_page: Open) -
     page = open_page(fragment="#p/m1/test/test-20").page
     columns = page.locator(".column")
     expect(columns).to_have_count(4)
-    expect(columns.nth(2).locator("h4")).to_contain_text("2 of 2 right")
-    expect(columns.nth(1).locator("h4")).to_contain_text("0 of 2 right")
-    expect(columns.nth(2).locator(".card").first).to_contain_text("✓ right")
-    expect(columns.nth(1).locator(".card").first).to_contain_text("✗ wrong")
-    expect(columns.nth(2).locator("mark").first).to_have_text("7")
-    expect(columns.nth(1).locator("mark").first).to_have_text("8")
+    expect(columns.nth(1).locator("h4")).to_contain_text("2 of 2 right")
+    expect(columns.nth(0).locator("h4")).to_contain_text("0 of 2 right")
+    expect(columns.nth(1).locator(".card").first).to_contain_text("✓ right")
+    expect(columns.nth(0).locator(".card").first).to_contain_text("✗ wrong")
+    expect(columns.nth(1).locator("mark").first).to_have_text("7")
+    expect(columns.nth(0).locator("mark").first).to_have_text("8")
     page.locator("#key label", has_text="base").locator("input").uncheck()
     expect(columns).to_have_count(3)
     page.select_option("#decoding", "sampled")
-    expect(columns.nth(0).locator(".card")).to_have_count(6)
+    expect(columns.nth(1).locator(".card")).to_have_count(6)
     page.goto(page.url.removesuffix("test-20") + "test-19")  # not of pytest-20x above it
     expect(page.locator(".cut").first).to_have_text("cut off")
+
+
+def test_the_methods_that_are_compared_stand_first_and_then_the_best(open_page: Open) -> None:
+    page = open_page(fragment="#p/m1/test/test-20").page
+    names = "() => [...document.querySelectorAll('.column')].map((one) => one.ariaLabel)"
+    expect(page.locator(".column")).to_have_count(4)
+    assert page.evaluate(names) == ["sft", "grpo", "twin", "base"]
+    page.locator("#key label", has_text="twin").locator("input").uncheck()
+    page.select_option("#outcome", "gained")
+    page.select_option("#method-a", label="base")
+    expect(page.locator(".column").first).to_have_attribute("aria-label", "base")
+    assert page.evaluate(names) == ["base", "grpo", "sft"]
+    marks = page.locator("#problems .cells").first.locator(".cell")
+    titles = [mark.get_attribute("title") for mark in marks.all()]
+    assert [str(title).partition(":")[0] for title in titles] == ["base", "grpo", "sft", "twin"]
+
+
+def test_the_ranking_fits_a_desktop_and_what_does_not_fit_has_a_shadow(open_page: Open) -> None:
+    page = open_page().page
+    hidden = "table => table.parentElement.scrollWidth - table.parentElement.clientWidth"
+    assert page.locator(".ranking").evaluate(hidden) <= 0
+    for name in (".scroll", ".columns"):
+        look = "box => getComputedStyle(box).backgroundImage"
+        assert page.locator(name).first.evaluate(look).count("linear-gradient") == 4
+
+
+def test_a_flag_is_a_link_to_what_it_means(open_page: Open) -> None:
+    page = open_page().page
+    flag = page.get_by_role("link", name="flagged: 2 seeds").first
+    flag.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".flags li:target")).to_be_visible()
+    expect(page.locator(".flags li:target")).to_contain_text("grpo: 2 seeds")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -395,7 +515,8 @@ def test_a_hostile_completion_is_text_and_runs_nothing(open_page: Open, name: st
         expect(text).to_contain_text("characters …")
         text.locator("button.more").click()
     expected = HOSTILE[name] or "(empty)"
-    for char in ("\x00", "\u202e", "\u202c", "\u2028"):
+    unseen = ("\u00ad", "\u180e", "\u3164", "\u2800", "\ufe01", "\U000e0041")
+    for char in ("\x00", "\u202e", "\u202c", "\u2028", *unseen):
         expected = expected.replace(char, f"U+{ord(char):04X}")
     expected = expected.replace("\ud83d,", "U+D83D,").replace("\n" * 40, "40 line ends\n")
     assert text.evaluate("node => node.textContent") == expected
@@ -452,6 +573,9 @@ def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
     names = tuple(f"deepseek-r1-distill-qwen-1.5b-with-a-long-name-{n}" for n in (1, 2))
     paths = make_study(tmp_path, script, num_samples=0, models=names)
     assert script("report").main(report_arguments(paths)) == 0
+    html = paths["output"].read_text(encoding="utf-8").replace("twin", "twin_of_a_method" * 3)
+    html = html.replace(">demo</a>", f">{'a-study-with-a-long-name-' * 3}</a>")
+    paths["output"].write_text(html, encoding="utf-8", newline="")
     page = chromium.new_page(viewport={"width": width, "height": 800})
     page.goto(paths["output"].as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
@@ -459,9 +583,13 @@ def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     links = page.locator("nav[aria-label=Sections]")
     assert links.evaluate("nav => nav.clientWidth") > min(width, 500) * 0.8  # not squeezed out
+    for link in links.locator("a").all():
+        box, frame = link.bounding_box(), links.bounding_box()
+        assert box is not None and frame is not None
+        assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
     wide = page.locator("#agreement .chart-box:visible").first
     assert wide.evaluate("box => box.scrollWidth - box.clientWidth") > 0
-    assert wide.locator("svg").evaluate("svg => svg.clientWidth") > 1600
+    assert wide.locator("svg.marks").evaluate("svg => svg.clientWidth") > 1600
     page.close()
 
 
@@ -478,6 +606,17 @@ def test_views_of_models_and_suites_can_be_changed_and_linked_to(
     expect(page.locator("#answer table:visible")).to_have_count(1)
     page.locator("[data-show-view='0']").click()
     expect(page.locator("#view")).to_have_value("0")
+    heading = page.locator("#answer [data-view='0'] h2")
+    expect(heading).to_be_focused()
+    expect(heading).to_be_in_viewport()
+    assert page.evaluate("location.hash") == "#v/m1/test"
+    expect(page.locator("[aria-current][data-show-view]")).to_have_text("m1 on test")
+    page.evaluate("location.hash = '#v/m2/test'")
+    expect(page.locator("#answer [data-view='1'] h2")).to_be_focused()
+    expect(page.locator("[aria-current][data-show-view]")).to_have_text("m2 on test")
+    page.evaluate("location.hash = '#v/m3/test'")
+    expect(page.locator("#missing")).to_have_text("This page holds no m3 on test.")
+    page.locator("[data-show-view='0']").click()
     expect(page.locator("#answer [data-view='0'] svg").first).to_be_visible()
     page.close()
 
@@ -518,7 +657,7 @@ def test_a_view_opens_its_own_first_problem_when_a_search_in_completions_ends(
     expect(page.locator("#problem-id")).to_have_text("test-16")
     expect(page.locator("#position")).to_have_text("1 of 4")
     expect(page.locator(".column")).to_have_count(4)
-    shown = "#p/m2/test/test-16" if way == "select" else "#p/m1/test/test-30"
+    shown = "#p/m2/test/test-16" if way == "select" else "#v/m2/test"
     assert page.evaluate("location.hash") == shown
     # A later search ends the one of the view, which has shown nothing yet, and then shows it.
     page.evaluate(

@@ -24,14 +24,20 @@ function storage(action) {
   }
 }
 
+let printing = false; // on paper everything shows, in the light theme
+
 function theme() {
+  if (printing) return "light";
   const chosen = $("theme").value;
   return chosen === "auto" ? (darkQuery.matches ? "dark" : "light") : chosen;
 }
 
 function applyTheme() {
   document.documentElement.dataset.theme = theme();
-  for (const box of document.querySelectorAll(".chart-box.drawn")) drawChart(box);
+  for (const box of document.querySelectorAll(".chart-box.drawn")) {
+    if (box.checkVisibility()) drawChart(box);
+    else drawWhenNear(box); // has no width now
+  }
 }
 
 $("theme").value = storage((kept) => kept.getItem("gsm8k-report-theme")) ?? "auto";
@@ -49,7 +55,7 @@ async function drawChart(box) {
   box.classList.add("drawn");
   box.style.minHeight = `${box.offsetHeight}px`; // nothing below moves while the theme changes
   const target = element("div"); // has to be in the page to have a width
-  box.replaceChildren(target);
+  box.replaceChildren(...legend(chart, box), target);
   const result = await vegaEmbed(target, structuredClone(chart.spec), {
     actions: false,
     ast: true,
@@ -58,8 +64,69 @@ async function drawChart(box) {
     renderer: "svg",
     tooltip: { disableDefaultStyle: true },
   });
-  if (!target.isConnected) result.finalize(); // the theme has changed since
-  else box.style.minHeight = "";
+  if (!target.isConnected) {
+    result.finalize(); // the theme has changed since
+    return;
+  }
+  box.style.minHeight = "";
+  box.vega = result.view;
+  if (chart.picks) showPicked(chart, box);
+}
+
+/** Which methods a chart's legend has brought forward; with none of them all are. */
+const picked = new Map(Object.values(page.charts).map((chart) => [chart, new Set()]));
+
+function showPicked(chart, box) {
+  const names = [...picked.get(chart)];
+  for (const button of box.querySelectorAll(".chart-legend button")) {
+    button.setAttribute("aria-pressed", String(names.includes(button.textContent)));
+  }
+  box.vega?.signal("picked", names).runAsync();
+}
+
+/** A chart's legend, where it has one: wraps where its place is narrow, and can be tabbed to. */
+function legend(chart, box) {
+  if (!chart.legend.length) return [];
+  const entries = chart.legend.map((entry) => {
+    const content = [swatch(entry), element("span", { textContent: entry.method })];
+    if (!chart.picks) return element("li", {}, content);
+    const button = element("button", { type: "button" }, content);
+    button.addEventListener("click", () => {
+      const names = picked.get(chart);
+      if (!names.delete(entry.method)) names.add(entry.method);
+      showPicked(chart, box);
+    });
+    return element("li", {}, [button]);
+  });
+  return [element("ul", { className: "chart-legend" }, entries)];
+}
+
+const SYMBOLS = {
+  circle: "M-5,0A5,5,0,1,0,5,0A5,5,0,1,0,-5,0Z",
+  square: "M-5,-5H5V5H-5Z",
+  "triangle-up": "M-5.5,5H5.5L0,-5Z",
+  diamond: "M0,-6.5L5,0L0,6.5L-5,0Z",
+  cross: "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+  "triangle-down": "M-5.5,-5H5.5L0,5Z",
+  "triangle-right": "M-5,-5.5V5.5L5,0Z",
+};
+
+/** A method's line or symbol, in its colour. */
+function swatch({ colour, dash, shape }) {
+  const make = (name, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    return made;
+  };
+  const ink = page.themes[theme()].range.category[colour];
+  const width = dash ? 28 : 14;
+  const mark = dash
+    ? make("path", { d: "M-14,0H14", stroke: ink, "stroke-width": 2.2, "stroke-dasharray": dash })
+    : make("path", { d: SYMBOLS[shape], fill: ink });
+  const svg = make("svg", { width, height: 14, viewBox: `${-width / 2} -7 ${width} 14` });
+  svg.setAttribute("aria-hidden", "true");
+  svg.append(mark);
+  return svg;
 }
 
 const whenNear = new IntersectionObserver(
@@ -72,17 +139,31 @@ const whenNear = new IntersectionObserver(
   },
   { rootMargin: "400px" },
 );
+function drawWhenNear(box) {
+  box.classList.remove("drawn");
+  whenNear.observe(box);
+}
+
 for (const box of document.querySelectorAll(".chart-box")) {
   // About its height, so that what a link leads to stays where it is while charts are drawn.
   box.style.minHeight = `${page.charts[box.dataset.chart].spec.height + 60}px`;
-  whenNear.observe(box);
+  drawWhenNear(box);
+}
+
+/** Draw every chart that can be seen, near or not. */
+function drawAll() {
+  for (const box of document.querySelectorAll(".chart-box")) {
+    if (!box.checkVisibility()) continue;
+    whenNear.unobserve(box);
+    drawChart(box);
+  }
 }
 
 /** The numbers behind a chart, as a table, made when somebody asks for it. */
 function fillNumbers(details) {
   if (!details.open || details.querySelector("table")) return;
   const rows = page.charts[details.dataset.numbers].spec.data.values;
-  const keys = Object.keys(rows[0]).filter((key) => key !== "side");
+  const keys = Object.keys(rows[0]);
   const shown = (value) =>
     typeof value === "number" && !Number.isInteger(value)
       ? String(Number(value.toPrecision(4)))
@@ -110,12 +191,51 @@ let shownMethods = new Set();
 function showView(number, link = false) {
   view = number;
   $("view").value = String(number);
-  for (const part of document.querySelectorAll("[data-view]")) {
-    part.hidden = part.dataset.view !== String(number);
+  hideOtherViews();
+  for (const chosen of document.querySelectorAll("[data-show-view]")) {
+    if (chosen.dataset.showView === String(view)) chosen.setAttribute("aria-current", "true");
+    else chosen.removeAttribute("aria-current");
   }
   startBrowser(link);
 }
+
+/** Show a view and go to its heading, to which its link leads. */
+function goToView(number) {
+  if (number !== view) showView(number);
+  const heading = document.querySelector(`#answer [data-view="${number}"] h2`);
+  heading?.scrollIntoView({ behavior: "instant" });
+  heading?.focus({ preventScroll: true });
+}
+
+function hideOtherViews() {
+  for (const part of document.querySelectorAll("[data-view]")) {
+    part.hidden = !printing && !part.dataset.view.split(" ").includes(String(view));
+  }
+}
 $("view").addEventListener("change", () => showView(Number($("view").value), true));
+
+// ------------------------------------------------------------------------------------------ print
+
+const opened = []; // details that were closed before
+
+addEventListener("beforeprint", () => {
+  printing = true;
+  for (const details of document.querySelectorAll(".printed:not([open])")) {
+    details.open = true;
+    opened.push(details);
+  }
+  document.documentElement.classList.add("printing"); // as wide as paper, for the charts
+  document.documentElement.dataset.theme = theme();
+  hideOtherViews();
+  drawAll();
+});
+addEventListener("afterprint", () => {
+  printing = false;
+  for (const details of opened.splice(0)) details.open = false;
+  document.documentElement.classList.remove("printing");
+  hideOtherViews();
+  applyTheme();
+});
 
 // ---------------------------------------------------------------------------------------- browser
 
@@ -147,13 +267,25 @@ function startBrowser(link) {
   if (problems.some((problem) => problem.sampled)) decodings.push(["sampled", "samples"]);
   options($("decoding"), decodings);
   $("kept").textContent = page.views[view].kept;
-  $("key").replaceChildren(...methods().map((name, place) => methodToggle(name, place)));
+  showToggles();
   showList();
   applyFilters();
 }
 
+/** Places of the methods as they stand beside each other: A and B, then the best first. */
+function columnOrder() {
+  const compared = [Number($("method-a").value), Number($("method-b").value)];
+  return [...new Set([...compared, ...page.views[view].ranked])];
+}
+
+function showToggles() {
+  $("key").replaceChildren(
+    ...columnOrder().map((place) => methodToggle(methods()[place], place)),
+  );
+}
+
 function methodToggle(name, place) {
-  const box = element("input", { type: "checkbox", checked: true });
+  const box = element("input", { type: "checkbox", checked: shownMethods.has(place) });
   box.addEventListener("change", () => {
     if (box.checked) shownMethods.add(place);
     else shownMethods.delete(place);
@@ -254,7 +386,8 @@ function showList() {
 function problemRow(place) {
   const problem = browser().problems[place];
   const shares = methods().map((_, method) => shareRight(problem, method));
-  const cells = shares.map((share, method) => {
+  const cells = columnOrder().map((method) => {
+    const share = shares[method];
     const state = share === null ? "absent" : share === 0 ? "none" : share === 1 ? "all" : "some";
     return element("span", { className: "cell", title: `${methods()[method]}: ${percent(share)}`,
       data: { state } });
@@ -355,8 +488,9 @@ async function showCompletions() {
   $("solution-part").hidden = !record.answer;
   showText($("solution"), record.answer, null);
   const wanted = $("decoding").value === "greedy" ? 0 : 1;
-  const columns = methods().flatMap((name, method) =>
-    shownMethods.has(method) ? [methodColumn(name, method, record, wanted)] : []);
+  const columns = columnOrder()
+    .filter((method) => shownMethods.has(method))
+    .map((method) => methodColumn(methods()[method], method, record, wanted));
   $("completions-grid").replaceChildren(...columns);
 }
 
@@ -444,17 +578,17 @@ function stretch(text, from, to, place) {
   ];
 }
 
-// Controls, direction marks and halves of surrogate pairs: shown by number, and without effect.
+// Controls, what is not drawn, and halves of surrogate pairs: shown by number, and without effect.
 // Four line ends or more: counted, for an empty box says less.
 const UNSEEN =
-  /\n{4,}|[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]/gu;
+  /\n{4,}|[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028\u2029\u2800\ud800-\udfff\p{Cf}\p{DI}]/gu;
 
 function visible(text) {
   const nodes = [];
   let from = 0;
   for (const match of text.matchAll(UNSEEN)) {
     if (match.index > from) nodes.push(text.slice(from, match.index));
-    const number = match[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const number = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     const textContent = match[0][0] === "\n" ? `${match[0].length} line ends` : `U+${number}`;
     nodes.push(element("span", { className: "unseen", textContent }));
     if (match[0][0] === "\n") nodes.push("\n");
@@ -466,9 +600,9 @@ function visible(text) {
 
 // ---------------------------------------------------------------------------- links, keys, events
 
-/** Follow `#p/model/suite/problem`, where the fragment is one. */
+/** Follow `#p/model/suite/problem` or `#v/model/suite`, where the fragment is one. */
 function followFragment() {
-  if (!location.hash.startsWith("#p/")) return;
+  if (!/^#[pv]\//.test(location.hash)) return;
   let parts;
   try {
     parts = location.hash.slice(3).split("/").map(decodeURIComponent);
@@ -477,11 +611,16 @@ function followFragment() {
   }
   const [model, suite, id] = parts;
   const number = page.views.findIndex((item) => item.model === model && item.suite === suite);
+  if (location.hash.startsWith("#v/") && number >= 0) {
+    goToView(number);
+    return;
+  }
   const place = number < 0 ? -1
     : page.views[number].browser.problems.findIndex((problem) => problem.id === id);
   if (number >= 0 && number !== view) showView(number);
   if (place < 0) {
-    $("missing").textContent = `This page holds no problem “${id ?? ""}” of ${model} on ${suite}.`;
+    const problem = location.hash.startsWith("#p/") ? `problem “${id ?? ""}” of ` : "";
+    $("missing").textContent = `This page holds no ${problem}${model} on ${suite}.`;
     $("missing").hidden = false;
     $("completions").scrollIntoView({ behavior: "instant" });
     return;
@@ -521,6 +660,12 @@ for (const id of ["seed", "decoding"]) {
     showCompletions();
   });
 }
+for (const id of ["method-a", "method-b"]) {
+  $(id).addEventListener("change", () => {
+    showToggles();
+    showCompletions();
+  });
+}
 $("outcome").addEventListener("change", showWhichMethods);
 
 function showWhichMethods() {
@@ -554,9 +699,19 @@ document.addEventListener("keydown", (event) => {
   KEYS[event.key]();
 });
 $("show-help").addEventListener("click", () => $("help").showModal());
-for (const button of document.querySelectorAll("[data-show-view]")) {
-  button.addEventListener("click", () => showView(Number(button.dataset.showView)));
+for (const link of document.querySelectorAll("[data-show-view]")) {
+  link.addEventListener("click", () => goToView(Number(link.dataset.showView)));
 }
+for (const flag of document.querySelectorAll("a.flag")) {
+  flag.addEventListener("click", () => {
+    $(flag.hash.slice(1)).closest("details").open = true;
+  });
+}
+// What sticks to the top of the window is as high as its links need.
+const header = document.querySelector(".top");
+new ResizeObserver(() => {
+  document.documentElement.style.setProperty("--top", `${header.offsetHeight}px`);
+}).observe(header);
 
 applyTheme();
 showWhichMethods();

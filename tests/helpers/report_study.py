@@ -46,6 +46,7 @@ HOSTILE = {
     "emoji": "😀😀😀 so #### 7",
     "empty": "",
     "blank": "\n" * 40 + "#### 7",
+    "unseen": "soft\u00ad mongolian\u180e hangul\u3164 braille\u2800 tag\U000e0041\ufe01\n#### 7",
 }
 """Greedy completions of seed 0 of grpo on problems 0, 1, …"""
 
