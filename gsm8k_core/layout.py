@@ -12,8 +12,10 @@ from gsm8k_core.config import (
     Config,
     ExpertIterationMethod,
     Gsm8kDataset,
+    Settings,
     SftMethod,
 )
+from gsm8k_core.files import read_record
 
 ARTIFACTS = "artifacts"
 RUNS = f"{ARTIFACTS}/runs"
@@ -123,19 +125,23 @@ class Layout:
     def missing_paths(self) -> list[str]:
         """Each `path` of a model or dataset of the study that does not hold its files, by its key.
 
-        Snakemake would take what was once prepared under that name instead, without a word.
+        Snakemake would take what was once prepared under that name instead, without a word. That is
+        right where it was prepared with these very settings: results go on without their sources.
         """
         problems = []
         for name in self.config.study.models:
             model = self.config.models[name]
             if model.source == "path" and model.path is not None:
-                if problem := _missing_in(model.path, ["config.json"]):
+                problem = _missing_in(model.path, ["config.json"])
+                folder = self.starting_weights(name)
+                if problem and not _is_prepared(folder, model.starting_weights()):
                     problems.append(f"models.{name}.path: {problem}; name the folder of a model")
         for name in self.prepared_datasets():
             dataset = self.config.datasets[name]
             if isinstance(dataset, Gsm8kDataset) and dataset.path is not None:
                 files = ["train.jsonl", "test.jsonl"]
-                if problem := _missing_in(dataset.path, files):
+                problem = _missing_in(dataset.path, files)
+                if problem and not _is_prepared(self.data(name), dataset):
                     problems.append(
                         f"datasets.{name}.path: {problem}; name a folder with {' and '.join(files)}"
                     )
@@ -186,6 +192,12 @@ class Layout:
             for cell in self.cells()
             for suite in self.config.study.suites
         ]
+
+
+def _is_prepared(folder: str, settings: Settings) -> bool:
+    """Whether `folder` holds what the settings of a model or dataset ask for."""
+    record = read_record(Path(folder, "manifest.json"))
+    return bool(record.get("settings") == settings.model_dump(mode="json"))
 
 
 def _missing_in(path: str, names: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gsm8k_core.config import Config, parse_config
+from gsm8k_core.files import write_json
 from gsm8k_core.layout import Layout, one_of
 
 
@@ -118,7 +119,7 @@ def test_one_of_matches_these_names_alone() -> None:
 def test_paths_of_the_study_that_hold_no_model_or_data_are_named_by_their_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(**study: Any) -> list[str]:
+    def study_of(**study: Any) -> Config:
         raw = config().model_dump(mode="json", by_alias=True)
         for name, path in {"m": "~/weights", "n": "no/weights", "unused": "none"}.items():
             raw["models"][name] = {"source": "path", "path": path, "prompt": "p"}
@@ -132,7 +133,10 @@ def test_paths_of_the_study_that_hold_no_model_or_data_are_named_by_their_keys(
         raw["methods"]["own"] = {"kind": "sft", "dataset": "lost"}
         raw["suites"]["u"]["dataset"] = "half"
         raw["study"] |= study
-        return Layout(parse_config(raw)).missing_paths()
+        return parse_config(raw)
+
+    def missing(**study: Any) -> list[str]:
+        return Layout(study_of(**study)).missing_paths()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -147,6 +151,22 @@ def test_paths_of_the_study_that_hold_no_model_or_data_are_named_by_their_keys(
         "datasets.half.path: no test.jsonl in 'half'; name a folder with train.jsonl and "
         "test.jsonl",
     ]
+    # What has been prepared from them goes on without them, and with nothing but them.
+    whole = study_of()
+    lost = (
+        ("models/n", whole.models["n"].starting_weights()),
+        ("lost", whole.datasets["lost"]),
+    )
+    for folder, settings in lost:
+        manifest = {"settings": settings.model_dump(mode="json")}
+        write_json(tmp_path / "artifacts" / folder / "manifest.json", manifest)
+    assert [line.partition(".path")[0] for line in missing(methods=["base", "own"])] == [
+        "models.m", "datasets.half",
+    ]  # fmt: skip
+    for folder, settings in lost:
+        manifest = {"settings": {**settings.model_dump(mode="json"), "path": "another"}}
+        write_json(tmp_path / "artifacts" / folder / "manifest.json", manifest)
+    assert len(missing(methods=["base", "own"])) == 4
     (tmp_path / "weights" / "config.json").touch()
     assert missing(models=["m"], methods=["sft"], suites=["t"]) == []
     # What only evaluates learns from nothing.
