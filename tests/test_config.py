@@ -776,3 +776,22 @@ def test_keep_best_that_has_one_validation_to_choose_from_is_said_to_be_without_
         "there is no validation before the last step. Lower validate_every_steps."
     )
     assert "validate_every_steps 80 and num_steps 80" in line(80)
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [
+        ("grpo", 0.2, 0.2),  # Schulman et al. 2017, as Shao et al. 2024 have it
+        ("dr_grpo", 0.2, 0.2),
+        ("reinforce_pp", 0.2, 0.2),
+        ("dapo", 0.2, 0.28),  # Yu et al. 2025, section 4.1
+        ("gspo", 3e-4, 4e-4),  # Zheng et al. 2025, section 5.1
+        ("cispo", 1.0, 4.0),  # MiniMax-M1 2025 leaves the ratio without a lower bound
+    ],
+)
+def test_presets_clip_where_their_papers_do(
+    config: Config, method: str, low: float, high: float
+) -> None:
+    settings = config.trained(method)
+    assert isinstance(settings, GrpoMethod)
+    assert (settings.clip_low, settings.clip_high) == (low, high)
