@@ -42,6 +42,7 @@ from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
+UNRECORDED = ".unrecorded"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 LEFT_OUT_FOLDERS = {"state"}
 WANDB_FOLDER = "wandb"
@@ -347,6 +348,19 @@ def _differing(made: Settings, asked: Settings) -> list[str]:
 # ------------------------------------------------------------------------------------------- sums
 
 
+def note_unrecorded(layout: Layout, since_ns: int) -> None:
+    """Note that what was written after `since_ns` has no hash yet, until `record_study` is done.
+
+    A call that is killed in between has said in its manifest that it came to its end.
+    """
+    write_text(Path(layout.results, UNRECORDED), str(_unrecorded_since(layout, since_ns)))
+
+
+def _unrecorded_since(layout: Layout, since_ns: int) -> int:
+    path = Path(layout.results, UNRECORDED)
+    return min(since_ns, int(path.read_text(encoding="utf-8"))) if path.exists() else since_ns
+
+
 def record_study(layout: Layout, since_ns: int) -> None:
     """Write provenance.json and SHA256SUMS of the study as it lies there.
 
@@ -355,6 +369,7 @@ def record_study(layout: Layout, since_ns: int) -> None:
     in between is for `verify` to find. It also spares reading the weights of a large study anew.
     """
     results = Path(layout.results)
+    since_ns = _unrecorded_since(layout, since_ns)
     provenance = study_provenance(layout)
     write_json(results / "provenance.json", provenance)
     known = read_sums(results / SUMS) if (results / SUMS).exists() else {}
@@ -371,6 +386,7 @@ def record_study(layout: Layout, since_ns: int) -> None:
         if _nearest_folder(Path(name)).stat().st_ctime_ns < since_ns:
             sums[name] = known[name]  # not this call removed it: it is missing
     write_sums(results / SUMS, sums)
+    (results / UNRECORDED).unlink(missing_ok=True)
 
 
 def _nearest_folder(path: Path) -> Path:

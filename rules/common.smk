@@ -30,7 +30,12 @@ from gsm8k_core.manifest import (
     gpus as gpus_here,
     invocation_config,
 )
-from gsm8k_core.records import SUMS, invocation_facts, record_study
+from gsm8k_core.records import (
+    SUMS,
+    invocation_facts,
+    note_unrecorded,
+    record_study,
+)
 from gsm8k_core.rewards import missing_reward, reward_code
 from gsm8k_core.tracking import TRACKING_VARIABLE
 
@@ -137,8 +142,11 @@ def check_gpu_limit():
 
 def end_invocation(state):
     """Write the call's manifest and, where the study is or was finished, its hashes."""
+    is_finished = state == "succeeded" or Path(RESULTS, SUMS).exists()
+    if is_finished:
+        note_unrecorded(LAYOUT, INVOCATION.since_ns)
     INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
-    if state == "succeeded" or Path(RESULTS, SUMS).exists():
+    if is_finished:
         record_study(LAYOUT, INVOCATION.since_ns)
 
 

@@ -23,6 +23,7 @@ from gsm8k_core.records import (
     hash_folder,
     invocation_facts,
     job_seconds,
+    note_unrecorded,
     read_sums,
     record_study,
     verify_sums,
@@ -192,6 +193,22 @@ def test_a_later_call_records_what_it_wrote_and_nothing_else(study: Path, layout
     differences = verify_sums(RESULTS / SUMS)
     assert (differences.changed, differences.missing) == ([str(outside)], [str(removed)])
     assert differences.new == []
+
+
+def test_a_call_killed_while_it_took_hashes_leaves_them_to_the_next(
+    study: Path, layout: Layout
+) -> None:
+    redone = EXPERIMENTS / "grpo" / "seed0" / "model" / "model.safetensors"
+    note_unrecorded(layout, now_ns(study))
+    write_text(redone, "other weights")
+    # Killed here, with its manifest written: the next call takes its results for older than itself.
+    note_unrecorded(layout, now_ns(study))
+    record_study(layout, now_ns(study))
+    assert not verify_sums(RESULTS / SUMS)
+    assert not (RESULTS / ".unrecorded").exists()
+    flip_one_byte(redone, 3)
+    record_study(layout, now_ns(study))
+    assert verify_sums(RESULTS / SUMS).changed == [str(redone)]
 
 
 def test_a_file_that_a_redone_job_writes_no_more_is_forgotten(study: Path, layout: Layout) -> None:
