@@ -1377,8 +1377,8 @@ def parse_config(raw: dict[str, Any]) -> Config:
         raise config_error(list(dict.fromkeys(problems))) from None
     problems = _check_references(raw)
     for name in config.study.models:
-        model = config.models[name]
-        if 0 < model.gpus < model.vllm.tensor_parallel:
+        model = config.models.get(name)
+        if model is not None and 0 < model.gpus < model.vllm.tensor_parallel:
             problems.append(
                 f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, but "
                 f"gpus is only {model.gpus}"

@@ -138,7 +138,7 @@ class Layout:
                     problems.append(f"models.{name}.path: {problem}; name the folder of a model")
         for name in self.prepared_datasets():
             dataset = self.config.datasets[name]
-            if isinstance(dataset, Gsm8kDataset) and dataset.path is not None:
+            if isinstance(dataset, Gsm8kDataset) and dataset.path:
                 files = ["train.jsonl", "test.jsonl"]
                 problem = _missing_in(dataset.path, files)
                 if problem and not _is_prepared(self.data(name), dataset):

@@ -14,7 +14,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -74,8 +73,8 @@ INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
 MAX_UNTRACKED_BYTES = 200_000
-# So are the files that git does not know below a folder of the checkout where they are more, as in
-# a virtual environment that somebody has made there: only the folder is named.
+# So are the files of a folder that git does not know at all where they are more, as in a virtual
+# environment that somebody has made there: only the folder is named.
 MAX_UNTRACKED_FILES = 500
 MAX_UNTRACKED_BYTES_OF_FOLDER = 10_000_000
 # Files (and folders) that hold secrets: named in the manifest, known to git or not.
@@ -146,8 +145,8 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
 
     Files that git does not know are included. `git apply` on the commit gives the tree back, but
     for what is left out: files that may hold secrets, unknown files above MAX_UNTRACKED_BYTES, and
-    all unknown files below a folder that has more than MAX_UNTRACKED_FILES of them or more than
-    MAX_UNTRACKED_BYTES_OF_FOLDER in them.
+    all of an unknown folder, or of the unknown files of another, where they are more than
+    MAX_UNTRACKED_FILES or MAX_UNTRACKED_BYTES_OF_FOLDER.
     Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`. Empty outside a checkout. The
     index is left as it is: a copy is used.
     """
@@ -156,11 +155,15 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
         return "", {}
     left_out: dict[str, str] = {}
     small: list[str] = []
-    unknown = sorted(_git_names("ls-files", "--others", "--exclude-standard"), key=_top_folder)
-    for folder_name, names in itertools.groupby(unknown, _top_folder):
+    listing = ("ls-files", "--others", "--exclude-standard")
+    folders = {name for name in _git_names(*listing, "--directory") if name.endswith("/")}
+    unknown: dict[str, list[str]] = {}
+    for name in _git_names(*listing):
+        unknown.setdefault(_unknown_folder(name, folders), []).append(name)
+    for folder_name, names in unknown.items():
         reasons = {name: _reason_to_leave_out(name) for name in names}
         kept = [name for name, reason in reasons.items() if reason is None]
-        size = sum((ROOT / name).lstat().st_size for name in kept)
+        size = sum(_size(name) for name in kept)
         if len(reasons) > MAX_UNTRACKED_FILES or size > MAX_UNTRACKED_BYTES_OF_FOLDER:
             left_out[folder_name] = f"{len(reasons)} files that git does not know"
             continue
@@ -171,6 +174,7 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
         # With its time: git compares the content of files that are no older than the index.
         shutil.copy2(index, copy)
         environment = {"GIT_INDEX_FILE": str(copy)}
+        small = [name for name in small if os.path.lexists(ROOT / name)]  # a moment has passed
         if small:
             added = _output(
                 "git", "--literal-pathspecs", "add", "--intent-to-add",
@@ -197,10 +201,19 @@ def _git_names(*words: str, environment: dict[str, str] | None = None) -> list[s
     return [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 
-def _top_folder(name: str) -> str:
-    """The folder of the checkout that a file lies below, or the checkout."""
-    top, slash, _ = name.partition("/")
-    return top + slash if slash else "./"
+def _unknown_folder(name: str, folders: set[str]) -> str:
+    """The one of `folders`, which git does not know, that a file lies below; else its own."""
+    parts = name.split("/")[:-1]
+    above = ("/".join(parts[:depth]) + "/" for depth in range(1, len(parts) + 1))
+    return next((one for one in above if one in folders), "/".join([*parts, ""]) or "./")
+
+
+def _size(name: str) -> int:
+    """Bytes of a file; 0 where it has just gone."""
+    try:
+        return (ROOT / name).lstat().st_size
+    except OSError:
+        return 0
 
 
 def _reason_to_leave_out(name: str) -> str | None:
@@ -210,7 +223,7 @@ def _reason_to_leave_out(name: str) -> str | None:
         return "may hold secrets"
     if not (path.is_file() or path.is_symlink()):
         return "not a file"
-    too_large = path.lstat().st_size > MAX_UNTRACKED_BYTES
+    too_large = _size(name) > MAX_UNTRACKED_BYTES
     return f"larger than {MAX_UNTRACKED_BYTES} bytes" if too_large else None
 
 

@@ -42,8 +42,8 @@ Miller 2011), and t has G−1 degrees of freedom. With one problem a cluster not
 
 A side of a difference that was run once has one answer a problem, whose noise the data show as an
 effect of problems, and as none where it got all or nothing right by chance: then false positives
-against ten seeds would be 23 % at 99 % right. The variance of one more answer (a problem's, 1/P²
-of the mean) is added to that of the difference.
+against ten seeds would be 23 % at 99 % right. The variance of one more answer is added to that of
+the difference: 1/P² for a greedy completion, 1/(nP)² for one of n samples.
 
 A mean in [0, 1] gets Wilson's interval with c for z at the number of independent values that would
 have this variance, as survey proportions do (Korn and Graubard 1998): a symmetric interval around
@@ -289,7 +289,7 @@ def paired_difference(
 ) -> Difference:
     """Mean of `a − b`, its interval and two-sided p-value, paired by seed and problem.
 
-    `a (S, P)`; `b (S, P)`, or `(1, P)` where b was run once and stands for every seed. The
+    `a` and `b (S, P)`, or `(1, P)` where one was run once and stands for every seed. The
     randomness and the `clusters (P,)` are those of `mean_interval`; the p-value is below
     1 − confidence exactly where the interval leaves out 0. Differences that do not vary from
     cluster to cluster get a sign test over clusters with its exact interval (Clopper and Pearson
@@ -311,18 +311,19 @@ def paired_difference(
 def paired_differences(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, clusters: ArrayLike | None = None
 ) -> Floats:
-    """`paired_difference` of each of `a (N, S, P)` and `b (N, S, P)` or `(N, 1, P)`: (N, 5).
+    """`paired_difference` of each of `a` and `b`, `(N, S, P)` or `(N, 1, P)`: (N, 5).
 
     The columns are those of `Difference`; what cannot be told is NaN.
     """
     _check_confidence(confidence)
     left, right = _check(a), _check(b)
-    if right.shape not in (left.shape, (left.shape[0], 1, left.shape[2])):
+    runs = {left.shape[1], right.shape[1]}
+    if left.shape[::2] != right.shape[::2] or (len(runs) == 2 and 1 not in runs):
         raise ValueError(f"cannot pair values of shapes {left.shape[1:]} and {right.shape[1:]}")
     units = _units(left - right, clusters)
     shape = units.values.shape
     spread = _spread(units)
-    if right.shape[1] == 1:
+    if 1 in runs:
         spread = _with_another_answer(spread, units)
     constant = spread.variance == 0.0
     error = np.sqrt(spread.variance)

@@ -34,21 +34,26 @@ KEY_FORM = re.compile(
     r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
     r"|wandb_v1_[A-Za-z0-9_-]{16,})"
 )
-# What gives a value to a name: in a .env file, a shell, code, JSON or YAML.
-ASSIGNMENT = re.compile(
-    r"""(?<![\w$])(?P<name>[A-Za-z_][A-Za-z0-9_]*)
-    (?: ["']?[ \t]*[=:][ \t]* (?P<quoted>"[^"\n]*"|'[^'\n]*')
-      | = (?P<word>[^\s"']\S*)
-      | :[ \t]+ (?P<last>[^\s"']\S*) [ \t]*$
-    )""",
-    re.VERBOSE | re.MULTILINE,
+# What gives a value to a name: in a .env file, a shell, code, JSON or YAML. Upper-case names come
+# first: `command = "export DB_PASS=…"` is an assignment as a whole.
+UPPER_CASE, ANY_CASE = (
+    re.compile(
+        rf"""(?<![\w$])(?P<name>{name})
+        (?: ["']?[ \t]*[=:][ \t]* (?P<quoted>"[^"\n]*"|'[^'\n]*')
+          | = (?P<word>[^\s"']\S*)
+          | :[ \t]+ (?P<last>[^\s"']\S*) [ \t]*$
+        )""",
+        re.VERBOSE | re.MULTILINE,
+    )
+    for name in ("[A-Z][A-Z0-9_]*", "[A-Za-z_][A-Za-z0-9_]*")
 )
 # A value that is none: `$HF_TOKEN`, `${{ secrets.HF_TOKEN }}`, `$(cat token)`.
 REFERENCE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*\b|[{(]).*")
 # In lower case a name is a field's or a parameter's as well: eos_token = "<|endoftext|>". There a
 # value is struck out only where it looks like a key, or the name speaks of a password.
 LOOKS_LIKE_KEY = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w./+=-]{20,}")
-PASSWORD_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS$")
+LOOKS_LIKE_NAME = re.compile(r"(?=\S*[_./])[a-z0-9_./-]+")  # sort_key = "accuracy_at_1_by_seed"
+PASSWORD_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|PASSPHRASE")
 # The name of a variable, as in KEY_VARIABLE = "DEEPSEEK_API_KEY" or f(HF_TOKEN=FAKE_TOKEN).
 VARIABLE = re.compile(r"([A-Z][A-Z_]*)(?:[,)].*)?")
 
@@ -95,19 +100,20 @@ def redact_assignments(text: str) -> str:
         quote = match[group][0] if group == "quoted" else ""
         return before + quote + STRUCK_OUT + quote + match[0][match.end(group) - match.start() :]
 
-    return ASSIGNMENT.sub(strike, text)
+    return ANY_CASE.sub(strike, UPPER_CASE.sub(strike, text))
 
 
 def _is_literal_secret(name: str, group: str, value: str) -> bool:
     """Whether `value`, given to a name that is not in upper case, is a secret and not code."""
-    if group == "word":  # f(token=tokenizer)
+    if LOOKS_LIKE_NAME.fullmatch(value):
         return False
     if LOOKS_LIKE_KEY.fullmatch(value):
         return True
-    if PASSWORD_NAME.search(name.upper()) is None or re.search(r"\s", value):
+    if PASSWORD_NAME.search(name.upper()) is None or len(value) < MIN_SECRET_LENGTH:
         return False
-    # Without quotes it may be a type, as in `password: SecretStr`.
-    return len(value) >= MIN_SECRET_LENGTH and (group == "quoted" or any(map(str.isdigit, value)))
+    # Without quotes it may be code: `password: SecretStr`, `f(password=words[0])`.
+    plain = re.fullmatch(r"\S+" if group == "quoted" else r"(?=\S*\d)[^\s()\[\]{},]+", value)
+    return plain is not None
 
 
 def secrets_in_settings(settings: Any) -> list[str]:

@@ -472,10 +472,13 @@ def _difference(subject: Subject, a: str, b: str) -> Difference:
 
 
 def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
-    """Accuracies `(S, P)` of two methods at the seeds that both have."""
-    accuracy = subject.graded.accuracy
-    left, right = _paired_runs(subject, a, b)
-    return accuracy[left], accuracy[right]
+    """Accuracies `(S, P)` of two methods at the seeds that both have, `(1, P)` of one run once."""
+    sides = zip((a, b), _paired_runs(subject, a, b), strict=True)
+    left, right = (
+        subject.graded.accuracy[runs[:1] if len(subject.study.seeds_of[name]) == 1 else runs]
+        for name, runs in sides
+    )
+    return left, right
 
 
 def _paired_runs(subject: Subject, a: str, b: str) -> tuple[list[int], list[int]]:

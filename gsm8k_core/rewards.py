@@ -99,6 +99,9 @@ def reward_source(path: str, folders: Sequence[str] | None = None) -> Path | Non
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
+MAKE_NAMES_UP = {"globals", "vars", "setattr", "exec"}
+
+
 def missing_reward(path: str, folders: Sequence[str] | None = None) -> str:
     """What is wrong with `module:function`, with a remedy; empty where it looks complete.
 
@@ -120,11 +123,19 @@ def missing_reward(path: str, folders: Sequence[str] | None = None) -> str:
         return f"{source}{line}: {error.msg}; mend it"
     except ValueError as error:  # a null byte, before Python 3.12
         return f"{source}: {error}; mend it"
+    except RecursionError:  # nested too deep to be read here
+        return ""
     bound = list(_bindings(tree))
     found = [node for name, node in bound if name == function]
+    # Names that are made up as it is executed, or assigned within a function.
+    made_up = {"*", "__getattr__"} & {name for name, _ in bound} or any(
+        (isinstance(node, ast.Global) and function in node.names)
+        or (isinstance(node, ast.Name) and node.id in MAKE_NAMES_UP)
+        for node in ast.walk(tree)
+    )
+    if made_up:
+        return ""
     if not found:
-        if any(name in ("*", "__getattr__") for name, _ in bound):
-            return ""
         return f"{source} has no function {function!r}; name one that it has"
     return _not_a_reward(found[0], function, source) if len(found) == 1 else ""
 
@@ -144,6 +155,8 @@ def _bindings(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield from ((t.id, node.value) for t in node.targets if isinstance(t, ast.Name))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node
+        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name is not None:
+            yield node.name, node
         elif not isinstance(node, ast.Lambda):
             yield from _bindings(node)
 
@@ -153,10 +166,10 @@ def _not_a_reward(node: ast.AST, function: str, source: Path) -> str:
     where = f"{source}, line {getattr(node, 'lineno', 0)}: {function!r}"
     if isinstance(node, ast.Constant):
         return f"{where} is no function; name one"
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
+        return ""
     if isinstance(node, ast.AsyncFunctionDef):
         return f"{where} is async; a reward is called as fn(completion, gold)"
-    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
-        return ""
     taken = node.args
     most = len(taken.posonlyargs) + len(taken.args)
     least = most - len(taken.defaults)

@@ -269,11 +269,15 @@ class TrainingRun:
     def with_room(self, problems: list[Problem], max_new_tokens: int, what: str) -> list[Problem]:
         """The problems whose prompts leave room for a completion; a warning counts the others.
 
-        Neither engine generates beyond the model's positions, nor vLLM beyond `max_model_length`.
+        No engine generates beyond the model's positions, nor vLLM beyond `max_model_length`. That
+        counts wherever vLLM may be chosen, so that a run has the same problems with both engines.
         """
+        model_settings = self.run_settings.model_settings
+        may_be_vllm = model_settings.engine != "transformers"
+        of_vllm = model_settings.vllm.max_model_length if may_be_vllm else None
         limits = {
             "the model's {} positions": getattr(self.model.config, "max_position_embeddings", None),
-            "vllm.max_model_length {}": self.run_settings.model_settings.vllm.max_model_length,
+            "vllm.max_model_length {}": of_vllm,
         }
         known = [(limit, bound) for bound, limit in limits.items() if limit is not None]
         if not problems or not known:

@@ -54,6 +54,7 @@ from gsm8k_core.files import (
     cut_torn_line,
     iter_jsonl,
     lock,
+    read_lines,
     seed_from,
     sha256_file,
     sha256_json,
@@ -175,17 +176,17 @@ def read_partial(path: Path, header: Json) -> dict[str, Json]:
         return {}
     cut_torn_line(path)
     rows = iter_jsonl(path)
-    before = next(rows, None) or header
-    done = {row["problem_id"]: row for row in rows}
-    if before == header and done:
+    before = next(rows, None)
+    if before == header and (done := {row["problem_id"]: row for row in rows}):
         return done
-    if done:
-        others = ", ".join(key for key in header if before.get(key) != header[key])
+    if before is not None and before != header:
+        keys = sorted(key for key in {*before, *header} if before.get(key) != header.get(key))
+        num_done = sum(1 for _ in read_lines(path)) - 1
         log.warning(
             "%s: dropping %d finished problems, which were generated with other %s",
             path,
-            len(done),
-            others,
+            num_done,
+            ", ".join(keys),
         )
     path.unlink()
     return {}
@@ -209,10 +210,10 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
             settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
         else:
             method = config.methods[args.method]
-            has_pairs = isinstance(method, DpoMethod)
-            check_round(
-                args, method.rounds if isinstance(method, ExpertIterationMethod) else has_pairs
-            )
+            num_rounds = int(isinstance(method, DpoMethod))
+            if isinstance(method, ExpertIterationMethod):
+                num_rounds = method.rounds
+            check_round(args, num_rounds)
             settings = config.round_generation_settings(
                 args.model_name, args.method, seed, args.round
             )

@@ -795,3 +795,10 @@ def test_presets_clip_where_their_papers_do(
     settings = config.trained(method)
     assert isinstance(settings, GrpoMethod)
     assert (settings.clip_low, settings.clip_high) == (low, high)
+
+
+def test_a_model_that_is_not_there_is_a_mistake_beside_others() -> None:
+    found = mistakes({"study": {"models": ["tiny-qwen"], "suites": ["gsm"]}})
+    assert [line.partition(";")[0] for line in found] == [
+        "study.models: no model 'tiny-qwen'", "study.suites: no suite 'gsm'",
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ STATS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "problems_sha256": "ee",
+    "completions_sha256": "ff",
     "seconds_generating": 1.5,
     "settings": {
         "method": "sft",
@@ -186,3 +187,10 @@ def test_leaf_changes_are_told_by_key_with_both_values() -> None:
         "a.b": (1, 2), "a.c": ([1], [2]), "d": (1, None), "e": (None, 1),
     }  # fmt: skip
     assert leaf_changes(1, 2, "code") == {"code": (1, 2)}
+
+
+def test_a_compute_type_that_was_only_asked_for_is_not_compared() -> None:
+    # Stats from before they named their completions said what had been asked for.
+    earlier = {key: value for key, value in STATS.items() if key != "completions_sha256"}
+    facts = evaluation_facts({**earlier, "dtype": "bfloat16"}, METRICS)
+    assert differing([facts], [evaluation_facts(STATS, METRICS)]) == []

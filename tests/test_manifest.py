@@ -169,10 +169,15 @@ def test_a_folder_of_many_unknown_files_is_named_and_no_more(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As a virtual environment has them: together longer than a command line may be.
-    (tree / "tracked").write_text("a\n", encoding="utf-8")
+    (tree / "lib" / "known").mkdir(parents=True)
+    (tree / "lib" / "known" / "tracked").write_text("a\n", encoding="utf-8")
     git_in(tree, "add", ".")
     git_in(tree, "commit", "-q", "-m", "first")
     (tree / "own.py").write_text("b\n", encoding="utf-8")
+    (tree / "lib" / "known" / "own.py").write_text("d\n", encoding="utf-8")
+    (tree / "lib" / "dump").mkdir()
+    for number in range(501):
+        (tree / "lib" / "dump" / str(number)).touch()
     (tree / "env" / ("x" * 100)).mkdir(parents=True)
     for number in range(501):
         (tree / "env" / ("x" * 100) / f"{number}.py").touch()
@@ -184,8 +189,9 @@ def test_a_folder_of_many_unknown_files_is_named_and_no_more(
     assert left_out == {
         "data/": "3 files that git does not know",
         "env/": "501 files that git does not know",
+        "lib/dump/": "501 files that git does not know",
     }
-    assert "+b" in patch and "env/" not in patch
+    assert "+b" in patch and "+d" in patch and "env/" not in patch
 
 
 def test_as_many_unknown_files_as_no_command_line_takes_are_in_the_patch(
@@ -212,6 +218,24 @@ def test_what_git_cannot_add_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(manifest, "_output", without_add)  # as where a file has just gone
     assert manifest.uncommitted_changes() == ("", {"gone.py": "git could not add it"})
+
+
+def test_a_file_that_goes_while_it_is_looked_at_stops_nothing(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git_in(tree, "commit", "-q", "--allow-empty", "-m", "first")
+    for name in ("stays.py", "goes.py"):
+        (tree / name).write_text(f"{name}\n", encoding="utf-8")
+    reason_of = manifest._reason_to_leave_out
+
+    def looked_at(name: str) -> str | None:
+        reason = reason_of(name)
+        (tree / "goes.py").unlink(missing_ok=True)
+        return reason
+
+    monkeypatch.setattr(manifest, "_reason_to_leave_out", looked_at)
+    patch, left_out = manifest.uncommitted_changes()
+    assert "+stays.py" in patch and "goes.py" not in patch and not left_out.keys() - {"goes.py"}
 
 
 def test_looking_at_a_checkout_does_not_write_its_index(tree: Path) -> None:

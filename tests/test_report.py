@@ -35,12 +35,14 @@ from report_study import (
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json
+from gsm8k_core.metrics import paired_difference
 from gsm8k_core.plots import _cost_look, _look
 from gsm8k_core.report import (
     Lead,
     Subject,
     _context,
     _cost_note,
+    _difference,
     _findings,
     _headline,
     _leads,
@@ -205,6 +207,29 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
 def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
     return _leads(subject, _pair_p_values([subject, *other_suites]))
+
+
+def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:
+    # Each of five runs has one problem of a hundred right, another one each; the base model none.
+    ids = [f"p{number:03d}" for number in range(100)]
+    subject = subject_of({"grpo": 1, "base": 0})
+    runs = [("grpo", seed) for seed in range(5)] + [("base", 0)]
+    tables = [
+        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
+                      "correct": [number == seed and name == "grpo" for number in range(100)]})
+        for name, seed in runs
+    ]  # fmt: skip
+    seeds_of = {"grpo": [*range(5)], "base": [0]}
+    subject = replace(
+        subject,
+        graded=Graded(runs, tables, ids, ["strict"]),
+        study=subject.study.model_copy(update={"seeds_of": seeds_of}),
+    )
+    expected = paired_difference(np.eye(5, 100), np.zeros((1, 100)))
+    found, turned = _difference(subject, "grpo", "base"), _difference(subject, "base", "grpo")
+    assert found == pytest.approx(expected) and found.p_value > 0.3
+    assert turned[:3] == pytest.approx((-found.delta, -found.high, -found.low))
+    assert turned.p_value == pytest.approx(found.p_value)
 
 
 def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:

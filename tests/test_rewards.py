@@ -208,6 +208,24 @@ def test_a_name_that_a_module_gives_itself_may_be_a_custom_reward(
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "globals()['f'] = lambda completion, gold: 1",
+        "import sys\nsetattr(sys.modules[__name__], 'f', max)",
+        "f = None\ndef fill():\n    global f\n    f = max",
+        "match max:\n    case f: pass",
+        "from asgiref.sync import async_to_sync\n@async_to_sync\nasync def f(a, b): return 1",
+        "x = " + "-" * 5000 + "1\n",
+    ],
+)
+def test_a_name_that_is_made_up_when_the_module_is_executed_is_left_to_the_job(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(text)
+    assert missing_reward("own:f", [str(tmp_path)]) == ""
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         *((name, f" has no function '{name}'; name one that it has")

@@ -397,6 +397,11 @@ def test_what_another_engine_has_begun_is_not_gone_on_with(
     asked = batches_of(monkeypatch, this)
     assert len(asked) == 18  # three completions of each of the six problems
     assert "dropping 3 finished problems, which were generated with other engine" in caplog.text
+    # Rows of another version are not read.
+    this.partial.write_text('{"engine": "other"}\n{"row": 1}\n', encoding="utf-8")
+    this.output.unlink()
+    assert len(this.run()) == 18
+    assert "dropping 1 finished problems, which were generated with other engine, " in caplog.text
 
 
 def test_the_record_names_the_compute_type_that_was_used_and_the_completions(
@@ -496,9 +501,13 @@ def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
     both = ["--suite", "arithmetic", "--round", "1"]
     with pytest.raises(ConfigError, match="either --suite or --round"):
         script("generate").main([*CONFIG, *paths, *cell, "rft", *both])
-    for method, number in (("grpo", "1"), ("dpo", "2"), ("expert_iteration", "4")):
-        with pytest.raises(ConfigError, match=f"^--round: no round {number} of {method}: "):
-            script("generate").main([*CONFIG, *paths, *cell, method, "--round", number])
+    for method, number, last in (
+        ("grpo", 1, "it has no rounds here"),
+        ("dpo", 2, "its last is 1"),
+        ("expert_iteration", 4, "its last is 3"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--round: no round {number} of {method}: {last}"):
+            script("generate").main([*CONFIG, *paths, *cell, method, "--round", str(number)])
     assert not list(tmp_path.iterdir())
 
 

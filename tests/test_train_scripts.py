@@ -817,6 +817,15 @@ def test_sft_runs_where_no_validation_problem_leaves_room_unless_it_is_to_valida
         train("train_sft", "sft", name="validates", flags=given, num_steps=1, **wanted)
 
 
+@pytest.mark.parametrize(("engine", "is_left_out"), [("transformers", False), ("auto", True)])
+def test_a_length_of_vllm_counts_where_vllm_may_be_chosen(
+    train: Callable[..., Path], caplog: pytest.LogCaptureFixture, engine: str, is_left_out: bool
+) -> None:
+    model = {"engine": engine, "vllm": {"max_model_length": 16}}
+    train("train_sft", "sft", val=True, model=model, num_steps=1, batch_size=2)
+    assert ("longer than vllm.max_model_length 16" in caplog.text) == is_left_out
+
+
 def test_grpo_says_so_where_no_problem_leaves_room(train: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"none of its \d+ problems leaves room for max_new_tokens"):
         train("train_grpo", "grpo", max_new_tokens=512)
