@@ -233,13 +233,13 @@ def read_stats(path: Path) -> Json:
     missing = [key for key in IDENTITY if not isinstance(stats, dict) or key not in stats]
     if missing:
         raise DataError(f"{path}: {', '.join(missing)} missing; was this written by generate.py?")
-    kept: Json = {key: stats[key] for key in IDENTITY}
-    return {**kept, **{key: stats.get(key) for key in COPIED}}
+    return dict(stats)
 
 
-def check_they_belong_together(stats_path: Path, completions: Path, grades: pl.DataFrame) -> None:
+def check_they_belong_together(
+    stats: Json, stats_path: Path, completions: Path, grades: pl.DataFrame
+) -> None:
     """Raise DataError where the stats are of other completions, or of more or fewer of them."""
-    stats = read_json(stats_path)
     found = {
         "completions_sha256": sha256_file(completions),
         "num_problems": grades["problem_id"].n_unique(),
@@ -272,9 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     stats = read_stats(args.stats)
     with Grader(settings) as grader:
         grades = grade_rows(iter_jsonl(args.completions), str(args.completions), grader)
-    check_they_belong_together(args.stats, args.completions, grades)
+    check_they_belong_together(stats, args.stats, args.completions, grades)
     summary = {
-        **stats,
+        **{key: stats.get(key) for key in (*IDENTITY, *COPIED)},
         **settings.model_dump(),
         **summarize(grades),
         "math_verify_killed": grader.num_killed,
