@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from gsm8k_core.manifest import processor_name
+
 ROOT = Path(__file__).resolve().parents[1]
 Json = dict[str, Any]
 
@@ -48,9 +50,7 @@ def device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if os.name == "posix" else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} ({psutil.cpu_count()} cores)"
+    return f"{processor_name()} ({psutil.cpu_count()} cores)"
 
 
 def settle(device: str) -> None:

@@ -41,7 +41,7 @@ from gsm8k_core.config import (
     read_yaml,
     settings_from,
 )
-from gsm8k_core.errors import ConfigError, Gsm8kError
+from gsm8k_core.errors import ConfigError, Gsm8kError, first_line
 from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,11 @@ def run_script(main: Callable[[], int | None]) -> int:
     gc.freeze()
     gc.enable()
     level = "INFO" if ranks.is_main() else "WARNING"
-    logging.basicConfig(
-        level=os.environ.get("GSM8K_LOG_LEVEL", level).upper(), handlers=[_redacting_handler()]
-    )
+    asked = os.environ.get("GSM8K_LOG_LEVEL", level).upper()
+    known = logging.getLevelNamesMapping()
+    logging.basicConfig(level=known.get(asked, level), handlers=[_redacting_handler()])
+    if asked not in known:
+        log.warning("GSM8K_LOG_LEVEL: no level %s; there are: %s", asked, ", ".join(known))
     sys.excepthook = _write_redacted_traceback
     threading.excepthook = _write_redacted_traceback_of_thread
     sys.unraisablehook = _write_redacted_unraisable
@@ -180,7 +182,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _memory_advice(error: RuntimeError) -> str:
-    said = str(error).strip().split("\n")[0][:MEMORY_EXCERPT_CHARACTERS]
+    said = first_line(error)[:MEMORY_EXCERPT_CHARACTERS]
     return (
         f"out of memory ({said}): lower tokens_per_microbatch (or, if it was generating, "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "

@@ -23,9 +23,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -432,6 +430,8 @@ class SftSettings(TrainSettings):
 
 
 class SftMethod(SftSettings):
+    """Supervised fine-tuning on a dataset's demonstrations: cross-entropy on response tokens."""
+
     kind: Literal["sft"]
     dataset: str | None = None
     """Dataset (or reasoning traces) whose `train` it learns from; unset: the study's."""
@@ -655,15 +655,8 @@ class GrpoMethod(TrainSettings):
             )
 
 
-MethodSettings = Annotated[
-    Annotated[BaseMethod, Tag("base")]
-    | Annotated[SftMethod, Tag("sft")]
-    | Annotated[ExpertIterationMethod, Tag("expert_iteration")]
-    | Annotated[DpoMethod, Tag("dpo")]
-    | Annotated[GrpoMethod, Tag("grpo")],
-    Discriminator("kind"),
-]
 TrainedMethod = SftMethod | ExpertIterationMethod | DpoMethod | GrpoMethod
+MethodSettings = Annotated[BaseMethod | TrainedMethod, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------- reasoning traces
@@ -1171,13 +1164,7 @@ class RunSettings(Settings):
     round: NonNegativeInt = 0
     """Round of expert iteration, from 1; 0 for other methods."""
     model_settings: ModelSettings
-    method_settings: Annotated[
-        Annotated[SftMethod, Tag("sft")]
-        | Annotated[ExpertIterationMethod, Tag("expert_iteration")]
-        | Annotated[DpoMethod, Tag("dpo")]
-        | Annotated[GrpoMethod, Tag("grpo")],
-        Discriminator("kind"),
-    ]
+    method_settings: TrainedMethod = Field(discriminator="kind")
     prompt: PromptSettings
 
     def without_resources(self) -> RunSettings:
@@ -1710,7 +1697,8 @@ def _keys_at(location: list[Any], item: Any) -> list[str]:
         "selection": TraceSelectionSettings,
         "vllm": VllmSettings,
     }
-    model = nested.get(str(location[-1]))
+    # A location of two ends in a name that the user gave, which may be one of these words.
+    model = None if len(location) == 2 else nested.get(str(location[-1]))
     if model is None and len(item["loc"]) > 2 and item["loc"][2] in KINDS:
         model = KINDS[item["loc"][2]]
     model = model or SECTIONS.get(str(location[0]))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from gsm8k_core.files import atomic_path
 from gsm8k_core.ranks import is_main, rank, world_size
-from gsm8k_core.tokenization import split_by_token_budget
+from gsm8k_core.tokenization import longest_first, split_by_token_budget
 
 Value = TypeVar("Value")
 Work = TypeVar("Work")
@@ -122,7 +122,7 @@ def shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     """
     parts: list[list[int]] = [[] for _ in range(num_ranks)]
     tokens = [0] * num_ranks
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in longest_first(lengths):
         least = min(range(num_ranks), key=lambda number: (tokens[number], len(parts[number])))
         parts[least].append(index)
         tokens[least] += lengths[index]

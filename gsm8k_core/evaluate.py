@@ -54,14 +54,13 @@ from gsm8k_core.config import (
 )
 from gsm8k_core.errors import ConfigError, DataError, Gsm8kError
 from gsm8k_core.files import Json, link_or_copy, read_json, sha256_file
-from gsm8k_core.layout import ARTIFACTS
+from gsm8k_core.layout import ARTIFACTS, RUNS
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
 from gsm8k_core.tables import clusters_of, level_text, problems_text
 
 log = logging.getLogger(__name__)
-RUNS = Path(ARTIFACTS) / "runs"
 
 
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
@@ -111,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
         suite_settings=suite.ungraded(),
         prompt=subject.prompt,
     )
-    invocation = Invocation(RUNS)
+    invocation = Invocation(Path(RUNS))
     name = invocation.start(config, evaluation=settings.model_dump(mode="json", by_alias=True))
-    folder = RUNS / name
+    folder = Path(RUNS, name)
     log.info("%s", folder)
     try:
         facts = _evaluate(config, subject, settings, suite, folder)
@@ -285,7 +284,10 @@ def _prepared_weights(subject: Subject) -> list[Path]:
     """Where weights of these settings may lie; a folder on the disk may have changed since."""
     if subject.settings.source == "path":
         return []
-    return [Path(ARTIFACTS) / "models" / subject.name, *sorted(RUNS.glob("*/model"), reverse=True)]
+    return [
+        Path(ARTIFACTS) / "models" / subject.name,
+        *sorted(Path(RUNS).glob("*/model"), reverse=True),
+    ]
 
 
 def _link_weights(place: Path, wanted: Json, target: Path) -> bool:

@@ -193,7 +193,9 @@ def read_optional(path: Path) -> Json:
     if not path.exists():
         return {}
     content = read_json(path)
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {content!r:.80}")
+    return content
 
 
 def packaged_json(name: str) -> Any:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gsm8k_core.advantages import RewardFunction
 from gsm8k_core.engines.base import Request, check_requests
-from gsm8k_core.models import stop_token_ids
+from gsm8k_core.models import max_positions, stop_token_ids
 from gsm8k_core.scoring import compute_entropy
 from gsm8k_core.tokenization import TokenIds, collate_prompts, pad_token_id
 
@@ -71,7 +71,7 @@ def log_generations(
         raise ValueError(f"{len(prompts)} prompts but token ids of {len(prompt_ids)}")
     check_requests(
         [Request(list(ids), [], temperature, max_new_tokens) for ids in prompt_ids],
-        getattr(model.config, "max_position_embeddings", None),
+        max_positions(model),
     )
     eos_ids = set(stop_token_ids(model, tokenizer))
     responses, entropies = _generate(

@@ -49,8 +49,7 @@ def read_gold(text: str) -> Gold:
     """
     if not isinstance(text, str):
         raise DataError(
-            f"gold answer {text!r:.80} is not a number in words or digits: it is of type "
-            f"{type(text).__name__}, expected text such as '18'"
+            f"gold answer {text!r:.80} is of type {type(text).__name__}, expected text such as '18'"
         )
     return _read_gold(text)
 

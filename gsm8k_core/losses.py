@@ -289,17 +289,6 @@ def importance_weights(
     raise ValueError(f"unknown mode '{mode}': expected truncate, mask")
 
 
-def soft_overlong_penalty(lengths: torch.Tensor, max_new_tokens: int, buffer: int) -> torch.Tensor:
-    """Addition to the reward (N,) that falls from 0 to -1 over the last `buffer` tokens.
-
-    `lengths` (N,) in tokens. 0 up to max_new_tokens - buffer, -1 from max_new_tokens on, linear
-    between (DAPO, Yu et al. 2025, eq. 13). A buffer of 0 penalizes only lengths above the limit.
-    """
-    start = max_new_tokens - buffer
-    linear = (start - lengths.float()) / max(buffer, 1)
-    return linear.clamp(min=-1.0, max=0.0)
-
-
 def check_shapes(policy_log_probs: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise ValueError that names the first of `others` whose shape is not the policy's."""
     for name, tensor in others.items():

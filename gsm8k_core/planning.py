@@ -10,12 +10,13 @@ Where N is not known nor is the time: it is None, never a guess.
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
-import struct
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from gsm8k_core.config import (
     BaseMethod,
@@ -121,18 +122,15 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
 
 
 def num_parameters(folder: Path) -> int | None:
-    """Parameters of a model's folder, by the headers of its safetensors; None without any."""
+    """Parameters of a model's folder, by the headers of its safetensors; None where unknown."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for extent in tensor["shape"]:
-                    size *= extent
-                total += size
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                names = tensors.keys()
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+        except SafetensorError:  # cut short: preparing the model says so
+            return None
     return total or None
 
 
@@ -162,7 +160,7 @@ def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float
         return assumptions.parameters[model]
     path = config.models[model].path
     counted = num_parameters(Path(Layout(config).starting_weights(model)))
-    return counted or (num_parameters(Path(path)) if path else None)
+    return counted or (num_parameters(Path(path).expanduser()) if path else None)
 
 
 def suite_size(config: Config, suite: SuiteSettings) -> tuple[int, int]:

@@ -11,7 +11,7 @@ text. Both are what lm-evaluation-harness does by default (0.4.13: `fewshot_as_m
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,7 @@ def render_solution(solution: str, prompt: PromptSettings) -> str:
 def demonstration(problem: Problem, prompt: PromptSettings) -> str:
     """What SFT imitates for this problem: what follows the prompt, its first space included."""
     text = render_solution(problem.demonstration or problem.answer, prompt)
-    return text if text[:1].isspace() else _gap(prompt) + text  # a model's own has it
+    return text if text[:1].isspace() else _gap(prompt) + text  # what was sampled begins with it
 
 
 def _gap(prompt: PromptSettings) -> str:
@@ -136,3 +136,11 @@ def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -
     if not texts:  # as of a rank without a share, which tokenizers take for a mistake
         return []
     return tokenizer(texts, add_special_tokens=not prompt.chat)["input_ids"]
+
+
+def encode_prompts(
+    questions: Iterable[str], prompt: PromptSettings, tokenizer: Any
+) -> list[list[int]]:
+    """Token ids of the prompts that ask `questions`; raises what `render_prompt` does."""
+    texts = [render_prompt(question, prompt, tokenizer) for question in questions]
+    return prompt_token_ids(texts, prompt, tokenizer)

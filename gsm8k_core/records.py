@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gsm8k_core.config import (
+    RESERVED_DATASET_NAMES,
     BaseMethod,
     DpoMethod,
     EvaluationSettings,
@@ -46,9 +47,7 @@ UNRECORDED = ".unrecorded"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 LEFT_OUT_FOLDERS = {"state"}
 WANDB_FOLDER = "wandb"
-# Of artifacts/: these hold a folder for each study, model or call, …
-SHARED_FOLDERS = {"experiments", "models", "results", "runs"}
-# … and these a log of each dataset and each model that was prepared.
+# Of artifacts/: they hold a log of each dataset and each model that was prepared.
 LOG_FOLDERS = ("logs", "benchmarks")
 ROUND_FOLDER = re.compile(r"round\d+")
 ORIGIN_KEYS = ("from", "revision", "commit", "gguf_file", "gguf_sha256", "files")
@@ -227,7 +226,11 @@ def _invocation_of(record: Json) -> str | None:
 
 
 def job_seconds(records: Iterable[Json]) -> Json:
-    """CPU and GPU seconds of jobs, from the records that they wrote."""
+    """CPU and GPU seconds of jobs, from the records that they wrote.
+
+    `seconds_cpu_jobs` is of all attempts, killed ones included; `seconds_gpu` of the work that is
+    in the result, without what a kill lost (a record's `attempts_total` has that too).
+    """
     records = list(records)
     cpu = sum(_cpu_seconds(record) for record in records)
     return {
@@ -501,5 +504,5 @@ def _recorded_folders(sums: Iterable[str], path: Path) -> list[Path]:
     for name in sums:
         parts = Path(name).parts
         if parts[0] == ARTIFACTS and len(parts) > 2 and parts[1] not in LOG_FOLDERS:
-            folders.add(Path(*parts[: 3 if parts[1] in SHARED_FOLDERS else 2]))
+            folders.add(Path(*parts[: 3 if parts[1] in RESERVED_DATASET_NAMES else 2]))
     return sorted(folders)

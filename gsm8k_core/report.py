@@ -26,7 +26,7 @@ from markupsafe import Markup
 
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json, sha256_file
+from gsm8k_core.files import Json, read_json, read_record, sha256_file
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
@@ -1117,8 +1117,8 @@ def _evaluation_settings(study: Comparison, study_dir: Path) -> list[tuple[str, 
 def _commands(study: Comparison, runs_dir: Path | None) -> list[tuple[str, str]]:
     """The calls of snakemake for this study, newest first."""
     found = []
-    for path in sorted((runs_dir or Path()).glob("*/run_manifest.json") if runs_dir else []):
-        manifest = read_json(path)
+    for path in sorted(runs_dir.glob("*/run_manifest.json")) if runs_dir else []:
+        manifest = read_record(path)  # one that another study's call left damaged is not told of
         if manifest.get("study") == study.name:
             commit = _dig(manifest, ("git", "commit")) or "no commit"
             state = manifest.get("state")

@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 
 from gsm8k_core.answers import Marker, extract_answer
-from gsm8k_core.config import GrpoMethod, LengthRewardSettings, RewardGrade, RewardSettings
+from gsm8k_core.config import GrpoMethod, RewardGrade, RewardSettings
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import sha256_file
 from gsm8k_core.grading import is_right, read_gold
@@ -27,14 +27,14 @@ CustomRewardFn = Callable[[str, str], float]
 """(completion, gold) -> a number."""
 
 
-def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """1 for the exact answer after `####`, else 0.
+def gsm8k_reward(response: str, ground_truth: str, marker: Marker = "####") -> dict[str, float]:
+    """1 for the exact answer after the marker, else 0.
 
     Returns `reward` (equal to `answer_reward`), `format_reward` (1 where a number follows the
     marker, right or wrong) and `answer_reward`. `ground_truth` is text: a number, or a worked
     answer that ends in `#### 18`. Raises DataError when it is neither.
     """
-    components = answer_components(response, ground_truth, "strict", "####")
+    components = answer_components(response, ground_truth, "strict", marker)
     return {"reward": components["answer_reward"], **components}
 
 
@@ -50,9 +50,13 @@ def answer_components(
     return {"format_reward": float(number is not None), "answer_reward": float(right)}
 
 
-def length_reward(num_tokens: int, shaping: LengthRewardSettings) -> float:
-    """0 up to `start` tokens, −1 from `end` on, linear between."""
-    share = (num_tokens - shaping.start) / (shaping.end - shaping.start)
+def length_reward(num_tokens: int, start: int, end: int) -> float:
+    """0 up to `start` tokens, −1 from `end` on, linear between; where they are one, −1 above it.
+
+    DAPO's soft overlong punishment (Yu et al. 2025, eq. 13) begins at the limit of a completion's
+    length less a buffer, and ends at the limit.
+    """
+    share = (num_tokens - start) / max(end - start, 1)
     return -min(max(share, 0.0), 1.0)
 
 
@@ -75,7 +79,7 @@ def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
             + settings.format * components["format_reward"]
         )
         if shaping is not None:
-            components["length_reward"] = length_reward(num_tokens, shaping)
+            components["length_reward"] = length_reward(num_tokens, shaping.start, shaping.end)
             reward += settings.length * components["length_reward"]
         if custom is not None:
             value = call_custom(custom, str(settings.custom), completion, gold)
@@ -221,6 +225,10 @@ def call_custom(function: CustomRewardFn, path: str, completion: str, gold: str)
         value = function(completion, gold)
     except Exception as error:  # the user's code may raise anything
         raise TrainingError(f"{where}: raised {type(error).__name__}: {error}") from error
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise TrainingError(f"{where}: returned {value!r:.80}, expected a finite number")
-    return float(value)
+    return number

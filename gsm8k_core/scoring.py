@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm8k_core import onednn
 from gsm8k_core.compiling import compile_error
-from gsm8k_core.models import avoid_cudnn_attention
+from gsm8k_core.models import avoid_cudnn_attention, max_positions
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 from gsm8k_core.shared_prompts import SharedRow
 
@@ -130,7 +130,8 @@ def score_responses(
     head = _output_layer(model)
     num_positions = input_ids.shape[-1]
     # How long rows may be made: those with a mask or positions of their own stay as they are.
-    longest = _longest(model) if attention_mask is None and position_ids is None else 0
+    has_own_mask = attention_mask is not None or position_ids is not None
+    longest: float = 0 if has_own_mask else max_positions(model) or 0
     if shared_row is not None:
         attention_mask, position_ids = shared_row.attention_mask, shared_row.source_columns
         longest = math.inf  # its parts are as long as the model allows, not it
@@ -177,13 +178,8 @@ def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
     return None if find is None else find()
 
 
-def _longest(model: torch.nn.Module) -> float:
-    """Positions that a transformers model knows."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
-
-
 def _width_to_compute(head: torch.nn.Module | None, width: int, longest: float) -> int:
-    """Positions of rows padded on the right, so that their shapes come again (`onednn`)."""
+    """Positions of rows, rounded up so that shapes repeat and oneDNN uses its kernels again."""
     if not isinstance(head, OneDnnLinear) or not onednn.applies_to(head.weight, head.weight):
         return width
     padded = onednn.repeating_size(width)

@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gsm8k_core.models import SHARED_PROMPTS_ATTENTION, is_plain_decoder
+from gsm8k_core.tokenization import longest_first
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def pack_group(prompt_length: int, lengths: Sequence[int], most_tokens: int) -> 
     """
     packs: list[list[int]] = []
     longest = width = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in longest_first(lengths):
         length = lengths[index]
         if packs and longest - length <= prompt_length and width + length <= most_tokens:
             packs[-1].append(index)

@@ -103,6 +103,11 @@ def collate_prompts(
     return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The indices of `lengths`, longest first; ties by index."""
+    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+
 def split_by_token_budget(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Group the indices of `lengths` into microbatches of at most so many tokens, padding included.
 
@@ -112,7 +117,7 @@ def split_by_token_budget(lengths: Sequence[int], tokens_per_microbatch: int) ->
     """
     groups: list[list[int]] = []
     width = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in longest_first(lengths):
         if groups and (len(groups[-1]) + 1) * width <= tokens_per_microbatch:
             groups[-1].append(index)
         else:
@@ -129,7 +134,7 @@ def pack_examples(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     free: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in longest_first(lengths):
         if lengths[index] > max_length:
             raise ValueError(
                 f"example {index} has {lengths[index]} tokens, a row holds {max_length}: "

@@ -36,7 +36,7 @@ from gsm8k_core.answers import is_correct
 from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.engines.start import choose_engine, close_engine
+from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
 from gsm8k_core.engines.vllm_engine import VllmEngine
 from gsm8k_core.errors import ConfigError, TrainingError, first_line
 from gsm8k_core.files import (
@@ -63,6 +63,7 @@ from gsm8k_core.models import (
     load_model,
     load_plain_weights,
     load_tokenizer,
+    max_positions,
     plain_weights,
     resolve_device,
     save_model,
@@ -71,8 +72,8 @@ from gsm8k_core.models import (
 )
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress
-from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.rewards import answer_components, reward_code
+from gsm8k_core.prompts import encode_prompts, prompt_token_ids, render_prompt
+from gsm8k_core.rewards import gsm8k_reward, reward_code
 from gsm8k_core.tracking import (
     MetricsLog,
     TrackedRun,
@@ -276,7 +277,7 @@ class TrainingRun:
         may_be_vllm = model_settings.engine != "transformers"
         of_vllm = model_settings.vllm.max_model_length if may_be_vllm else None
         limits = {
-            "the model's {} positions": getattr(self.model.config, "max_position_embeddings", None),
+            "the model's {} positions": max_positions(self.model),
             "vllm.max_model_length {}": of_vllm,
         }
         known = [(limit, bound) for bound, limit in limits.items() if limit is not None]
@@ -284,9 +285,9 @@ class TrainingRun:
             return problems
         limit, bound = min(known)
         prompt = self.run_settings.prompt
-        texts = [render_prompt(problem.question, prompt, self.tokenizer) for problem in problems]
+        questions = [problem.question for problem in problems]
         lengths = [
-            len(ids) + max_new_tokens for ids in prompt_token_ids(texts, prompt, self.tokenizer)
+            len(ids) + max_new_tokens for ids in encode_prompts(questions, prompt, self.tokenizer)
         ]
         what = f"{what} with {max_new_tokens} new tokens"
         return leave_out_long(problems, lengths, limit, what, bound.format(limit))
@@ -505,18 +506,13 @@ class TrainingRun:
         texts = [render_prompt(problem.question, prompt, self.tokenizer) for problem in problems]
         ids = prompt_token_ids(texts, prompt, self.tokenizer)
         golds = [problem.gold for problem in problems]
-
-        def reward(completion: str, gold: str) -> dict[str, float]:
-            components = answer_components(completion, gold, "strict", prompt.answer_marker)
-            return {"reward": components["answer_reward"], **components}
-
         with self._sampling_context():
             rows, _ = log_generations(
                 self.model,
                 self.tokenizer,
                 texts,
                 golds,
-                reward,
+                functools.partial(gsm8k_reward, marker=prompt.answer_marker),
                 num_tokens,
                 temperature=0.0,
                 prompt_ids=ids,
@@ -603,7 +599,8 @@ class TrainingRun:
 
     def _start_engine(self) -> Engine:
         model_settings = self.run_settings.model_settings
-        if choose_engine(model_settings, self.starting_model, self.device) == "transformers":
+        chosen = choose_engine(model_settings, self.starting_model, self.device)
+        if chosen == "transformers":
             # A sharded model decodes badly: every token would gather every layer. What samples is a
             # plain copy then, which fits where vLLM's would. Its weights stay ones that could be
             # trained: of others, autocast keeps no bfloat16 copy and makes one for every token.
@@ -624,7 +621,7 @@ class TrainingRun:
             self.starting_model,
             # Shared GPUs are for evaluation: a rank of a trainer samples on its own.
             model_settings.vllm.model_copy(update={"tensor_parallel": 1}),
-            compute_dtype(self.device, model_settings.dtype),
+            engine_dtype(model_settings, self.device, chosen),
             self.device,
             model_settings.vllm.rollout_gpu_memory_fraction,
             colocated=True,
@@ -761,10 +758,10 @@ def num_greedy_right(
     max_new_tokens: int,
 ) -> int:
     """How many of `problems` have a greedy completion that is right by the strict grade."""
-    texts = [render_prompt(problem.question, prompt, tokenizer) for problem in problems]
+    questions = [problem.question for problem in problems]
     requests = [
         Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)
-        for prompt_ids in prompt_token_ids(texts, prompt, tokenizer)
+        for prompt_ids in encode_prompts(questions, prompt, tokenizer)
     ]
     completions = engine.generate(requests)
     return sum(

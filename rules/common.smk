@@ -92,9 +92,7 @@ CODE_WITH_REWARD = {
 
 MISSING_REWARDS = [
     f"methods.{name}.reward.custom: {path!r}: {problem}"
-    for name in sorted(
-        {s for m in CONFIG.study.methods for s in CONFIG.method_chain(m)}
-    )
+    for name in sorted(CONFIG.stages())
     if CONFIG.methods[name].kind == "grpo"
     and (path := CONFIG.methods[name].reward.custom)
     and (problem := missing_reward(path, REWARD_FOLDERS))

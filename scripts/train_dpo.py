@@ -33,8 +33,9 @@ from gsm8k_core.dpo import dpo_loss
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
+from gsm8k_core.models import max_positions
 from gsm8k_core.problems import checked_text
-from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.prompts import encode_prompts
 from gsm8k_core.records import sampling_cost
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import checked_token_ids, collate, pad_token_id
@@ -73,20 +74,19 @@ def load_pairs(
     prompt that leaves no room for a completion. Raises DataError that names file and row for every
     fault, and where there is no pair.
     """
-    texts, responses = [], []
+    questions, responses = [], []
     for number, row in enumerate(iter_jsonl(path), start=1):
         where = f"{path}, row {number}"
-        question = checked_text(row.get("question"), f"{where}: 'question'")
-        texts.append(render_prompt(question, prompt, tokenizer))
+        questions.append(checked_text(row.get("question"), f"{where}: 'question'"))
         responses.append(
             [
                 checked_token_ids(row, key, where, vocab_size)
                 for key in ("chosen_ids", "rejected_ids")
             ]
         )
-    if not texts:
+    if not questions:
         raise DataError(f"{path}: holds no pair")
-    prompts = prompt_token_ids(texts, prompt, tokenizer)
+    prompts = encode_prompts(questions, prompt, tokenizer)
     pairs = [
         Pair(prompt_ids, chosen, rejected)
         for prompt_ids, (chosen, rejected) in zip(prompts, responses, strict=True)
@@ -132,9 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     reference = run.load_reference()
     pad_id = pad_token_id(run.tokenizer)
     config = run.model.config
-    num_positions = getattr(config, "max_position_embeddings", None)
     pairs = load_pairs(
-        args.data, run_settings.prompt, run.tokenizer, config.vocab_size, num_positions
+        args.data, run_settings.prompt, run.tokenizer, config.vocab_size, max_positions(run.model)
     )
     steps_done, _ = run.resume()
     order = endless_order(len(pairs), seed_from(run_settings.seed, "pairs"))

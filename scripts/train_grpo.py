@@ -48,12 +48,12 @@ from gsm8k_core.grpo import (
     sampler_gap,
     summarize_metrics,
 )
-from gsm8k_core.losses import kl_estimate, mask_truncated, soft_overlong_penalty, step_normalizer
+from gsm8k_core.losses import kl_estimate, mask_truncated, step_normalizer
 from gsm8k_core.masking import masked_sum
 from gsm8k_core.models import compute_dtype
 from gsm8k_core.problems import Problem, read_problems
-from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.rewards import RewardFn, build_reward_fn
+from gsm8k_core.prompts import encode_prompts
+from gsm8k_core.rewards import RewardFn, build_reward_fn, length_reward
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.shared_prompts import pack_group, share_prompts, shared_width, use_in
 from gsm8k_core.tokenization import collate, pad_token_id, split_by_token_budget
@@ -123,9 +123,7 @@ def sample_groups(
     Each rank samples its share of them; all get all.
     """
     settings = run_settings.of_kind(GrpoMethod)
-    texts = [
-        render_prompt(problem.question, run_settings.prompt, tokenizer) for problem in problems
-    ]
+    questions = [problem.question for problem in problems]
     requests = [
         Request(
             prompt_ids,
@@ -137,7 +135,7 @@ def sample_groups(
             settings.max_new_tokens,
         )
         for draw, prompt_ids in enumerate(
-            prompt_token_ids(texts, run_settings.prompt, tokenizer), start=first_draw
+            encode_prompts(questions, run_settings.prompt, tokenizer), start=first_draw
         )
     ]
     own = slice(ranks.rank(), None, ranks.world_size())
@@ -148,11 +146,9 @@ def sample_groups(
         rewards = [reward_fn(c.text, problem.gold, len(c.token_ids)) for c in completions]
         has_spread = len({reward["reward"] for reward in rewards}) > 1
         if settings.overlong_buffer:
-            penalties = soft_overlong_penalty(
-                torch.tensor([len(c.token_ids) for c in completions]),
-                settings.max_new_tokens,
-                settings.overlong_buffer,
-            ).tolist()
+            end = settings.max_new_tokens
+            start = end - settings.overlong_buffer
+            penalties = [length_reward(len(c.token_ids), start, end) for c in completions]
             rewards = [
                 {**reward, "overlong_reward": penalty, "reward": reward["reward"] + penalty}
                 for reward, penalty in zip(rewards, penalties, strict=True)
@@ -219,7 +215,8 @@ def to_tensors(
 ) -> Rollouts:
     """Pad a step's groups into tensors. The sampled ids are used as they are.
 
-    With `most_tokens`, of those that share a prompt, prompts are shared.
+    `most_tokens`: the completions of one prompt share it, in rows of at most so many tokens; None:
+    one row per completion.
     """
     prompts = [group.prompt_ids for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]

@@ -31,8 +31,9 @@ from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.distributed import gather, own_work
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import iter_jsonl, seed_from
+from gsm8k_core.models import max_positions
 from gsm8k_core.problems import checked_text, read_problems
-from gsm8k_core.prompts import demonstration, prompt_token_ids, render_prompt
+from gsm8k_core.prompts import demonstration, encode_prompts
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.sft import check_packing, sft_loss
 from gsm8k_core.tokenization import (
@@ -78,8 +79,7 @@ def load_examples(
         texts = [demonstration(problem, run_settings.prompt) for problem in problems]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
-    prompts = [render_prompt(question, run_settings.prompt, tokenizer) for question in questions]
-    prompt_ids = prompt_token_ids(prompts, run_settings.prompt, tokenizer)
+    prompt_ids = encode_prompts(questions, run_settings.prompt, tokenizer)
     longest, bound, advice = settings.max_length, f"max_length {settings.max_length}", "raise it"
     if num_positions is not None and num_positions < longest:
         longest, bound = num_positions, f"the model's {num_positions} positions"
@@ -134,9 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     run = TrainingRun.from_arguments(args, run_settings)
     pad_id = pad_token_id(run.tokenizer)
     config = run.model.config
-    num_positions = getattr(config, "max_position_embeddings", None)
     examples = load_examples(
-        args.data, run_settings, run.tokenizer, config.vocab_size, num_positions
+        args.data, run_settings, run.tokenizer, config.vocab_size, max_positions(run.model)
     )
     if settings.packing:
         check_packing(run.model)

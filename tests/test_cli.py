@@ -76,6 +76,14 @@ def test_what_the_user_can_mend_is_one_line(
     assert capsys.readouterr().err == line
 
 
+def test_a_level_of_logging_that_there_is_not_is_told_and_not_taken() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "verify.py"), "--study", "none"]
+    environment = {**os.environ, "GSM8K_LOG_LEVEL": "verbose"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "GSM8K_LOG_LEVEL: no level VERBOSE; there are: CRITICAL" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as torch's own."""
 

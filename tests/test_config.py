@@ -121,6 +121,14 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             {"suites": {"gsm8k": {"marker": "\\boxed{}"}}},
             "suites.gsm8k.marker: the marker of \\boxed{} is called 'boxed'",
         ),
+        (
+            {"methods": {"lora": {"kind": "sft", "from": "base", "lerning_rate": 0.1}}},
+            "methods.lora.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        (
+            {"suites": {"selection": {"dataset": "gsm8k", "num_sample": 4}}},
+            "suites.selection.num_sample: unknown key; did you mean 'num_samples'?",
+        ),
         ({"studdy": {}}, "studdy: unknown key; did you mean 'study'?"),
         ({"study": {"sedes": [1]}}, "study.sedes: unknown key; did you mean 'seeds'?"),
         (

@@ -247,7 +247,9 @@ def test_a_record_is_read_where_there_is_one_and_what_is_optional_is_read_whole(
     path.write_text('{"a": 1}', encoding="utf-8")
     assert read_record(path) == read_optional(path) == {"a": 1}
     path.write_text("[1]", encoding="utf-8")
-    assert read_record(path) == read_optional(path) == {}
+    assert read_record(path) == {}
+    with pytest.raises(DataError, match=r"x.json: expected a JSON object, found \[1\]"):
+        read_optional(path)
     path.write_text('{"a":', encoding="utf-8")
     assert read_record(path) == {}
     with pytest.raises(DataError, match="not valid JSON"):

@@ -28,7 +28,6 @@ from gsm8k_core.losses import (
     policy_ratio,
     ppo_clip_objective,
     reinforce_objective,
-    soft_overlong_penalty,
     step_normalizer,
 )
 
@@ -472,21 +471,6 @@ def test_importance_weights_are_bounded_by_token_or_by_completion(
     )
     assert weights.tolist() == [pytest.approx(row) for row in expected]
     assert not weights.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("length", "penalty"),
-    [(0, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (101, -1.0), (500, -1.0)],
-)
-def test_the_overlong_penalty_falls_over_the_buffer(length: int, penalty: float) -> None:
-    # DAPO eq. 13 with 100 tokens and a buffer of 20: ((100 - 20) - length) / 20 between 80 and 100
-    found = soft_overlong_penalty(torch.tensor([length]), max_new_tokens=100, buffer=20)
-    assert found.item() == pytest.approx(penalty)
-
-
-def test_without_a_buffer_only_lengths_above_the_limit_are_penalized() -> None:
-    found = soft_overlong_penalty(torch.tensor([99, 100, 101]), max_new_tokens=100, buffer=0)
-    assert found.tolist() == [0.0, 0.0, -1.0]
 
 
 ONE, EVERYWHERE, UNKNOWN = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), cast(Any, "x")

@@ -485,6 +485,21 @@ def test_what_a_killed_call_wrote_counts_until_a_call_of_its_study_comes_to_an_e
     assert last.since_ns == (killed / "locks" / "requirements.lock.txt").stat().st_ctime_ns
 
 
+def test_a_call_at_work_is_not_killed_when_the_clock_is_corrected(
+    tmp_path: Path, config: Config
+) -> None:
+    first = Invocation(tmp_path)
+    first.start(config)
+    (folder,) = tmp_path.iterdir()
+    path = folder / "run_manifest.json"
+    written = read_json(path)
+    for step, state in ((5.0, "running"), (-5.0, "running"), (3600.0, "killed")):
+        process = {**written["process"], "started": written["process"]["started"] + step}
+        write_json(path, {**written, "process": process})
+        Invocation(tmp_path).start(config)
+        assert read_json(path)["state"] == state
+
+
 def test_a_manifest_that_cannot_be_read_stops_nobody(tmp_path: Path, config: Config) -> None:
     (tmp_path / "20260101T000000Z_nogit").mkdir()
     (tmp_path / "20260101T000000Z_nogit" / "run_manifest.json").write_text("{", encoding="utf-8")

@@ -731,9 +731,11 @@ def test_one_seed_tells_of_problems_but_not_of_other_runs() -> None:
     assert coverage(1, 200, 0.6, 0.0) < 90  # as the docstring and the table's flag say
 
 
+GRID = [*itertools.product([2, 3, 5, 10], [50, 200]), (2, 1319), (10, 1319)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("num_problems", [50, 200, 1319])
-@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("num_seeds", "num_problems"), GRID)
 def test_coverage_over_the_whole_grid(num_seeds: int, num_problems: int) -> None:
     found = {
         (spread, logit): coverage(num_seeds, num_problems, spread, logit)
@@ -746,8 +748,7 @@ def test_coverage_over_the_whole_grid(num_seeds: int, num_problems: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_problems", [50, 200, 1319])
-@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("num_seeds", "num_problems"), GRID)
 def test_false_positives_over_the_whole_grid(num_seeds: int, num_problems: int) -> None:
     num_studies = 6000 if num_problems < 1000 else 2000
     found = {

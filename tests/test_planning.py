@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import plan_scale
-from gsm8k_core.config import load_config
+from gsm8k_core.config import Config, WeightsSettings, load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_json
 from gsm8k_core.planning import (
@@ -20,6 +20,7 @@ from gsm8k_core.planning import (
     disk_use,
     jobs_by_rule,
     num_parameters,
+    parameters_of,
     suite_size,
     work_of,
 )
@@ -200,6 +201,25 @@ def test_parameters_are_counted_in_the_files(tiny_folder: Path) -> None:
     counted = num_parameters(tiny_folder)
     assert counted is not None and 0 < size - 4 * counted < 10_000
     assert num_parameters(tiny_folder / "nothing") is None
+
+
+def test_parameters_of_weights_that_are_cut_short_are_not_known(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    weights = (tiny_folder / "model.safetensors").read_bytes()
+    for size in (4, 100, len(weights) - 1):
+        (tmp_path / "model.safetensors").write_bytes(weights[:size])
+        assert num_parameters(tmp_path) is None
+
+
+def test_parameters_of_a_model_in_the_home_folder_are_counted(
+    config: Config, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    weights = WeightsSettings(source="path", path=f"~/{tiny_folder.name}")
+    settings = config.models["tiny-qwen2"].model_copy(update=weights.model_dump())
+    config = config.model_copy(update={"models": {"mine": settings}})
+    assert parameters_of(config, "mine", Assumptions()) == num_parameters(tiny_folder)
 
 
 @pytest.mark.slow

@@ -85,7 +85,19 @@ def test_the_marker_of_the_prompt_is_the_one_that_counts() -> None:
     ("num_tokens", "reward"), [(0, 0.0), (100, 0.0), (150, -0.5), (200, -1.0), (999, -1.0)]
 )
 def test_the_length_reward_falls_linearly_from_start_to_end(num_tokens: int, reward: float) -> None:
-    assert length_reward(num_tokens, LengthRewardSettings(start=100, end=200)) == reward
+    assert length_reward(num_tokens, 100, 200) == reward
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "reward"), [(80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (101, -1.0)]
+)
+def test_the_length_reward_is_dapos_overlong_punishment(num_tokens: int, reward: float) -> None:
+    # Eq. 13 with 100 tokens and a buffer of 20: ((100 - 20) - length) / 20 between 80 and 100.
+    assert length_reward(num_tokens, 100 - 20, 100) == pytest.approx(reward)
+
+
+def test_without_a_buffer_only_lengths_above_the_limit_are_penalized() -> None:
+    assert [length_reward(num_tokens, 100, 100) for num_tokens in (99, 100, 101)] == [0, 0, -1]
 
 
 # ------------------------------------------------------------------------------------------ custom
@@ -99,6 +111,7 @@ def custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def fails(completion, gold): raise KeyError('shoe')\n"
         "def text(completion, gold): return 'high'\n"
         "def nothing(completion, gold): pass\n"
+        "def huge(completion, gold): return 10**400\n"
         "def nan(completion, gold): return float('nan')\n"
         "def infinite(completion, gold): return float('inf')\n"
         "NUMBER = 3\n",
@@ -289,6 +302,7 @@ def test_the_code_of_a_custom_reward_is_the_digest_of_its_file(tmp_path: Path) -
         ("text", "returned 'high'"),
         ("nothing", "returned None"),
         ("nan", "returned nan"),
+        ("huge", "returned 1000"),
         ("infinite", "returned inf"),
     ],
 )

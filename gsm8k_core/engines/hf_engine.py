@@ -37,6 +37,7 @@ from gsm8k_core.models import (
     avoid_cudnn_attention,
     is_plain_decoder,
     load_plain_weights,
+    max_positions,
     stop_token_ids,
 )
 from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
@@ -217,7 +218,7 @@ class HfEngine:
         self.forward_context = forward_context or torch.no_grad
         self.stop_ids = set(stop_token_ids(model, tokenizer))
         self.pad_id = pad_token_id(tokenizer)
-        self.max_length = getattr(model.config, "max_position_embeddings", None)
+        self.max_length = max_positions(model)
 
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None

@@ -66,7 +66,7 @@ def choose_engine(
 
 
 def engine_dtype(settings: ModelSettings, device: torch.device, chosen: str) -> str:
-    """What an engine that `start_engine` starts computes in."""
+    """What the engine `chosen` computes in, in evaluation and in training."""
     own = settings.vllm.dtype if chosen == "vllm" else None
     return own or compute_dtype(device, settings.dtype)
 

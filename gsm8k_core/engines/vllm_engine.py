@@ -102,7 +102,7 @@ class VllmEngine:
             self.vllm = _import_vllm()
         options: dict[str, Any] = {
             "model": str(folder),
-            "dtype": settings.dtype or dtype,
+            "dtype": dtype,
             "seed": 0,  # each request has its own
             "tensor_parallel_size": settings.tensor_parallel,
             "max_num_seqs": settings.max_sequences,
