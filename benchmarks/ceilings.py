@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import settle
+from benchmarks.common import device_name, settle
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.files import write_json
-from gsm8k_core.training import device_name
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int, times: int) -> float:
@@ -65,11 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     name = f"copy of {args.copy_mib} MiB"
     rows.append({"what": name, "value": 2 * source.numel() / seconds / 1e9, "unit": "GB/s"})
 
-    sys.stdout.write(f"{device_name(device)}, torch {torch.__version__}\n\n| | |\n|---|---:|\n")
+    named = device_name(args.device)
+    sys.stdout.write(f"{named}, torch {torch.__version__}\n\n| | |\n|---|---:|\n")
     for row in rows:
         sys.stdout.write(f"| {row['what']} | {row['value']:,.1f} {row['unit']} |\n")
     if args.output is not None:
-        facts = {"device": device_name(device), "torch": torch.__version__, "rows": rows}
+        facts = {"device": named, "torch": torch.__version__, "rows": rows}
         write_json(args.output, facts)
     return 0
 

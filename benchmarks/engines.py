@@ -29,6 +29,7 @@ from gsm8k_core.engines.vllm_engine import vllm_build
 from gsm8k_core.files import iter_jsonl
 from gsm8k_core.models import resolve_device
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.tokenization import collate_prompts
 
 Sample = Callable[[list[Request]], list[list[int]]]
 
@@ -46,18 +47,17 @@ def sample_with_generate(engine: HfEngine, batch_size: int) -> Sample:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             prompts = [requests[i].prompt_ids for i in places]
-            width = max(map(len, prompts))
-            rows = [[engine.pad_id] * (width - len(ids)) + ids for ids in prompts]
-            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+            input_ids, mask = collate_prompts(prompts, engine.pad_id, engine.model.device)
             with torch.no_grad(), engine.forward_context():
                 output = engine.model.generate(  # type: ignore[operator]
-                    input_ids=torch.tensor(rows, device=engine.model.device),
-                    attention_mask=torch.tensor(mask, device=engine.model.device),
+                    input_ids=input_ids,
+                    attention_mask=mask,
                     max_new_tokens=requests[0].max_new_tokens,
                     do_sample=False,
+                    repetition_penalty=1.0,  # Qwen2.5's own would count in greedy decoding too
                     pad_token_id=engine.pad_id,
                 )
-            for place, ids in zip(places, output[:, width:].tolist(), strict=True):
+            for place, ids in zip(places, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 found[place] = until_stop(ids, engine.stop_ids)
         return found
 

@@ -11,6 +11,8 @@ through the logarithms: 1 is linear growth, less than that shows a fixed share. 
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
 import sys
 import tempfile
 import time
@@ -150,6 +152,7 @@ def compare(args: argparse.Namespace) -> Callable[[int], object]:
     from gsm8k_core.tables import build_comparison
 
     folder = Path(tempfile.mkdtemp(prefix="growth-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     largest = max(sizes("compare", args)) // 100
     full: Comparison = make_study(largest)
     for model in full.models:

@@ -307,7 +307,9 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     add_settings_arguments(group)
     group.add_argument("--model-name", help="a model of the config")
     group.add_argument("--method", help="a method of the config")
-    group.add_argument("--round", type=positive, help="round of expert iteration (default: 1)")
+    group.add_argument(
+        "--round", type=positive, help="round of expert iteration (default: 1); others have none"
+    )
     group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
 
 
@@ -377,7 +379,8 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
     )
     add_engine_arguments(arguments, rollouts=True)
     group = arguments.add_argument_group(
-        "resources", "override the config's settings; change no result, and may change during a run"
+        "resources",
+        "override the config's settings; may differ when a run resumes, and change no result",
     )
     for name in METHOD_RESOURCES:
         _add_setting(group, TrainSettings, name)

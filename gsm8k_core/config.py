@@ -268,7 +268,8 @@ class WeightsSettings(Settings):
     hub_id: str | None = None
     """Repository on the hub, for `source: hub`."""
     revision: str | None = None
-    """Pinned commit on the hub; required, so that a study means the same next year."""
+    """Commit on the hub, needed with `source: hub`, so that a study means the same next year. A
+    branch or tag works, with a warning."""
     path: str | None = None
     """Folder with config.json, safetensors and a tokenizer, for `source: path`."""
     wheel: str | None = None
@@ -297,7 +298,8 @@ class ModelSettings(WeightsSettings):
     """Name of the prompt that the model is trained and evaluated with."""
     gpus: NonNegativeInt = 1
     """GPUs that a job with this model asks for; 0 keeps it on the CPU even where there is a GPU.
-    Training spreads the model over several GPUs (FSDP2), or without any over as many processes."""
+    With several, training spreads the model over them (FSDP2); on a machine without GPUs, over as
+    many processes."""
     threads: PositiveInt = 1
     """CPU threads that a job with this model uses."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -351,7 +353,7 @@ class LoraSettings(Settings):
     alpha: PositiveFiniteFloat = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: FractionBelow1 = 0.0
-    """Dropout on the adapters' input; SFT only, reinforcement switches it off."""
+    """Dropout on the adapters' input; in SFT and expert iteration; DPO and GRPO switch it off."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Layers that get adapters."""
 
@@ -368,7 +370,7 @@ class TrainSettings(Settings):
     parent: str = Field(default="base", alias="from")
     """Method whose model of the same seed is the starting point."""
     num_steps: PositiveInt = 500
-    """Optimizer steps (SFT, DPO), or rollout steps (GRPO)."""
+    """Optimizer steps (SFT and DPO; expert iteration: in each round), or rollout steps (GRPO)."""
     learning_rate: PositiveFiniteFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -386,7 +388,7 @@ class TrainSettings(Settings):
     adam_epsilon: PositiveFiniteFloat = 1e-8
     """AdamW's ε."""
     max_grad_norm: PositiveFloat = 1.0
-    """The gradient is scaled down to this norm."""
+    """A larger gradient is scaled down to this norm."""
     tokens_per_microbatch: PositiveInt = 16_384
     """Most tokens (padding included) in one forward; on a CPU at most about 2,048, which is faster.
     Does not change the gradient."""
@@ -403,7 +405,7 @@ class TrainSettings(Settings):
     validation_max_new_tokens: PositiveInt = 256
     """Longest completion in validation."""
     num_validation_problems: PositiveInt = 100
-    """How many problems of `val` that uses, from the first one."""
+    """Problems of `val` that are used for it: the first ones."""
     keep_best: bool = False
     """Save the model of the best validation instead of the last one."""
 
@@ -506,7 +508,9 @@ class RewardSettings(Settings):
     grading: RewardGrade = "strict"
     """How the answer is read for the reward; see `suites.*.grading`."""
     custom: str | None = None
-    """`module:function`, called as fn(completion, gold) -> number; added to the other parts.
+    """`module:function`, called as fn(completion, gold) -> number, and added to the other parts
+    (`answer: 0` leaves the exact answer out). The module is a file beside the Snakefile or on
+    PYTHONPATH.
 
     An edit of the module's file makes another run; what that file imports is not looked at."""
     custom_weight: FiniteFloat = 1.0
@@ -558,7 +562,8 @@ class GrpoMethod(TrainSettings):
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high (DAPO's clip-higher when above clip_low)."""
     dual_clip: FiniteFloat | None = None
-    """Lower bound c·A for negative advantages (Ye et al. 2020); above 1."""
+    """c > 1: with a negative advantage A the objective is at least c·A (Ye et al. 2020); unset:
+    off."""
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """How per-token losses become one number; `constant` divides by `max_new_tokens` (Dr. GRPO)."""
 
@@ -680,8 +685,8 @@ class ApiSettings(Settings):
     max_attempts: PositiveInt = 6
     """Tries for one trace before it counts as failed."""
     max_failed_fraction: Fraction01 = 0.05
-    """Largest share of the traces that may have failed when a collection counts as done; the next
-    run asks for those again."""
+    """A collection is done if at most this share of its traces failed; the next run asks for those
+    again."""
     request_seconds: PositiveFiniteFloat = 1800.0
     """Wall deadline of one request, from connecting to its last byte."""
     backoff_seconds: PositiveFiniteFloat = 1.0
@@ -737,7 +742,7 @@ class TraceSelectionSettings(Settings):
     max_characters: PositiveInt | None = None
     """Longer demonstrations are left out; unset: no limit (SFT has its `max_length` in tokens)."""
     max_kept_per_question: PositiveInt = 1
-    """Most distinct traces kept per question, in the order of their number."""
+    """Most distinct traces kept per question, the first ones asked for."""
     think_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
     """The demonstration; `{answer}` ends with the gold answer after the prompt's marker."""
 
@@ -759,7 +764,7 @@ class TracesSettings(Settings):
     prompt: str
     """Prompt whose template (and system turn) the server gets."""
     num_questions: PositiveInt | None = None
-    """How many questions to ask, from the first one; unset: all."""
+    """Ask only the first so many questions; unset: all."""
     traces_per_question: PositiveInt = 1
     """Traces to collect per question."""
     api: ApiSettings
@@ -781,7 +786,7 @@ class SuiteSettings(Settings):
     split: Literal["train", "val", "test"] = "test"
     """Its split."""
     limit: PositiveInt | None = None
-    """Use only this many problems, from the first one."""
+    """Use only the first so many problems; unset: all."""
     shuffle_seed: NonNegativeInt | None = None
     """Shuffle the problems by this seed before `limit` applies; unset: keep the file's order."""
     prompt: str | None = None
@@ -804,7 +809,8 @@ class SuiteSettings(Settings):
     marker: AnswerMarker | None = None
     """What `strict` reads the answer after: `####`, `boxed` or a text; unset: the prompt's."""
     math_verify: bool = False
-    """Also grade with the package math-verify, which takes about 20 s for 10,000 completions."""
+    """Also grade with the package math-verify (extra `math-verify`), which takes about 20 s for
+    10,000 completions."""
 
     @model_validator(mode="after")
     def _check(self) -> SuiteSettings:
@@ -864,9 +870,10 @@ class StudySettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """W&B in addition to train/metrics.jsonl, which is always written; not part of what a run is.
+    """W&B in addition to train/metrics.jsonl, which is always written.
 
-    When scripts are run by hand, $GSM8K_TRACKING holds this section as JSON."""
+    Changing it makes nothing again. When scripts are run by hand, $GSM8K_TRACKING holds this
+    section as JSON."""
 
     project: str | None = None
     """W&B project; unset: no W&B."""

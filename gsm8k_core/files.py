@@ -178,7 +178,7 @@ def read_json(path: Path) -> Any:
 def read_record(path: Path) -> Json:
     """A JSON object; {} where the file is missing, or holds none that can be read.
 
-    For what is told as far as it is known. Where a damaged file would change a result, see
+    For reports that may leave out what is missing. Where a damaged file would change a result, see
     `read_optional`.
     """
     try:

@@ -55,7 +55,6 @@ from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
     MAX_BANDS,
-    PASS_AT_K_SCHEMA,
     counted,
     has_clusters,
     level_text,
@@ -65,6 +64,7 @@ from gsm8k_core.tables import (
     problems_text,
     read_comparison,
     read_metrics,
+    read_pass_at_k,
     read_training_logs,
     time_unit,
 )
@@ -117,7 +117,7 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     Raises DataError when a file that a study must have is missing or malformed.
     """
     comparison = read_comparison(sources.comparison)
-    curves = _read_curves(sources.comparison.with_name("pass_at_k.csv"))
+    curves = read_pass_at_k(sources.comparison.with_name("pass_at_k.csv"))
     problems = {suite: read_problems(path) for suite, path in sources.problems.items()}
     charts: Json = {}
     learning = {
@@ -227,16 +227,6 @@ def _add(charts: Json, made: list[Json]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-
-def _read_curves(path: Path) -> pl.DataFrame:
-    """pass_at_k.csv, which lies beside the comparison. Raises DataError when it does not."""
-    try:
-        return pl.read_csv(path, schema=PASS_AT_K_SCHEMA)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run compare.py") from error
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not what compare.py writes ({error}); run it again") from error
 
 
 def _read_subject(

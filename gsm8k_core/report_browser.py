@@ -79,7 +79,7 @@ class Graded:
         assert shares is not None
         return shares
 
-    @property
+    @cached_property
     def main_decoding(self) -> str:
         """`greedy` where every run has it, else `sample`."""
         for decoding in ("greedy", "sample"):

@@ -70,22 +70,23 @@ class Places:
 
 
 class _Move(torch.autograd.Function):
-    """Rows `there` of `values`; each that counts stands once in it, at its place of `back`.
+    """Rows `index` of `values`, where each row that counts is named once; `inverse` undoes it.
 
-    Autograd's own backward of an index adds up what it cannot know to be apart.
+    So the backward pass gathers by the inverse, where autograd, which cannot know that the rows are
+    distinct, would add them up one by one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, there: torch.Tensor, back: torch.Tensor
+        ctx: Any, values: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        return values.index_select(0, there)
+        ctx.save_for_backward(inverse)
+        return values.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
 
 
 class _Take(torch.autograd.Function):

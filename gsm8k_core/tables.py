@@ -195,14 +195,19 @@ def answer_codes(extracted: pl.Series) -> pl.Series:
 
 
 @contextlib.contextmanager
-def reading_grades(path: Path) -> Iterator[None]:
-    """What goes wrong in the block as a DataError that names the grades file, and what to run."""
+def reading(path: Path, what: str, script: str) -> Iterator[None]:
+    """What goes wrong in the block as a DataError that names the file, and the script to run."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run grade.py for it") from error
+        raise DataError(f"{path}: no such file; run {script} for it") from error
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not a grades file ({error}); run grade.py again") from error
+        raise DataError(f"{path}: not {what} ({error}); run {script} again") from error
+
+
+def reading_grades(path: Path) -> contextlib.AbstractContextManager[None]:
+    """`reading` of what `grade.py` writes."""
+    return reading(path, "a grades file", "grade.py")
 
 
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
@@ -648,14 +653,16 @@ def write_comparison(
 
 def read_comparison(path: Path) -> pl.DataFrame:
     """Read comparison.parquet or comparison.csv. Raises DataError when it is neither."""
-    try:
+    with reading(path, "a comparison", "compare.py"):
         if path.suffix == ".csv":
             return pl.read_csv(path, schema=SCHEMA)
         return pl.read_parquet(path, columns=list(SCHEMA))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run compare.py") from error
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not a comparison ({error}); run compare.py again") from error
+
+
+def read_pass_at_k(path: Path) -> pl.DataFrame:
+    """Read pass_at_k.csv. Raises DataError where it is missing, or no such table."""
+    with reading(path, "pass@k by model, suite and method", "compare.py"):
+        return pl.read_csv(path, schema=PASS_AT_K_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -992,9 +999,9 @@ def _html_table(table: TextTable) -> str:
     )
 
 
-def _html_cell(text: str, of: str) -> str:
-    """A cell of the class `of`; the line may be broken before an interval."""
+def _html_cell(text: str, css_class: str) -> str:
+    """A cell of that class; the line may be broken before an interval."""
     value, bracket, rest = html.escape(text).partition(" [")
-    if of != "number" or not bracket:
-        return f'<td class="{of}">{html.escape(text)}</td>'
+    if css_class != "number" or not bracket:
+        return f'<td class="{css_class}">{html.escape(text)}</td>'
     return f'<td class="number interval">{value} <span>[{rest}</span></td>'

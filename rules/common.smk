@@ -175,8 +175,8 @@ def generation_gpus(wildcards):
     return CONFIG.models[wildcards.model].gpus_generating
 
 
-# What begins a job's command asks for its resources: Snakemake leaves that out of what it compares,
-# since more GPUs are no new run.
+# These functions of params take a job's `resources`, so Snakemake does not compare what they give: more
+# GPUs are not another run.
 
 
 def gpus_of_job(resources):

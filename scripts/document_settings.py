@@ -47,6 +47,18 @@ HEADER = """# Settings
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
 `engine` and `vllm` apply to every model; a model's own settings win.
+
+Nothing is made again for a change of
+
+- a model's `threads`, `mem_mb`, `training_minutes`, `generation_minutes`, `completions_per_batch`,
+  `compile_layers` and number of `gpus` (from 0 or to 0 is another run),
+- vLLM's `tensor_parallel`, `gpu_memory_fraction`, `rollout_gpu_memory_fraction`, `max_sequences`,
+  `kv_cache_gib` and `sleep_level`,
+- a method's `tokens_per_microbatch`, `gradient_checkpointing`, `checkpoint_every_steps` and
+  `keep_checkpoints`, or
+- `tracking`, and how patiently `traces.*.api` asks its server.
+
+A change of a suite's `grading`, `marker` or `math_verify` only grades again.
 """
 
 

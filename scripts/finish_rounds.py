@@ -1,7 +1,6 @@
 """Make a run of expert iteration look like any other: its last model, and all rounds' records.
 
-    python scripts/finish_rounds.py --rounds 1 \\
-        --run-dir artifacts/experiments/default/tiny-qwen2/rft/seed0
+python scripts/finish_rounds.py --rounds 1 --run-dir /tmp/rft
 """
 
 from __future__ import annotations

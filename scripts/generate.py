@@ -7,6 +7,10 @@ are kept in `<output>.partial`, so a killed job resumes where it was. With `--ro
     python scripts/generate.py --model-name tiny-qwen2 --method grpo --suite arithmetic --seed 0 \\
         --model /tmp/grpo/model --data artifacts/arithmetic/test.jsonl \\
         --output /tmp/grpo/completions/arithmetic.jsonl --stats /tmp/grpo/arithmetic.stats.json
+
+    python scripts/generate.py --model-name tiny-qwen2 --method rft --round 1 --seed 0 \\
+        --model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\
+        --output /tmp/rft/round1/completions.jsonl --stats /tmp/rft/round1/completions.stats.json
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ advantages, and take one or several clipped policy-gradient steps. The settings 
 objective, aggregation and corrections (docs/methods.md maps papers to them).
 
 Departures from DeepSeekMath (Shao et al. 2024): no KL term by default, rewards from the exact
-answer alone, groups with equal rewards have advantage exactly 0.
+answer alone, several updates per batch of rollouts where `minibatches` is above 1, and groups with
+equal rewards have advantage exactly 0.
 
     python scripts/train_grpo.py --model-name tiny-qwen2 --method grpo --seed 0 \\
         --starting-model /tmp/sft/model --data artifacts/arithmetic/train.jsonl \\
@@ -388,14 +389,14 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
     gap = None
     if bool(mask.any()):
         gap = sampler_gap(log_probs, rollouts.sampler_log_probs[rows, :width], mask)
-    for gap in distributed.gather(gap):
-        if gap is None or gap["sampler_gap_mean"] <= bound:
+    for found in distributed.gather(gap):
+        if found is None or found["sampler_gap_mean"] <= bound:
             continue
         raise TrainingError(
-            f"the sampler's log-probs differ from the trainer's by {gap['sampler_gap_mean']:.2g} "
-            f"nats on average (at most {gap['sampler_gap_max']:.2g}), the bound is {bound:g}: the "
-            "engine samples from weights other than those in training. If its numerics explain it "
-            "(dtype, kv_cache_dtype), raise max_sampler_gap; engine: transformers has no gap"
+            f"the sampler's log-probs differ from the trainer's by {found['sampler_gap_mean']:.2g} "
+            f"nats on average (at most {found['sampler_gap_max']:.2g}), the bound is {bound:g}: "
+            "the engine samples from weights other than those in training. If its numerics explain "
+            "it (dtype, kv_cache_dtype), raise max_sampler_gap; engine: transformers has no gap"
         )
 
 
@@ -411,14 +412,14 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     minibatch_size = num_rows // settings.minibatches
     parts: list[Metrics] = []
     updates: list[dict[str, float]] = []
-    before = rollouts.old_log_probs
-    measured = slice(None)  # the rows whose log-probs the trainer itself has computed
-    if before is None:
-        before = rollouts.sampler_log_probs.clone()
-        measured = slice(minibatch_size)
-    before[:minibatch_size] = 0.0
+    old_log_probs = rollouts.old_log_probs
+    scored_by_trainer = slice(None)  # the rows whose log-probs the trainer itself has computed
+    if old_log_probs is None:
+        old_log_probs = rollouts.sampler_log_probs.clone()
+        scored_by_trainer = slice(minibatch_size)
+    old_log_probs[:minibatch_size] = 0.0
     # Ranks that disagreed by a rounding would wait for each other forever.
-    learnt = distributed.broadcast(has_gradient(advantages, settings).tolist())
+    with_gradient = distributed.broadcast(has_gradient(advantages, settings).tolist())
     for epoch in range(settings.epochs_per_batch):
         for start in range(0, num_rows, minibatch_size):
             on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
@@ -431,7 +432,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
                 continue
-            for packs, backward in update_microbatches(run, rollouts, minibatch, learnt):
+            for packs, backward in update_microbatches(run, rollouts, minibatch, with_gradient):
                 with torch.set_grad_enabled(backward):
                     rows, scores = score_packs(
                         run,
@@ -444,11 +445,11 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 log_probs = scores["log_probs"]
                 width = log_probs.shape[1]
                 if on_policy:
-                    before[rows, :width] = log_probs.detach()
+                    old_log_probs[rows, :width] = log_probs.detach()
                 loss, metrics = policy_loss(
                     log_probs,
                     scores["token_entropy"],
-                    _cut(rollouts, rows, width, advantages, None if on_policy else before),
+                    _cut(rollouts, rows, width, advantages, None if on_policy else old_log_probs),
                     settings,
                     normalizer,
                 )
@@ -457,7 +458,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 parts.append(metrics)
             updates.append(run.update())
             if on_policy:
-                distributed.add_tensor(before[:minibatch_size])
+                distributed.add_tensor(old_log_probs[:minibatch_size])
     by_rank = distributed.gather(add_metrics(parts))
     summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
@@ -466,8 +467,8 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
         summary["grad_norm"] = sum(norms) / len(norms)
         summary["num_updates_without_gradient"] = norms.count(0.0)
         summary["learning_rate"] = updates[-1]["learning_rate"]
-        tensors = (before, rollouts.sampler_log_probs, rollouts.response_mask)
-        trainers, samplers, mask = (tensor[measured] for tensor in tensors)
+        tensors = (old_log_probs, rollouts.sampler_log_probs, rollouts.response_mask)
+        trainers, samplers, mask = (tensor[scored_by_trainer] for tensor in tensors)
         if bool(mask.any()):  # not where all of the first minibatch is truncated and masked
             summary |= sampler_gap(trainers, samplers, mask)
     return summary

@@ -8,6 +8,10 @@ tokens of the whole optimizer step, so it does not depend on the microbatch size
         --starting-model artifacts/models/tiny-qwen2 --data artifacts/arithmetic/train.jsonl \\
         --output-dir /tmp/sft
 
+    python scripts/train_sft.py --model-name tiny-qwen2 --method rft --round 1 --seed 0 \\
+        --starting-model /tmp/sft/model --data /tmp/rft/round1/demonstrations.jsonl \\
+        --output-dir /tmp/rft/round1
+
 Started again after a kill, it resumes from its last checkpoint. On several GPUs:
 `torchrun --standalone --nproc-per-node 4 scripts/train_sft.py …`
 """

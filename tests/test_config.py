@@ -15,6 +15,8 @@ import yaml
 from gsm8k_core.config import (
     Comparison,
     Config,
+    DpoMethod,
+    ExpertIterationMethod,
     GrpoMethod,
     doubts,
     dump,
@@ -27,6 +29,7 @@ from gsm8k_core.config import (
 from gsm8k_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
+SELECTING = (ExpertIterationMethod, DpoMethod)
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 KL_IN_REWARD = {"kl_coefficient": 0.05, "kl_placement": "reward", "kl_estimator": "k1"}
 
@@ -810,3 +813,12 @@ def test_a_model_that_is_not_there_is_a_mistake_beside_others() -> None:
     assert [line.partition(";")[0] for line in found] == [
         "study.models: no model 'tiny-qwen'", "study.suites: no suite 'gsm'",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_in_the_debug_form_of_a_study_no_method_selects_from_what_an_untrained_model_writes(
+    path: Path,
+) -> None:
+    config = load_config(ROOT / "config.yaml", [path, ROOT / "studies" / "debug.yaml"])
+    selecting = [m for m in config.methods.values() if isinstance(m, SELECTING)]
+    assert selecting and all(method.parent != "base" for method in selecting)

@@ -162,12 +162,14 @@ class TwoPartLayer(DynamicLayer):
 def _new_cache(model: PreTrainedModel) -> DynamicCache:
     """The model's own cache, with room in the layers that keep every token."""
     cache = DynamicCache(config=model.config)
-    of_all: type[DynamicLayer] = RoomyLayer
+    layer_class: type[DynamicLayer] = RoomyLayer
     # In bfloat16 `_attend` would round its scores, where PyTorch's kernel does not.
     in_float32 = model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if model.device.type == "cpu" and in_float32 and is_plain_decoder(model):
-        of_all = TwoPartLayer
-    cache.layers = [of_all() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        layer_class = TwoPartLayer
+    cache.layers = [
+        layer_class() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
@@ -375,7 +377,7 @@ class HfEngine:
         groups = split_by_token_budget([len(prompt) for prompt in prompts], budget)
         mask = collate_prompts(prompts, self.pad_id, device)[1]
         cache = _new_cache(self.model)
-        # What keeps less than every token has a shape of its own.
+        # Layers that drop tokens (a sliding window's) cannot be joined.
         whole = all(isinstance(layer, RoomyLayer | TwoPartLayer) for layer in cache.layers)
         if len(groups) == 1 or not whole:
             return self._forward_prompts(prompts, cache), mask, mask.sum(-1) - 1, cache

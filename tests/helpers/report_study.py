@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gsm8k_core.files import write_json, write_jsonl
+from gsm8k_core.files import write_json, write_jsonl, write_text
 
 NUM_PROBLEMS = 40
 SEEDS = (0, 1)
@@ -115,6 +115,8 @@ def make_study(
         {"study": "demo", "command": ["snakemake", "--cores", "1"], "state": "succeeded",
          "started": "2026-01-01T00:00:00+00:00", "git": {"commit": "abc123"}},
     )  # fmt: skip
+    # Of some other call, whose machine went down: no reason for this study to have no report.
+    write_text(folder / "runs" / "2" / "run_manifest.json", "{")
     return {
         "study": folder / "study.json",
         "study_dir": study_dir,
