@@ -84,12 +84,19 @@ POWER = 0.8
 
 
 class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval, in the unit of the values (shares)."""
+
     mean: float
     low: float
     high: float
 
 
 class Difference(NamedTuple):
+    """A mean difference, its confidence interval, and the p-value of the test that it is 0.
+
+    In the unit of the values: shares, of which the tables make points.
+    """
+
     delta: float
     low: float
     high: float

@@ -43,6 +43,7 @@ class Problem:
     cluster: str | None = None
 
     def to_row(self) -> Json:
+        """What `problem_from_row` reads; without the fields that the problem does not have."""
         row: Json = {
             "id": self.id,
             "question": self.question,
@@ -133,4 +134,5 @@ def read_problems(path: Path | str) -> list[Problem]:
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Write a JSONL file that `read_problems` reads, atomically."""
     write_jsonl(path, (problem.to_row() for problem in problems))

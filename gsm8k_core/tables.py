@@ -822,10 +822,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def p_text(p_value: float | None) -> str:
+    """To three digits, `<0.001` below them; nothing for None."""
     return "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def percent(value: float | None, form: str) -> str:
+    """A share in per cent, to one digit and written as `form` says; nothing for None."""
     return "" if value is None else f"{round(100 * value, 1) + 0.0:{form}}"
 
 

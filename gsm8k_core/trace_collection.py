@@ -253,6 +253,7 @@ class Collection:
         self.spent_on_replies += Amount(row["tokens"], row["money"])
 
     def add_failure(self, task: Task, reason: str, attempts: int) -> None:
+        """Record that a trace is given up until the next run, and why."""
         row = {"problem_id": task[0], "sample_index": task[1], "reason": redact(reason)}
         self.failed.append({**row, "attempts": attempts, "at": utc_now()})
 

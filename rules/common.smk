@@ -97,9 +97,10 @@ MISSING_REWARDS = [
     and (path := CONFIG.methods[name].reward.custom)
     and (problem := missing_reward(path, REWARD_FOLDERS))
 ]
-# Jobs may run where a path is not: what it holds was copied here before.
-if workflow.is_main_process and (missing := LAYOUT.missing_paths() + MISSING_REWARDS):
-    raise WorkflowError(str(config_error(missing)))
+# Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.
+if workflow.is_main_process and "--unlock" not in sys.argv:
+    if missing := LAYOUT.missing_paths() + MISSING_REWARDS:
+        raise WorkflowError(str(config_error(missing)))
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no

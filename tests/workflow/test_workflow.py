@@ -601,6 +601,8 @@ def test_a_path_that_is_not_there_is_refused_though_something_was_prepared_under
         ]
         assert "\n".join(lines) in result.stdout
         assert "Traceback" not in result.stdout
+    unlocked = snakemake(finished, "--unlock", overlays=(*SMALL_STUDY, lost))
+    assert unlocked.returncode == 0, unlocked.stdout
 
 
 def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
