@@ -10,8 +10,9 @@ gradient out of it. `batch_zscore` does so where all N are equal; `raw` compares
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 
@@ -75,8 +76,11 @@ def compute_group_normalized_rewards(
     float32, and metadata: mean, std, min and max of the reward, the mean of every other entry that
     `reward_fn` returns, and the share of groups whose rewards are all equal. With
     `normalize_by_std` this is `group_zscore`, without it `group_centered`.
-    Raises what `compute_advantages` raises, and ValueError if the lists differ in length.
+    Raises what `compute_advantages` raises, and ValueError if the lists differ in length or are
+    texts, or the reward function returns no `reward` or other entries than before.
     """
+    if isinstance(rollout_responses, str) or isinstance(repeated_ground_truths, str):
+        raise ValueError("responses and ground truths are lists of texts, found one text")
     if len(rollout_responses) != len(repeated_ground_truths):
         raise ValueError(
             f"{len(rollout_responses)} responses but {len(repeated_ground_truths)} ground truths"
@@ -85,6 +89,8 @@ def compute_group_normalized_rewards(
         reward_fn(response, ground_truth)
         for response, ground_truth in zip(rollout_responses, repeated_ground_truths, strict=True)
     ]
+    for response, grade in zip(rollout_responses, graded, strict=True):
+        check_reward(grade, response, graded[0])
     raw_rewards = torch.tensor([grade["reward"] for grade in graded], dtype=torch.float32)
     estimator: AdvantageEstimator = "group_zscore" if normalize_by_std else "group_centered"
     advantages = compute_advantages(raw_rewards, group_size, estimator, advantage_eps)
@@ -103,6 +109,24 @@ def compute_group_normalized_rewards(
         "equal_reward_groups": equal.item(),
     }
     return advantages, raw_rewards, metadata
+
+
+def check_reward(grade: Any, response: str, first: Any) -> None:
+    """Raise ValueError unless a reward function has returned numbers, among them `reward`.
+
+    `first` is what it returned first: means are taken of entries that all have.
+    """
+    whole = isinstance(grade, Mapping) and "reward" in grade
+    if not whole or not all(isinstance(value, Real) for value in grade.values()):
+        raise ValueError(
+            f"reward_fn returned {grade!r:.80} for {response[:80]!r}: expected a dict of numbers "
+            "with `reward`, such as gsm8k_reward returns"
+        )
+    if grade.keys() != first.keys():
+        raise ValueError(
+            f"reward_fn returned {', '.join(sorted(grade))} for {response[:80]!r}, and "
+            f"{', '.join(sorted(first))} for the first response: return the same entries for all"
+        )
 
 
 def equal_reward_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from gsm8k_core import distributed, ranks
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import Json, read_json, remove_folder, write_json
+
+STEP = re.compile(r"step-\d+")
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +52,13 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/step-XXXXXXXX` atomically, then drop all but the newest `keep`.
 
-    `progress` is whatever the loop wants back as JSON; `extra` whatever it wants back as tensors.
-    Called by all ranks. Raises TrainingError when it cannot be written.
+    `progress` is whatever the loop wants back as JSON (its `step` and `num_ranks` are set here);
+    `extra` whatever it wants back as tensors. Called by all ranks. Raises TrainingError when it
+    cannot be written, and where the optimizer keeps something else than tensors; ValueError for a
+    `keep` below 1.
     """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}: take 1 or more")
     with distributed.atomic_folder(folder / f"step-{step:08d}") as temporary:
         _save(_own(trained_parameters(model)), temporary, "weights")
         _save(_own(_optimizer_tensors(optimizer)), temporary, "optimizer")
@@ -75,13 +82,18 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(
+        path for path in folder.glob("step-*") if path.is_dir() and STEP.fullmatch(path.name)
+    )
 
 
 def load_checkpoint(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Json, Tensors]:
-    """Restore weights, optimizer and every generator in place; returns `progress` and `extra`.
+    """Restore weights, optimizer state and generators in place; returns `progress` and `extra`.
+
+    The optimizer keeps its own settings, such as its learning rate. Generators are torch's and
+    Python's. Buffers of the model, NumPy's generator and others are the caller's.
 
     `extra` are whole tensors, on the CPU: they may be a model that is spread over many GPUs because
     it fits on none. With another number of ranks than it was written by, generators of ranks that
@@ -210,6 +222,13 @@ def _own(tensors: dict[str, Any]) -> Tensors:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The moments themselves, not copies: those would be twice the weights more on the device."""
     state = optimizer.state_dict()["state"]
+    for values in state.values():
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise TrainingError(
+                    f"the optimizer keeps {name} as {type(value).__name__}: only tensors can be "
+                    "saved, so a run with it could not be resumed; take another, such as AdamW"
+                )
     return {
         f"{index}.{name}": value.detach()
         for index, values in state.items()

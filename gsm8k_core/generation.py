@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gsm8k_core.advantages import RewardFunction
+from gsm8k_core.advantages import RewardFunction, check_reward
 from gsm8k_core.engines.base import Request, check_requests
-from gsm8k_core.models import max_positions, stop_token_ids
+from gsm8k_core.models import max_positions, num_embeddings, stop_token_ids
 from gsm8k_core.scoring import compute_entropy
 from gsm8k_core.tokenization import TokenIds, collate_prompts, pad_token_id
 
@@ -72,6 +72,7 @@ def log_generations(
     check_requests(
         [Request(list(ids), [], temperature, max_new_tokens) for ids in prompt_ids],
         max_positions(model),
+        num_embeddings(model),
     )
     eos_ids = set(stop_token_ids(model, tokenizer))
     responses, entropies = _generate(
@@ -91,7 +92,9 @@ def log_generations(
             "mean_entropy": entropies[index, : len(response_ids)].mean().item(),
         }
         if reward_fn is not None and ground_truths is not None:
-            rewards = reward_fn(row["response"], ground_truths[index])
+            given = reward_fn(row["response"], ground_truths[index])
+            check_reward(given, row["response"], rewards or given)
+            rewards = given
             if taken := sorted(rewards.keys() & row.keys()):
                 raise ValueError(f"reward_fn returns {', '.join(taken)}, which a row has already")
             row |= rewards

@@ -19,6 +19,7 @@ from gsm8k_core.config import GrpoMethod
 from gsm8k_core.losses import (
     LossType,
     aggregate,
+    check_accumulation,
     check_shapes,
     cispo_objective,
     clipped_tokens,
@@ -52,9 +53,11 @@ def grpo_microbatch_train_step(
     takes it: its per-token loss (B, T), masked mean over time, mean over the B completions, divided
     by the accumulation steps. Returns the loss (a detached scalar) and, as metadata, the masked
     mean of each entry of that function's metadata. A row without response tokens has no mean: the
-    loss is NaN. Raises ValueError as that function does, and for a mask of another shape.
+    loss is NaN. Raises ValueError as that function does, for a mask of another shape, and for less
+    than one accumulation step.
     `policy_loss` is what the training loop uses.
     """
+    check_accumulation(gradient_accumulation_steps)
     check_shapes(policy_log_probs, response_mask=response_mask, old_log_probs=old_log_probs)
     # A NaN outside the mask would reach the gradient through the ratio, as 0·NaN.
     if old_log_probs is not None:
@@ -145,8 +148,8 @@ def policy_loss(
         weight = importance_weights(old, sampler, mask, level, settings.importance_mode, bound)
         per_token_loss = per_token_loss * weight
         metrics |= _token_sum("importance_weight", weight, mask)
-        truncated = importance_weights(old, sampler, mask, level, "truncate", bound)
-        metrics |= _token_sum("importance_bounded_fraction", truncated >= bound, mask)
+        unbounded = importance_weights(old, sampler, mask, level, "truncate", math.inf)
+        metrics |= _token_sum("importance_bounded_fraction", unbounded > bound, mask)
     if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
         _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
     if batch.ref_log_probs is not None:

@@ -7,12 +7,13 @@ smaller. A named method is a choice of these parts: ratio, objective, KL, aggreg
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.masking import masked, masked_sum
+from gsm8k_core.masking import masked, masked_normalize, masked_sum
 
 Level = Literal["token", "sequence"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
@@ -48,8 +49,11 @@ def compute_grpo_clip_loss(
 
     `advantages` (B, 1), log-probs (B, T); the old ones are taken as constants. Metadata, per token
     (B, T): `ratio`, and `is_clipped`, true where the clipped term is the smaller one and no
-    gradient flows. Raises ValueError for other shapes (advantages may be (B, T)).
+    gradient flows. Raises ValueError for other shapes (advantages may be (B, T)), and for a clip
+    range below 0.
     """
+    if not cliprange >= 0.0:
+        raise ValueError(f"cliprange is {cliprange}: take 0 or above")
     _check_advantages(advantages, policy_log_probs)
     check_shapes(policy_log_probs, old_log_probs=old_log_probs)
     everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
@@ -84,7 +88,11 @@ def compute_policy_gradient_loss(
         return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
     if loss_type == "grpo_clip":
         if advantages is None or old_log_probs is None or cliprange is None:
-            raise ValueError("loss_type grpo_clip needs advantages, old_log_probs and cliprange")
+            given = {
+                "advantages": advantages, "old_log_probs": old_log_probs, "cliprange": cliprange,
+            }  # fmt: skip
+            missing = [name for name, value in given.items() if value is None]
+            raise ValueError(f"loss_type grpo_clip needs {', '.join(missing)}")
         return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
     raise ValueError(
         f"unknown loss_type '{loss_type}': expected no_baseline, reinforce_with_baseline, grpo_clip"
@@ -114,7 +122,8 @@ def policy_ratio(
         of_sequence = (log_ratio.sum(dim=-1, keepdim=True) / lengths).detach()
         in_mask = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_ratio))
         # What is in brackets is exactly 0 and carries the gradient of the token's log-prob.
-        return _bounded_exp(in_mask + (log_ratio - log_ratio.detach()))
+        finite = log_ratio.nan_to_num(nan=math.nan)  # ∞ − ∞ would be none
+        return _bounded_exp(in_mask + (finite - finite.detach()))
     raise ValueError(f"unknown ratio level '{level}': expected token, sequence")
 
 
@@ -226,7 +235,7 @@ def aggregate(
         lengths = mask.bool().sum(dim=-1).clamp(min=1)
         return (masked_sum(per_token_loss, mask, dim=-1) / lengths).sum() / normalizer
     if how in ("token_mean", "constant"):
-        return masked_sum(per_token_loss, mask) / normalizer
+        return masked_normalize(per_token_loss, mask, None, normalizer)
     raise ValueError(f"unknown aggregation '{how}': expected sequence_mean, token_mean, constant")
 
 
@@ -287,6 +296,14 @@ def importance_weights(
     if mode == "mask":
         return torch.where(weight > bound, torch.zeros_like(weight), weight)
     raise ValueError(f"unknown mode '{mode}': expected truncate, mask")
+
+
+def check_accumulation(gradient_accumulation_steps: int) -> None:
+    """Raise ValueError for less than one step."""
+    if gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {gradient_accumulation_steps}: take 1 or more"
+        )
 
 
 def check_shapes(policy_log_probs: torch.Tensor, **others: torch.Tensor | None) -> None:

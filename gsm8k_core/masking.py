@@ -21,12 +21,20 @@ def masked_sum(
 
     `dim=None` sums over everything. Raises ValueError if the shapes differ.
     """
+    return _wide_sum(tensor, mask, dim).to(tensor.dtype)
+
+
+def _wide_sum(
+    tensor: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None
+) -> torch.Tensor:
+    """`masked_sum`; of half precision in float32, where a sum does not overflow before a mean."""
     if mask.shape != tensor.shape:
         raise ValueError(
             f"mask {tuple(mask.shape)} and tensor {tuple(tensor.shape)} must have the same shape"
         )
     kept = masked(tensor, mask)
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+    is_half = kept.dtype in (torch.float16, torch.bfloat16)
+    return torch.sum(kept, dim=dim, dtype=torch.float32 if is_half else None)
 
 
 def masked_normalize(
@@ -36,7 +44,7 @@ def masked_normalize(
     normalize_constant: float = 1.0,
 ) -> torch.Tensor:
     """`masked_sum` divided by `normalize_constant`."""
-    return masked_sum(tensor, mask, dim) / normalize_constant
+    return (_wide_sum(tensor, mask, dim) / normalize_constant).to(tensor.dtype)
 
 
 def masked_mean(
@@ -44,4 +52,4 @@ def masked_mean(
 ) -> torch.Tensor:
     """Mean of the entries where `mask` is true; NaN where it selects none, as in torch."""
     count = mask.bool().sum() if dim is None else mask.bool().sum(dim=dim)
-    return masked_sum(tensor, mask, dim) / count
+    return (_wide_sum(tensor, mask, dim) / count).to(tensor.dtype)

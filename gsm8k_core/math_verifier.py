@@ -44,7 +44,9 @@ def is_installed() -> bool:
 class MathVerifier:
     """Grades completions one by one; `close` ends the child process.
 
-    `num_killed` counts the completions that took longer than `seconds` or brought the child down.
+    A script that uses it must guard what it does by `if __name__ == "__main__"`, since the child
+    imports it (multiprocessing's `spawn`). `num_killed` counts the completions that took longer
+    than `seconds` or brought the child down.
     """
 
     def __init__(self, seconds: float = SECONDS_PER_COMPLETION) -> None:
@@ -86,7 +88,12 @@ class MathVerifier:
         try:
             fault = ours.recv() if ours.poll(SECONDS_TO_START) else "it did not start in time"
         except (EOFError, OSError):
-            fault = "it ended at once"
+            ours.close()
+            self.close()
+            raise ConfigError(
+                "math-verify cannot be used: its process ended at once, for a reason above this "
+                "line; in a script of your own, guard what it does by if __name__ == '__main__'"
+            ) from None
         if fault is not None:
             ours.close()
             self.close()

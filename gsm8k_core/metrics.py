@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -135,12 +136,15 @@ def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> Floats:
     """Probability that one of `k` samples is correct, per problem.
 
     The unbiased estimator 1 − C(n−c, k) / C(n, k) of Chen et al. 2021 (Codex), eq. 1, as a product
-    that does not overflow. Shapes broadcast. Raises ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    that does not overflow. Shapes broadcast. Raises ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n,
+    and for a `k` that is no whole number.
     """
+    if not isinstance(k, Integral):
+        raise ValueError(f"pass@k needs a whole number k, found {k!r}")
     n, c = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct))
     if k < 1 or (n < k).any():
         raise ValueError(f"pass@{k} needs k from 1 to the number of samples")
-    if ((c < 0) | (c > n)).any():
+    if not ((c >= 0) & (c <= n)).all():
         raise ValueError("the number of correct samples must lie from 0 to the number of samples")
     # C(n−c, k) / C(n, k) = Π_{i<k} (n−c−i) / (n−i); a factor of 0 ends it where n−c < k.
     i = np.arange(k)
@@ -155,9 +159,13 @@ def maj_at_k(answers: ArrayLike, correct: ArrayLike, k: int) -> Floats:
     (P, n)`. The mean over the ⌊n/k⌋ disjoint runs of `k` samples, in order (self-consistency, Wang
     et al. 2023). A sample without an answer has no vote; a tie counts by the share of the tied
     answers that is correct, the expectation of drawing one of them. Raises ValueError unless
-    1 ≤ k ≤ n.
+    1 ≤ k ≤ n, and for other shapes.
     """
     codes, right = np.asarray(answers), np.asarray(correct, dtype=bool)
+    if codes.ndim != 2 or codes.shape != right.shape:
+        raise ValueError(
+            f"answers {codes.shape} and correct {right.shape} must both be (problems, samples)"
+        )
     if not 1 <= k <= codes.shape[1]:
         raise ValueError(f"maj@{k} needs k from 1 to the number of samples, {codes.shape[1]}")
     num_runs = codes.shape[1] // k
@@ -354,8 +362,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's (1979) step-down adjustment over the p-values that are there; None stays None.
 
     Rejecting what is below α bounds the chance of any false rejection by α, however the tests
-    depend on one another.
+    depend on one another. Raises ValueError for what is no probability.
     """
+    for p_value in p_values:
+        if p_value is not None and not 0.0 <= p_value <= 1.0 + SAME:
+            raise ValueError(f"a p-value is {p_value}: expected 0 to 1, or None for none")
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0

@@ -121,7 +121,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator inside the block and put its state back afterwards."""
     state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' too
     try:
         yield
     finally:
@@ -520,6 +520,12 @@ def max_positions(model: Any) -> int | None:
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
+def num_embeddings(model: Any) -> int | None:
+    """Tokens that a transformers model has an embedding for; None where it does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    return None if find is None else getattr(find(), "num_embeddings", None)
+
+
 def is_plain_decoder(model: Any) -> bool:
     """Whether it is of a kind whose layers attend by `sdpa` to all tokens before, under any mask.
 
@@ -575,8 +581,16 @@ def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and weights of the transformers model, LoRA's adapters merged in; tied ones once.
 
     The model itself is not changed: merging and taking it back would leave rounding behind. One
-    that is spread over ranks is gathered a parameter at a time, by all ranks together.
+    that is spread over ranks is gathered a parameter at a time, by all ranks together. Raises
+    ModelError for other adapters than plain LoRA's.
     """
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        more = ("use_dora", "lora_bias", "modules_to_save")
+        if adapter.peft_type != "LORA" or any(getattr(adapter, key, None) for key in more):
+            raise ModelError(
+                f"adapter {name!r} is not plain LoRA (DoRA, biases, modules_to_save or another "
+                "kind), which cannot be merged here: use PEFT's own merge_and_unload()"
+            )
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         layer_name, _, _ = name.partition(".base_layer.")
@@ -593,7 +607,19 @@ def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def load_plain_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy weights, named as `plain_weights` names them, into a transformers model."""
-    parameters = dict(model.named_parameters())
+    """Copy weights, named as `plain_weights` names them, into a transformers model.
+
+    Raises ModelError for a name or a shape that the model does not have, and for weights of it that
+    are not given (tied ones once, by either name).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = {id(parameter): name for name, parameter in parameters.items()}
     for name, tensor in weights:
-        parameters[name].copy_(tensor)
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            has = "none" if parameter is None else f"one of {tuple(parameter.shape)}"
+            raise ModelError(f"weight {name} {tuple(tensor.shape)}: the model has {has}")
+        parameter.copy_(tensor)
+        left.pop(id(parameter), None)
+    if left:
+        raise ModelError(f"no weights given for {', '.join(sorted(left.values())[:5])}")

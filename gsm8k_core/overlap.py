@@ -174,7 +174,11 @@ def find_overlap(
         number = 0
         for number, row in enumerate(rows, start=1):
             texts = [Text(text) for text in texts_in(row)]
-            place = {"file": file, "row": number, "id": row.get("id")}
+            place = {
+                "file": file,
+                "row": number,
+                "id": row.get("id") if isinstance(row, dict) else None,
+            }
             for index in indexes.values():
                 index.look_at(texts, place, min_jaccard)
         trained.append({"file": file, "num_rows": number})

@@ -132,10 +132,18 @@ def chat_messages(
 
 
 def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -> list[list[int]]:
-    """Token ids of rendered prompts: exactly one BOS each, where the model has one."""
+    """Token ids of rendered prompts, with the BOS that the tokenizer (or the chat template) adds.
+
+    An EOS that a tokenizer puts behind every text is left out: the model is to go on.
+    """
     if not texts:  # as of a rank without a share, which tokenizers take for a mistake
         return []
-    return tokenizer(texts, add_special_tokens=not prompt.chat)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=not prompt.chat)["input_ids"]
+    eos, eos_id = str(tokenizer.eos_token), tokenizer.eos_token_id
+    return [
+        ids[:-1] if ids[-1:] == [eos_id] and not text.endswith(eos) else ids
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
 
 
 def encode_prompts(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,8 @@ MIN_BLOCK_WIDTH = 256
 # A GPU's matrix products want rows that begin at multiples of 16 bytes: others take several times
 # as long (docs/experiments.md).
 BLOCK_STEP = 64
+# Held while an output layer is replaced, which all threads see.
+_SCORING = threading.RLock()
 # Up to so many logits (64 MiB in float32) are kept for the backward pass.
 LOGITS_KEPT = 2**24
 
@@ -119,7 +122,7 @@ def score_responses(
     is true, and for shapes that differ.
     """
     avoid_cudnn_attention(input_ids.device)
-    if temperature <= 0.0:
+    if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
     for name, tensor in (("labels", labels), ("response_mask", response_mask)):
         if tensor.shape != input_ids.shape:
@@ -153,11 +156,14 @@ def score_responses(
     if head is not None:
         # A cache is useless here, and with one transformers does not read packing off position_ids.
         inputs["use_cache"] = False
-        with _scoring_in_place_of_logits(
-            head, labels, response_mask, temperature, with_entropy, entropy_gradient
-        ) as computed:
+        with (
+            _SCORING,
+            _scoring_in_place_of_logits(
+                head, labels, response_mask, temperature, with_entropy, entropy_gradient
+            ) as computed,
+        ):
             scores = model(**inputs).logits
-        if not _same_tensor(scores, computed):
+        if not _as_computed(scores, computed):
             scores = None
     if scores is None:
         logits, mask = model(**inputs).logits, response_mask.bool()
@@ -194,11 +200,20 @@ def _check_labels(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def _same_tensor(returned: torch.Tensor, computed: list[torch.Tensor]) -> bool:
-    """Whether the model returned the output layer's result as it was."""
-    if len(computed) != 1 or returned.dtype != computed[0].dtype:
+def _as_computed(returned: torch.Tensor, computed: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether the model returned the output layer's result itself, and as it was.
+
+    An equal tensor will not do: logits that are cut to a part of the vocabulary leave scores alone.
+    """
+    if len(computed) != 1:
         return False
-    return returned is computed[0] or torch.equal(returned, computed[0])
+    tensor, version = computed[0]
+    return returned is tensor and _version(tensor) == version
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed in place, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -209,22 +224,27 @@ def _scoring_in_place_of_logits(
     temperature: float,
     with_entropy: bool,
     entropy_gradient: bool,
-) -> Iterator[list[torch.Tensor]]:
+) -> Iterator[list[tuple[torch.Tensor, int]]]:
     """Let `head` return scores (B, T, 1 or 2) instead of logits (B, T, V) within the block.
+
+    For this thread: others get logits, and wait with scoring of their own.
 
     The model's own forward is used, rather than its decoder and its head one after the other,
     because FSDP2 gathers the parameters that no block owns (embedding, norm, head) around it.
-    Yields a list that receives what the head returned.
+    Yields a list that receives what the head returned, with its version.
     """
-    computed: list[torch.Tensor] = []
+    computed: list[tuple[torch.Tensor, int]] = []
     replaced = head.__dict__.get("forward")  # set where another library has wrapped it already
     make_logits = head.forward
+    thread = threading.get_ident()
 
     def score_chunk(hidden: torch.Tensor, chunk_labels: torch.Tensor) -> torch.Tensor:
         logits = make_logits(hidden)
         return _score_logits(logits, chunk_labels, temperature, with_entropy, entropy_gradient)
 
     def score(hidden_states: torch.Tensor) -> torch.Tensor:
+        if threading.get_ident() != thread:
+            return make_logits(hidden_states)
         mask = response_mask.bool()
         hidden, targets = hidden_states[mask], labels[mask]
         vocabulary = len(head.weight)  # type: ignore[arg-type]  # a tensor, in any output layer
@@ -249,8 +269,9 @@ def _scoring_in_place_of_logits(
                     for chunk in chunks
                 ]
             )
-        computed.append(_scatter(selected, mask))
-        return computed[-1]
+        scores = _scatter(selected, mask)
+        computed.append((scores, _version(scores)))
+        return scores
 
     head.forward = score
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.losses import check_accumulation
 from gsm8k_core.masking import masked_normalize
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import collate_packed
@@ -39,8 +40,9 @@ def sft_microbatch_train_step(
     examples, divided by the accumulation steps. Returns the loss (a detached scalar) and metadata:
     `nll_sum` and `num_response_tokens`. Since it counts every example the same, its gradient is
     that of the whole batch only if all microbatches have the same size; `sft_loss` has no such
-    condition.
+    condition. Raises ValueError for less than one accumulation step.
     """
+    check_accumulation(gradient_accumulation_steps)
     per_example = -masked_normalize(policy_log_probs, response_mask, -1, normalize_constant)
     loss = per_example.mean() / gradient_accumulation_steps
     loss.backward()

@@ -39,7 +39,8 @@ def checked_token_ids(row: Json, key: str, where: str, vocab_size: int) -> list[
 def pad_token_id(tokenizer: Any) -> int:
     """The tokenizer's pad id; without one its EOS id; without either 0.
 
-    What stands in the padding does not matter: the mask, not this id, says what is padding.
+    Any token of the model will do: the mask, not this id, says what is padding. A pad token that
+    was added to a tokenizer is one only after `model.resize_token_embeddings`.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -54,8 +55,9 @@ def tokenize_prompt_and_output(
 
     Returns `input_ids`, `labels` (int64) and `response_mask` (bool), each (B, T) with T the longest
     joined row less one; the mask is true where the label is a token of the output. No special token
-    is added: an output that the model is to learn to end ends in `tokenizer.eos_token`. Raises
-    ValueError if the two are no lists, differ in length or hold nothing.
+    is added: an output that the model is to learn to end ends in `tokenizer.eos_token`. What a
+    model has sampled goes to `collate`, as the ids that it sampled: some tokenizers put a space
+    before every text. Raises ValueError if the two are no lists, differ in length or hold nothing.
     """
     if isinstance(prompt_strs, str) or isinstance(output_strs, str):
         raise ValueError("prompts and outputs are lists of texts, found one text")

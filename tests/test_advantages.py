@@ -209,3 +209,27 @@ def test_a_single_completion_has_advantage_zero_and_metadata_without_nan() -> No
 def test_lists_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="2 responses but 1 ground truths"):
         compute_group_normalized_rewards(grade, ["a", "b"], ["a"], 1, 1e-6, True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ([1.0, 1.0], "reward_fn returned 1.0 for 'a': expected a dict of numbers with `reward`"),
+        ([{"score": 1.0}] * 2, "returned {'score': 1.0} for 'a'"),
+        ([{"reward": 1.0}, {"reward": None}], "returned {'reward': None} for 'b'"),
+        ([{"reward": 1.0, "x": 0.0}, {"reward": 1.0}], "returned reward for 'b', and reward, x"),
+    ],
+)
+def test_a_reward_function_that_returns_something_else_is_named_with_the_response(
+    returned: list[Any], said: str
+) -> None:
+    answers = iter(returned)
+    with pytest.raises(ValueError, match=said):
+        compute_group_normalized_rewards(
+            lambda *_: next(answers), ["a", "b"], ["1", "1"], 2, 1e-6, True
+        )
+
+
+def test_one_text_is_no_list_of_responses() -> None:
+    with pytest.raises(ValueError, match="lists of texts, found one text"):
+        compute_group_normalized_rewards(grade, "ab", "11", 2, 1e-6, True)

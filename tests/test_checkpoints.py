@@ -190,6 +190,30 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     assert len(list(tmp_path.iterdir())) == keep
 
 
+def test_a_checkpoint_is_known_by_its_number_and_at_least_one_is_kept(tmp_path: Path) -> None:
+    model, optimizer = new()
+    (tmp_path / "step-notes").mkdir()
+    save_checkpoint(tmp_path, 7, model, optimizer, {}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000007"]
+    with pytest.raises(ValueError, match="keep is 0: take 1 or more"):
+        save_checkpoint(tmp_path, 8, model, optimizer, {}, keep=0)
+
+
+def test_an_optimizer_that_keeps_other_things_than_tensors_is_refused(tmp_path: Path) -> None:
+    model, _ = new()
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = model(torch.tensor([1, 2])).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with pytest.raises(TrainingError, match="the optimizer keeps func_evals as int"):
+        save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=1)
+
+
 def test_there_are_no_checkpoints_where_there_is_no_folder(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nowhere") == []
 

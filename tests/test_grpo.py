@@ -381,6 +381,14 @@ def test_weights_above_the_bound_are_counted_whatever_becomes_of_them(
     assert summary["importance_weight"] == pytest.approx(mean)
 
 
+def test_a_weight_at_its_bound_is_not_bounded() -> None:
+    old, mask = torch.zeros(1, 3), torch.ones(1, 3).bool()
+    batch = PolicyBatch(torch.ones(1), mask, old, sampler_log_probs=torch.zeros(1, 3))
+    settings_ = method(importance_correction="token", importance_bound=1.0)
+    summary = summarize_metrics(policy_loss(old, None, batch, settings_, 1.0)[1])
+    assert (summary["importance_weight"], summary["importance_bounded_fraction"]) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_how_far_the_policy_has_moved_is_a_mean_over_tokens_of_their_own_ratios(level: str) -> None:
     policy = torch.tensor([[2.0, 0.5, 9.0], [1.0, 9.0, 9.0]]).log()

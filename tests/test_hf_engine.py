@@ -427,9 +427,16 @@ def test_the_models_mode_is_put_back_and_dropout_is_off_meanwhile(
 
 def test_the_mode_is_put_back_after_a_failure_too(tokenizer: Any) -> None:
     model = tiny_model(tokenizer).train()
-    with pytest.raises(IndexError):
-        HfEngine(model, tokenizer).generate([greedy([10_000])])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="logits are NaN, so nothing can be sampled"):
+        HfEngine(model, tokenizer).generate([greedy([5])])
     assert model.training
+
+
+def test_a_prompt_of_another_tokenizer_is_refused(engine: HfEngine) -> None:
+    with pytest.raises(ValueError, match=r"prompt_ids holds 10000, but the model has 453 tokens"):
+        engine.generate([greedy([5, 10_000])])
 
 
 def test_the_engine_samples_from_the_weights_as_they_are_now(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsm8k_core.errors import TrainingError
+from gsm8k_core.grpo import grpo_microbatch_train_step
 from gsm8k_core.losses import (
     Aggregation,
     KlEstimator,
@@ -30,6 +31,7 @@ from gsm8k_core.losses import (
     reinforce_objective,
     step_normalizer,
 )
+from gsm8k_core.sft import sft_microbatch_train_step
 
 AGGREGATIONS: list[Aggregation] = ["sequence_mean", "token_mean", "constant"]
 
@@ -114,7 +116,7 @@ def test_each_loss_type_is_the_function_of_its_name() -> None:
     [
         ("no_baseline", "raw_rewards"),
         ("reinforce_with_baseline", "advantages"),
-        ("grpo_clip", "advantages, old_log_probs and cliprange"),
+        ("grpo_clip", "needs advantages, old_log_probs, cliprange"),
         ("ppo", "unknown loss_type 'ppo'"),
     ],
 )
@@ -490,3 +492,26 @@ ONE, EVERYWHERE, UNKNOWN = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
 def test_an_unknown_choice_is_refused_with_the_known_ones(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="unknown .*'x': expected"):
         call()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("policy", "old"), [(-2.0, -math.inf), (-math.inf, -2.0)])
+def test_a_token_of_probability_zero_makes_no_nan_of_a_ratio(
+    level: str, policy: float, old: float
+) -> None:
+    policies = torch.tensor([[-1.0, policy]], requires_grad=True)
+    ratio = policy_ratio(
+        policies, torch.tensor([[-1.0, old]]), torch.ones(1, 2).bool(), cast(Any, level)
+    )
+    assert bool(ratio.isfinite().all())
+    ratio.sum().backward()
+    assert policies.grad is not None and not bool(policies.grad.isnan().any())
+
+
+def test_a_clip_range_below_zero_and_less_than_one_accumulation_step_are_refused() -> None:
+    with pytest.raises(ValueError, match="cliprange is -0.2: take 0 or above"):
+        compute_grpo_clip_loss(ONE, ONE, ONE, -0.2)
+    mask = torch.ones_like(ONE).bool()
+    for step in (sft_microbatch_train_step, grpo_microbatch_train_step):
+        with pytest.raises(ValueError, match="gradient_accumulation_steps is 0"):
+            step(ONE, mask, 0, cast(Any, "reinforce_with_baseline"))

@@ -76,3 +76,12 @@ def test_what_is_outside_the_mask_reaches_neither_value_nor_gradient(hidden: flo
 def test_a_mask_of_another_shape_is_refused_instead_of_broadcast() -> None:
     with pytest.raises(ValueError, match=r"mask \(3,\) and tensor \(2, 3\)"):
         masked_mean(torch.ones(2, 3), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_in_half_precision_overflows_no_sooner_than_torch_s(dtype: torch.dtype) -> None:
+    values = torch.full((300,), 250.3, dtype=dtype)
+    mask = torch.ones(300)
+    assert masked_mean(values, mask) == values.mean()
+    assert masked_normalize(values, mask, None, 300.0) == values.mean()
+    assert masked_mean(values, mask).dtype == masked_sum(values, mask).dtype == dtype

@@ -179,3 +179,16 @@ def test_looking_for_the_package_does_not_import_it() -> None:
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
     assert math_verifier.is_installed()
+
+
+def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
+    script = tmp_path / "grade.py"
+    script.write_text(
+        "from gsm8k_core.math_verifier import MathVerifier\nMathVerifier().grade('1', '1')\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "guard what it does by if __name__ == '__main__'" in found.stderr

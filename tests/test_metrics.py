@@ -778,3 +778,20 @@ def test_a_curve_is_the_mean_of_the_steps_before_at_steps_that_all_seeds_have() 
     assert smoothed_curve([rows], "validation_accuracy")[1].tolist() == [[0.5, 0.7]]
     assert smoothed_curve([run(3, 0.0), []], "reward")[0] == []
     assert smoothed_curve([], "reward")[0] == []
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.1])
+def test_what_is_no_probability_is_not_corrected(value: float) -> None:
+    with pytest.raises(ValueError, match="a p-value is"):
+        holm([0.04, value, 0.001])
+
+
+def test_samples_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"answers \(1, 2\) and correct \(1, 3\)"):
+        maj_at_k([[1, 2]], [[1, 0, 1]], 2)
+    with pytest.raises(ValueError, match="must both be"):
+        maj_at_k([1, 2], [1, 0], 2)
+    with pytest.raises(ValueError, match="a whole number k, found 2.5"):
+        pass_at_k(5, 2, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must lie from 0"):
+        pass_at_k(5, math.nan, 2)

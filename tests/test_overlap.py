@@ -217,6 +217,13 @@ REAL = os.environ.get("GSM8K_DIR")
 
 
 @pytest.mark.slow
+def test_training_rows_may_be_lists() -> None:
+    question = " ".join(f"word{n}" for n in range(20))
+    problem = Problem(id="p", question=question, answer="#### 1", gold="1")
+    (test,) = find_overlap({"t": [problem]}, [("f", [[question]])])["tests"]  # type: ignore[list-item]
+    assert test["sharing"][0]["rows"][0]["id"] is None
+
+
 @pytest.mark.skipif(not REAL, reason="set GSM8K_DIR to a folder with GSM8K to look for its overlap")
 def test_three_of_gsm8ks_1319_test_questions_share_13_words_with_its_train_split() -> None:
     problems, _ = make_gsm8k(Gsm8kDataset(kind="gsm8k", path=REAL))

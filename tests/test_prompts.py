@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from gsm8k_core.config import PromptSettings
@@ -16,6 +17,7 @@ from gsm8k_core.models import tiny_tokenizer
 from gsm8k_core.problems import Problem, WorkedExample
 from gsm8k_core.prompts import (
     demonstration,
+    encode_prompts,
     prompt_token_ids,
     render_prompt,
     render_solution,
@@ -203,3 +205,16 @@ def test_a_solution_without_an_answer_to_box_is_refused() -> None:
 
 def test_no_texts_have_no_tokens() -> None:
     assert prompt_token_ids([], PromptSettings(), tiny_tokenizer()) == []
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt() -> None:
+    built = tiny_tokenizer()
+    eos = built.eos_token_id
+    built.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {built.eos_token}", special_tokens=[(built.eos_token, eos)]
+    )
+    plain = tiny_tokenizer()(["6 + 7"])["input_ids"]
+    assert built(["6 + 7"])["input_ids"] == [[*plain[0], eos]]
+    assert encode_prompts(["6 + 7"], PromptSettings(template="{question}"), built) == plain
+    written = PromptSettings(template="{question}" + str(built.eos_token))
+    assert encode_prompts(["6 + 7"], written, tiny_tokenizer()) == [[*plain[0], eos]]

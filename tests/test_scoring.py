@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,68 @@ def test_logits_changed_after_the_output_layer_are_not_scored_as_if_they_were_no
     scaled = CohereForCausalLM(CohereConfig(**{**SIZES, "logit_scale": 0.25})).eval()
     for model in (capped, scaled):
         assert_same_scores(model, 1.0)
+
+
+class HalvedInPlace(Qwen2ForCausalLM):
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = super().forward(*arguments, **named)
+        output.logits.div_(2.0)
+        return output
+
+
+class WithoutLastTokens(Qwen2ForCausalLM):
+    """Rows of the output layer that only pad it are cut off its logits."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = super().forward(*arguments, **named)
+        output.logits = output.logits[..., :-5]
+        return output
+
+
+@pytest.mark.parametrize("kind", [HalvedInPlace, WithoutLastTokens])
+def test_logits_changed_in_place_or_cut_to_fewer_tokens_are_scored_as_they_end_up(
+    kind: type[Qwen2ForCausalLM],
+) -> None:
+    torch.manual_seed(0)
+    model = kind(Qwen2Config(**SIZES)).eval()
+    ids, labels = torch.randint(0, SIZES["vocab_size"] - 5, (2, 3, 7))
+    with torch.no_grad():
+        found = get_response_log_probs(model, ids, labels)["log_probs"]
+        whole = model(ids).logits.log_softmax(-1)
+    torch.testing.assert_close(found, whole.gather(-1, labels[..., None])[..., 0])
+
+
+def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> None:
+    model = tiny_qwen2()
+    ids, labels = torch.randint(0, SIZES["vocab_size"], (2, 2, 9))
+    expected = get_response_log_probs(model, ids, labels)["log_probs"]
+    in_forward, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread().name == "first":
+            in_forward.set()
+            go_on.wait(10)
+
+    hook = model.model.norm.register_forward_hook(hold)
+    found: list[torch.Tensor] = []
+
+    def score() -> None:
+        found.append(get_response_log_probs(model, ids, labels)["log_probs"])
+
+    threads = [threading.Thread(target=score, name=name) for name in ("first", "second")]
+    threads[0].start()
+    assert in_forward.wait(10)
+    with torch.no_grad():
+        assert model(ids).logits.shape == (*ids.shape, SIZES["vocab_size"])
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    hook.remove()
+    assert len(found) == 2
+    for one in found:
+        torch.testing.assert_close(one, expected)
+    assert "forward" not in vars(model.lm_head)
 
 
 class BigramModel(torch.nn.Module):

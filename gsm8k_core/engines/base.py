@@ -89,12 +89,14 @@ class Engine(Protocol):
         ...
 
 
-def check_requests(requests: list[Request], max_length: int | None) -> None:
+def check_requests(
+    requests: list[Request], max_length: int | None, num_embeddings: int | None = None
+) -> None:
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
-    Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text and
-    a seed that is no integer from 0 on, TypeError for prompt ids that are no integers, and for one
-    stop text in place of a list of them.
+    Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text, a
+    seed that is no integer from 0 on, and a prompt id that the model does not know; TypeError for
+    prompt ids that are no integers, and for one stop text in place of a list of them.
     """
     for request in requests:
         if isinstance(request.prompt_ids, str):
@@ -108,6 +110,11 @@ def check_requests(requests: list[Request], max_length: int | None) -> None:
                     f"prompt_ids holds {token_id!r:.40}, expected whole numbers from 0 on: give "
                     "tokenizer(text)['input_ids'], one list for one prompt"
                 )
+        if num_embeddings is not None and max(request.prompt_ids, default=0) >= num_embeddings:
+            raise ValueError(
+                f"prompt_ids holds {max(request.prompt_ids)}, but the model has {num_embeddings} "
+                "tokens: take the model's own tokenizer"
+            )
         for seed in request.seeds:
             if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
                 raise ValueError(f"a seed is {seed!r}: take an integer, 0 or above")

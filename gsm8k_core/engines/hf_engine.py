@@ -38,6 +38,7 @@ from gsm8k_core.models import (
     is_plain_decoder,
     load_plain_weights,
     max_positions,
+    num_embeddings,
     stop_token_ids,
 )
 from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
@@ -226,7 +227,7 @@ class HfEngine:
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Dropout is off meanwhile; the model's mode is put back after."""
-        check_requests(requests, self.max_length)
+        check_requests(requests, self.max_length, num_embeddings(self.model))
         was_training = self.model.training
         self.model.eval()
         done: list[dict[int, Completion]] = [{} for _ in requests]
@@ -326,6 +327,11 @@ class HfEngine:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 logits = self._forward(cache, tokens[:, None], mask, position[:, None])
 
+        if bool(log_probs.isnan().any()):
+            raise ModelError(
+                "the model's logits are NaN, so nothing can be sampled: its weights hold NaN or "
+                "infinity (training has diverged?), or the prompt overflows its compute type"
+            )
         return [
             Completion(
                 ids[:length],
