@@ -655,6 +655,58 @@ def test_what_running_out_of_memory_or_time_changes_is_no_reason_to_train_again(
     assert changed.resources("tiny-qwen2") == {"completions_per_batch": 8}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"engine": "vllm"},
+        {"vllm": {"dtype": "bfloat16"}},
+        {"vllm": {"kv_cache_dtype": "fp8"}},
+        {"vllm": {"max_model_length": 99}},
+    ],
+)
+def test_what_decides_a_number_is_a_reason_to_make_it_again(
+    config: Config, changes: dict[str, Any]
+) -> None:
+    changed = parse_config(merge(RAW, {"models": {"tiny-qwen2": changes}}))
+    for build in JOBS:
+        assert deciding(build(changed)) != deciding(build(config))
+
+
+@pytest.mark.parametrize("method", ["sft", "rft", "dpo", "grpo"])
+def test_every_setting_of_a_method_but_four_is_a_reason_to_train_again(
+    config: Config, method: str
+) -> None:
+    settings = config.run_settings("tiny-qwen2", method, 0)
+    fields = type(settings.method_settings).model_fields
+    others = settings.method_settings.model_copy(update=dict.fromkeys(fields, "other"))
+    kept = settings.model_copy(update={"method_settings": others}).without_resources()
+    assert {key for key in fields if getattr(kept.method_settings, key) != "other"} == {
+        "tokens_per_microbatch", "gradient_checkpointing", "checkpoint_every_steps",
+        "keep_checkpoints",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["rft", "dpo"])
+def test_what_a_method_learns_from_is_sampled_as_its_settings_say(method: str) -> None:
+    how = {"prompts_per_round": 7, "completions_per_prompt": 3, "temperature": 0.6}
+    config = parse_config(merge(RAW, {"methods": {method: {**how, "max_new_tokens": 99}}}))
+    suite = config.round_generation_settings("tiny-qwen2", method, 0, 1).suite_settings
+    assert (suite.limit, suite.num_samples, suite.temperature) == (7, 3, 0.6)
+    assert (suite.max_new_tokens, suite.dataset) == (99, config.study.dataset)
+
+
+def test_a_suite_s_prompt_is_for_evaluation_alone_and_goes_before_the_model_s() -> None:
+    suites = {"arithmetic": {"prompt": "chat_boxed"}}
+    config = parse_config(merge(RAW, {"suites": suites}))
+    suite, own = config.prompts["chat_boxed"], config.prompts["plain"]
+    asked = config.evaluation_settings("tiny-qwen2", "grpo", 0, "arithmetic")
+    assert asked.prompt == suite != own
+    assert config.grading_settings("tiny-qwen2", "arithmetic").marker == suite.answer_marker
+    assert config.run_settings("tiny-qwen2", "grpo", 0).prompt == own
+    assert config.round_generation_settings("tiny-qwen2", "rft", 0, 1).prompt == own
+
+
 def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> None:
     raw = config.model_dump(mode="json", by_alias=True)
     raw["models"]["tiny-qwen2"] |= {"gpus": 2, "vllm": {"tensor_parallel": 4}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,11 +18,12 @@ import psutil
 import pytest
 import yaml
 
+from gsm8k_core import evaluate
 from gsm8k_core.cli import main as cli
-from gsm8k_core.config import Config, RunSettings, dump, load_config
+from gsm8k_core.config import Config, EvaluationSettings, RunSettings, dump, load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.evaluate import _sentence, find_subject, summarize
-from gsm8k_core.files import read_json, read_jsonl, write_text
+from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file, write_json, write_text
 from gsm8k_core.metrics import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +105,90 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(
         cli(["eval", "--config", str(ROOT / "config.yaml"), *words])
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+# What its jobs are asked
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Json]]:
+    """`ask(*words)`: the options that `eval` gives to each script; none of them is run."""
+    monkeypatch.chdir(tmp_path)
+    small = {"suites": {"arithmetic": {"split": "val", "prompt": "chat_hash", "limit": 10}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+
+    def call(*words: str) -> dict[str, Json]:
+        asked: dict[str, Json] = {}
+
+        def run_job(_folder: Path, script: str, **options: Any) -> None:
+            asked[script] = options
+            if "output_dir" in options:
+                made = options["output_dir"]
+                write_text(made / "val.jsonl", "{}\n")
+                split = {"sha256": sha256_file(made / "val.jsonl")}
+                settings = json.loads(options["settings"])
+                content = {"files": {}, "val": split, "settings": settings}
+                write_json(made / "manifest.json", content)
+            elif script == "generate":
+                write_json(options["stats"], {})
+            else:
+                options["grades"].parent.mkdir()
+                row = {"problem_id": "a", "decoding": "greedy", "correct": True, "cluster": None}
+                pl.DataFrame([row], schema_overrides={"cluster": pl.String}).write_parquet(
+                    options["grades"]
+                )
+
+        monkeypatch.setattr(evaluate, "_run_job", run_job)
+        cli(["eval", *words, "--config", str(ROOT / "config.yaml"), "small.yaml"])
+        return asked
+
+    return call
+
+
+def test_a_suite_is_evaluated_on_its_split_with_its_prompt_unless_another_is_named(
+    ask: Callable[..., dict[str, Json]], config: Config
+) -> None:
+    for words, prompt in (([], "chat_hash"), (["--prompt", "chat_boxed"], "chat_boxed")):
+        asked = ask(*words)
+        assert asked["generate"]["data"].name == "val.jsonl"
+        settings = EvaluationSettings.model_validate_json(asked["generate"]["settings"])
+        assert settings.prompt == config.prompts[prompt]
+        marker = config.prompts[prompt].answer_marker
+        assert json.loads(asked["grade"]["settings"])["marker"] == marker
+
+
+def test_flags_go_before_what_a_run_s_own_settings_say(
+    ask: Callable[..., dict[str, Json]], config: Config, tmp_path: Path
+) -> None:
+    write_text(tmp_path / "seed2/settings.json", dump(config.run_settings("tiny-qwen2", "grpo", 2)))
+    folder = str(folder_of_weights(tmp_path / "seed2" / "model"))
+    for words, seed, limit in (
+        ([], 2, 10),
+        (["--seed", "0", "--limit", "4"], 0, 4),
+        (["--limit", "99"], 2, 10),  # of a suite that has ten
+    ):
+        asked = ask("--model", folder, "--prompt", "chat_boxed", *words)["generate"]
+        settings = EvaluationSettings.model_validate_json(asked["settings"])
+        assert (settings.seed, settings.suite_settings.limit) == (seed, limit)
+        assert settings.prompt == config.prompts["chat_boxed"]
+
+
+def test_what_was_prepared_from_other_settings_or_is_damaged_is_prepared_anew(
+    ask: Callable[..., dict[str, Json]], tmp_path: Path
+) -> None:
+    prepared = tmp_path / "artifacts" / "arithmetic"
+    settings = json.loads(ask()["prepare_data"]["settings"])
+    for asked, content, anew in (
+        (settings, "{}\n", False),
+        (settings, "damaged", True),
+        ({**settings, "seed": 7}, "{}\n", True),
+    ):
+        write_text(prepared / "val.jsonl", "{}\n")
+        split = {"sha256": sha256_file(prepared / "val.jsonl")}
+        write_json(prepared / "manifest.json", {"val": split, "settings": asked})
+        (prepared / "val.jsonl").unlink()
+        write_text(prepared / "val.jsonl", content)
+        assert ("prepare_data" in ask()) is anew
 
 
 # The number

@@ -284,7 +284,7 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     git_in(tree, "commit", "-q", "-m", "first")
     for name in (
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519",
+        "id_ed25519", "Server.PEM",
     ):  # fmt: skip
         (tree / name).write_text("HF=planted-1\n", encoding="utf-8")
     (tree / "staged.pem").write_text("planted-2\n", encoding="utf-8")
@@ -299,7 +299,7 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     assert changes["redacted"] is True
     assert set(changes["left_out"]) == {
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519", "staged.pem",
+        "id_ed25519", "staged.pem", "Server.PEM",
     }  # fmt: skip
     diff = (folder / "changes.diff").read_text(encoding="utf-8")
     assert "+export DB_PASS=***\n" in diff and "+SMTP_KEY='***'\n" in diff
@@ -328,6 +328,11 @@ def test_the_code_digest_follows_names_and_contents(
     first = digest()
     (tmp_path / "gsm8k_core" / "notes.txt").write_text("1", encoding="utf-8")
     assert digest() == first
+    (tmp_path / "gsm8k_core" / "engines").mkdir()
+    (tmp_path / "gsm8k_core" / "engines" / "a.py").write_text("1", encoding="utf-8")
+    with_folder = digest()
+    assert with_folder != first
+    (tmp_path / "gsm8k_core" / "engines" / "a.py").unlink()
     (tmp_path / "gsm8k_core" / "platinum.json").write_text("[]", encoding="utf-8")
     with_data = digest()
     assert with_data != first

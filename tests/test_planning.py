@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import plan_scale
-from gsm8k_core.config import Config, WeightsSettings, load_config
+from gsm8k_core.config import Config, SuiteSettings, WeightsSettings, load_config
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_json
 from gsm8k_core.planning import (
@@ -114,6 +114,18 @@ def test_arithmetic_is_six_flops_a_parameter_and_token(plan: Callable[..., dict]
     seconds = 6 * 1e6 * (1000 * 32 * 50) / (1e9 * 0.5)
     assert row["cpu_hours"] == pytest.approx(3 * seconds / 3600)
     assert row["gpu_hours"] == 0
+
+
+def test_a_suite_has_the_problems_of_its_split_and_the_completions_that_it_asks_for() -> None:
+    config = load_config(ROOT / "config.yaml")
+    for suite, expected in (
+        ({"dataset": "gsm8k"}, (1319, 1319)),
+        ({"dataset": "gsm8k_platinum", "num_samples": 4}, (1209, 5 * 1209)),
+        ({"dataset": "gsm8k", "limit": 10, "greedy": False, "num_samples": 4}, (10, 40)),
+        ({"dataset": "gsm8k", "split": "val"}, (500, 500)),
+        ({"dataset": "gsm8k", "split": "train"}, (6973, 6973)),
+    ):
+        assert suite_size(config, SuiteSettings.model_validate(suite)) == expected
 
 
 def test_sampling_on_a_gpu_takes_vllms_start_and_its_least_time_for_a_token() -> None:

@@ -185,6 +185,7 @@ def test_a_later_call_records_what_it_wrote_and_nothing_else(study: Path, layout
     removed.unlink()
     since = now_ns(study)
     write_text(redone, "other weights")
+    os.utime(redone, (0, 0))  # as a copy that keeps the time of what it was copied from
     write_text(RESULTS / "comparison.md", "new")
     record_study(layout, since)
     after = read_sums(RESULTS / SUMS)
@@ -331,7 +332,9 @@ def test_a_method_that_learns_from_traces_leads_to_who_collected_and_chose_them(
         "artifacts/r1_traces/manifest.json", "artifacts/r1_traces/collected.json",
         "artifacts/gsm8k/manifest.json", "artifacts/arithmetic/manifest.json",
     ]  # fmt: skip
-    assert str(traces / "collected" / "ledger.jsonl") in read_sums(RESULTS / SUMS)
+    assert {
+        str(traces / "collected" / "ledger.jsonl"), "artifacts/gsm8k/manifest.json",
+    } <= read_sums(RESULTS / SUMS).keys()  # fmt: skip
     assert study.exists()
 
 

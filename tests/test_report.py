@@ -27,7 +27,9 @@ from report_study import (
     ATTACK,
     HOSTILE,
     HOSTILE_ID,
+    METHODS,
     NUM_PROBLEMS,
+    is_right,
     make_study,
     report_arguments,
 )
@@ -43,10 +45,13 @@ from gsm8k_core.report import (
     _context,
     _cost_note,
     _difference,
+    _difference_point,
     _findings,
     _headline,
     _leads,
+    _p_cell,
     _pair_p_values,
+    _parent_finding,
     _rank,
     _table_note,
     json_for_script,
@@ -207,6 +212,55 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
 def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
     return _leads(subject, _pair_p_values([subject, *other_suites]))
+
+
+def test_charts_cells_and_findings_go_by_the_corrected_p_value() -> None:
+    subject = subject_of({"grpo": 60, "base": 50}, grpo=0.06)  # 0.03 alone
+    row = subject.rows[0]
+    for reference in ("parent", "base"):
+        point = _difference_point(subject, row, reference)
+        assert point["significant"] is False
+        assert point["significance"].replace("\u00a0", " ") == "not significant, p = 0.060"
+        assert _p_cell(reference)(row)["main"] == "0.060"
+    assert _parent_finding(subject, row)["kind"] == "open"
+
+
+def test_charts_and_problems_show_the_shares_of_the_comparison(page: Page, paths: Paths) -> None:
+    def values(title: str) -> list[Any]:
+        (found,) = [
+            chart["spec"]["data"]["values"]
+            for chart in page.data["charts"].values()
+            if chart["title"].startswith(title)
+        ]
+        return list(found)
+
+    rows = {row["method"]: row for row in pl.read_parquet(paths["comparison"]).to_dicts()}
+    columns = {"greedy": "accuracy", "sampled, pass@1": "pass_at_1"}
+    for title, name in (
+        ("Accuracy by method", None),
+        ("Accuracy against training time", "accuracy"),
+        ("Differences to the parent", "delta_vs_parent"),
+        ("Differences to the base model", "delta_vs_base"),
+    ):
+        for shown in values(title):
+            column = name or columns[shown["decoding"]]
+            expected = [rows[shown["method"]][column + e] for e in ("", "_ci_low", "_ci_high")]
+            found = [shown["mean"] / 100, shown["low"] / 100, shown["high"] / 100]
+            assert found == pytest.approx(expected, abs=1e-5)
+    # Greedy ones alone: of 40 problems, and of 80 completions where there are two seeds.
+    lengths = values("Length of completions")
+    right = {row["method"]: row["completions"] for row in lengths if row["outcome"] == "right"}
+    wrong = {row["method"]: row["completions"] for row in lengths if row["outcome"] == "wrong"}
+    assert right == {"base": 4, "sft": 32, "grpo": 70, "twin": 32}
+    assert wrong == {"base": 36, "sft": 48, "grpo": 10, "twin": 48}
+    assert {row["value"] for row in values("Completions cut off")} == {10.0}
+    (view,) = page.data["views"]
+    for problem in view["browser"]["problems"]:
+        number = 0 if problem["id"] == HOSTILE_ID else int(problem["id"].removeprefix("test-"))
+        solved = [is_right(METHODS[place], number) for place, _ in view["browser"]["runs"]]
+        if number >= len(HOSTILE):
+            assert problem["greedy"] == list(map(int, solved))
+        assert problem["sampled"] == [0.667 * one for one in solved]
 
 
 def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:

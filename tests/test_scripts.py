@@ -224,6 +224,15 @@ def test_what_is_sampled_depends_on_problem_and_seed_alone(job: Callable[..., Jo
     assert samples != [r["token_ids"] for r in other_seed.run() if r["decoding"] == "sample"]
 
 
+def test_every_completion_is_asked_for_as_the_suite_says(job: Callable[..., Job]) -> None:
+    this = job(temperature=0.7, max_new_tokens=9, stop=["Question:"])
+    settings = EvaluationSettings.model_validate(this.settings)
+    problem = read_problems(this.data)[0]
+    asked = this.module.requests_for(problem, settings, load_tokenizer(this.model))
+    assert [(len(one.seeds), one.temperature) for one in asked] == [(1, 0.0), (2, 0.7)]
+    assert all((one.max_new_tokens, one.stop) == (9, ["Question:"]) for one in asked)
+
+
 def test_sampling_seeds_are_those_of_the_contract(job: Callable[..., Job]) -> None:
     this = job()
     problem = read_problems(this.data)[0]
@@ -536,6 +545,17 @@ def completion(problem_id: str, text: str, finish_reason: str = "stop", first_id
     }  # fmt: skip
 
 
+def selected(module: ModuleType, settings: str, completions: list[Row], folder: Path) -> list[Row]:
+    """What a script that selects writes."""
+    problems = [{"id": i, "question": q, "answer": f"#### {GOLD[i]}"} for i, q in QUESTIONS.items()]
+    write_jsonl(folder / "train.jsonl", problems)
+    write_jsonl(folder / "completions.jsonl", completions)
+    words = ["--settings", settings, "--completions", str(folder / "completions.jsonl")]
+    words += ["--data", str(folder / "train.jsonl"), "--output", str(folder / "selected.jsonl")]
+    assert module.main(words) == 0
+    return read_jsonl(folder / "selected.jsonl")
+
+
 @pytest.fixture
 def select(
     script: Script, run_json: Callable[..., str], tmp_path: Path
@@ -598,6 +618,35 @@ def test_a_cut_completion_does_not_hide_the_same_text_that_ended(
         [completion("a", "#### 2", "length", first_id=1), completion("a", "#### 2", first_id=2)]
     )
     assert [row["response_ids"] for row in kept] == [[2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("select_completions", "rft"), ("select_pairs", "dpo")]
+)
+def test_the_answer_is_read_after_the_marker_that_the_prompt_asks_for(
+    script: Script, run_json: Callable[..., str], tmp_path: Path, name: str, method: str
+) -> None:
+    boxed = merge(json.loads(run_json(method)), {"prompt": {"answer_marker": "boxed"}})
+    rows = [
+        completion("a", "#### 2 \\boxed{3}", first_id=8),
+        completion("a", "#### 3 \\boxed{2}", first_id=9),
+    ]
+    (chosen,) = selected(script(name), json.dumps(boxed), rows, tmp_path)
+    kept = [value for key, value in chosen.items() if key.endswith("_ids")]
+    assert kept == ([[9, 0]] if method == "rft" else [[9, 0], [8, 0]])
+
+
+@pytest.mark.parametrize(("most", "pairs"), [(1, [(1, 2)]), (9, [(1, 2), (3, 4)])])
+def test_pairs_are_a_right_and_a_wrong_completion_of_one_problem_up_to_the_cap(
+    script: Script, run_json: Callable[..., str], tmp_path: Path, most: int, pairs: list[Any]
+) -> None:
+    texts = ("#### 2", "#### 3", "so #### 2", "#### 4", "yes #### 2")
+    rows = [completion("a", text, first_id=number) for number, text in enumerate(texts, start=1)]
+    rows += [completion("b", "#### 4", first_id=6), completion("c", "#### 7", first_id=7)]
+    settings = run_json("dpo", max_pairs_per_prompt=most)
+    found = selected(script("select_pairs"), settings, rows, tmp_path)
+    assert [(row["chosen_ids"][0], row["rejected_ids"][0]) for row in found] == pairs
+    assert {row["problem_id"] for row in found} == {"a"}
 
 
 def test_no_correct_completion_is_an_error_that_says_what_to_do(

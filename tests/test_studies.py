@@ -99,6 +99,28 @@ def test_cells_are_paired_by_seed_and_problem_and_corrected_within_the_model(mak
     assert compare_studies(new, old).rows["verdict"].to_list() == [None, "better"]
 
 
+def test_each_model_is_a_family_of_its_own_at_the_level_that_is_asked_for(
+    make: Maker, tmp_path: Path
+) -> None:
+    old, new = make("old", 0.6), make("new", 0.4)
+    for folder in (old, new):
+        shutil.copytree(folder / "m", folder / "n")
+    arguments = ["--old", str(old), "--new", str(new), "--output-dir", str(tmp_path / "out")]
+    assert compare_studies_script.main([*arguments, "--confidence", "0.99"]) == 0
+    written = pl.read_csv(tmp_path / "out" / "studies.csv", schema=SCHEMA)
+    assert written["delta_ci_low"].to_list() == pytest.approx(
+        compare_studies(old, new, 0.99).rows["delta_ci_low"].to_list()
+    )
+    right = [np.stack([outcomes(chance, seed) for seed in range(3)]) for chance in (0.4, 0.6)]
+    expected = paired_difference(right[0], right[1], 0.99)
+    for model in ("m", "n"):
+        base, sft = written.filter(pl.col("model") == model).iter_rows(named=True)
+        assert [base["p_value_holm"], sft["p_value_holm"]] == pytest.approx(
+            holm([base["p_value"], sft["p_value"]])
+        )
+        assert [sft["delta_ci_low"], sft["delta_ci_high"]] == pytest.approx(list(expected[1:3]))
+
+
 @pytest.mark.parametrize("told_by", [("old",), ("new",), ("old", "new")])
 def test_clones_are_paired_as_the_clusters_that_either_study_tells_of(
     make: Maker, told_by: tuple[str, ...]
@@ -260,6 +282,14 @@ def test_a_p_value_at_the_level_is_not_below_it() -> None:
     row["p_value"] = 0.0499
     studies._judge([row], 0.95)
     assert row["verdict"] == "worse"
+
+
+def test_the_verdict_is_that_of_the_corrected_p_value_at_the_level_that_is_asked_for() -> None:
+    rows: list[Json] = [{"p_value": 0.03, "delta": -0.1}, {"p_value": 0.9, "delta": 0.1}]
+    for confidence, verdicts in ((0.95, [None, None]), (0.9, ["worse", None])):
+        studies._judge(rows, confidence)
+        assert [row["p_value_holm"] for row in rows] == [0.06, 0.9]
+        assert [row["verdict"] for row in rows] == verdicts
 
 
 def test_the_script_writes_both_files_and_fails_only_when_asked_and_worse(

@@ -20,7 +20,10 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json, write_jsonl
 from gsm8k_core.metrics import holm, mean_interval, paired_difference, pass_at_k, wilson_interval
 from gsm8k_core.tables import (
+    COST_COLUMNS,
     PASS_AT_K_SCHEMA,
+    QUALITY_COLUMNS,
+    SAMPLING_COLUMNS,
     SCHEMA,
     build_comparison,
     read_comparison,
@@ -118,6 +121,24 @@ def test_the_summary_of_greedy_and_samples(tmp_path: Path) -> None:
     assert summary["seconds_generating"] == 2.5
     assert summary["provenance"] == {"commit": "abc"}
     assert (summary["grading"], summary["marker"]) == ("strict", "####")
+
+
+def test_no_answer_votes_for_nothing_and_not_for_the_first_of_the_answers(tmp_path: Path) -> None:
+    # Two say nothing, and of the others as many say 18 as 19.
+    texts = (RIGHT, "none", WRONG, "none")
+    rows = [completion("a", text, "sample", index) for index, text in enumerate(texts)]
+    assert run_grade(tmp_path, rows)["maj_at_k"]["4"] == 0.5
+
+
+def test_the_order_of_rows_in_a_grades_file_changes_no_majority(tmp_path: Path) -> None:
+    run = tmp_path / "m" / "base" / "seed0"
+    run_grade(run, SAMPLES)
+    study = make_study(models=["m"], methods=["base"])
+    before = build_comparison(study, tmp_path)
+    path = run / "grades" / "test.parquet"
+    pl.read_parquet(path).sort("sample_index", "problem_id").write_parquet(path)
+    for frame, same in zip(before, build_comparison(study, tmp_path), strict=True):
+        assert frame.equals(same)
 
 
 def test_a_suite_without_samples_takes_pass_at_1_from_greedy(tmp_path: Path) -> None:
@@ -384,6 +405,15 @@ def test_cost_is_that_of_the_stage_and_of_what_came_before_it(study_dir: Path) -
     )
 
 
+def test_a_cost_that_one_seed_does_not_tell_is_not_the_mean_of_the_others(study_dir: Path) -> None:
+    path = study_dir / "m1" / "sft" / "seed3" / "train" / "summary.json"
+    write_json(path, {**read_json(path), "seconds_training": None})
+    frame = build(make_study(), study_dir)
+    sft, grpo = row_of(frame, "sft"), row_of(frame, "grpo")
+    assert (sft["train_seconds"], sft["num_train_tokens"]) == (None, 4000.0)
+    assert (grpo["train_seconds"], grpo["train_seconds_with_parents"]) == (1004.0, None)
+
+
 def test_p_values_are_corrected_over_all_methods_and_suites_of_a_model(study_dir: Path) -> None:
     for run in study_dir.glob("*/*/seed*"):
         rows = [completion(f"q{i}", RIGHT if i % 3 else WRONG) for i in range(30)]
@@ -547,7 +577,9 @@ def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: 
     assert row_of(frame, "sft")["flags"] == "2 seeds; prompts cut: 2.5 %"
 
 
-@pytest.mark.parametrize(("grading", "flagged"), [("strict", True), ("flexible", False)])
+@pytest.mark.parametrize(
+    ("grading", "flagged"), [("strict", True), ("lm_eval_strict", True), ("flexible", False)]
+)
 def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundred(
     study_dir: Path, grading: str, flagged: bool
 ) -> None:
@@ -627,6 +659,13 @@ def test_runs_of_different_problems_are_not_compared(study_dir: Path) -> None:
         build(make_study(), study_dir)
     assert "'other' is only in" in str(caught.value)
     assert str(run) in str(caught.value)
+
+
+def test_a_suite_has_the_same_problems_for_every_model(study_dir: Path) -> None:
+    for run in (study_dir / "m1").glob("*/seed*"):
+        run_grade(run, [completion("other", RIGHT)], model="m1", method=run.parent.name)
+    with pytest.raises(DataError, match="graded 1 problems, .* 40, and not the same"):
+        build(make_study(), study_dir)
 
 
 @pytest.mark.parametrize("name", ["grades/test.parquet", "metrics/test.json", "train/summary.json"])
@@ -751,6 +790,61 @@ def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None
     assert f" 20.0 [{low:.1f}, {high:.1f}] |" in quality[2]
     assert " +22.5 [" in quality[3]  # 100·(34/80 − 8/40)
     assert "18.5 min" not in cost[3] and "18.5 min" in cost[4]  # 1108 s
+
+
+def test_every_column_shows_the_number_that_its_name_says() -> None:
+    row: dict[str, Any] = {
+        name: place / 128 if kind == pl.Float64 else 8 if kind == pl.Int64 else name
+        for place, (name, kind) in enumerate(SCHEMA.items())
+    }
+
+    def interval(name: str, form: str = ".1f") -> str:
+        value, low, high = (
+            f"{100 * row[name + end]:{form}}" for end in ("", "_ci_low", "_ci_high")
+        )
+        return f"{value} [{low}, {high}]"
+
+    quality = {name: render(row) for name, render in QUALITY_COLUMNS.items()}
+    assert quality == {
+        **{name: name for name in ("model", "suite", "method", "parent", "flags")},
+        **dict.fromkeys(("seeds", "problems"), "8"),
+        "accuracy %": interval("accuracy"),
+        "flexible %": f"{100 * row['accuracy_flexible']:.1f}",
+        "format %": f"{100 * row['format_fraction']:.1f}",
+        "vs parent, points": interval("delta_vs_parent", "+.1f"),
+        "p parent": f"{row['p_value_vs_parent_holm']:.3f}",
+        "detectable": f"{100 * row['smallest_detectable_delta']:.1f}",
+        "vs base, points": interval("delta_vs_base", "+.1f"),
+        "p base": f"{row['p_value_vs_base_holm']:.3f}",
+        "pass@1 %": interval("pass_at_1"),
+    }
+    sampling = {
+        name: render({**row, "num_samples": 13}) for name, render in SAMPLING_COLUMNS.items()
+    }
+    assert (sampling["samples"], sampling["n"]) == ("13", "8")
+    for title, name in (
+        ("pass@1 %", "pass_at_1"),
+        ("pass@n %", "pass_at_n"),
+        ("maj@n %", "maj_at_n"),
+    ):
+        assert sampling[title] == interval(name)
+    costs = {
+        "training": "train_seconds",
+        "with parents": "train_seconds_with_parents",
+        "GPU with parents": "gpu_seconds_training_with_parents",
+        "tokens trained": "num_train_tokens",
+        "peak memory": "peak_memory_mb_training",
+        "generating": "generate_seconds",
+        "tokens generated": "num_generated_tokens",
+        "peak generating": "peak_memory_mb_generating",
+        "tokens a completion": "mean_completion_tokens",
+    }
+    for title, render in COST_COLUMNS.items():
+        if title in costs:
+            assert render(row) != render({**row, costs[title]: 5000.0})
+            others = dict.fromkeys(costs.values(), 5000.0)
+            assert render(row) == render({**row, **others, costs[title]: row[costs[title]]})
+    assert costs.keys() <= COST_COLUMNS.keys()
 
 
 def test_the_tables_say_the_level_of_their_intervals(study_dir: Path, tmp_path: Path) -> None:

@@ -162,6 +162,15 @@ def test_the_same_text_counts_once_whatever_its_spaces_and_capitals(select: Sele
     assert (counts["kept"], counts["questions_kept"]) == (3, 2)
 
 
+def test_the_same_words_may_answer_two_questions(tmp_path: Path) -> None:
+    again = Problem("c", "What is 3 - 1?", "#### 2", "2")
+    rows = [row("a"), row("c", question=again.question)]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    settings = TraceDatasetSettings(name="t", marker="boxed")
+    traces, _ = select_traces(tmp_path / "answers.jsonl", [*PROBLEMS, again], settings)
+    assert [trace.id for trace in traces] == ["a-trace0", "c-trace0"]
+
+
 def test_the_order_in_which_a_server_finished_does_not_matter(select: Select) -> None:
     rows = [row("b", content="\\boxed{4}"), row("a", 1, reasoning="Other."), row("a", 0)]
     traces, _ = select(rows)
@@ -307,6 +316,7 @@ def test_selection_does_not_collect_again_and_collection_has_all_it_needs(config
     collection = json.loads(dump(config.collection_settings("r1_traces")))
     assert "selection" not in json.dumps(collection)
     assert collection["prompt"]["answer_marker"] == "boxed"
+    assert collection["budget"]["money"] == config.traces["r1_traces"].budget.money == 5.0
     assert config.trace_dataset_settings("r1_traces").marker == "boxed"
 
 

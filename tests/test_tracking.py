@@ -260,6 +260,22 @@ def test_a_failure_of_wandb_is_one_warning(
     assert "planted-key-x" not in warnings[0]
 
 
+def test_wandb_is_told_nothing_of_the_machine_the_user_or_the_remote(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: Json = {}
+
+    def init(**options: Any) -> Any:
+        told.update(options)
+        return SimpleNamespace(log=None, summary={}, finish=lambda: None, step=0)
+
+    module = SimpleNamespace(init=init, Settings=dict, Table=dict)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    start(tmp_path).finish({})
+    kept_off = {"x_disable_meta": True, "disable_git": True, "save_code": False, "console": "off"}
+    assert told["settings"].items() >= kept_off.items()
+
+
 def test_a_wandb_that_is_not_installed_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

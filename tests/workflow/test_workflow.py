@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,53 @@ def test_jobs_with_a_gpu_take_one_of_their_own_and_others_run_as_they_are(worksp
         assert {name for _, name in commands} >= {*scripts, "grade"}
         for before, name in commands:
             assert before == (python if name in scripts else "python")
+
+
+def test_each_job_is_given_the_weights_and_problems_that_its_settings_name(
+    workspace: Path,
+) -> None:
+    again = {"kind": "expert_iteration", "from": "sft", "rounds": 2, "restart_from_parent": True}
+    own = {"kind": "sft", "dataset": "other", "num_steps": 1}
+    more = overlay(
+        workspace,
+        "more.yaml",
+        {
+            "study": {
+                "methods": ["own", "again", "expert_iteration", "dpo", "grpo"],
+                "suites": ["debug", "on_val"],
+            },
+            "datasets": {"other": {"kind": "arithmetic", "num_train": 50}},
+            "methods": {"own": own, "again": again},
+            "suites": {"on_val": {"dataset": "other", "split": "val", "limit": 5}},
+        },
+    )
+    result = snakemake(workspace, "-n", "-p", overlays=(*SMALL_STUDY, more))
+    assert result.returncode == 0, result.stdout
+    commands = [shlex.split(line) for line in result.stdout.splitlines() if "scripts/" in line]
+
+    def given(log: str, *flags: str) -> list[str]:
+        (words,) = [words for words in commands if words[-1] == f"{CELLS}/{log}"]
+        return [words[words.index(f"--{flag}") + 1].removeprefix(f"{CELLS}/") for flag in flags]
+
+    base, problems = "artifacts/models/tiny-qwen2", "artifacts/arithmetic_debug"
+    sft, train, val = "sft/seed0/model", f"{problems}/train.jsonl", f"{problems}/val.jsonl"
+    first, last = ("expert_iteration/seed0/round1/model", "round2/demonstrations.jsonl")
+    for log, start, data in (
+        ("own/seed0/logs/train_sft", base, "artifacts/other/train.jsonl"),
+        ("grpo/seed0/logs/train_grpo", sft, train),
+        ("dpo/seed0/logs/train_dpo", sft, "dpo/seed0/round1/pairs.jsonl"),
+        ("again/seed0/round2/logs/train_sft", sft, f"again/seed0/{last}"),
+        ("expert_iteration/seed0/round2/logs/train_sft", first, f"expert_iteration/seed0/{last}"),
+    ):
+        found = given(f"{log}.log", "starting-model", "data", "val-data")
+        assert found == [start, data, val]
+    for log, model, data in (
+        ("again/seed0/round2/logs/generate", "again/seed0/round1/model", train),
+        ("dpo/seed0/round1/logs/generate", sft, train),
+        ("grpo/seed0/logs/generate_debug", "grpo/seed0/model", f"{problems}/test.jsonl"),
+        ("own/seed0/logs/generate_on_val", "own/seed0/model", "artifacts/other/val.jsonl"),
+    ):
+        assert given(f"{log}.log", "model", "data") == [model, data]
 
 
 def test_models_that_ask_for_gpus_where_there_are_none_are_said_to_run_on_the_cpu(
