@@ -39,11 +39,9 @@ onerror:
 rule all:
     default_target: True
     input:
-        f"{RESULTS}/comparison.csv",
-        f"{RESULTS}/comparison.md",
-        f"{RESULTS}/report.html",
-        f"{RESULTS}/figures/accuracy.svg",
-        f"{RESULTS}/figures/reward.svg",
+        rules.compare.output,
+        rules.plot.output,
+        rules.report.output,
         # What these are made of: a cell that somebody deletes is made again.
         rules.report.input,
         [] if CONFIG.study.keep_models == "none" else LAYOUT.trained("model"),

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
     from gsm8k_core.config import GrpoMethod as GrpoMethod
     from gsm8k_core.config import RewardSettings as RewardSettings
     from gsm8k_core.config import load_config as load_config
+    from gsm8k_core.dpo import dpo_loss as dpo_loss
     from gsm8k_core.engines.base import Completion as Completion
     from gsm8k_core.engines.base import Request as Request
     from gsm8k_core.engines.hf_engine import HfEngine as HfEngine
+    from gsm8k_core.errors import ConfigError as ConfigError
+    from gsm8k_core.errors import DataError as DataError
+    from gsm8k_core.errors import Gsm8kError as Gsm8kError
+    from gsm8k_core.errors import ModelError as ModelError
+    from gsm8k_core.errors import TrainingError as TrainingError
     from gsm8k_core.generation import log_generations as log_generations
     from gsm8k_core.grpo import PolicyBatch as PolicyBatch
     from gsm8k_core.grpo import add_metrics as add_metrics
@@ -37,16 +43,28 @@ if TYPE_CHECKING:
     from gsm8k_core.losses import step_normalizer as step_normalizer
     from gsm8k_core.masking import masked_mean as masked_mean
     from gsm8k_core.masking import masked_normalize as masked_normalize
+    from gsm8k_core.metrics import holm as holm
+    from gsm8k_core.metrics import maj_at_k as maj_at_k
+    from gsm8k_core.metrics import mean_interval as mean_interval
+    from gsm8k_core.metrics import paired_difference as paired_difference
+    from gsm8k_core.metrics import pass_at_k as pass_at_k
     from gsm8k_core.problems import Problem as Problem
     from gsm8k_core.problems import read_problems as read_problems
     from gsm8k_core.rewards import build_reward_fn as build_reward_fn
     from gsm8k_core.rewards import gsm8k_reward as gsm8k_reward
     from gsm8k_core.scoring import compute_entropy as compute_entropy
     from gsm8k_core.scoring import get_response_log_probs as get_response_log_probs
+    from gsm8k_core.scoring import score_responses as score_responses
+    from gsm8k_core.sft import sft_loss as sft_loss
     from gsm8k_core.sft import sft_microbatch_train_step as sft_microbatch_train_step
     from gsm8k_core.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
 
 _HOME = {
+    "Gsm8kError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "ModelError": "errors",
+    "TrainingError": "errors",
     "Problem": "problems",
     "read_problems": "problems",
     "extract_answer": "answers",
@@ -58,6 +76,12 @@ _HOME = {
     "tokenize_prompt_and_output": "tokenization",
     "compute_entropy": "scoring",
     "get_response_log_probs": "scoring",
+    "score_responses": "scoring",
+    "pass_at_k": "metrics",
+    "maj_at_k": "metrics",
+    "mean_interval": "metrics",
+    "paired_difference": "metrics",
+    "holm": "metrics",
     "compute_advantages": "advantages",
     "compute_group_normalized_rewards": "advantages",
     "compute_grpo_clip_loss": "losses",
@@ -70,7 +94,9 @@ _HOME = {
     "PolicyBatch": "grpo",
     "add_metrics": "grpo",
     "summarize_metrics": "grpo",
+    "sft_loss": "sft",
     "sft_microbatch_train_step": "sft",
+    "dpo_loss": "dpo",
     "grpo_microbatch_train_step": "grpo",
     "log_generations": "generation",
     "HfEngine": "engines.hf_engine",

@@ -205,7 +205,7 @@ def check_marker(marker: str) -> str:
             f"marker {marker!r} is empty: use 'boxed', or the text that the answer follows, such "
             "as '####'"
         )
-    if marker.startswith("\\boxed"):
+    if marker.startswith("\\boxed") or (marker.lower() == "boxed" != marker):
         raise ValueError("the marker of \\boxed{} is called 'boxed'")
     return marker
 

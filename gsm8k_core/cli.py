@@ -27,6 +27,7 @@ from gsm8k_core.config import (
     MODEL_RESOURCES,
     VLLM_EVALUATION_KEYS,
     VLLM_ROLLOUT_KEYS,
+    Comparison,
     Config,
     EngineName,
     ExpertIterationMethod,
@@ -80,6 +81,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Its warnings name every retry twice; the error at the end says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # where it is imported later
     return _exit_code(main)
 
 
@@ -391,10 +393,21 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
 def study_parser(documentation: str | None) -> argparse.ArgumentParser:
     """The arguments of what reads all runs of a study."""
     arguments = parser(documentation)
-    arguments.add_argument("--study", required=True, help="the study, as JSON or a file with it")
+    arguments.add_argument("--study", help="the study, as JSON or a file with it, or:")
+    add_config_argument(arguments)
     arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
     arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")
     return arguments
+
+
+def study_from(arguments: argparse.Namespace) -> Comparison:
+    """What the arguments of `study_parser` name."""
+    if arguments.study is None:
+        return config_from(arguments).comparison()
+    if arguments.config is not None:
+        raise ConfigError("--study and --config: take one of them")
+    found: Comparison = settings_from(arguments.study, Comparison, "--study")
+    return found
 
 
 def traces_parser(documentation: str | None) -> argparse.ArgumentParser:

@@ -1310,10 +1310,47 @@ def load_config(path: Path | str, overlays: list[Path] | list[str] | None = None
     return parse_config(raw)
 
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses what YAML takes without a word: a key twice, and numbers that are none by eye."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands there twice, in lines {lines[key]} and {line}"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"line {node.start_mark.line + 1}: {node.value!r} is a number that YAML reads as "
+                f"{super().construct_yaml_int(node)}: write it in plain digits, or in quotes",
+            )
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
 def read_yaml(path: Path) -> Any:
-    """Read a YAML (or JSON) file. Raises ConfigError that names one that cannot be read."""
+    """Read a YAML (or JSON) file. Raises ConfigError that names one that cannot be read, or that
+    has a key twice or a number in another form than plain digits.
+    """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
@@ -1540,6 +1577,8 @@ def _find_loops(methods: dict[str, Any]) -> list[str]:
 
 def _suggest(name: str, known: Iterable[Any]) -> str:
     texts = sorted(map(str, known))  # YAML's keys may be numbers too
+    if name == "lr" and "learning_rate" in texts:
+        name = "learning_rate"
     close = difflib.get_close_matches(name, texts, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"

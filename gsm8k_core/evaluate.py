@@ -150,6 +150,8 @@ def find_subject(model: str, prompt: str | None, config: Config) -> Subject:
         settings = config.models[model]
         return Subject(model, settings, chosen or config.prompts[settings.prompt])
     folder = Path(model)
+    if (folder / "model" / "config.json").is_file():
+        raise ConfigError(f"--model: {model} is a run's folder; did you mean {folder / 'model'}?")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model: no '{model}' in the config and no such folder of weights; "

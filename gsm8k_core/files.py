@@ -6,6 +6,7 @@ question holds, and would tear that row in two.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -69,7 +70,11 @@ def remove_folder(path: Path) -> None:
 def _holder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, removed in the end; of a killed process by others."""
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    writer = _mark_as_alive(holder)
+    try:
+        writer = _mark_as_alive(holder)
+    except OSError:  # a full disk
+        shutil.rmtree(holder, ignore_errors=True)
+        raise
     try:
         yield holder
     finally:
@@ -235,6 +240,12 @@ def parse_jsonl(lines: Iterable[bytes], source: str, first_row: int = 1) -> Iter
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, 5,000 "["
+            if not line.strip():
+                raise DataError(f"{where}: an empty line") from error
+            if line.startswith(codecs.BOM_UTF8):
+                raise DataError(
+                    f"{where}: begins with a byte order mark: save it without"
+                ) from error
             cut = "" if line.endswith(b"\n") else " and ends without a newline: cut short?"
             raise DataError(f"{where}: not valid JSON ({error}){cut}") from error
         if not isinstance(row, dict):

@@ -30,6 +30,7 @@ from gsm8k_core.config import (
     DpoMethod,
     EvaluationSettings,
     ExpertIterationMethod,
+    GradingSettings,
     RunSettings,
     Settings,
     SftMethod,
@@ -293,6 +294,9 @@ def check_settings(layout: Layout) -> None:
     for path, made, asked in _made_and_asked(layout):
         if other := _differing(made.without_resources(), asked.without_resources()):
             found[path] = other
+    for path, graded, wanted in _graded_and_asked(layout):
+        if other := _differing(graded, wanted):
+            found[path] = other
     if found:
         lines = [f"  {path}: {other}" for path, others in found.items() for other in others]
         lines = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
@@ -339,6 +343,21 @@ def _made_and_asked(
                         yield path, checked(told, EvaluationSettings, path), asked
 
 
+def _graded_and_asked(layout: Layout) -> Iterator[tuple[str, GradingSettings, GradingSettings]]:
+    """`_made_and_asked` of the grades: the metrics tell how they were taken."""
+    config = layout.config
+    for model in config.study.models:
+        for method in config.study.methods:
+            for seed in config.seeds_of(method):
+                for suite in config.study.suites:
+                    path = f"{layout.run(model, method, seed)}/metrics/{suite}.json"
+                    told = read_record(Path(path))
+                    if "grading" in told:
+                        graded = {key: told[key] for key in GradingSettings.model_fields}
+                        asked = config.grading_settings(model, suite)
+                        yield path, checked(graded, GradingSettings, path), asked
+
+
 def _differing(made: Settings, asked: Settings) -> list[str]:
     """Each key that differs, with both values."""
     was, is_now = (one.model_dump(mode="json", by_alias=True) for one in (made, asked))
@@ -364,12 +383,13 @@ def _unrecorded_since(layout: Layout, since_ns: int) -> int:
     return min(since_ns, int(path.read_text(encoding="utf-8"))) if path.exists() else since_ns
 
 
-def record_study(layout: Layout, since_ns: int) -> None:
+def record_study(layout: Layout, since_ns: int, has_failed: bool = False) -> None:
     """Write provenance.json and SHA256SUMS of the study as it lies there.
 
     A hash that is recorded already stays unless the file was written after `since_ns` (ns since
     the epoch, by the file system's clock), that is by this call: what somebody else has changed
     in between is for `verify` to find. It also spares reading the weights of a large study anew.
+    A call that `has_failed` has removed what it did not make again: that is missing.
     """
     results = Path(layout.results)
     since_ns = _unrecorded_since(layout, since_ns)
@@ -386,8 +406,8 @@ def record_study(layout: Layout, since_ns: int) -> None:
     for name in known.keys() - sums.keys():
         if str(Path(name).parent) in dropped:
             continue
-        if _nearest_folder(Path(name)).stat().st_ctime_ns < since_ns:
-            sums[name] = known[name]  # not this call removed it: it is missing
+        if has_failed or _nearest_folder(Path(name)).stat().st_ctime_ns < since_ns:
+            sums[name] = known[name]  # this call has not replaced it: it is missing
     write_sums(results / SUMS, sums)
     (results / UNRECORDED).unlink(missing_ok=True)
 
@@ -407,7 +427,10 @@ def read_sums(path: Path) -> dict[str, str]:
     try:
         lines = path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; it is written when the study finishes") from error
+        raise DataError(
+            f"{path}: no such file; it is written when the study finishes, and by `snakemake "
+            "--forcerun compare` of a finished one"
+        ) from error
     sums = {}
     for number, line in enumerate(lines[:-1], start=1):
         match = SUMS_LINE.fullmatch(line)

@@ -370,6 +370,8 @@ def _headline(subject: Subject, leads: list[Lead]) -> str:
     if not unsure:
         return f"{first}: {score} of {subject.suite} right"
     over = _list(unsure) if len(unsure) <= 3 else f"{len(unsure)} of the others"
+    if len(unsure) > 3 and len(unsure) == len(subject.rows) - 1:
+        over = "every other method"
     return (
         f"{first} with {score} of {subject.suite} right, but {its} lead over {over} may be chance"
     )

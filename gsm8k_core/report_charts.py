@@ -326,7 +326,7 @@ def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float)
 def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
     present = {row["method"] for row in rows}
     shown = [method for method in methods if method in present]
-    x_axis = alt.Axis(title="training step", grid=False, tickCount=6)
+    x_axis = alt.Axis(title="training step", grid=False, tickCount=6, tickMinStep=1)
     chart = _bands("x:Q", x_axis, axis, methods, shown, 0.16)
     legend = _legend(methods, shown, "dash")
     axes = ("training step", axis)

@@ -89,7 +89,7 @@ def find_cells(study_dir: Path) -> dict[Key, list[int]]:
     cells: dict[Key, list[int]] = {}
     for path in sorted(study_dir.glob("*/*/seed*/grades/*.parquet")):
         seed_dir = path.parent.parent
-        seed = re.fullmatch(r"seed(\d+)", seed_dir.name)
+        seed = re.fullmatch(r"seed(0|[1-9]\d*)", seed_dir.name)
         if seed is not None:
             key = (seed_dir.parent.parent.name, seed_dir.parent.name, path.stem)
             cells.setdefault(key, []).append(int(seed[1]))

@@ -693,7 +693,9 @@ class TrainingRun:
             with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
                 shutil.copyfile(self.samples.path, temporary)
         settings = self.run_settings
-        write_json(self.output_dir / "settings.json", settings.model_dump(by_alias=True))
+        made = settings.model_dump(by_alias=True)
+        made["method_settings"]["num_steps"] = self.num_steps  # fewer by --max-steps: another run
+        write_json(self.output_dir / "settings.json", made)
         made_by = measured[0]["provenance"]
         made_by["cpu_seconds"] = sum(one["provenance"]["cpu_seconds"] for one in measured)
         summary = {

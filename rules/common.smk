@@ -70,7 +70,10 @@ RESULTS = LAYOUT.results
 # Jobs on a cluster need not say it again.
 if workflow.is_main_process:
     SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
-    overlays = [*map(read_yaml, workflow.overwrite_configfiles)]
+    try:
+        overlays = [*map(read_yaml, workflow.overwrite_configfiles)]
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
     if doubt := doubts(CONFIG, SHIPPED, [*overlays, workflow.config_settings.config]):
         logger.warning(doubt)
     if workflow.overwrite_configfiles and CONFIG.study.name == SHIPPED.study.name:
@@ -146,7 +149,7 @@ def end_invocation(state):
         note_unrecorded(LAYOUT, INVOCATION.since_ns)
     INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
     if is_finished:
-        record_study(LAYOUT, INVOCATION.since_ns)
+        record_study(LAYOUT, INVOCATION.since_ns, has_failed=state == "failed")
 
 
 wildcard_constraints:
@@ -154,7 +157,7 @@ wildcard_constraints:
     model=one_of(CONFIG.models),
     method=one_of(CONFIG.methods),
     suite=one_of(CONFIG.suites),
-    seed=r"\d+",
+    seed=r"0|[1-9]\d*",
     round=r"[1-9]\d*",
 
 

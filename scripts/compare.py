@@ -9,20 +9,17 @@ graded different problems are refused. Within a call of snakemake, so are runs t
 other settings than its config asks for. Where W&B is on, it gets the table too. --manifest writes a
 record of this call: command line, commit, versions, hashes.
 
-    python scripts/compare.py \\
-        --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo \\
-        --study '{"name": "demo", "models": ["tiny"], "methods": ["base", "sft"],
-                  "suites": ["test"], "seeds_of": {"base": [0], "sft": [0, 1, 2]},
-                  "parent_of": {"base": null, "sft": "base"},
-                  "chains": {"base": ["base"], "sft": ["base", "sft"]}, "confidence": 0.95}'
+    python scripts/compare.py --config config.yaml studies/demo.yaml \\
+        --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo
+
+The workflow gives the study itself instead of `--config`, as JSON: names, seeds and parents.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gsm8k_core.cli import leave, run_script, study_parser
-from gsm8k_core.config import Comparison, settings_from
+from gsm8k_core.cli import leave, run_script, study_from, study_parser
 from gsm8k_core.layout import Layout
 from gsm8k_core.manifest import CallRecord, invocation_config
 from gsm8k_core.records import check_settings
@@ -41,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     record = CallRecord("compare.py", argv)
-    study: Comparison = settings_from(args.study, Comparison, "--study")
+    study = study_from(args)
     if (asked := invocation_config()) is not None:
         check_settings(Layout(asked))
     frame, curves = build_comparison(study, args.study_dir)

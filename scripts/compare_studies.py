@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 
 from gsm8k_core.cli import leave, parser, run_script
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.errors import ConfigError, DataError
 from gsm8k_core.files import write_text
 from gsm8k_core.studies import ONE_SEED, compare_studies, to_markdown
 
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = arguments.parse_args(argv)
     if not 0.5 < args.confidence < 1:
-        raise ConfigError(f"--confidence: expected a level from 0.5 to 1, found {args.confidence}")
+        raise ConfigError(
+            f"--confidence: expected a level above 0.5 and below 1, found {args.confidence}"
+        )
 
     found = compare_studies(args.old, args.new, args.confidence)
     write_text(args.output_dir / "studies.csv", found.rows.write_csv())
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             row["suite"],
             -100 * row["delta"],
         )
+    for line in found.left_out:
+        log.warning("left out: %s", line)
     without = found.rows.filter(found.rows["caution"] == ONE_SEED).height
     if without:
         log.warning("rows without a verdict: %d; one seed says nothing of another", without)
@@ -68,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         worse.height,
         len(found.left_out),
     )
+    if args.fail_if_worse and not found.rows.height:
+        raise DataError("--fail-if-worse: the two studies have nothing in common to compare")
     return EXIT_WORSE if args.fail_if_worse and worse.height else 0
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import gc
 
+from gsm8k_core.files import read_record
+
 if __name__ == "__main__":
     gc.disable()  # while modules are loaded; `run_script` enables it
 
@@ -82,6 +84,14 @@ def select_problems(path: Path, suite: SuiteSettings) -> list[Problem]:
     if suite.shuffle_seed is not None:
         random.Random(suite.shuffle_seed).shuffle(problems)
     return problems[: suite.limit]
+
+
+def warn_of_other_run(model: Path, settings: EvaluationSettings) -> None:
+    """Say so where the weights are those of another run than the completions will be kept for."""
+    of_run = read_record(model.resolve().parent / "settings.json")
+    for key, asked in (("method", settings.method), ("seed", settings.seed)):
+        if of_run.get(key, asked) not in (asked, settings.parent):
+            log.warning("%s is of %s %s, not %s", model, key, of_run[key], asked)
 
 
 def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any) -> list[Request]:
@@ -267,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     done = read_partial(partial, header)
     if done:
         log.info("resuming after %d of %d problems", len(done), len(problems))
+    warn_of_other_run(args.model, settings)
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()

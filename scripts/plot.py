@@ -5,19 +5,17 @@ the training logs; writes accuracy, cost and reward, each as .svg and .png. For 
 rewards, reward.* shows the training loss; for one that trains nothing, it and cost.* say so.
 --manifest writes a record of this call: command line, commit, versions, hashes.
 
-    python scripts/plot.py --study study.json --study-dir artifacts/experiments/demo \\
+    python scripts/plot.py --config config.yaml studies/demo.yaml \\
+        --study-dir artifacts/experiments/demo \\
         --comparison artifacts/results/demo/comparison.parquet \\
         --output-dir artifacts/results/demo/figures
-
-where study.json is the text that compare.py takes as --study.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gsm8k_core.cli import leave, run_script, study_parser
-from gsm8k_core.config import Comparison, settings_from
+from gsm8k_core.cli import leave, run_script, study_from, study_parser
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.plots import plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.tables import read_comparison
@@ -34,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     record = CallRecord("plot.py", argv)
-    study: Comparison = settings_from(args.study, Comparison, "--study")
+    study = study_from(args)
     comparison = read_comparison(args.comparison)
     figures = {
         "accuracy": plot_accuracy(study, args.study_dir, comparison),

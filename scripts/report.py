@@ -20,8 +20,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from gsm8k_core.cli import leave, run_script, study_parser
-from gsm8k_core.config import Comparison, settings_from
+from gsm8k_core.cli import leave, run_script, study_from, study_parser
+from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import write_text
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.report import Sources, build_report
@@ -75,7 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     record = CallRecord("report.py", argv)
-    study: Comparison = settings_from(args.study, Comparison, "--study")
+    study = study_from(args)
+    if unknown := sorted(set(dict(args.problems)) - set(study.suites)):
+        raise ConfigError(
+            f"--problems: no suite {', '.join(unknown)} in the study; there are: "
+            f"{', '.join(study.suites)}"
+        )
     sources = Sources(args.study_dir, args.comparison, dict(args.problems), args.runs_dir)
     write_text(args.output, build_report(study, sources, int(args.max_megabytes * 1e6)))
     if args.manifest is not None:

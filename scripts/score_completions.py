@@ -238,6 +238,11 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--marker: {error}") from None
     if args.output is not None and args.output.suffix not in WRITERS:
         raise ConfigError(f"--output: {args.output} should end in {', '.join(WRITERS)}")
+    read = [path.resolve() for path in [*args.completions, args.problems] if path is not None]
+    if args.output is not None and args.output.resolve() in read:
+        raise ConfigError(f"--output: {args.output} is read too, and would be overwritten")
+    if len(set(read)) < len(read):
+        raise ConfigError("a file is named twice: its completions would count twice")
     golds = None if args.problems is None else read_golds(args.problems)
     settings = GradingSettings(
         grading=args.grading, marker=args.marker, math_verify=args.math_verify

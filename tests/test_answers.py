@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gsm8k_core.answers import (
     Mode,
+    check_marker,
     contradicts_itself,
     extract_answer,
     is_correct,
@@ -667,3 +668,9 @@ def test_a_number_beyond_pythons_limit_is_refused_and_not_raised() -> None:
         is_correct("#### 1", text, "strict")
     # Zeros that say nothing do not count as digits.
     assert parse_number("0" * 10_000 + "18." + "0" * 10_000) == 18
+
+
+@pytest.mark.parametrize("marker", ["Boxed", "BOXED", "\\boxed{}"])
+def test_the_marker_of_boxes_has_one_name(marker: str) -> None:
+    with pytest.raises(ValueError, match="is called 'boxed'"):
+        check_marker(marker)

@@ -874,3 +874,33 @@ def test_in_the_debug_form_of_a_study_no_method_selects_from_what_an_untrained_m
     config = load_config(ROOT / "config.yaml", [path, ROOT / "studies" / "debug.yaml"])
     selecting = [m for m in config.methods.values() if isinstance(m, SELECTING)]
     assert selecting and all(method.parent != "base" for method in selecting)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("study:\n  name: a\nstudy:\n  name: b\n", "'study' stands there twice, in lines 1 and 3"),
+        ("a:\n  x: 1\n  y: 2\n  x: 3\n", "'x' stands there twice, in lines 2 and 4"),
+        ("seeds: [010]\n", "line 1: '010' is a number that YAML reads as 8"),
+        ("seeds:\n- 1:30\n", "line 2: '1:30' is a number that YAML reads as 90"),
+        ("seeds: [1_0]\n", "'1_0' is a number that YAML reads as 10"),
+    ],
+)
+def test_what_yaml_reads_as_something_else_than_it_looks_is_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_anchors_quotes_and_plain_numbers_are_read_as_yaml_does(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: -2}\nb: {<<: *a, x: 3}\nc: ['010', 0, +4, 1.5]\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
+
+
+def test_the_usual_short_name_of_the_learning_rate_gets_the_long_one_as_a_hint() -> None:
+    assert mistakes({"methods": {"sft": {"lr": 0.1}}}) == [
+        "methods.sft.lr: unknown key; did you mean 'learning_rate'?"
+    ]

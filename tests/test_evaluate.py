@@ -78,6 +78,12 @@ def test_the_model_of_a_run_brings_that_runs_settings(tmp_path: Path, config: Co
     assert found.settings.gpus == 0 and found.folder == folder
 
 
+def test_the_folder_of_a_run_is_told_where_its_weights_are(tmp_path: Path, config: Config) -> None:
+    folder_of_weights(tmp_path / "seed2" / "model")
+    with pytest.raises(ConfigError, match=r"is a run's folder; did you mean .*seed2/model\?"):
+        find_subject(str(tmp_path / "seed2"), None, config)
+
+
 def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None:
     folder = folder_of_weights(tmp_path / "my-weights")
     with pytest.raises(ConfigError, match="name its prompt with --prompt NAME"):

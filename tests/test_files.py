@@ -198,7 +198,8 @@ def test_a_row_with_another_line_separator_stays_one_row(tmp_path: Path, separat
         (b'{"a": 1', "row 2: not valid JSON .* ends without a newline: cut short"),
         (b"[1, 2]\n", "row 2: expected a JSON object, found list"),
         (b"3\n", "row 2: expected a JSON object, found int"),
-        (b"\n", "row 2: not valid JSON"),
+        (b"\n", "row 2: an empty line"),
+        (b"\xef\xbb\xbf{}\n", "row 2: begins with a byte order mark"),
         (b'{"a": "\xff"}\n', "row 2: not valid JSON .*utf-8"),
         (b"[" * 100_000 + b"\n", "row 2: not valid JSON .*recursion"),
         (b'{"a": ' + b"1" * 5000 + b"}\n", "row 2: not valid JSON .*4300 digits"),
@@ -367,4 +368,16 @@ def test_a_folder_whose_removal_is_killed_is_gone_and_its_rest_goes_later(
     assert list(tmp_path.iterdir()) == []
     folder.mkdir()
     remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a.txt", "a")
     assert list(tmp_path.iterdir()) == []

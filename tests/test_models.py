@@ -24,9 +24,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from gsm8k_core import models
 from gsm8k_core.config import LoraSettings, ModelSettings, TrainSettings
 from gsm8k_core.distributed import give_memory
 from gsm8k_core.errors import ConfigError, ModelError
+from gsm8k_core.files import write_json
 from gsm8k_core.models import (
     autocast,
     empty_model,
@@ -537,6 +539,7 @@ def test_no_gpu_is_a_warning(
 def test_bfloat16_on_the_cpu_computes_in_float32_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    models._has_bfloat16.cache_clear()  # it says so once
     with autocast(CPU, "bfloat16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert "computing in float32" in caplog.text
@@ -669,3 +672,13 @@ def test_stop_ids_of_a_folder_are_those_of_the_loaded_model(
     shutil.copytree(tiny_folder, tmp_path / "bare")
     (tmp_path / "bare" / "generation_config.json").unlink()
     assert stop_ids_of_folder(tmp_path / "bare", tokenizer) == stop_token_ids(model, tokenizer)
+
+
+def test_what_preparing_recorded_of_a_folder_is_not_taken_for_a_part_of_the_weights(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "mine" / "manifest.json", {"from": "elsewhere"})
+    shutil.copytree(tiny_folder, tmp_path / "mine", dirs_exist_ok=True)
+    facts = prepare_model(from_path(tmp_path / "mine"), tmp_path / "out")
+    assert "manifest.json" not in facts["files"]
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -19,6 +19,7 @@ from gsm8k_core.files import read_json, write_json, write_text
 from gsm8k_core.layout import Layout
 from gsm8k_core.records import (
     SUMS,
+    check_settings,
     dropped_weights,
     hash_folder,
     invocation_facts,
@@ -449,3 +450,24 @@ def test_a_study_of_final_models_drops_those_between_rounds(study: Path, layout:
         dropped = dropped_weights(Layout(layout.config.model_copy(update={"study": settings})))
         assert dropped == [str(EXPERIMENTS / "sft" / name / "model") for name in names]
     assert study.exists()
+
+
+def test_what_a_failed_call_removed_and_did_not_make_again_is_missing(
+    study: Path, layout: Layout
+) -> None:
+    weights = EXPERIMENTS / "sft" / "seed0" / "model" / "model.safetensors"
+    since = now_ns(study)
+    weights.unlink()
+    record_study(layout, since, has_failed=True)
+    assert verify_sums(RESULTS / SUMS).missing == [str(weights)]
+
+
+@pytest.mark.usefixtures("study")
+def test_grades_that_were_taken_otherwise_are_refused(layout: Layout) -> None:
+    path = Path(layout.run("tiny-qwen2", "sft", 0), "metrics", "arithmetic.json")
+    taken = {"grading": "strict", "marker": "####", "math_verify": False}
+    write_json(path, taken)
+    check_settings(layout)
+    write_json(path, {**taken, "grading": "flexible"})
+    with pytest.raises(DataError, match=f"{path}: grading is 'flexible', the study asks for 'st"):
+        check_settings(layout)

@@ -34,6 +34,7 @@ from report_study import (
     report_arguments,
 )
 
+from gsm8k_core.cli import run_script
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json
@@ -423,7 +424,9 @@ def test_a_lead_over_many_is_corrected_for_all_pairs_and_says_so() -> None:
     five = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55, "base": 10}, grpo=1e-9)
     assert "its lead over dpo, rft and sft may be chance" in _headline(five, leads_of(five))
     six = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57})
-    assert "its lead over 4 of the others may be chance" in _headline(six, leads_of(six))
+    assert "its lead over every other method may be chance" in _headline(six, leads_of(six))
+    seven = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57, "e": 1})
+    assert "its lead over 4 of the others may be chance" in _headline(seven, leads_of(seven))
 
 
 def test_a_suite_on_which_a_sibling_came_first_by_chance_does_not_make_it_best() -> None:
@@ -1015,3 +1018,11 @@ def test_a_study_of_the_base_model_alone_has_a_report(
     assert "base gets 10.0 % of test right" in words
     assert "The study has one method only." in words and "Learning curves" not in words
     assert "p-values are two-sided" not in words
+
+
+def test_problems_of_a_suite_that_the_study_does_not_have_are_refused(
+    paths: Paths, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [word.replace("test=", "tset=") for word in report_arguments(paths)]
+    assert run_script(lambda: script("report").main(arguments)) == 1
+    assert "--problems: no suite tset in the study; there are: test" in capsys.readouterr().err

@@ -275,3 +275,16 @@ def test_the_worked_answers_of_the_real_gsm8k_are_all_right(score: Score) -> Non
     assert scored.height == 1319
     row = cells(table)[0]
     assert {row[f"{grade} %"] for grade in GRADES if grade != "math_verify"} == {"100.00"}
+
+
+def test_what_is_read_is_not_written_over_and_counts_once(
+    tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, [{"completion": "#### 1", "gold": "1"}])
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="is read too, and would be overwritten"):
+        script("score_completions").main([str(path), "--output", str(path)])
+    with pytest.raises(ConfigError, match="a file is named twice"):
+        script("score_completions").main([str(path), str(tmp_path / "." / "in.jsonl")])
+    assert path.read_bytes() == before

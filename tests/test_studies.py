@@ -308,6 +308,13 @@ def test_the_script_writes_both_files_and_fails_only_when_asked_and_worse(
     assert run(old, new, "--fail-if-worse") == 3
     assert run(new, old, "--fail-if-worse") == 0
     assert run(old, old, "--fail-if-worse") == 0
+    renamed = tmp_path / "renamed"
+    shutil.copytree(old, renamed)
+    for model in list(renamed.iterdir()):
+        model.rename(model.with_name(f"{model.name}-2"))
+    assert run(old, renamed) == 0
+    with pytest.raises(DataError, match="nothing in common to compare"):
+        run(old, renamed, "--fail-if-worse")
     with pytest.raises(ConfigError, match="--confidence"):
         run(old, new, "--confidence", "95")
 

@@ -759,7 +759,7 @@ def test_two_scripts_on_one_folder_do_not_corrupt_each_other(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_fifty_kills_lose_no_line_and_double_none(tmp_path: Path) -> None:
+def test_twenty_kills_lose_no_line_and_double_none(tmp_path: Path) -> None:
     rng = random.Random(11)
     problems = additions(400)
     write_problems(tmp_path / "problems.jsonl", problems)
@@ -772,7 +772,7 @@ def test_fifty_kills_lose_no_line_and_double_none(tmp_path: Path) -> None:
         settings = settings_for(server.url, api={"concurrency": 4})
         before = b""
         num_killed_at_work = 0
-        for _ in range(50):
+        for _ in range(20):
             num_requests = len(server.requests)
             process = start(tmp_path, settings)
             if rng.random() < 0.9:  # the others are killed while they start
@@ -791,7 +791,7 @@ def test_fifty_kills_lose_no_line_and_double_none(tmp_path: Path) -> None:
             with closing(Collection(collected, settings, problems)) as collection:
                 assert collection.spent.tokens >= server.billed_tokens
             check(collected)
-        assert num_killed_at_work >= 40
+        assert num_killed_at_work >= 15
         assert 50 < len(before.split(b"\n")) < 400
         code, said = run(tmp_path, settings)
         assert code == 0, said

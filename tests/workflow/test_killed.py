@@ -35,7 +35,7 @@ STUDY = {
 }  # fmt: skip
 RUNS = "artifacts/experiments/killed/tiny-qwen2"
 RESULTS = "artifacts/results/killed"
-NUM_KILLS = 5
+NUM_KILLS = 3
 
 pytestmark = pytest.mark.slow
 
@@ -157,7 +157,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
-def test_a_study_killed_five_times_ends_as_if_nobody_had_disturbed_it(
+def test_a_study_killed_three_times_ends_as_if_nobody_had_disturbed_it(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     seed = int(os.environ.get("GSM8K_KILL_SEED") or random.randrange(10**6))

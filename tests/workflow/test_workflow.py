@@ -477,6 +477,15 @@ def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
 
 
+def test_any_table_or_figure_that_is_deleted_is_made_again(finished: Path) -> None:
+    for name, rule in (("comparison.html", "compare"), ("figures/cost.png", "plot")):
+        path = finished / "artifacts/results/small" / name
+        content = path.read_bytes()
+        path.unlink()
+        assert rule in planned_jobs(finished), name
+        path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("deleted", "first_rule"),
     [
