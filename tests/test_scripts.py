@@ -795,3 +795,24 @@ def test_what_only_an_overlay_names_can_be_prepared_by_that_name(
     script(f"prepare_{name}").main([*words, "--config", *files, "--output-dir", str(output)])
     manifest = read_json(output / "manifest.json")
     assert manifest["dataset" if name == "data" else "model"] == "mine"
+
+
+def test_weights_of_another_run_than_the_completions_are_kept_for_are_named(
+    script: Callable[[str], ModuleType],
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generate = script("generate")
+    settings = config.evaluation_settings("tiny-qwen2", "grpo", 1, "arithmetic")
+    model = tmp_path / "model"
+    for made, said in (
+        ({"method": "grpo", "seed": 1}, ""),
+        ({"method": "sft", "seed": 1}, ""),  # its parent, whose weights a round is sampled from
+        ({"method": "rft", "seed": 1}, f"{model} is of method rft, not grpo"),
+        ({"method": "grpo", "seed": 0}, f"{model} is of seed 0, not 1"),
+    ):
+        caplog.clear()
+        write_json(tmp_path / "settings.json", made)
+        generate.warn_of_other_run(model, settings)
+        assert "\n".join(caplog.messages) == said
