@@ -28,7 +28,7 @@ from gsm8k_core.engines.start import start_engine
 from gsm8k_core.engines.vllm_engine import vllm_build
 from gsm8k_core.files import iter_jsonl
 from gsm8k_core.models import resolve_device
-from gsm8k_core.prompts import prompt_token_ids, render_prompt
+from gsm8k_core.prompts import encode_prompts
 from gsm8k_core.tokenization import collate_prompts
 
 Sample = Callable[[list[Request]], list[list[int]]]
@@ -114,10 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     questions = [
         row["question"] for row in itertools.islice(iter_jsonl(args.data), args.num_problems)
     ]
-    texts = [render_prompt(question, prompt, tokenizer) for question in questions]
     requests = [
         Request(ids, [0], 0.0, args.max_new_tokens)
-        for ids in prompt_token_ids(texts, prompt, tokenizer)
+        for ids in encode_prompts(questions, prompt, tokenizer)
     ]
     for sample in ways.values():
         sample(requests[:2])  # what is done once

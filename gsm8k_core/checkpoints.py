@@ -221,19 +221,16 @@ def _own(tensors: dict[str, Any]) -> Tensors:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The moments themselves, not copies: those would be twice the weights more on the device."""
-    state = optimizer.state_dict()["state"]
-    for values in state.values():
+    tensors: Tensors = {}
+    for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if not isinstance(value, torch.Tensor):
                 raise TrainingError(
                     f"the optimizer keeps {name} as {type(value).__name__}: only tensors can be "
                     "saved, so a run with it could not be resumed; take another, such as AdamW"
                 )
-    return {
-        f"{index}.{name}": value.detach()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+            tensors[f"{index}.{name}"] = value.detach()
+    return tensors
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: _Parts) -> None:

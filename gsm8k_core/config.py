@@ -353,7 +353,7 @@ class LoraSettings(Settings):
     alpha: PositiveFiniteFloat = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: FractionBelow1 = 0.0
-    """Dropout on the adapters' input; in SFT and expert iteration; DPO and GRPO switch it off."""
+    """Dropout on the adapters' input, in SFT and expert iteration; DPO and GRPO switch it off."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Layers that get adapters."""
 

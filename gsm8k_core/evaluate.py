@@ -150,9 +150,10 @@ def find_subject(model: str, prompt: str | None, config: Config) -> Subject:
         settings = config.models[model]
         return Subject(model, settings, chosen or config.prompts[settings.prompt])
     folder = Path(model)
-    if (folder / "model" / "config.json").is_file():
-        raise ConfigError(f"--model: {model} is a run's folder; did you mean {folder / 'model'}?")
     if not (folder / "config.json").is_file():
+        inner = folder / "model"
+        if (inner / "config.json").is_file():
+            raise ConfigError(f"--model: {model} is a run's folder; did you mean {inner}?")
         raise ConfigError(
             f"--model: no '{model}' in the config and no such folder of weights; "
             f"there are: {', '.join(config.models)}"

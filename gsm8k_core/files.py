@@ -72,13 +72,11 @@ def _holder_beside(path: Path) -> Iterator[Path]:
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         writer = _mark_as_alive(holder)
-    except OSError:  # a full disk
-        shutil.rmtree(holder, ignore_errors=True)
-        raise
-    try:
-        yield holder
+        try:
+            yield holder
+        finally:
+            os.close(writer)  # first: a network file system keeps an open file in its folder
     finally:
-        os.close(writer)  # first: a network file system keeps an open file in its folder
         shutil.rmtree(holder, ignore_errors=True)
 
 
@@ -146,9 +144,12 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files in a model's folder that MODEL_FILES names, sorted; none without a folder."""
+    """The files in a model's folder that MODEL_FILES names, sorted; none without a folder.
+
+    Without the manifest of one that was prepared here: it tells of the folder and is no part.
+    """
     found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() and path.name != "manifest.json")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -85,19 +85,16 @@ class MathVerifier:
         )
         self._process.start()
         theirs.close()
+        remedy = HOW_TO_INSTALL
         try:
             fault = ours.recv() if ours.poll(SECONDS_TO_START) else "it did not start in time"
         except (EOFError, OSError):
-            ours.close()
-            self.close()
-            raise ConfigError(
-                "math-verify cannot be used: its process ended at once, for a reason above this "
-                "line; in a script of your own, guard what it does by if __name__ == '__main__'"
-            ) from None
+            fault = "its process ended at once, for a reason above this line"
+            remedy = "in a script of your own, guard what it does by if __name__ == '__main__'"
         if fault is not None:
             ours.close()
             self.close()
-            raise ConfigError(f"math-verify cannot be used ({fault}); {HOW_TO_INSTALL}")
+            raise ConfigError(f"math-verify cannot be used ({fault}); {remedy}")
         return ours
 
     def close(self) -> None:

@@ -246,8 +246,6 @@ def _copy_files(source: Path, target: Path) -> None:
     Raises ModelError where weights are not whole, or an index names files that are not there.
     """
     for path in model_files(source):
-        if path.name == "manifest.json":  # ours, of a folder that was prepared: there will be one
-            continue
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".safetensors":
             try:

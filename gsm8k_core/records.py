@@ -292,10 +292,7 @@ def check_settings(layout: Layout) -> None:
     """
     found: dict[str, list[str]] = {}
     for path, made, asked in _made_and_asked(layout):
-        if other := _differing(made.without_resources(), asked.without_resources()):
-            found[path] = other
-    for path, graded, wanted in _graded_and_asked(layout):
-        if other := _differing(graded, wanted):
+        if other := _differing(made, asked):
             found[path] = other
     if found:
         lines = [f"  {path}: {other}" for path, others in found.items() for other in others]
@@ -309,8 +306,11 @@ def check_settings(layout: Layout) -> None:
 
 def _made_and_asked(
     layout: Layout,
-) -> Iterator[tuple[str, RunSettings | EvaluationSettings, RunSettings | EvaluationSettings]]:
-    """A file that tells how something of the study was made, what it tells, and what is asked."""
+) -> Iterator[tuple[str, Settings, Settings]]:
+    """A file that tells how something of the study was made, what it tells, and what is asked.
+
+    Both without resources, of which no result depends.
+    """
     config = layout.config
     for model in config.study.models:
         for method in config.stages():
@@ -327,35 +327,30 @@ def _made_and_asked(
                     path = f"{folder}/settings.json"
                     if Path(path).exists():
                         made = checked(read_json(Path(path)), RunSettings, path)
-                        yield path, made, config.run_settings(model, method, seed, number)
+                        asked = config.run_settings(model, method, seed, number)
+                        yield path, made.without_resources(), asked.without_resources()
                 sampled = {
                     f"{run}/round{number}/completions.stats.json": config.round_generation_settings(
                         model, method, seed, number
                     )
                     for number in range(1, rounds + 1)
                 }
+                graded: dict[str, GradingSettings] = {}
                 if method in config.study.methods:
                     for suite in config.study.suites:
                         path = f"{run}/completions/{suite}.stats.json"
                         sampled[path] = config.evaluation_settings(model, method, seed, suite)
-                for path, asked in sampled.items():
+                        path = f"{run}/metrics/{suite}.json"
+                        graded[path] = config.grading_settings(model, suite)
+                for path, sampling in sampled.items():
                     if (told := read_record(Path(path)).get("settings")) is not None:
-                        yield path, checked(told, EvaluationSettings, path), asked
-
-
-def _graded_and_asked(layout: Layout) -> Iterator[tuple[str, GradingSettings, GradingSettings]]:
-    """`_made_and_asked` of the grades: the metrics tell how they were taken."""
-    config = layout.config
-    for model in config.study.models:
-        for method in config.study.methods:
-            for seed in config.seeds_of(method):
-                for suite in config.study.suites:
-                    path = f"{layout.run(model, method, seed)}/metrics/{suite}.json"
-                    told = read_record(Path(path))
-                    if "grading" in told:
-                        graded = {key: told[key] for key in GradingSettings.model_fields}
-                        asked = config.grading_settings(model, suite)
-                        yield path, checked(graded, GradingSettings, path), asked
+                        was = checked(told, EvaluationSettings, path)
+                        yield path, was.without_resources(), sampling.without_resources()
+                for path, grading in graded.items():
+                    metrics = read_record(Path(path))
+                    if "grading" in metrics:
+                        taken = {key: metrics[key] for key in GradingSettings.model_fields}
+                        yield path, checked(taken, GradingSettings, path), grading
 
 
 def _differing(made: Settings, asked: Settings) -> list[str]:

@@ -7,6 +7,7 @@ A test fails when the page and the code have drifted apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -42,7 +43,13 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("traces.*.budget", config.BudgetSettings),
     ("traces.*.selection", config.TraceSelectionSettings),
 )
-HEADER = """# Settings
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
+
+
+HEADER = f"""# Settings
 
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
@@ -50,15 +57,14 @@ Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do
 
 Nothing is made again for a change of
 
-- a model's `threads`, `mem_mb`, `training_minutes`, `generation_minutes`, `completions_per_batch`,
-  `compile_layers` and number of `gpus` (from 0 or to 0 is another run),
-- vLLM's `tensor_parallel`, `gpu_memory_fraction`, `rollout_gpu_memory_fraction`, `max_sequences`,
-  `kv_cache_gib` and `sleep_level`,
-- a method's `tokens_per_microbatch`, `gradient_checkpointing`, `checkpoint_every_steps` and
-  `keep_checkpoints`, or
-- `tracking`, and how patiently `traces.*.api` asks its server.
+- `models.*`: {_names((*config.SCHEDULER_KEYS, *config.MODEL_RESOURCES))}, and the number of `gpus`
+  (from 0 or to 0 is another run),
+- `vllm`: {_names(config.VLLM_RESOURCES)},
+- `methods.*`: {_names(config.METHOD_RESOURCES)},
+- `traces.*.api`: {_names(config.API_RESOURCES)},
+- `tracking`.
 
-A change of a suite's `grading`, `marker` or `math_verify` only grades again.
+A change of a suite's {_names(config.GradingSettings.model_fields)} only grades again.
 """
 
 

@@ -1,6 +1,8 @@
 """Make a run of expert iteration look like any other: its last model, and all rounds' records.
 
-python scripts/finish_rounds.py --rounds 1 --run-dir /tmp/rft
+The rounds lie below `--run-dir`, as `round1`, `round2`, …
+
+    python scripts/finish_rounds.py --rounds 1 --run-dir /tmp/rft
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import gc
 
-from gsm8k_core.files import read_record
-
 if __name__ == "__main__":
     gc.disable()  # while modules are loaded; `run_script` enables it
 
@@ -61,6 +59,7 @@ from gsm8k_core.files import (
     iter_jsonl,
     lock,
     read_lines,
+    read_record,
     seed_from,
     sha256_file,
     sha256_json,
@@ -89,9 +88,14 @@ def select_problems(path: Path, suite: SuiteSettings) -> list[Problem]:
 def warn_of_other_run(model: Path, settings: EvaluationSettings) -> None:
     """Say so where the weights are those of another run than the completions will be kept for."""
     of_run = read_record(model.resolve().parent / "settings.json")
-    for key, asked in (("method", settings.method), ("seed", settings.seed)):
-        if of_run.get(key, asked) not in (asked, settings.parent):
-            log.warning("%s is of %s %s, not %s", model, key, of_run[key], asked)
+    # A round is sampled from the parent's weights, or the round's before.
+    fitting: dict[str, list[Any]] = {
+        "method": [settings.method, settings.parent],
+        "seed": [settings.seed],
+    }
+    for key, values in fitting.items():
+        if key in of_run and of_run[key] not in values:
+            log.warning("%s is of %s %s, not %s", model, key, of_run[key], values[0])
 
 
 def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any) -> list[Request]:

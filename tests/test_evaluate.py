@@ -84,6 +84,12 @@ def test_the_folder_of_a_run_is_told_where_its_weights_are(tmp_path: Path, confi
         find_subject(str(tmp_path / "seed2"), None, config)
 
 
+def test_weights_beside_a_folder_called_model_are_weights(tmp_path: Path, config: Config) -> None:
+    folder = folder_of_weights(tmp_path / "mine")
+    folder_of_weights(folder / "model")
+    assert find_subject(str(folder), "plain", config).folder == folder
+
+
 def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None:
     folder = folder_of_weights(tmp_path / "my-weights")
     with pytest.raises(ConfigError, match="name its prompt with --prompt NAME"):
