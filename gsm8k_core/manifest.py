@@ -131,7 +131,8 @@ def git_state() -> dict[str, Any]:
         named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get("GSM8K_COMMIT", ""))
         commit = named if COMMIT.fullmatch(named) else None
         return {"commit": commit, "dirty": None, "diff_sha256": None}
-    difference = run_command("git", "diff", "HEAD")
+    # `git diff` notes new times of files in the index, with or without optional locks.
+    difference = run_command("git", "-c", "diff.autoRefreshIndex=false", "diff", "HEAD")
     return {
         "commit": commit,
         "dirty": bool(run_command("git", "status", "--porcelain")),
