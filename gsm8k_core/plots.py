@@ -371,7 +371,8 @@ def _short_time(seconds: float) -> str:
 CURVES = {
     "answer_reward_mean": ("Correct completions", "correct completions"),
     "reward_mean": ("Mean reward", "reward"),
-    "loss": ("Training loss", "loss"),
+    "loss": ("Loss, nats a token", "loss"),
+    "margin": ("Margin of pairs", "margin"),
 }
 IN_PERCENT = ("answer_reward_mean", "validation_accuracy")
 
@@ -383,26 +384,42 @@ def plot_reward(study: Comparison, study_dir: Path) -> Figure:
     compare. Where a log lacks it, the whole reward is drawn of all. The line is the mean over
     seeds, the band their smallest and largest, which many methods would cover each other with. A
     second row shows the validated accuracy where a method validates. A study without rewards shows
-    the training loss instead, and one that trains nothing says so.
+    the training loss instead, and the margin of what learns from pairs, whose loss is in other
+    units; one that trains nothing says so.
     """
     logs = {model: read_training_logs(study, study_dir, model) for model in study.models}
     curves = {
-        (model, method): logs[model].get(method, [])
+        (model, method): [
+            [_without_loss_of_pairs(row) for row in run] for run in logs[model].get(method, [])
+        ]
         for model in study.models
         for method in study.methods
     }
     rewarded = _methods_with(curves, study, "reward_mean")
     # With rewards to show, the losses and validations of other methods are on other steps.
-    trained = rewarded or _methods_with(curves, study, "loss")
+    keys = (
+        ["reward_mean"]
+        if rewarded
+        else [key for key in ("loss", "margin") if _methods_with(curves, study, key)]
+    )
+    trained = [
+        method
+        for method in study.methods
+        if any(method in _methods_with(curves, study, key) for key in keys)
+    ]
     if not trained:
         return _empty_figure(f"{study.name}: no method of this study trains anything")
-    key = "reward_mean" if rewarded else "loss"
     if rewarded and rewarded == _methods_with(curves, study, "answer_reward_mean"):
-        key = "answer_reward_mean"
-    rows = [(key, CURVES[key][0])]
+        keys = ["answer_reward_mean"]
+    rows = [(key, CURVES[key][0]) for key in keys]
     if set(_methods_with(curves, study, "validation_accuracy")) & set(trained):
         rows.append(("validation_accuracy", "Validation accuracy"))
     return _curves_figure(study, curves, trained, rows)
+
+
+def _without_loss_of_pairs(row: Json) -> Json:
+    """A row of a training log; the loss of pairs does not compare with that of tokens."""
+    return {name: value for name, value in row.items() if name != "loss" or "margin" not in row}
 
 
 def _curves_figure(

@@ -48,12 +48,14 @@ CURVES = (
     ("answer_reward_mean", "Correct completions while training", "% right", 100.0),
     ("reward_mean", "Reward", "mean reward of a step", 1.0),
     ("validation_accuracy", "Validation accuracy", "% right", 100.0),
-    ("loss", "Loss of methods without a reward", "training loss", 1.0),
+    ("loss", "Loss of methods without a reward", "nats a token", 1.0),
+    ("margin", "Pairs: implicit reward of the chosen less the rejected", "margin (DPO)", 1.0),
     ("completion_length_mean", "Length of sampled completions", "tokens", 1.0),
     ("entropy", "Entropy of tokens in the batch that is trained on", "nats", 1.0),
 )
-# Not drawn of a method that logs the other: penalties differ between methods, answers compare.
-PREFERRED = {"reward_mean": "answer_reward_mean", "loss": "reward_mean"}
+# Not drawn of a method that logs one of the others: penalties differ between methods, answers
+# compare; and the loss of pairs is in other units than that of tokens.
+PREFERRED = {"reward_mean": ("answer_reward_mean",), "loss": ("reward_mean", "margin")}
 
 
 def themes() -> Json:
@@ -294,8 +296,8 @@ def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> li
         rows = []
         for method in methods:
             runs = logs.get(method, [])
-            better = PREFERRED.get(key)
-            if better and any(better in row for run in runs for row in run):
+            logged = {name for run in runs for row in run for name in row}
+            if logged & set(PREFERRED.get(key, ())):
                 continue
             rows += learning_curve(runs, key, method, factor)
         if rows:

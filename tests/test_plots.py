@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,28 @@ def test_the_line_is_the_mean_over_seeds_and_the_band_reaches_their_extremes(
 
 def test_a_study_without_rewards_shows_the_loss(tmp_path: Path) -> None:
     write_runs(tmp_path, [{"step": step, "loss": 1 / step} for step in range(1, 6)])
-    assert plot_reward(STUDY, tmp_path).axes[0].get_ylabel() == "Training loss"
+    assert plot_reward(STUDY, tmp_path).axes[0].get_ylabel() == "Loss, nats a token"
+
+
+def test_the_loss_of_pairs_has_no_axis_in_common_with_that_of_tokens(tmp_path: Path) -> None:
+    study = STUDY.model_copy(
+        update={
+            "methods": ["sft", "dpo"],
+            "seeds_of": {"sft": [0], "dpo": [0]},
+            "chains": {"sft": ["base", "sft"], "dpo": ["base", "dpo"]},
+        }
+    )
+    steps = range(1, 6)
+    write_runs(tmp_path, [])
+    for model, (method, more) in itertools.product(
+        study.models, {"sft": {}, "dpo": {"margin": 2.0}}.items()
+    ):
+        log = [{"step": step, "loss": 3.0, **more} for step in steps]
+        write_jsonl(tmp_path / model / method / "seed0" / "train" / "metrics.jsonl", log)
+    axes = plot_reward(study, tmp_path).axes
+    assert [one.get_ylabel() for one in axes[::2]] == ["Loss, nats a token", "Margin of pairs"]
+    assert [points(line, "y") for line in axes[0].lines] == [[3.0] * 5]
+    assert [points(line, "y") for line in axes[2].lines] == [[2.0] * 5]
 
 
 def test_a_study_that_trains_nothing_says_so(tmp_path: Path) -> None:

@@ -703,16 +703,25 @@ def test_the_page_says_when_bands_show(page: Page) -> None:
     assert squeezed(page.text).count(note) == 2
 
 
-def test_a_method_is_drawn_by_its_answers_and_by_its_reward_only_where_it_logs_no_answers() -> None:
+def test_a_method_is_drawn_by_its_answers_else_its_reward_its_margin_or_its_loss() -> None:
     step = {"step": 1, "loss": 0.1, "reward_mean": -0.5}
-    logs = {"grpo": [[{**step, "answer_reward_mean": 0.25}]], "other": [[step]]}
-    charts = learning_charts(logs, ["grpo", "other"])
+    logs = {
+        "grpo": [[{**step, "answer_reward_mean": 0.25}]],
+        "other": [[step]],
+        "sft": [[{"step": 1, "loss": 3.0}]],
+        "dpo": [[{"step": 1, "loss": 0.6, "margin": 2.0}]],
+    }
+    charts = learning_charts(logs, list(logs))
     drawn = [chart["spec"]["data"]["values"] for chart in charts]
     assert [(row["method"], row["mean"]) for rows in drawn for row in rows] == [
         ("grpo", 25.0),
         ("other", -0.5),
+        ("sft", 3.0),
+        ("dpo", 2.0),
     ]
-    assert [chart["y"] for chart in charts] == ["% right", "mean reward of a step"]
+    assert [chart["y"] for chart in charts] == [
+        "% right", "mean reward of a step", "nats a token", "margin (DPO)",
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- shut, and the same
