@@ -54,6 +54,7 @@ from gsm8k_core.metrics import (
 from gsm8k_core.records import num_gpus
 
 SCHEMA: dict[str, Any] = {
+    "study": pl.String,
     "model": pl.String,
     "method": pl.String,
     "suite": pl.String,
@@ -61,6 +62,7 @@ SCHEMA: dict[str, Any] = {
     "num_problems": pl.Int64,
     "num_clusters": pl.Int64,
     "num_samples": pl.Int64,
+    "confidence": pl.Float64,
     "accuracy": pl.Float64,
     "accuracy_ci_low": pl.Float64,
     "accuracy_ci_high": pl.Float64,
@@ -108,10 +110,12 @@ SCHEMA: dict[str, Any] = {
 }
 
 PASS_AT_K_SCHEMA: dict[str, Any] = {
+    "study": pl.String,
     "model": pl.String,
     "method": pl.String,
     "suite": pl.String,
     "num_samples": pl.Int64,
+    "confidence": pl.Float64,
     "k": pl.Int64,
     "pass_at_k": pl.Float64,
     "pass_at_k_ci_low": pl.Float64,
@@ -357,7 +361,8 @@ def _stack(tables: Sequence[tuple[Path, pl.DataFrame]], name: str) -> Floats | N
 def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     """One row per model × method × suite (columns of `SCHEMA`), and pass@k and maj@k by k.
 
-    `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
+    `confidence` is the level of every `…_ci_low` and `…_ci_high`, so that tables of several studies
+    can be laid together. `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
     to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest power of two
     that is not above the number of samples. `…_by_seed` is what each run has by itself, as
     `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of `accuracy`, paired
@@ -387,7 +392,13 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
                 for method in study.methods
             }
             for method in study.methods:
-                identity = {"model": model, "method": method, "suite": suite}
+                identity = {
+                    "study": study.name,
+                    "model": model,
+                    "method": method,
+                    "suite": suite,
+                    "confidence": study.confidence,
+                }
                 row = _quality(study, method, cells) | _generation_cost(cells[method])
                 rows.append(identity | row | costs[method])
                 curves += [identity | point for point in _curve(study, cells[method])]

@@ -309,8 +309,11 @@ def study_dir(tmp_path: Path) -> Path:
 def test_the_comparison_has_one_row_per_cell_in_the_order_of_the_study(study_dir: Path) -> None:
     frame = build(make_study(), study_dir)
     assert dict(frame.schema) == SCHEMA
-    assert frame.select("model", "method").rows() == [
-        (model, method) for model in ("m2", "m1") for method in ("base", "sft", "grpo")
+    study = make_study()
+    assert frame.select("study", "model", "method", "confidence").rows() == [
+        (study.name, model, method, study.confidence)
+        for model in ("m2", "m1")
+        for method in ("base", "sft", "grpo")
     ]
 
 

@@ -157,7 +157,7 @@ def test_wandb_followed_the_run_in_its_own_folder(finished: Path) -> None:
     assert len(run_files) == 1, (finished / GRPO / "logs" / "train_grpo.log").read_text("utf-8")
     assert run_files[0].stat().st_size > 1000
     (table,) = (finished / RESULTS / "wandb").glob("offline-run-*/files/media/table/*.json")
-    assert read_json(table)["columns"][:3] == ["model", "method", "suite"]
+    assert read_json(table)["columns"][:4] == ["study", "model", "method", "suite"]
     assert [row[1] for row in read_json(table)["data"]] == ["base", "grpo"]
     assert not (finished / "wandb").exists()
 
