@@ -52,11 +52,15 @@ def script() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def run_json(config: Config) -> Callable[..., str]:
-    """`run_json(method, seed=0, **overrides)`: settings of a tiny-qwen2 run, as the workflow's."""
+    """`run_json(method, seed=0, **overrides)`: settings of a tiny-qwen2 run, as the workflow's.
+
+    But for the length of what is generated for the log: it would take longer than the steps.
+    """
 
     def build(method: str, seed: int = 0, **overrides: Any) -> str:
         settings = config.run_settings("tiny-qwen2", method, seed)
         raw = json.loads(dump(settings))
+        overrides = {"validation_max_new_tokens": 16, **overrides}
         raw["method_settings"] = merge(raw["method_settings"], overrides)
         return dump(RunSettings.model_validate(raw))
 

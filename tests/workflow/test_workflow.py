@@ -536,14 +536,13 @@ def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -
 def test_two_runs_from_scratch_give_the_same_weights_and_completions(
     finished: Path, workspace: Path
 ) -> None:
-    # Of sft and grpo, and of the comparison, the killed study of test_killed.py shows it.
-    runs = [f"{CELLS}/{method}/seed0" for method in ("sft", "expert_iteration", "dpo")]
+    # Of rft and grpo, and of the comparison, the killed study of test_killed.py shows it.
+    runs = [f"{CELLS}/{method}/seed0" for method in ("sft", "dpo")]
     made = [
         str(path.relative_to(finished))
-        for run in runs[1:]
-        for path in (finished / run / "completions").glob("*.jsonl")
+        for path in (finished / runs[1] / "completions").glob("*.jsonl")
     ]
-    assert len(made) >= 2
+    assert made
     result = snakemake(workspace, *made, PYTHONHASHSEED="7")
     assert result.returncode == 0, result.stdout
     for path in [*made, *(f"{run}/model/model.safetensors" for run in runs)]:
