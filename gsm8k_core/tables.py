@@ -362,13 +362,13 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     """One row per model × method × suite (columns of `SCHEMA`), and pass@k and maj@k by k.
 
     `confidence` is the level of every `…_ci_low` and `…_ci_high`, so that tables of several studies
-    can be laid together. `accuracy` falls back to the mean over samples in a suite without greedy decoding, `pass_at_1`
-    to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the largest power of two
-    that is not above the number of samples. `…_by_seed` is what each run has by itself, as
-    `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of `accuracy`, paired
-    by seed and problem: `delta_vs_parent` to the method that training started from, `delta_vs_base`
-    to the untrained model; null where that is not among the study's methods. `…_holm` is the
-    p-value corrected (Holm 1979) over all methods and suites of the model.
+    can be laid together. `accuracy` falls back to the mean over samples in a suite without greedy
+    decoding, `pass_at_1` to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the
+    largest power of two that is not above the number of samples. `…_by_seed` is what each run has
+    by itself, as `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of
+    `accuracy`, paired by seed and problem: `delta_vs_parent` to the method that training started
+    from, `delta_vs_base` to the untrained model; null where that is not among the study's methods.
+    `…_holm` is the p-value corrected (Holm 1979) over all methods and suites of the model.
     `smallest_detectable_delta` is the difference that a study of this size and spread finds four
     times in five, at the uncorrected level.
 
