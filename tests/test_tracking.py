@@ -463,8 +463,8 @@ folder = Path(sys.argv[1])
 run = tracking.TrackedRun("run-1", "a", "b", {})
 tracker = tracking.Tracker(TrackingSettings(project="p"), "offline", folder, run)
 tracker.log({"step": 1, "loss": 1.0})
-while not list(folder.glob("wandb/offline-run-*/*.wandb")):
-    time.sleep(0.05)
+while not list(folder.glob("wandb/offline-run-*/*.wandb")) or tracker._queue.qsize():
+    time.sleep(0.05)  # `init` waits for an answer of the service, this row does not
 (core,) = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
 core.send_signal(signal.SIGSTOP)
 print(core.pid, flush=True)
