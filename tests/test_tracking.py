@@ -293,16 +293,14 @@ def test_a_slow_wandb_slows_no_step_and_loses_rows_with_one_warning(
 ) -> None:
     monkeypatch.setattr(tracking, "MAX_QUEUED", 10)
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.3)
-    fake_wandb(log=lambda: time.sleep(0.2))
+    fake_wandb(log=lambda: time.sleep(10))
     tracker = start(tmp_path)
     began = time.perf_counter()
     for step in range(1, 1001):
         tracker.log({"step": step})
-    assert time.perf_counter() - began < 0.2
     assert tracker.num_dropped >= 1000 - 12
-    began = time.perf_counter()
     tracker.finish({})
-    assert time.perf_counter() - began < 1.0
+    assert time.perf_counter() - began < 8  # not one of them was waited for
     assert caplog.text.count("too slow") == 1
     assert "not done after" in caplog.text
 
@@ -311,12 +309,12 @@ def test_a_wandb_that_hangs_at_its_start_holds_nobody(
     fake_wandb: Callable[..., list[Json]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
-    fake_wandb(init=lambda: time.sleep(5))
+    fake_wandb(init=lambda: time.sleep(10))
     began = time.perf_counter()
     tracker = start(tmp_path)
     tracker.log({"step": 1})
     tracker.finish({})
-    assert time.perf_counter() - began < 1.0
+    assert time.perf_counter() - began < 8
 
 
 def test_a_queue_that_keeps_up_loses_nothing(
