@@ -9,8 +9,8 @@ graded different problems are refused. Within a call of snakemake, so are runs t
 other settings than its config asks for. Where W&B is on, it gets the table too. --manifest writes a
 record of this call: command line, commit, versions, hashes.
 
-    python scripts/compare.py --config config.yaml studies/demo.yaml \\
-        --study-dir artifacts/experiments/demo --output-dir artifacts/results/demo
+    python scripts/compare.py --config config.yaml \\
+        --study-dir artifacts/experiments/default --output-dir artifacts/results/default
 
 The workflow gives the study itself instead of `--config`, as JSON: names, seeds and parents.
 """

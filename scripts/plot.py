@@ -2,13 +2,13 @@
 
 Reads the comparison that compare.py wrote, the summaries below --study-dir (for single seeds) and
 the training logs; writes accuracy, cost and reward, each as .svg and .png. For a study without
-rewards, reward.* shows the training loss; for one that trains nothing, it and cost.* say so.
+rewards, reward.* shows the training loss, and the margin of what learns from pairs; for one that
+trains nothing, it and cost.* say so.
 --manifest writes a record of this call: command line, commit, versions, hashes.
 
-    python scripts/plot.py --config config.yaml studies/demo.yaml \\
-        --study-dir artifacts/experiments/demo \\
-        --comparison artifacts/results/demo/comparison.parquet \\
-        --output-dir artifacts/results/demo/figures
+    python scripts/plot.py --config config.yaml --study-dir artifacts/experiments/default \\
+        --comparison artifacts/results/default/comparison.parquet \\
+        --output-dir artifacts/results/default/figures
 """
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ cost, pass@k, lengths, agreement between methods, and a browser of all completio
 grades; at the end, where everything came from. Reads what the runs below --study-dir and compare.py
 wrote. --manifest writes a record of this call: command line, commit, versions, hash of the page.
 
-    python scripts/report.py --study study.json --study-dir artifacts/experiments/demo \\
-        --comparison artifacts/results/demo/comparison.parquet \\
-        --problems test=artifacts/gsm8k/test.jsonl \\
-        --output artifacts/results/demo/report.html
+    python scripts/report.py --config config.yaml --study-dir artifacts/experiments/default \\
+        --comparison artifacts/results/default/comparison.parquet \\
+        --problems arithmetic=artifacts/arithmetic/test.jsonl \\
+        --output artifacts/results/default/report.html
 
-where study.json is the text that compare.py takes as --study. Every problem has a link of its own:
-report.html#p/MODEL/SUITE/PROBLEM.
+Every problem has a link of its own: report.html#p/MODEL/SUITE/PROBLEM.
 """
 
 from __future__ import annotations
