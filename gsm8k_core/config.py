@@ -40,6 +40,7 @@ AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
 # Full fine-tuning from this rate on, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
+DOUBTFUL_BUFFER = 16  # parts of what may be sampled
 # Resources: settings that decide memory, speed and what a stop costs, but, rounding aside, no
 # result. A stopped run goes on with others, and a finished one is not made again for them. Of a
 # model, those that only the scheduler reads, and those that its jobs are given as flags:
@@ -570,8 +571,8 @@ class GrpoMethod(TrainSettings):
     kl_coefficient: NonNegativeFloat = 0.0
     """β of the KL to the reference; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation; in
-    the reward k1 alone has that of the KL."""
+    """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation, so k2
+    or k3 go there; in the reward k1 alone has that of the KL."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion (with
     `kl_estimator: k1`)."""
@@ -585,7 +586,8 @@ class GrpoMethod(TrainSettings):
     overlong_buffer: NonNegativeInt = 0
     """Soft overlong punishment (DAPO eq. 13) over this many last tokens; 0: none."""
     dynamic_sampling: bool = False
-    """Replace groups whose rewards are all equal by newly sampled ones (DAPO §3.2)."""
+    """Replace groups whose rewards are all equal by newly sampled ones (DAPO §3.2). The penalty of
+    `overlong_buffer` does not count for it, the parts of `reward` do."""
     max_refills: PositiveInt = 3
     """Most additional rounds of sampling in one step."""
 
@@ -637,8 +639,20 @@ class GrpoMethod(TrainSettings):
                 "objective: reinforce has no ratio to correct what was sampled before an update: "
                 "set minibatches: 1 and epochs_per_batch: 1, or take ppo_clip or cispo"
             )
+        if self.dynamic_sampling and self.group_size < 2:
+            yield "dynamic_sampling needs group_size of 2 or more: a group of one has no spread"
+        if self.dynamic_sampling and self.advantage == "batch_zscore":
+            yield (
+                "dynamic_sampling does not go with advantage: batch_zscore, which learns from a "
+                "group of equal rewards by comparing it with the others: set one of them"
+            )
         if self.kl_coefficient > 0.0 and self.kl_placement == "reward":
             yield from self._contradictions_of_kl_in_reward()
+        elif self.kl_coefficient > 0.0 and self.kl_estimator == "k1":
+            yield (
+                "kl_placement: loss does not go with kl_estimator: k1, whose gradient is 0 in "
+                "expectation: take k2 or k3, or kl_placement: reward"
+            )
 
     def _contradictions_of_kl_in_reward(self) -> Iterator[str]:
         """What makes KL in the reward another thing than a penalty of it."""
@@ -1016,7 +1030,7 @@ class Config(Settings):
                 dataset=self.study.dataset,
                 split="train",
                 limit=settings.prompts_per_round,
-                # Each round of each seed sees another random part; seeds stay far from one another.
+                # Each round of each seed draws a part anew; seeds stay far from one another.
                 shuffle_seed=1000 * seed + round_number,
                 greedy=False,
                 num_samples=settings.completions_per_prompt,
@@ -1073,9 +1087,9 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
 
     From config.yaml (`shipped`), with real models: a rate too high for full fine-tuning, and too
     few tokens for a solution of GSM8K; either only where it is config.yaml's own number. From any
-    file: a dataset that no suite asks, where the last of the `overlays` (as read) that names one
-    of the two does not name the other. From the defaults: float32 on a GPU. Also `keep_best` where
-    there is but one validation.
+    file: an overlong buffer of next to no tokens, and a dataset that no suite asks, where the last
+    of the `overlays` (as read) that names one of the two does not name the other. From the
+    defaults: float32 on a GPU. Also `keep_best` where there is but one validation.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
@@ -1092,10 +1106,17 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
                 "validation before the last step. Lower validate_every_steps."
             )
         doubtful: dict[str, float] = {}
+        buffer = getattr(settings, "overlong_buffer", 0)
         if settings.learning_rate >= DOUBTFUL_LEARNING_RATE and settings.lora is None:
             doubtful["learning_rate"] = settings.learning_rate
         if getattr(settings, "max_new_tokens", DOUBTFUL_NEW_TOKENS) < DOUBTFUL_NEW_TOKENS:
             doubtful["max_new_tokens"] = settings.max_new_tokens
+        elif 0 < buffer < settings.max_new_tokens / DOUBTFUL_BUFFER:
+            found.append(
+                f"methods.{stage}.overlong_buffer: {buffer} of "
+                f"{settings.max_new_tokens} new tokens, so a completion is punished only just "
+                "before it is cut (DAPO: a fifth). Set it in your study."
+            )
         toys = shipped.defaults.get(settings.kind, {})
         inherited |= {
             f"defaults.{settings.kind}.{key} ({value:g})"

@@ -108,10 +108,10 @@ def score_responses(
     `input_ids`, `labels` and `response_mask` are (B, T); `attention_mask` and `position_ids`, if
     given, too. With a `shared_row` (`shared_prompts`) all are of that row, (1, S), which has its
     own mask and positions. Returns `log_probs` (B, T), of float32 at least, and, `with_entropy`,
-    `token_entropy` (B, T) in nats. Logits are divided by `temperature`, the one that the tokens
-    were sampled with, so that these are log-probs of the distribution sampled from. The entropy
-    carries a gradient only with `entropy_gradient`: most callers log it, and its gradient costs as
-    much as that of the log-prob.
+    `token_entropy` (B, T) in nats; under autocast, of logits that its type has rounded. Logits are
+    divided by `temperature`, the one that the tokens were sampled with, so that these are log-probs
+    of the distribution sampled from. The entropy carries a gradient only with `entropy_gradient`:
+    most callers log it, and its gradient costs as much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, the logits that exist
     at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU

@@ -241,6 +241,22 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             for estimator in ("k2", "k3")
         ),
         (
+            {"methods": {"grpo": {**KL_IN_REWARD, "kl_placement": "loss"}}},
+            "methods.grpo: kl_placement: loss does not go with kl_estimator: k1, whose gradient is "
+            "0 in expectation: take k2 or k3, or kl_placement: reward",
+        ),
+        (
+            {"methods": {"reinforce": {"dynamic_sampling": True, "group_size": 1}}},
+            "methods.reinforce: dynamic_sampling needs group_size of 2 or more: a group of one has "
+            "no spread",
+        ),
+        (
+            {"methods": {"reinforce_pp": {"dynamic_sampling": True}}},
+            "methods.reinforce_pp: dynamic_sampling does not go with advantage: batch_zscore, "
+            "which learns from a group of equal rewards by comparing it with the others: set one "
+            "of them",
+        ),
+        (
             {"methods": {"grpo": KL_IN_REWARD}},
             "methods.grpo: kl_placement: reward does not go with advantage: group_zscore: in a "
             "group that is all right or all wrong it would scale differences of KL to spread 1, "
@@ -776,6 +792,13 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     }
     assert line({"study": study, "defaults": own}) == ""
     assert line({}) == ""
+    longer = {**own, "grpo": {"learning_rate": 1e-6, "max_new_tokens": 256}}
+    assert line({"study": study, "defaults": longer}) == (
+        "methods.dapo.overlong_buffer: 8 of 256 new tokens, so a completion is punished only just "
+        "before it is cut (DAPO: a fifth). Set it in your study."
+    )
+    set_too = {"study": study, "defaults": longer, "methods": {"dapo": {"overlong_buffer": 51}}}
+    assert line(set_too) == ""
     # Of a model that somebody adds, float32 on a GPU is seldom meant.
     added = {"source": "hub", "hub_id": "a/b", "revision": "0" * 40, "prompt": "plain"}
     of_added = {"study": {**study, "models": ["b"]}, "defaults": own, "models": {"b": added}}

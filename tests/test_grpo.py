@@ -412,7 +412,7 @@ def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None
     assert math.isnan(summarize_metrics({"num_tokens": 0.0, "token_sum/kl": 0.0})["kl"])
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", ["k2", "k3"])
 @pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf])
 def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient_nor_metrics(
     hidden: float, kind: str
