@@ -158,7 +158,7 @@ def test_wandb_followed_the_run_in_its_own_folder(finished: Path) -> None:
     assert run_files[0].stat().st_size > 1000
     (table,) = (finished / RESULTS / "wandb").glob("offline-run-*/files/media/table/*.json")
     assert read_json(table)["columns"][:4] == ["study", "model", "method", "suite"]
-    assert [row[1] for row in read_json(table)["data"]] == ["base", "grpo"]
+    assert [row[2] for row in read_json(table)["data"]] == ["base", "grpo"]
     assert not (finished / "wandb").exists()
 
 
