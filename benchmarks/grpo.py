@@ -45,6 +45,7 @@ LEARNING_RATE = 1e-5
 ADVANTAGE_EPSILON = 1e-4  # TRL's
 TEMPERATURE = 1.0
 GPU_KV_CACHE_GIB = 10  # nothing is measured then, so both can start at once
+LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a gradient, as a share of its norm
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -204,7 +205,9 @@ def trl_side(args: argparse.Namespace) -> None:
 
     num_rows = args.prompts * args.group_size
     if args.engine == "vllm":
-        (use_vllm_on_a_cpu if args.device == "cpu" else give_cache_a_size)()
+        if args.device == "cpu":
+            use_vllm_on_a_cpu()
+        make_engines_alike(args)
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
         use_cpu=args.device == "cpu",
@@ -280,12 +283,18 @@ def trl_side(args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def give_cache_a_size() -> None:
-    """Let TRL's engine on a GPU take as much memory as ours."""
+def make_engines_alike(args: argparse.Namespace) -> None:
+    """Let TRL's engine compute in the type of ours and, on a GPU, take as much memory.
+
+    By itself it computes in bfloat16 whatever the type of the model in training.
+    """
     from trl.generation import vllm_generation
 
+    options: dict[str, Any] = {"dtype": args.dtype}
+    if args.device == "cuda":
+        options["kv_cache_memory_bytes"] = GPU_KV_CACHE_GIB * 2**30
     module: Any = vllm_generation
-    module.LLM = functools.partial(module.LLM, kv_cache_memory_bytes=GPU_KV_CACHE_GIB * 2**30)
+    module.LLM = functools.partial(module.LLM, **options)
 
 
 def use_vllm_on_a_cpu() -> None:
@@ -325,7 +334,7 @@ def same_loss(trainer: Any, run: Any, problems: list[Any], args: argparse.Namesp
     from scripts.train_grpo import sample_groups
 
     model, tokenizer, method = trainer.model, trainer.processing_class, run.method_settings
-    num_prompts = max(1, args.prompts // args.updates)
+    num_prompts = min(4, args.prompts)
     engine = HfEngine(model, tokenizer, num_prompts * args.group_size)
     groups = sample_groups(
         problems[:num_prompts],
@@ -435,6 +444,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     updates = [[turn["updates"] for turn in side.turns] for side in sides]
     tokens_of = [[turn["tokens"] for turn in side.turns] for side in sides]
+    if not error <= LARGEST_ERROR[args.dtype]:
+        raise RuntimeError(f"gradients of the same minibatch differ by {error:.1e} of their norm")
     if updates[0] != updates[1] or (not args.natural and tokens_of[0] != tokens_of[1]):
         raise RuntimeError(f"not the same work: updates {updates}, tokens {tokens_of}")
     return 0

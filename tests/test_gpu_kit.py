@@ -174,6 +174,12 @@ def test_rates_of_training_are_medians_of_the_warm_steps(tmp_path: Path) -> None
     assert found["model_tflops"] == pytest.approx(4.8) and found["utilisation"] == pytest.approx(
         0.5
     )
+    # Three quarters of the groups have no backward pass, which is two thirds of the operations.
+    metrics.write_text(
+        "".join(json.dumps({**row, "fraction_equal_reward_groups": 0.75}) + "\n" for row in rows)
+    )
+    found = kit_report.training_rates(metrics, tmp_path, model, product=9.6)
+    assert found["tokens_per_second"] == 800 and found["utilisation"] == pytest.approx(0.25)
 
 
 @pytest.fixture

@@ -579,10 +579,14 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
             "--batch-size 2 --steps 1 --rounds 1",
             "--batch-size 64 --tokens-per-microbatch 32768 --rounds 4",
         )
+        # Where no completion of a prompt is right, ours makes no backward pass.
+        learned = study.trained_model("sft")
+        start = learned if learned.is_dir() else study.weights
         commands["grpo against TRL"] = (
-            ["grpo", *model, *train, *device],
+            ["grpo", "--model", start, "--model-name", study.model, *train, *device],
             "--prompts 2 --group-size 2 --max-new-tokens 4 --rounds 1",
-            "--prompts 16 --group-size 16 --max-new-tokens 128 --rounds 4" + with_vllm,
+            "--prompts 16 --group-size 16 --max-new-tokens 128 --trl-accumulation 4 --rounds 4"
+            + with_vllm,
         )
     return {
         name: [f"benchmarks/{script}.py", *words, *(for_cpu if on_cpu else for_gpu).split()]

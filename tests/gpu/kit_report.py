@@ -97,6 +97,11 @@ def flops_per_token(model: Row, length: float) -> float:
     )
 
 
+def share_of_flops(row: Row) -> float:
+    """Of those of a step, what is computed: groups of equal rewards have no backward pass."""
+    return 1.0 - 2.0 / 3.0 * row.get("fraction_equal_reward_groups", 0.0)
+
+
 def training_rates(metrics: Path, folder: Path, model: Row | None, product: float | None) -> Row:
     """Tokens a second and utilisation of a run's steps; for GRPO of its parts. {} without steps."""
     text = metrics.read_text(encoding="utf-8")
@@ -122,7 +127,10 @@ def training_rates(metrics: Path, folder: Path, model: Row | None, product: floa
         "loss_first_last": [rows[0]["loss"], rows[-1]["loss"]],
     }  # fmt: skip
     length = found["tokens_per_step"] / per_step if per_step else 0.0
-    tflops = found["tokens_per_second"] * flops_per_token(model, length) / 1e12
+    computed = statistics.median(
+        share_of_flops(row) * count / max(row["seconds_updating"], 1e-9) for row, count in pairs
+    )
+    tflops = computed * flops_per_token(model, length) / 1e12
     found |= {"mean_length": length, "model_tflops": tflops}
     if product:
         found["utilisation"] = tflops / product
