@@ -201,6 +201,17 @@ def test_the_check_for_secrets_sees_one(finished: Path) -> None:
     planted.unlink()
 
 
+def wait_for_its_job(workspace: Path, call: subprocess.Popen[bytes]) -> None:
+    """Until Snakemake has noted that the job has begun, which it does a moment after it has.
+
+    Stopped in between, it would leave a job that ends by itself, and a file that nobody misses.
+    """
+    deadline = time.monotonic() + 120
+    while not list((workspace / ".snakemake").glob("incomplete/*")):
+        assert time.monotonic() < deadline and call.poll() is None
+        time.sleep(0.02)
+
+
 def skip_if_it_had_ended(workspace: Path, target: str) -> None:
     """By what it says itself, and not by its lock, which the test is about."""
     (manifest,) = (workspace / "artifacts" / "runs").glob("*/run_manifest.json")
@@ -216,17 +227,14 @@ def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothin
     with subprocess.Popen(
         command(target), cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as first:
-        deadline = time.monotonic() + 120
-        while not list((workspace / "artifacts").glob("runs/*/run_manifest.json")):
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.02)
+        wait_for_its_job(workspace, first)
         first.send_signal(signal.SIGSTOP)
         try:
             skip_if_it_had_ended(workspace, target)
             code, output = run(workspace, command(target))
         finally:
             first.send_signal(signal.SIGCONT)
-        assert code == 1
+        assert code == 1, output
         assert "Error: Directory cannot be locked." in output and "--unlock" in output
         assert "Traceback" not in output
         first.communicate(timeout=120)
@@ -244,10 +252,7 @@ def test_after_a_kill_of_snakemake_unlocking_goes_on_and_says_what_was_killed(
     with subprocess.Popen(
         command(target), cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
-        deadline = time.monotonic() + 120
-        while not list((workspace / "artifacts").glob("runs/*/run_manifest.json")):
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.02)
+        wait_for_its_job(workspace, first)
         first.kill()
     skip_if_it_had_ended(workspace, target)
     assert run(workspace, command(target))[0] == 1
