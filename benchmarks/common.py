@@ -26,6 +26,8 @@ import psutil
 from gsm8k_core.manifest import processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of each of two vLLM engines on one GPU. With it nothing is measured, so both can start at once.
+GPU_KV_CACHE_GIB = 10
 Json = dict[str, Any]
 
 

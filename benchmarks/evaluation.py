@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    GPU_KV_CACHE_GIB,
     Json,
     Side,
     Turns,
@@ -36,7 +37,6 @@ from benchmarks.common import (
 from gsm8k_core.cli import leave, parser, run_script
 
 SUITE = "gsm8k_lm_eval"
-GPU_KV_CACHE_GIB = 10
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -117,9 +117,8 @@ def our_side(args: argparse.Namespace) -> None:
 def lm_eval_side(args: argparse.Namespace) -> None:
     turns = Turns()
     if args.engine == "vllm":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # as ours; its seconds are this process's
-        )
+        # As ours has it: its seconds are this process's.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if args.engine == "vllm" and args.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # lm-eval asks for the version of vllm, and vLLM itself looks there for "cpu"; the build for

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    GPU_KV_CACHE_GIB,
     Turns,
     environment_line,
     plain_model,
@@ -44,7 +45,6 @@ SEED = 0
 LEARNING_RATE = 1e-5
 ADVANTAGE_EPSILON = 1e-4  # TRL's
 TEMPERATURE = 1.0
-GPU_KV_CACHE_GIB = 10  # nothing is measured then, so both can start at once
 LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a gradient, as a share of its norm
 
 

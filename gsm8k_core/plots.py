@@ -397,14 +397,13 @@ def plot_reward(study: Comparison, study_dir: Path) -> Figure:
     }
     rewarded = _methods_with(curves, study, "reward_mean")
     # With rewards to show, the losses and validations of other methods are on other steps.
-    paired = [] if rewarded else _methods_with(curves, study, "margin")
-    learns_tokens = [] if rewarded else _methods_with(curves, study, "loss")
-    trained = [name for name in study.methods if name in (*rewarded, *learns_tokens, *paired)]
+    keys = ["reward_mean"] if rewarded else ["loss", "margin"]
+    if rewarded and rewarded == _methods_with(curves, study, "answer_reward_mean"):
+        keys = ["answer_reward_mean"]
+    shown = {key: _methods_with(curves, study, key) for key in keys}
+    trained = [name for name in study.methods if any(name in some for some in shown.values())]
     if not trained:
         return _empty_figure(f"{study.name}: no method of this study trains anything")
-    shown = {"reward_mean": rewarded, "loss": learns_tokens, "margin": paired}
-    if rewarded == _methods_with(curves, study, "answer_reward_mean"):
-        shown = {"answer_reward_mean": rewarded, **shown, "reward_mean": []}
     rows = [(key, CURVES[key][0]) for key, methods in shown.items() if methods]
     if set(_methods_with(curves, study, "validation_accuracy")) & set(trained):
         rows.append(("validation_accuracy", "Validation accuracy"))

@@ -296,8 +296,8 @@ def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> li
         rows = []
         for method in methods:
             runs = logs.get(method, [])
-            logged = {name for run in runs for row in run for name in row}
-            if logged & set(PREFERRED.get(key, ())):
+            better = PREFERRED.get(key, ())
+            if any(name in row for name in better for run in runs for row in run):
                 continue
             rows += learning_curve(runs, key, method, factor)
         if rows:
