@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gsm8k_core.advantages import RewardFunction, check_reward
 from gsm8k_core.engines.base import Request, check_requests
-from gsm8k_core.models import max_positions, num_embeddings, stop_token_ids
+from gsm8k_core.models import in_eval_mode, max_positions, num_embeddings, stop_token_ids
 from gsm8k_core.scoring import compute_entropy
 from gsm8k_core.tokenization import TokenIds, collate_prompts, pad_token_id
 
@@ -144,9 +144,7 @@ def _generate(
     if on_all_ranks:
         sampling["synced_gpus"] = True
     entropies = _Entropies(temperature)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -156,8 +154,6 @@ def _generate(
             logits_processor=LogitsProcessorList([entropies]),
             **sampling,
         )
-    finally:
-        model.train(was_training)
     return sequences[:, input_ids.shape[1] :], torch.stack(entropies.of_steps, dim=1)
 
 

@@ -159,7 +159,8 @@ def policy_loss(
             masked(batch.ref_log_probs.detach(), mask),
             settings.kl_estimator,
         )
-        if settings.kl_placement == "loss":
+        # One that is given for the log alone adds nothing, not even 0·∞.
+        if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
             per_token_loss = per_token_loss + settings.kl_coefficient * kl
         metrics |= _token_sum("kl", kl, mask)
     if settings.entropy_coefficient > 0:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from gsm8k_core.errors import TrainingError
-from gsm8k_core.masking import masked, masked_normalize, masked_sum
+from gsm8k_core.masking import at_least_float32, masked, masked_normalize, masked_sum
 
 Level = Literal["token", "sequence"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
@@ -128,8 +128,11 @@ def policy_ratio(
 
 
 def _bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
-    """An infinity would make NaN of the gradient, even of a clipped objective, and of 0·A."""
-    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    """An infinity would make NaN of the gradient, even of a clipped objective, and of 0·A.
+
+    float16 ends at 65,504, below the bound; bfloat16 has three digits.
+    """
+    return at_least_float32(log_ratio).clamp(max=MAX_LOG_RATIO).exp()
 
 
 def ppo_clip_objective(
@@ -195,8 +198,9 @@ def kl_estimate(
     unbiased, k2 is not. As losses on samples of π it is otherwise: the gradient of k1 has mean 0
     (it regularizes nothing), that of k2 has the gradient of KL(π ‖ π_ref) as its mean, and that of
     k3, which DeepSeekMath uses (Shao et al. 2024, eq. 4), the gradient of KL(π_ref ‖ π). Taken from
-    a reward, an estimate k counts through E[k·∇log π], which is ∇KL(π ‖ π_ref) for k1 alone. Raises
-    ValueError if the shapes differ.
+    a reward, an estimate k counts through E[k·∇log π], which is ∇KL(π ‖ π_ref) for k1 alone. In k3
+    a d below -`MAX_LOG_RATIO` is taken to it, where its gradient is 0: one token would else make an
+    infinity of the loss. Raises ValueError if the shapes differ.
     """
     check_shapes(policy_log_probs, ref_log_probs=ref_log_probs)
     difference = policy_log_probs - ref_log_probs
@@ -205,6 +209,7 @@ def kl_estimate(
     if kind == "k2":
         return difference.square() / 2
     if kind == "k3":
+        difference = at_least_float32(difference).clamp(min=-MAX_LOG_RATIO)
         return torch.expm1(-difference) + difference
     raise ValueError(f"unknown KL estimator '{kind}': expected k1, k2, k3")
 

@@ -576,6 +576,23 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i in after if i in tokenizer.all_special_ids), None)
 
 
+@contextlib.contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off within the block; after it each part has the mode that it had."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def spread_over_devices(model: torch.nn.Module) -> bool:
+    """Whether accelerate has laid its layers on several devices (`device_map`)."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 @torch.no_grad()
 def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and weights of the transformers model, LoRA's adapters merged in; tied ones once.

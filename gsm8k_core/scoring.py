@@ -16,8 +16,10 @@ import functools
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm8k_core import onednn
 from gsm8k_core.compiling import compile_error
-from gsm8k_core.models import avoid_cudnn_attention, max_positions
+from gsm8k_core.masking import at_least_float32
+from gsm8k_core.models import avoid_cudnn_attention, max_positions, spread_over_devices
 from gsm8k_core.onednn import OneDnnLinear, matmul_transposed
 from gsm8k_core.shared_prompts import SharedRow
 
@@ -44,6 +47,8 @@ MIN_BLOCK_WIDTH = 256
 BLOCK_STEP = 64
 # Held while an output layer is replaced, which all threads see.
 _SCORING = threading.RLock()
+# Output layers whose models change logits afterwards: these are asked for logits at once.
+_OF_CHANGED_LOGITS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 # Up to so many logits (64 MiB in float32) are kept for the backward pass.
 LOGITS_KEPT = 2**24
 
@@ -54,7 +59,7 @@ def compute_entropy(logits: torch.Tensor) -> torch.Tensor:
     Finite, with a finite gradient, for any finite logits and for logits of -inf (probability 0),
     as long as one of them is finite. Half-precision logits are taken to float32.
     """
-    log_probs = torch.log_softmax(_at_least_float32(logits), dim=-1)
+    log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
     # 0·log 0 is 0 here; without the clamp it would be 0·(-inf), which is NaN.
     log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
@@ -106,20 +111,21 @@ def score_responses(
     """Log-probability of the labels where `response_mask` is true, 0 elsewhere.
 
     `input_ids`, `labels` and `response_mask` are (B, T); `attention_mask` and `position_ids`, if
-    given, too. With a `shared_row` (`shared_prompts`) all are of that row, (1, S), which has its
-    own mask and positions. Returns `log_probs` (B, T), of float32 at least, and, `with_entropy`,
-    `token_entropy` (B, T) in nats; under autocast, of logits that its type has rounded. Logits are
-    divided by `temperature`, the one that the tokens were sampled with, so that these are log-probs
-    of the distribution sampled from. The entropy carries a gradient only with `entropy_gradient`:
-    most callers log it, and its gradient costs as much as that of the log-prob.
+    given, too: rows that are padded on the left want both. With a `shared_row` (`shared_prompts`)
+    all are of that row, (1, S), which has its own mask and positions. Returns `log_probs` (B, T),
+    of float32 at least, and, `with_entropy`, `token_entropy` (B, T) in nats; under autocast, of
+    logits that its type has rounded. Logits are divided by `temperature`, the one that the tokens
+    were sampled with, so that these are log-probs of the distribution sampled from. The entropy
+    carries a gradient only with `entropy_gradient`: most callers log it, and its gradient costs as
+    much as that of the log-prob.
 
     For causal models of transformers, with or without PEFT adapters or FSDP2, the logits that exist
     at once are `LOGITS_KEPT` and a few blocks of `LOGITS_PER_BLOCK`, on other devices than a CPU
     `LOGITS_PER_BLOCK_OF_OTHERS` (more only with over 100 000 positions). Any other module, and any
-    model that changes its logits after the output layer (Gemma's soft-capping, Cohere's scale), is
-    asked for plain logits. On a GPU the process does without cuDNN's attention from then on
-    (`avoid_cudnn_attention`). Raises ValueError for a label outside the vocabulary where the mask
-    is true, and for shapes that differ.
+    model that changes its logits after the output layer (Gemma's soft-capping, Cohere's scale) or
+    is spread over devices, is asked for plain logits. On a GPU the process does without cuDNN's
+    attention from then on (`avoid_cudnn_attention`). Raises ValueError for a label outside the
+    vocabulary where the mask is true, and for shapes that differ.
     """
     avoid_cudnn_attention(input_ids.device)
     if not temperature > 0.0:
@@ -165,6 +171,8 @@ def score_responses(
             scores = model(**inputs).logits
         if not _as_computed(scores, computed):
             scores = None
+            computed.clear()  # or what that forward keeps for its backward would stay
+            _OF_CHANGED_LOGITS.add(head)
     if scores is None:
         logits, mask = model(**inputs).logits, response_mask.bool()
         targets = labels[mask]
@@ -179,9 +187,16 @@ def score_responses(
 
 
 def _output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The layer that makes logits from hidden states, of a transformers causal model."""
+    """The layer that makes logits from hidden states, of a transformers causal model.
+
+    None where scores cannot take the place of its logits: they are changed later, or made on
+    another GPU than that of the input.
+    """
     find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
+    if find is None or spread_over_devices(model):
+        return None
+    head: torch.nn.Module = find()
+    return None if head in _OF_CHANGED_LOGITS else head
 
 
 def _width_to_compute(head: torch.nn.Module | None, width: int, longest: float) -> int:
@@ -200,20 +215,33 @@ def _check_labels(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def _as_computed(returned: torch.Tensor, computed: list[tuple[torch.Tensor, int]]) -> bool:
+@dataclass(frozen=True)
+class _Computed:
+    """What an output layer has returned, and what tells whether it was changed in place since."""
+
+    scores: torch.Tensor
+    version: int
+    content: torch.Tensor | None
+    """a copy, where changes are not counted"""
+
+    @classmethod
+    def of(cls, scores: torch.Tensor) -> _Computed:
+        if scores.is_inference():
+            return cls(scores, 0, scores.clone())
+        return cls(scores, scores._version, None)
+
+    def is_as_it_was(self) -> bool:
+        if self.content is not None:
+            return torch.equal(self.scores, self.content)
+        return self.scores._version == self.version
+
+
+def _as_computed(returned: torch.Tensor, computed: list[_Computed]) -> bool:
     """Whether the model returned the output layer's result itself, and as it was.
 
     An equal tensor will not do: logits that are cut to a part of the vocabulary leave scores alone.
     """
-    if len(computed) != 1:
-        return False
-    tensor, version = computed[0]
-    return returned is tensor and _version(tensor) == version
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor has been changed in place, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
+    return len(computed) == 1 and returned is computed[0].scores and computed[0].is_as_it_was()
 
 
 @contextmanager
@@ -224,16 +252,16 @@ def _scoring_in_place_of_logits(
     temperature: float,
     with_entropy: bool,
     entropy_gradient: bool,
-) -> Iterator[list[tuple[torch.Tensor, int]]]:
+) -> Iterator[list[_Computed]]:
     """Let `head` return scores (B, T, 1 or 2) instead of logits (B, T, V) within the block.
 
     For this thread: others get logits, and wait with scoring of their own.
 
     The model's own forward is used, rather than its decoder and its head one after the other,
     because FSDP2 gathers the parameters that no block owns (embedding, norm, head) around it.
-    Yields a list that receives what the head returned, with its version.
+    Yields a list that receives what the head returned.
     """
-    computed: list[tuple[torch.Tensor, int]] = []
+    computed: list[_Computed] = []
     replaced = head.__dict__.get("forward")  # set where another library has wrapped it already
     make_logits = head.forward
     thread = threading.get_ident()
@@ -265,12 +293,17 @@ def _scoring_in_place_of_logits(
             chunks = zip(hidden.split(size), targets.split(size), strict=True)
             selected = torch.cat(
                 [
-                    checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(
+                        score_chunk,
+                        *chunk,
+                        use_reentrant=False,
+                        preserve_rng_state=head.training,  # an adapter may have dropout
+                    )
                     for chunk in chunks
                 ]
             )
         scores = _scatter(selected, mask)
-        computed.append((scores, _version(scores)))
+        computed.append(_Computed.of(scores))
         return scores
 
     head.forward = score
@@ -319,7 +352,7 @@ class _LinearScores(torch.autograd.Function):
         # Made before the loop: a small tensor that outlives its turn would cut the place of a block
         # in two, and the memory would grow by a block each turn.
         chosen, log_sums, entropies = (
-            torch.zeros(shape, dtype=_at_least_float32(rows[:0]).dtype, device=hidden.device)
+            torch.zeros(shape, dtype=at_least_float32(rows[:0]).dtype, device=hidden.device)
             for shape in [(len(hidden),), *[(len(ctx.blocks), len(hidden))] * 2]
         )
         statistics_of = _fused(_block_statistics, device)
@@ -349,7 +382,7 @@ class _LinearScores(torch.autograd.Function):
         hidden, weight, labels, scores, log_sum, *kept = ctx.saved_tensors
         device = hidden.device.type
         rows = hidden.to(ctx.dtype)
-        hidden_gradient = torch.zeros_like(_at_least_float32(hidden))
+        hidden_gradient = torch.zeros_like(at_least_float32(hidden))
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_label = gradient[:, 0] / ctx.temperature
         # p·(constant + slope·log p) is minus the gradient of the logits, but for the label's own.
@@ -472,9 +505,5 @@ def _scatter(selected: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits over the temperature, in float32 at least."""
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return logits if temperature == 1.0 else logits / temperature
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.losses import check_accumulation
 from gsm8k_core.masking import masked_normalize
+from gsm8k_core.models import in_eval_mode
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.tokenization import collate_packed
 
@@ -23,8 +24,11 @@ def sft_loss(
     """A microbatch's share of the optimizer step's mean NLL per response token, in nats.
 
     `log_probs` and `response_mask` (B, T); `num_tokens_in_step` counts the response tokens of all
-    microbatches and ranks, so that the gradient depends on neither.
+    microbatches and ranks, so that the gradient depends on neither. Raises TrainingError where that
+    is not above 0: a step with nothing to learn from.
     """
+    if num_tokens_in_step <= 0:
+        raise TrainingError("no response token counts in this optimizer step: skip it")
     return -masked_normalize(log_probs, response_mask, normalize_constant=num_tokens_in_step)
 
 
@@ -60,14 +64,13 @@ def check_packing(model: torch.nn.Module) -> None:
     transformers reads the borders of examples off their positions, but only for some kinds of
     attention, and layers that keep a state run on over them. All ranks call it together.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     found: list[torch.Tensor] = []
-    for first in ([3, 4, 5, 6, 7], [9, 8, 7, 6, 5]):
-        batch = collate_packed([[2], [2]], [first, [3, 5, 4, 6]], [[0, 1]], 0)
-        on_device = {name: values.to(device) for name, values in batch.items()}
-        found.append(score_responses(model, **on_device)["log_probs"][0, len(first) :])
-    model.train(was_training)
+    with in_eval_mode(model):
+        for first in ([3, 4, 5, 6, 7], [9, 8, 7, 6, 5]):
+            batch = collate_packed([[2], [2]], [first, [3, 5, 4, 6]], [[0, 1]], 0)
+            on_device = {name: values.to(device) for name, values in batch.items()}
+            found.append(score_responses(model, **on_device)["log_probs"][0, len(first) :])
     if not torch.allclose(found[0], found[1], rtol=0.0, atol=PACKING_TOLERANCE):
         raise ConfigError(
             f"packing: in {type(model).__name__} the examples of a row attend to one another; set "

@@ -743,12 +743,14 @@ def clip_gradient(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> 
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Make every forward deterministic, also in train mode (which gradient checkpointing needs)."""
-    # Attention keeps its rate as a number: in each layer, or in the config alone.
-    for part in [*model.modules(), getattr(model, "config", None)]:
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-            if isinstance(getattr(part, name, None), float):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    # Others keep a rate as a number: in each layer, or in the config alone.
+    config = getattr(model, "config", None)
+    for part in [*model.modules(), *([config] if config is not None else [])]:
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
                 setattr(part, name, 0.0)
 
 

@@ -437,6 +437,14 @@ def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient_nor_metric
     assert torch.equal(gradient, expected[1])
 
 
+def test_a_reference_for_the_log_alone_adds_nothing_to_the_loss_however_far_it_is() -> None:
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    far = PolicyBatch(torch.ones(1), mask, ref_log_probs=torch.tensor([[math.inf]]))
+    loss, metrics = policy_loss(torch.tensor([[-1.0]]), None, far, method(), 1.0)
+    assert loss.item() == -1.0
+    assert metrics["token_sum/kl"] > 1e8
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tokens_are_counted_exactly_whatever_the_masks_dtype(dtype: torch.dtype) -> None:
     mask = torch.ones(1, 2049, dtype=dtype)  # 2049 is no number of either type

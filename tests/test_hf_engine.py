@@ -407,6 +407,28 @@ def test_a_model_whose_layers_keep_a_state_is_refused(
         HfEngine(model, tokenizer)
 
 
+def test_a_model_spread_over_devices_is_refused(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ModelError, match="one device, and this one is spread over several"):
+        HfEngine(model, tokenizer)
+
+
+def test_a_completion_that_is_done_does_not_run_past_the_models_last_position(
+    tokenizer: Any,
+) -> None:
+    # Learned positions: there is none beyond the last.
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32, eos_token_id=0)).eval()
+    long = Request([5] * 30, [0], 1.0, 2)
+    short = [Request([5, 6, 7, 8 + k], [k], 1.0, 20) for k in range(9)]
+    completions = HfEngine(model, tokenizer).generate([long, *short])
+    alone = [HfEngine(model, tokenizer).generate([request])[0] for request in [long, *short]]
+    assert tokens(completions) == tokens(alone)
+    assert max(len(group[0].token_ids) for group in completions[1:]) > 4
+
+
 # The model around it
 
 
@@ -423,6 +445,14 @@ def test_the_models_mode_is_put_back_and_dropout_is_off_meanwhile(
     once, again = (engine.generate([greedy(prompts()[1])]) for _ in range(2))
     assert once == again
     assert model.training is training
+
+
+def test_parts_that_were_in_another_mode_than_the_model_stay_in_it(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer).train()
+    model.model.layers[0].eval()
+    modes = [part.training for part in model.modules()]
+    HfEngine(model, tokenizer).generate([greedy([5], 2)])
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_the_mode_is_put_back_after_a_failure_too(tokenizer: Any) -> None:

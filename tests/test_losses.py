@@ -350,6 +350,22 @@ def test_as_losses_k1_does_nothing_k2_follows_the_kl_and_k3_the_kl_the_other_way
     assert (gradient - gradient_reversed).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_token_far_from_the_reference_makes_no_infinity_of_k3_or_of_a_ratio(
+    dtype: torch.dtype,
+) -> None:
+    policy = torch.tensor([[-100.0, -1.0]], dtype=dtype, requires_grad=True)
+    far = torch.tensor([[-1.0, -2.0]], dtype=dtype)
+    estimate = kl_estimate(policy, far, "k3")
+    ratio = policy_ratio(-policy, -far, torch.ones(1, 2, dtype=torch.bool), "token")
+    for found in (estimate, ratio):
+        assert found.isfinite().all()
+        assert found[0, 1].item() == pytest.approx(math.exp(-1.0), rel=1e-6)
+    (gradient,) = torch.autograd.grad(estimate.sum() + ratio.sum(), policy)
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] == 0.0
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_taken_from_a_reward_k1_alone_follows_the_kl(kind: KlEstimator) -> None:
     _, gradient = exact_kl(forward=True)

@@ -56,6 +56,19 @@ def test_masks_of_zeros_and_ones_mean_the_same_as_bool_masks() -> None:
         assert masked_normalize(tensor, mask, dim=-1).tolist() == [5.0]
 
 
+def test_a_mean_of_bool_is_the_share_that_is_true_and_one_of_integers_no_integer() -> None:
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    is_clipped = torch.tensor([[True, False, True], [False, False, True]])
+    assert masked_mean(is_clipped, mask).item() == 0.25
+    assert masked_mean(is_clipped, mask, dim=1).tolist() == [0.5, 0.0]
+    assert masked_sum(is_clipped, mask).item() == 1
+    numbers = torch.tensor([[1, 2, 9], [4, 4, 9]])
+    assert masked_mean(numbers, mask, dim=1).tolist() == [1.5, 4.0]
+    assert masked_normalize(numbers, mask, normalize_constant=2.0).item() == 5.5
+    assert masked_sum(numbers, mask).dtype == torch.int64
+    assert math.isnan(masked_mean(numbers, torch.zeros_like(mask)).item())
+
+
 def test_the_mean_over_nothing_is_nan_and_the_sum_is_zero() -> None:
     tensor, mask = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)
     assert math.isnan(masked_mean(tensor, mask).item())

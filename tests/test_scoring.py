@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,39 @@ def test_logits_changed_after_the_output_layer_are_not_scored_as_if_they_were_no
         assert_same_scores(model, 1.0)
 
 
+def test_a_model_that_changes_its_logits_is_found_out_once_and_keeps_nothing_of_that_forward() -> (
+    None
+):
+    model = CohereForCausalLM(CohereConfig(**{**SIZES, "logit_scale": 0.25}))
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def note(_: Any, __: Any, hidden: torch.Tensor) -> None:
+        alive.append(sum(output() is not None for output in outputs))
+        outputs.append(weakref.ref(hidden))
+
+    model.model.layers[0].register_forward_hook(note)
+    batch = collate(PROMPTS, RESPONSES, 0)
+    for _ in range(3):
+        score_responses(model, **batch)["log_probs"].sum().backward()
+    assert alive == [0, 0, 0, 0], "two forwards for the first scoring, one for each of the others"
+
+
+@pytest.mark.parametrize("devices", [{"": 0}, {"model": 0, "lm_head": 1}])
+def test_of_a_model_on_several_devices_plain_logits_are_scored(
+    devices: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_qwen2()
+    model.hf_device_map = devices
+    replaced: list[int] = []
+    scores = scoring._LinearScores.apply
+    monkeypatch.setattr(
+        scoring._LinearScores, "apply", lambda *given: replaced.append(1) or scores(*given)
+    )
+    assert_same_scores(model, 1.0)
+    assert bool(replaced) == (len(devices) == 1)
+
+
 class HalvedInPlace(Qwen2ForCausalLM):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         output = super().forward(*arguments, **named)
@@ -210,14 +244,15 @@ class WithoutLastTokens(Qwen2ForCausalLM):
         return output
 
 
+@pytest.mark.parametrize("without_gradient", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", [HalvedInPlace, WithoutLastTokens])
 def test_logits_changed_in_place_or_cut_to_fewer_tokens_are_scored_as_they_end_up(
-    kind: type[Qwen2ForCausalLM],
+    kind: type[Qwen2ForCausalLM], without_gradient: Callable[[], Any]
 ) -> None:
     torch.manual_seed(0)
     model = kind(Qwen2Config(**SIZES)).eval()
     ids, labels = torch.randint(0, SIZES["vocab_size"] - 5, (2, 3, 7))
-    with torch.no_grad():
+    with without_gradient():
         found = get_response_log_probs(model, ids, labels)["log_probs"]
         whole = model(ids).logits.log_softmax(-1)
     torch.testing.assert_close(found, whole.gather(-1, labels[..., None])[..., 0])

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gsm8k_core.errors import ConfigError
+from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.scoring import score_responses
 from gsm8k_core.sft import check_packing, sft_loss, sft_microbatch_train_step
 from gsm8k_core.tokenization import collate
@@ -57,6 +57,11 @@ def test_tokens_are_counted_exactly_whatever_the_masks_dtype(dtype: torch.dtype)
 
 def test_the_loss_of_a_step_is_its_mean_nll_per_response_token() -> None:
     assert sft_loss(torch.tensor(LOG_PROBS), MASK, 3).item() == pytest.approx((2 + 4 + 8) / 3)
+
+
+def test_a_step_without_a_response_token_is_an_error_and_no_nan() -> None:
+    with pytest.raises(TrainingError, match="no response token counts in this optimizer step"):
+        sft_loss(torch.tensor(LOG_PROBS), torch.zeros_like(MASK), 0)
 
 
 @settings(max_examples=20, deadline=None)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
@@ -528,6 +529,23 @@ def test_disabled_dropout_makes_training_mode_deterministic(tiny_folder: Path) -
         assert not torch.equal(adapted(IDS).logits, adapted(IDS).logits)
         disable_dropout(adapted)
         assert torch.equal(adapted(IDS).logits, adapted(IDS).logits)
+
+
+def test_rates_of_dropout_are_found_by_whatever_name_a_model_keeps_them() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    wide = {"intermediate_size": 16, "num_key_value_heads": 2}
+    models = [
+        OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5)),
+        Starcoder2ForCausalLM(
+            Starcoder2Config(**sizes, **wide, residual_dropout=0.5, embedding_dropout=0.5)
+        ),
+    ]
+    for model in models:
+        model.train()
+        with torch.no_grad():
+            assert not torch.equal(model(IDS).logits, model(IDS).logits)
+            disable_dropout(model)
+            assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
 class Scripted:

@@ -35,10 +35,12 @@ from gsm8k_core.engines.base import (
 from gsm8k_core.errors import ModelError
 from gsm8k_core.models import (
     avoid_cudnn_attention,
+    in_eval_mode,
     is_plain_decoder,
     load_plain_weights,
     max_positions,
     num_embeddings,
+    spread_over_devices,
     stop_token_ids,
 )
 from gsm8k_core.tokenization import collate_prompts, pad_token_id, split_by_token_budget
@@ -174,10 +176,10 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def _check_cache(model: PreTrainedModel) -> None:
-    """Raise ModelError for a model that keeps more than a cache of keys and values between tokens.
+def _check_model(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model whose rows of the batch cannot be chosen among.
 
-    Such a state does not follow where rows of the batch are chosen.
+    That keeps more than a cache of keys and values between tokens, or has it on several devices.
     """
     layers = DynamicCache(config=model.config).layers
     if getattr(model, "_is_stateful", False) or not all(
@@ -186,6 +188,12 @@ def _check_cache(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__}: the transformers engine samples from models with attention "
             "alone, and layers of this one keep a state; set engine: vllm (models.<name>.engine)"
+        )
+    if spread_over_devices(model):
+        raise ModelError(
+            f"{type(model).__name__}: the transformers engine samples from a model on one device, "
+            "and this one is spread over several (device_map); vLLM shares one over GPUs "
+            "(vllm.tensor_parallel)"
         )
 
 
@@ -198,6 +206,7 @@ class HfEngine:
     """The Engine of a transformers model. `batch_size` bounds the completions decoded at once.
 
     `generate` takes `gsm8k_core.engines.base.Request`s and gives `Completion`s of the same module.
+    The model lies on a CPU or an NVIDIA GPU.
     Of the model's generation config only the EOS ids are used: no top-p, top-k or penalty. On a GPU
     the process does without cuDNN's attention from then on (`avoid_cudnn_attention`).
     """
@@ -213,7 +222,7 @@ class HfEngine:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: take 1 or more")
-        _check_cache(model)
+        _check_model(model)
         avoid_cudnn_attention(model.device)
         self.model = model
         self.tokenizer = tokenizer
@@ -226,12 +235,10 @@ class HfEngine:
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. Dropout is off meanwhile; the model's mode is put back after."""
+        """See `Engine.generate`. Dropout is off meanwhile; each part has its mode back after."""
         check_requests(requests, self.max_length, num_embeddings(self.model))
-        was_training = self.model.training
-        self.model.eval()
         done: list[dict[int, Completion]] = [{} for _ in requests]
-        try:
+        with in_eval_mode(self.model):
             for batch in self._batches(requests):
                 completions = iter(self._decode([request for _, _, request in batch]))
                 for index, first, request in batch:
@@ -239,8 +246,6 @@ class HfEngine:
                         done[index][k] = next(completions)
                     if on_done and len(done[index]) == len(requests[index].seeds):
                         on_done(index, in_order(done[index]))
-        finally:
-            self.model.train(was_training)
         return [in_order(group) for group in done]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -323,7 +328,7 @@ class HfEngine:
                     active, running, tokens = active[kept], running[kept], tokens[kept]
                     mask, position = mask[kept], position[kept]
                     temperatures, uniforms = temperatures[kept], uniforms[kept]
-                position = position + 1
+                position = position + running  # those done may have reached the model's last
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 logits = self._forward(cache, tokens[:, None], mask, position[:, None])
 

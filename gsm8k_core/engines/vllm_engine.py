@@ -126,14 +126,16 @@ class VllmEngine:
         if self.on_cpu:
             # A prompt cut in two would have its seeded generator rewound, which a CPU's cannot be.
             options["enable_chunked_prefill"] = False
-            # Compiling one small function of its sampler takes 8 s and a C++ compiler.
-            torch._dynamo.config.disable = True
         else:
             # Where the cache has a size the share decides nothing, but vLLM would refuse to start
             # where others leave less of the GPU than it.
             fraction = memory_fraction if kv_cache_gib is None else SMALLEST_FRACTION
             options["gpu_memory_utilization"] = fraction
-        with _state_of_process_kept(), _start_errors(folder, settings, memory_fraction):
+        with (
+            _state_of_process_kept(),
+            _start_errors(folder, settings, memory_fraction),
+            self._without_compiling(),
+        ):
             self.llm = self.vllm.LLM(**options)
         config = self.llm.llm_engine.model_config
         self.max_length: int | None = config.max_model_len
@@ -164,7 +166,9 @@ class VllmEngine:
                     places[f"{index}-{k}"] = (index, k)
                     if k == 0 or not self.prefix_caching:
                         room -= len(request.prompt_ids)
-                for output in engine.step():
+                with self._without_compiling():
+                    outputs = engine.step()
+                for output in outputs:
                     index, k = places.pop(output.request_id)
                     done[index][k] = self._completion(output, requests[index])
                     if on_done and len(done[index]) == len(requests[index].seeds):
@@ -172,6 +176,10 @@ class VllmEngine:
         finally:
             engine.abort_request(list(places))  # what an interruption or a refusal has left
         return [in_order(group) for group in done]
+
+    def _without_compiling(self) -> contextlib.AbstractContextManager[Any]:
+        """On a CPU: compiling one small function of vLLM's sampler takes 8 s and a C++ compiler."""
+        return torch._dynamo.config.patch(disable=True) if self.on_cpu else contextlib.nullcontext()
 
     def _sampling_params(self, request: Request, seed: int) -> Any:
         return self.vllm.SamplingParams(
@@ -214,7 +222,8 @@ class VllmEngine:
                     looked_at[name] = tensor
                 yield name, tensor
 
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed()})
+        with self._without_compiling():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed()})
         if not self.on_cpu:  # whose kernels pack the weights
             self.llm.apply_model(functools.partial(_check_arrival, looked_at))
         elif self.tied:

@@ -248,11 +248,13 @@ def test_starting_leaves_generators_threads_and_environment_alone(
             os.environ.get("LD_PRELOAD"),
             os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
             torch._dynamo.config.recompile_limit,
+            torch._dynamo.config.disable,
         ]
 
     random.seed(3), np.random.seed(4), torch.manual_seed(5)
     before = state()
-    start(tiny_folder)
+    engine = start(tiny_folder)
+    engine.generate(greedy([[5, 6, 7]], max_new_tokens=2))
     assert state() == before
 
 
