@@ -128,6 +128,9 @@ def not_default(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- datasets
 
 
+GSM8K_SOURCES = ("path", "hub_id", "hub_config", "revision", "github_repository", "commit")
+
+
 class Gsm8kDataset(Settings):
     """GSM8K, from `path` or $GSM8K_DIR, else the hub at `revision`, else GitHub at `commit`."""
 
@@ -157,6 +160,10 @@ class Gsm8kDataset(Settings):
     """Rows of train drawn for each test problem, for prompts with `examples: of_problem`."""
     examples_seed: Integer = 1234
     """Seed of that draw; 1234 draws what lm-evaluation-harness draws."""
+
+    def without_source(self) -> Gsm8kDataset:
+        """What decides the problems: the digests do, wherever the rows are had from."""
+        return with_defaults(self, GSM8K_SOURCES)
 
 
 class ArithmeticDataset(Settings):
@@ -870,7 +877,7 @@ class StudySettings(Settings):
     them. If something needs them later, such as a new suite, they are trained again
     (docs/scale.md)."""
     rerun_on_code_change: bool = False
-    """Treat an edit of gsm8k_core or scripts as a reason to redo finished jobs.
+    """Treat an edit of gsm8k_core, scripts or rules as a reason to redo finished jobs.
 
     Switching it on or off redoes them once."""
 
@@ -1177,8 +1184,13 @@ def _doubtful_dataset(config: Config, overlays: Sequence[Any]) -> list[str]:
 
 
 def dump(settings: BaseModel) -> str:
-    """Canonical JSON of a section: the same text whatever the order of keys in the YAML."""
-    return json.dumps(settings.model_dump(mode="json", by_alias=True), sort_keys=True)
+    """Canonical JSON of a section: the same text whatever the order of keys in the YAML.
+
+    Without what has its default, so that a setting that a later version adds changes no text, and
+    Snakemake makes nothing again for it.
+    """
+    told = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return json.dumps(told, sort_keys=True)
 
 
 class RunSettings(Settings):

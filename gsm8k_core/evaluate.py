@@ -48,13 +48,14 @@ from gsm8k_core.config import (
     ModelSettings,
     PromptSettings,
     RunSettings,
+    Settings,
     SuiteSettings,
     dump,
     settings_from,
 )
-from gsm8k_core.errors import ConfigError, DataError, Gsm8kError
-from gsm8k_core.files import Json, link_or_copy, read_json, sha256_file
-from gsm8k_core.layout import ARTIFACTS, RUNS
+from gsm8k_core.errors import ConfigError, Gsm8kError
+from gsm8k_core.files import Json, link_or_copy, read_json, read_record, sha256_file
+from gsm8k_core.layout import ARTIFACTS, RUNS, is_prepared
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
@@ -257,7 +258,7 @@ def _prepare_data(config: Config, dataset: str, folder: Path) -> Path:
     settings = config.datasets[dataset]
     target = folder / "data"
     shared = Path(ARTIFACTS) / dataset
-    manifest = _manifest_of(shared, settings.model_dump(mode="json"))
+    manifest = _manifest_of(shared, settings)
     files = {f"{split}.jsonl": part["sha256"] for split, part in split_digests(manifest).items()}
     if not _link(shared, files, target):
         _run_job(
@@ -274,8 +275,7 @@ def _prepare_weights(config: Config, subject: Subject, folder: Path) -> tuple[Pa
         return subject.folder, {"from": f"folder {subject.folder.name}", "files": hashes}
     target = folder / "model"
     origin = config.models[subject.name].starting_weights()
-    wanted = origin.model_dump(mode="json")
-    if not any(_link_weights(place, wanted, target) for place in _prepared_weights(subject)):
+    if not any(_link_weights(place, origin, target) for place in _prepared_weights(subject)):
         _run_job(
             folder, "prepare_model",
             model_name=subject.name, settings=dump(origin), output_dir=target,
@@ -293,17 +293,13 @@ def _prepared_weights(subject: Subject) -> list[Path]:
     ]
 
 
-def _link_weights(place: Path, wanted: Json, target: Path) -> bool:
+def _link_weights(place: Path, wanted: Settings, target: Path) -> bool:
     return _link(place, _manifest_of(place, wanted).get("files", {}), target)
 
 
-def _manifest_of(place: Path, settings: Json) -> Json:
+def _manifest_of(place: Path, settings: Settings) -> Json:
     """The manifest of what was prepared in `place`; {} unless it was from these settings."""
-    try:
-        manifest = read_json(place / "manifest.json")
-    except DataError:
-        return {}
-    return manifest if manifest.get("settings") == settings else {}
+    return read_record(place / "manifest.json") if is_prepared(place, settings) else {}
 
 
 def _link(place: Path, files: dict[str, str], target: Path) -> bool:

@@ -128,7 +128,7 @@ def _generate(
     on_all_ranks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generated ids (B, T) and the entropy of every step's distribution (B, T)."""
-    pad_id = pad_token_id(tokenizer)
+    pad_id = pad_token_id(tokenizer, num_embeddings(model))
     input_ids, attention_mask = collate_prompts(prompt_ids, pad_id, model.device)
     # Whatever else the model's own generation_config asks for (min_p, beams, a time limit) is put
     # back to what it would be without one.

@@ -25,6 +25,7 @@ from gsm8k_core import math_verifier
 from gsm8k_core.answers import Marker, contradicts_itself, extract_answer, parse_gold
 from gsm8k_core.config import Grade, GradingSettings, RewardGrade
 from gsm8k_core.errors import ConfigError, DataError
+from gsm8k_core.extras import HOW_TO_INSTALL
 from gsm8k_core.files import Json
 from gsm8k_core.lm_eval_grades import lm_eval_answer, lm_eval_gold
 from gsm8k_core.math_verifier import MathVerifier
@@ -85,11 +86,11 @@ class Grader:
         elif primary:
             raise ConfigError(
                 "grading: math_verify needs the package math-verify: "
-                f"{math_verifier.HOW_TO_INSTALL}, or choose another grade"
+                f"{HOW_TO_INSTALL['math_verify']}, or choose another grade"
             )
         else:
             log.warning(
-                "math-verify is missing, its grade is left empty: %s", math_verifier.HOW_TO_INSTALL
+                "math-verify is missing, its grade is left empty: %s", HOW_TO_INSTALL["math_verify"]
             )
 
     def __enter__(self) -> Grader:

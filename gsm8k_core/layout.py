@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from gsm8k_core.config import (
     BaseMethod,
     Config,
@@ -15,6 +17,9 @@ from gsm8k_core.config import (
     Settings,
     SftMethod,
 )
+from gsm8k_core.data import SPLITS, make_gsm8k
+from gsm8k_core.differences import leaf_changes
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_record
 
 ARTIFACTS = "artifacts"
@@ -134,18 +139,65 @@ class Layout:
             if model.source == "path" and model.path is not None:
                 problem = _missing_in(model.path, ["config.json"])
                 folder = self.starting_weights(name)
-                if problem and not _is_prepared(folder, model.starting_weights()):
+                if problem and not is_prepared(folder, model.starting_weights()):
                     problems.append(f"models.{name}.path: {problem}; name the folder of a model")
         for name in self.prepared_datasets():
             dataset = self.config.datasets[name]
             if isinstance(dataset, Gsm8kDataset) and dataset.path:
                 files = ["train.jsonl", "test.jsonl"]
                 problem = _missing_in(dataset.path, files)
-                if problem and not _is_prepared(self.data(name), dataset):
+                if problem and not is_prepared(self.data(name), dataset):
                     problems.append(
                         f"datasets.{name}.path: {problem}; name a folder with {' and '.join(files)}"
                     )
         return problems
+
+    def faults_in_own_data(self) -> list[str]:
+        """What is wrong with the rows in each `path` of a dataset of the study, by its key.
+
+        A job would find it too, after Snakemake has removed what it had made of the rows before,
+        and with that every run. What is newer than that is read, and what has none.
+        """
+        faults = []
+        for name in self.prepared_datasets():
+            dataset = self.config.datasets[name]
+            if not isinstance(dataset, Gsm8kDataset) or not dataset.path:
+                continue
+            sources = [Path(dataset.path).expanduser() / f"{split}.jsonl" for split in SPLITS]
+            if not all(source.is_file() for source in sources):
+                continue  # `missing_paths` says so, where it matters
+            manifest = Path(self.data(name), "manifest.json")
+            if is_prepared(self.data(name), dataset):
+                made = manifest.stat().st_mtime_ns
+                if all(source.stat().st_mtime_ns <= made for source in sources):
+                    continue
+            try:
+                make_gsm8k(dataset)
+            except DataError as error:
+                faults.append(f"datasets.{name}: {error}")
+        return faults
+
+    def prepared_otherwise(self) -> list[str]:
+        """Each model and dataset of the study that lies prepared from other settings, and which.
+
+        Snakemake makes them again, and with them what other studies have made of them.
+        """
+        wanted: dict[str, Settings] = {
+            self.starting_weights(name): self.config.models[name].starting_weights()
+            for name in self.config.study.models
+        }
+        for name in self.prepared_datasets():
+            wanted[self.data(name)] = self.config.datasets[name]
+        differing = []
+        for folder, settings in wanted.items():
+            made = _prepared_from(folder, settings)
+            if made is not None and not is_prepared(folder, settings):
+                changes = leaf_changes(
+                    made.model_dump(mode="json"), settings.model_dump(mode="json")
+                )
+                told = (f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+                differing.append(f"{folder} ({', '.join(told)})")
+        return differing
 
     def prepared_datasets(self) -> list[str]:
         """The datasets that jobs of the study read: what is only evaluated learns from none."""
@@ -194,10 +246,20 @@ class Layout:
         ]
 
 
-def _is_prepared(folder: str, settings: Settings) -> bool:
+def _prepared_from(folder: str | Path, like: Settings) -> Settings | None:
+    """The settings that `folder` was prepared from; None without any of the kind of `like`."""
+    try:
+        return type(like).model_validate(read_record(Path(folder, "manifest.json"))["settings"])
+    except (KeyError, ValidationError):
+        return None
+
+
+def is_prepared(folder: str | Path, settings: Settings) -> bool:
     """Whether `folder` holds what the settings of a model or dataset ask for."""
-    record = read_record(Path(folder, "manifest.json"))
-    return bool(record.get("settings") == settings.model_dump(mode="json"))
+    made = _prepared_from(folder, settings)
+    if isinstance(made, Gsm8kDataset) and isinstance(settings, Gsm8kDataset):
+        made, settings = made.without_source(), settings.without_source()
+    return made == settings
 
 
 def _missing_in(path: str, names: list[str]) -> str:

@@ -236,15 +236,16 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-CODE_SUFFIXES = {".py", ".json", ".jinja", ".css", ".js"}
+CODE_FOLDERS = ("gsm8k_core", "scripts", "rules")
+CODE_SUFFIXES = {".py", ".smk", ".json", ".jinja", ".css", ".js"}
 
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the library, with its data, and the scripts, by name and content."""
+    """SHA-256 over the library, with its data, the scripts and the rules, by name and content."""
     digest = hashlib.sha256()
-    for folder in (ROOT / "gsm8k_core", ROOT / "scripts"):
-        for path in sorted(folder.rglob("*")):
+    for folder in CODE_FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix not in CODE_SUFFIXES:
                 continue
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.extras import HOW_TO_INSTALL
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ MAX_MEMORY_BYTES = 4 * 2**30
 """Address space of the child."""
 MAX_SHOWN = 200
 """Characters of an extracted answer that are kept."""
-
-HOW_TO_INSTALL = "install the package with `uv sync --extra math-verify`"
 
 Verdict = tuple[bool, str | None]
 """Whether it is right, and the answer that was found: where it is right, the gold answer's text."""
@@ -85,7 +84,7 @@ class MathVerifier:
         )
         self._process.start()
         theirs.close()
-        remedy = HOW_TO_INSTALL
+        remedy = HOW_TO_INSTALL["math_verify"]
         try:
             fault = ours.recv() if ours.poll(SECONDS_TO_START) else "it did not start in time"
         except (EOFError, OSError):

@@ -223,7 +223,8 @@ def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, 
     if not commit.startswith(settings.revision or ""):
         log.warning(
             "%s: this name can move, and the same settings then mean other weights; it stands for "
-            "commit %s now: write that as models.<name>.revision",
+            "commit %s now: write that as models.<name>.revision before anything is trained (later "
+            "it would be another model, and all runs made again)",
             name,
             commit,
         )

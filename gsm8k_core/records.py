@@ -354,8 +354,10 @@ def _made_and_asked(
 
 
 def _differing(made: Settings, asked: Settings) -> list[str]:
-    """Each key that differs, with both values."""
-    was, is_now = (one.model_dump(mode="json", by_alias=True) for one in (made, asked))
+    """Each key that differs, with both values, but for the study's name: it decides nothing."""
+    was, is_now = (
+        one.model_dump(mode="json", by_alias=True, exclude={"study"}) for one in (made, asked)
+    )
     return [
         f"{key} is {old!r}, the study asks for {new!r}"
         for key, (old, new) in leaf_changes(was, is_now).items()

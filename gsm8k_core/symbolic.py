@@ -16,6 +16,7 @@ from typing import Any
 
 from gsm8k_core.config import GsmSymbolicDataset
 from gsm8k_core.errors import DataError
+from gsm8k_core.extras import HOW_TO_INSTALL
 from gsm8k_core.problems import Problem, gold_answer, problem_from_row
 
 DISTRIBUTION = "reasoning-gym"
@@ -86,8 +87,8 @@ def _generate(seed: int, size: int) -> Iterator[dict[str, Any]]:
             import reasoning_gym
     except ImportError as error:
         raise DataError(
-            f"datasets of kind gsm_symbolic are made by reasoning_gym ({error}): install it with "
-            "`uv sync --extra symbolic`"
+            f"datasets of kind gsm_symbolic are made by reasoning_gym ({error}): "
+            f"{HOW_TO_INSTALL['reasoning_gym']}"
         ) from None
     made = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=size)
     for entry, template in zip(made, made.task_indices, strict=True):

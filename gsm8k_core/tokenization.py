@@ -36,14 +36,15 @@ def checked_token_ids(row: Json, key: str, where: str, vocab_size: int) -> list[
     return ids
 
 
-def pad_token_id(tokenizer: Any) -> int:
+def pad_token_id(tokenizer: Any, num_embeddings: int | None = None) -> int:
     """The tokenizer's pad id; without one its EOS id; without either 0.
 
     Any token of the model will do: the mask, not this id, says what is padding. A pad token that
-    was added to a tokenizer is one only after `model.resize_token_embeddings`.
+    was added to a tokenizer is one only after `model.resize_token_embeddings`: one that is not
+    below `num_embeddings`, if given, is passed over.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
+        if token_id is not None and (num_embeddings is None or token_id < num_embeddings):
             return int(token_id)
     return 0
 

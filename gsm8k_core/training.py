@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
-from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings, dump
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
@@ -238,7 +238,7 @@ class TrainingRun:
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
-            "settings": sha256_json(settings.without_resources().model_dump(mode="json")),
+            "settings": sha256_json(dump(settings.without_resources())),
             "starting_weights": weights_digest(starting_model),
             "data": sha256_file(data),
             "reward_code": reward_code(settings.method_settings),

@@ -18,8 +18,8 @@ from gsm8k_core.config import (
     parse_config,
     read_yaml,
 )
-from gsm8k_core.data import SPLITS
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.extras import missing_extras
 from gsm8k_core.files import model_files
 from gsm8k_core.layout import RUNS, Layout, one_of
 from gsm8k_core.manifest import (
@@ -102,8 +102,13 @@ MISSING_REWARDS = [
 ]
 # Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.
 if workflow.is_main_process and "--unlock" not in sys.argv:
-    if missing := LAYOUT.missing_paths() + MISSING_REWARDS:
-        raise WorkflowError(str(config_error(missing)))
+    if faults := LAYOUT.missing_paths() + LAYOUT.faults_in_own_data() + MISSING_REWARDS:
+        raise WorkflowError(str(config_error(faults)))
+    for changed in LAYOUT.prepared_otherwise():
+        logger.warning(
+            f"Prepared before from other settings: {changed}. It is made again, and every run that "
+            "uses it, of other studies too; a new name would keep both."
+        )
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
@@ -116,9 +121,31 @@ os.environ[SNAKEMAKE_VARIABLE] = this_process()
 
 def begin_invocation():
     check_gpu_limit()
+    check_jobs()
     os.environ[INVOCATION_VARIABLE] = INVOCATION.start(CONFIG)
     # For jobs in a container where git fails: it sees the clone alone, which is too little of a worktree.
     os.environ[CHECKOUT_VARIABLE] = INVOCATION.manifest["git"]["commit"] or ""
+
+
+def check_jobs():
+    """Before Snakemake removes what the first jobs are to make: can they run, and was it wanted?"""
+    jobs = list(workflow.dag.needrun_jobs())
+    in_container = workflow.deployment_settings.deployment_method
+    missing = missing_extras(CONFIG, {job.rule.name for job in jobs})
+    if missing and not in_container:
+        raise WorkflowError(str(config_error(missing)))
+    again = [
+        job
+        for job in jobs
+        if job.rule.name.startswith("train_")
+        and not workflow.dag.reason(job).forced
+        and all(Path(path).exists() for path in job.output)
+    ]
+    if again:
+        logger.warning(
+            f"{len(again)} trainings that had finished are made again, and what there was of them is "
+            f"removed first. One is {again[0].output[0]}: {workflow.dag.reason(again[0])}"
+        )
 
 
 def check_gpu_limit():
@@ -146,6 +173,7 @@ def end_invocation(state):
     """Write the call's manifest and, where the study is or was finished, its hashes."""
     is_finished = state == "succeeded" or Path(RESULTS, SUMS).exists()
     if is_finished:
+        logger.info(f"Hashing what this call has made, for {RESULTS}/{SUMS}.")
         note_unrecorded(LAYOUT, INVOCATION.since_ns)
     INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
     if is_finished:
@@ -320,17 +348,23 @@ def local_model(wildcards):
     )
 
 
-def local_data(wildcards):
-    path = getattr(CONFIG.datasets[wildcards.dataset], "path", None)
-    return [str(Path(path).expanduser() / f"{split}.jsonl") for split in SPLITS if path]
-
-
 def suite_problems(wildcards):
     suite = CONFIG.suites[wildcards.suite]
     return LAYOUT.problems(suite.dataset, suite.split)
 
 
 # Settings travel as canonical JSON: Snakemake compares texts, and the order of keys is no change.
+
+
+def dataset_settings(wildcards, resources):
+    """With where its rows are had from, for which Snakemake is to prepare nothing again."""
+    del resources
+    return dump(CONFIG.datasets[wildcards.dataset])
+
+
+def what_decides_a_dataset(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return dump(dataset.without_source() if dataset.kind == "gsm8k" else dataset)
 
 
 def starting_weights_settings(wildcards):

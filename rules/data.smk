@@ -3,8 +3,6 @@
 
 
 rule prepare_data:
-    input:
-        local_data,
     output:
         train=f"{DATA}/train.jsonl",
         val=f"{DATA}/val.jsonl",
@@ -16,7 +14,8 @@ rule prepare_data:
         LAYOUT.benchmark("prepare_data", "{dataset}")
     localrule: True
     params:
-        settings=lambda wildcards: dump(CONFIG.datasets[wildcards.dataset]),
+        settings=dataset_settings,
+        decides=what_decides_a_dataset,
         code=CODE,
     shell:
         "python scripts/prepare_data.py --dataset {wildcards.dataset} "

@@ -33,7 +33,7 @@ from gsm8k_core.dpo import dpo_loss
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, read_json, seed_from
 from gsm8k_core.masking import masked_sum
-from gsm8k_core.models import max_positions
+from gsm8k_core.models import max_positions, num_embeddings
 from gsm8k_core.problems import checked_text
 from gsm8k_core.prompts import encode_prompts
 from gsm8k_core.records import sampling_cost
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     run = TrainingRun.from_arguments(args, run_settings)
     disable_dropout(run.model)
     reference = run.load_reference()
-    pad_id = pad_token_id(run.tokenizer)
+    pad_id = pad_token_id(run.tokenizer, num_embeddings(run.model))
     config = run.model.config
     pairs = load_pairs(
         args.data, run_settings.prompt, run.tokenizer, config.vocab_size, max_positions(run.model)

@@ -51,7 +51,7 @@ from gsm8k_core.grpo import (
 )
 from gsm8k_core.losses import kl_estimate, mask_truncated, step_normalizer
 from gsm8k_core.masking import masked_sum
-from gsm8k_core.models import compute_dtype
+from gsm8k_core.models import compute_dtype, num_embeddings
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.prompts import encode_prompts
 from gsm8k_core.rewards import RewardFn, build_reward_fn, length_reward
@@ -581,7 +581,7 @@ def main(argv: list[str] | None = None) -> int:
             return {}
         return dict(reference.named_parameters())
 
-    pad_id = pad_token_id(run.tokenizer)
+    pad_id = pad_token_id(run.tokenizer, num_embeddings(run.model))
     order = endless_order(len(problems), seed_from(run_settings.seed, "prompts"))
     order = itertools.islice(order, run.progress.setdefault("num_prompts_taken", 0), None)
     run.progress.setdefault("num_sampled_tokens", 0)

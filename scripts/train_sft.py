@@ -35,7 +35,7 @@ from gsm8k_core.config import ExpertIterationMethod, RunSettings, SftSettings
 from gsm8k_core.distributed import gather, own_work
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import iter_jsonl, seed_from
-from gsm8k_core.models import max_positions
+from gsm8k_core.models import max_positions, num_embeddings
 from gsm8k_core.problems import checked_text, read_problems
 from gsm8k_core.prompts import demonstration, encode_prompts
 from gsm8k_core.scoring import score_responses
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     run_settings = run_settings_from(args)
     settings = run_settings.of_kind(SftSettings)
     run = TrainingRun.from_arguments(args, run_settings)
-    pad_id = pad_token_id(run.tokenizer)
+    pad_id = pad_token_id(run.tokenizer, num_embeddings(run.model))
     config = run.model.config
     examples = load_examples(
         args.data, run_settings, run.tokenizer, config.vocab_size, max_positions(run.model)

@@ -85,7 +85,7 @@ def test_content_digest_depends_on_the_order_of_rows_and_not_of_keys() -> None:
     assert content_digest([two]) == content_digest([{"question": "c", "answer": "d"}])
 
 
-def test_content_digest_covers_what_sft_imitates_and_what_prompts_show() -> None:
+def test_content_digest_covers_what_sft_imitates_what_prompts_show_and_clusters() -> None:
     row = {"question": "a", "answer": "b"}
     example = {"question": "c", "answer": "d"}
     kinds: list[dict[str, Any]] = [
@@ -96,12 +96,14 @@ def test_content_digest_covers_what_sft_imitates_and_what_prompts_show() -> None
         {**row, "examples": [example]},
         {**row, "examples": [example, example]},
         {**row, "demonstration": "e", "examples": [example]},
+        {**row, "cluster": "e"},  # of which intervals are made
     ]
     assert len({content_digest([one]) for one in kinds}) == len(kinds)
     absent: dict[str, Any] = {
         **row,
         "demonstration": None,
         "examples": [],
+        "cluster": None,
     }  # as `problem_from_row` reads them
     assert content_digest([absent]) == content_digest([row])
 

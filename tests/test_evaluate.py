@@ -20,7 +20,14 @@ import yaml
 
 from gsm8k_core import evaluate
 from gsm8k_core.cli import main as cli
-from gsm8k_core.config import Config, EvaluationSettings, RunSettings, dump, load_config
+from gsm8k_core.config import (
+    Config,
+    EvaluationSettings,
+    GradingSettings,
+    RunSettings,
+    dump,
+    load_config,
+)
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.evaluate import _sentence, find_subject, summarize
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file, write_json, write_text
@@ -166,7 +173,8 @@ def test_a_suite_is_evaluated_on_its_split_with_its_prompt_unless_another_is_nam
         settings = EvaluationSettings.model_validate_json(asked["generate"]["settings"])
         assert settings.prompt == config.prompts[prompt]
         marker = config.prompts[prompt].answer_marker
-        assert json.loads(asked["grade"]["settings"])["marker"] == marker
+        graded = GradingSettings.model_validate_json(asked["grade"]["settings"])
+        assert graded.marker == marker
 
 
 def test_flags_go_before_what_a_run_s_own_settings_say(

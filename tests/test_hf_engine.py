@@ -409,7 +409,7 @@ def test_a_model_whose_layers_keep_a_state_is_refused(
 
 def test_a_model_spread_over_devices_is_refused(tokenizer: Any) -> None:
     model = tiny_model(tokenizer)
-    model.hf_device_map = {"model": 0, "lm_head": 1}
+    model.hf_device_map = {"model": 0, "lm_head": 1}  # type: ignore[assignment]
     with pytest.raises(ModelError, match="one device, and this one is spread over several"):
         HfEngine(model, tokenizer)
 
@@ -418,7 +418,7 @@ def test_a_completion_that_is_done_does_not_run_past_the_models_last_position(
     tokenizer: Any,
 ) -> None:
     # Learned positions: there is none beyond the last.
-    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32, eos_token_id=0)).eval()
     long = Request([5] * 30, [0], 1.0, 2)

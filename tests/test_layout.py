@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gsm8k_core.config import Config, parse_config
-from gsm8k_core.files import write_json
+from gsm8k_core.data import content_digest
+from gsm8k_core.files import write_json, write_jsonl
 from gsm8k_core.layout import Layout, one_of
 
 
@@ -163,12 +164,72 @@ def test_paths_of_the_study_that_hold_no_model_or_data_are_named_by_their_keys(
     assert [line.partition(".path")[0] for line in missing(methods=["base", "own"])] == [
         "models.m", "datasets.half",
     ]  # fmt: skip
+    # Of data it matters not where they lay: their digests are the same.
     for folder, settings in lost:
         manifest = {"settings": {**settings.model_dump(mode="json"), "path": "another"}}
         write_json(tmp_path / "artifacts" / folder / "manifest.json", manifest)
+    assert [line.partition(".path")[0] for line in missing(methods=["base", "own"])] == [
+        "models.m", "models.n", "datasets.half",
+    ]  # fmt: skip
+    manifest = {"settings": {**whole.datasets["lost"].model_dump(mode="json"), "num_val": 7}}
+    write_json(tmp_path / "artifacts" / "lost" / "manifest.json", manifest)
     assert len(missing(methods=["base", "own"])) == 4
     (tmp_path / "weights" / "config.json").touch()
     assert missing(models=["m"], methods=["sft"], suites=["t"]) == []
     # What only evaluates learns from nothing.
     assert missing(models=["m"], methods=["base"], suites=["t"], dataset="lost") == []
     assert len(missing(models=["m"], methods=["sft"], suites=["t"], dataset="lost")) == 1
+
+
+ROWS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(3)]
+
+
+def own_data(folder: Path, **changes: Any) -> Layout:
+    """A study of rows in `folder`/mine, which are written there."""
+    for split in ("train", "test"):
+        write_jsonl(folder / "mine" / f"{split}.jsonl", ROWS)
+    raw = config().model_dump(mode="json", by_alias=True)
+    digests = dict.fromkeys(("train", "test"), content_digest(ROWS))
+    mine = {"kind": "gsm8k", "path": "mine", "num_val": 1, "digests": digests, **changes}
+    raw["datasets"]["d"] = mine
+    return Layout(parse_config(raw))
+
+
+def test_own_rows_are_looked_at_where_they_are_newer_than_what_was_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layout = own_data(tmp_path)
+    assert layout.faults_in_own_data() == []
+    assert own_data(tmp_path, num_val=3).faults_in_own_data() == [
+        "datasets.d: num_val is 3 of 3 train rows: leave some to train on"
+    ]
+    settings = layout.config.datasets["d"].model_dump(mode="json")
+    write_json(tmp_path / "artifacts" / "d" / "manifest.json", {"settings": settings})
+    monkeypatch.setattr("gsm8k_core.layout.make_gsm8k", pytest.fail)
+    assert layout.faults_in_own_data() == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "mine" / "test.jsonl", [*ROWS, {"question": "no answer"}])
+    (fault,) = layout.faults_in_own_data()
+    assert fault.startswith("datasets.d: mine/test.jsonl, row 4: 'answer' is missing")
+    (tmp_path / "mine" / "test.jsonl").unlink()
+    assert layout.faults_in_own_data() == [], "that is for `missing_paths` to say"
+
+
+def test_what_was_prepared_from_other_settings_is_told_with_both_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layout = own_data(tmp_path)
+    assert layout.prepared_otherwise() == []
+    made = own_data(tmp_path, num_val=2, path="elsewhere").config.datasets["d"]
+    write_json(
+        tmp_path / "artifacts" / "d" / "manifest.json", {"settings": made.model_dump(mode="json")}
+    )
+    older = layout.config.models["m"].starting_weights().model_dump(mode="json")
+    del older["revision"]  # a setting that there was not yet
+    write_json(tmp_path / "artifacts" / "models" / "m" / "manifest.json", {"settings": older})
+    assert layout.prepared_otherwise() == [
+        "artifacts/d (num_val was 2, is 1, path was 'elsewhere', is 'mine')"
+    ]

@@ -67,6 +67,10 @@ def test_the_pad_id_falls_back_to_eos_and_then_to_zero() -> None:
     assert pad_token_id(word_tokenizer(pad_token="<pad>", eos_token="<eos>")) == 2
     assert pad_token_id(word_tokenizer(eos_token="<eos>")) == 1
     assert pad_token_id(word_tokenizer()) == 0
+    added = word_tokenizer(pad_token="<pad>", eos_token="<eos>")
+    assert pad_token_id(added, num_embeddings=3) == 2
+    assert pad_token_id(added, num_embeddings=2) == 1, "the model has no such token"
+    assert pad_token_id(added, num_embeddings=1) == 0
 
 
 def test_padding_with_the_eos_id_leaves_the_real_eos_in_the_mask() -> None:

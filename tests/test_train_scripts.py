@@ -20,6 +20,7 @@ from gsm8k_core.config import RunSettings
 from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.models import load_tokenizer
 from gsm8k_core.training import TrainingRun
 
 GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
@@ -42,9 +43,10 @@ def train(
     arithmetic_folder: Path,
     tmp_path: Path,
 ) -> Callable[..., Path]:
-    """`train(script, method, name=, data=, val=, seed=, model=, **overrides)` -> the run's folder.
+    """`train(script, method, name=, data=, val=, seed=, model=, start=, **overrides)`: the folder.
 
-    `model` is laid over the model's settings, `overrides` over the method's.
+    `model` is laid over the model's settings, `overrides` over the method's; `start` holds the
+    weights to start from.
     """
 
     def call(
@@ -57,6 +59,7 @@ def train(
         seed: int = 0,
         flags: tuple[str, ...] = (),
         model: dict[str, Any] | None = None,
+        start: Path | None = None,
         **overrides: Any,
     ) -> Path:
         output = tmp_path / name
@@ -66,7 +69,7 @@ def train(
             "--settings",
             json.dumps(settings),
             "--starting-model",
-            str(sft_folder),
+            str(start or sft_folder),
             "--data",
             str(data or arithmetic_folder / "train.jsonl"),
             "--output-dir",
@@ -115,6 +118,25 @@ def test_an_sft_step_does_not_depend_on_the_microbatch_size_nor_on_packing(
         "train_sft", "sft", name="cut", **common, packing=packing, tokens_per_microbatch=130
     )
     assert largest_difference(whole, cut) < 2e-5
+
+
+def test_a_pad_token_that_was_added_to_the_tokenizer_alone_changes_nothing(
+    train: Callable[..., Path], sft_folder: Path, tmp_path: Path
+) -> None:
+    added = shutil.copytree(sft_folder, tmp_path / "added")
+    tokenizer = load_tokenizer(added)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(added)
+    assert tokenizer.pad_token_id == json.loads((added / "config.json").read_text())["vocab_size"]
+    for script_name, method, common in (
+        ("train_sft", "sft", {"num_steps": 2, "batch_size": 8}),
+        ("train_grpo", "grpo", {**SMALL, "num_steps": 1}),
+    ):
+        plain, padded = (
+            train(script_name, method, name=f"{method}-{start.name}", start=start, **common)
+            for start in (sft_folder, added)
+        )
+        assert largest_difference(plain, padded) == 0.0
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])

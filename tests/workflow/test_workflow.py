@@ -343,6 +343,9 @@ def test_an_edit_of_a_custom_reward_trains_again_what_uses_it_and_nothing_else(
     with (finished / "my_reward.py").open("a", encoding="utf-8") as code:
         code.write("# edited\n")
     assert planned_jobs(finished, *targets, overlays=overlays) == {"train_grpo": 1, "total": 1}
+    again = snakemake(finished, *targets, overlays=overlays)
+    assert "1 trainings that had finished are made again" in again.stdout
+    assert f"One is {trained.replace('train/metrics.jsonl', 'model')}: " in again.stdout
 
 
 def test_one_more_round_of_expert_iteration_trains_none_of_those_before(finished: Path) -> None:
@@ -606,7 +609,7 @@ def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Pa
     assert read_json(folder / "run_manifest.json")["state"] == "failed"
 
 
-def test_a_local_model_or_dataset_that_changes_is_prepared_again(
+def test_a_local_model_that_changes_and_data_with_new_digests_are_prepared_again(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(finished))
@@ -627,11 +630,50 @@ def test_a_local_model_or_dataset_that_changes_is_prepared_again(
     result = snakemake(finished, *targets, overlays=overlays)
     assert result.returncode == 0, result.stdout
     assert planned_jobs(finished, *targets, overlays=overlays) == {}
-    # Of small files Snakemake compares the content too.
+    # Of data the digests count: what is only newer, or lies elsewhere, is as it was.
+    for split in ("train", "test"):
+        write_jsonl(data / f"{split}.jsonl", rows)
+    data.rename(finished / "moved")
+    overlay(
+        finished, "local.yaml", {**settings, "datasets": {"mine": {**dataset, "path": "moved"}}}
+    )
+    assert planned_jobs(finished, *targets, overlays=overlays) == {}
+    # What is wrong with rows is said before any job, and what there was of them stays.
+    for changed, fault in (
+        ([*rows, {"question": "?", "answer": "none"}], "row 4: no '#### <number>' at the end"),
+        (rows[:2], "train.jsonl is not the pinned one: 2 rows with content digest"),
+    ):
+        write_jsonl(finished / "moved" / "train.jsonl", changed)
+        for how in (["-n"], []):
+            result = snakemake(finished, *targets, *how, overlays=overlays)
+            assert result.returncode != 0
+            assert "  datasets.mine: moved/train.jsonl" in result.stdout and fault in result.stdout
+    assert len(read_jsonl(finished / "artifacts" / "mine" / "train.jsonl")) == 2
+    digests = {"train": content_digest(rows[:2]), "test": content_digest(rows)}
+    again = {"mine": {**dataset, "path": "moved", "digests": digests}}
+    overlay(finished, "local.yaml", {**settings, "datasets": again})
+    # Of small files of weights Snakemake compares the content.
     (model / "model.safetensors").write_bytes(b"trained further")
-    write_jsonl(data / "test.jsonl", rows[:2])
-    both = {"prepare_data": 1, "prepare_model": 1, "total": 2}
-    assert planned_jobs(finished, *targets, overlays=overlays) == both
+    result = snakemake(finished, "-n", *targets, overlays=overlays)
+    assert "prepare_data        1" in result.stdout and "prepare_model        1" in result.stdout
+    assert (
+        "Prepared before from other settings: artifacts/mine (digests.train was "
+        f"'{content_digest(rows)}', is '{content_digest(rows[:2])}'" in result.stdout
+    )
+
+
+def test_packages_that_jobs_would_miss_are_named_before_anything_is_removed(finished: Path) -> None:
+    # In a study that has finished, settings that need them are new runs.
+    before = sorted(
+        path for path in (finished / "artifacts").rglob("*") if "runs" not in path.parts
+    )
+    vllm = overlay(finished, "extras.yaml", {"models": {"tiny-qwen2": {"engine": "vllm"}}})
+    result = snakemake(finished, overlays=(*SMALL_STUDY, vllm))
+    assert result.returncode != 0
+    assert "  models.tiny-qwen2.engine: vllm is not installed here: run `uv sync" in result.stdout
+    assert "Traceback" not in result.stdout
+    after = sorted(path for path in (finished / "artifacts").rglob("*") if "runs" not in path.parts)
+    assert after == before
 
 
 def test_a_path_that_is_not_there_is_refused_though_something_was_prepared_under_that_name(
