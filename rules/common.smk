@@ -294,6 +294,12 @@ def parent_model(wildcards):
 
 
 def round_start(wildcards):
+    rounds = getattr(CONFIG.methods[wildcards.method], "rounds", 1)
+    if int(wildcards.round) > rounds:
+        raise WorkflowError(
+            f"round {wildcards.round} of {wildcards.method}: it has {rounds} "
+            f"(methods.{wildcards.method}.rounds)"
+        )
     return LAYOUT.round_start(
         wildcards.model, wildcards.method, wildcards.seed, int(wildcards.round)
     )

@@ -390,10 +390,13 @@ def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_oth
     assert planned_jobs(workspace) == {}
 
 
-def test_a_round_of_a_method_without_rounds_is_no_target(workspace: Path) -> None:
+def test_a_round_that_a_method_does_not_have_is_no_target(workspace: Path) -> None:
     refused = snakemake(workspace, f"{CELLS}/sft/seed0/round1/completions.jsonl", "-n")
     assert refused.returncode != 0
     assert "MissingRuleException" in refused.stdout and "Traceback" not in refused.stdout
+    refused = snakemake(workspace, f"{CELLS}/expert_iteration/seed0/round3/model", "-n")
+    assert refused.returncode != 0
+    assert "round 3 of expert_iteration: it has 2 (methods.expert_iteration" in refused.stdout
 
 
 def test_a_job_of_a_call_has_the_settings_that_the_call_began_with(workspace: Path) -> None:
