@@ -572,8 +572,8 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
             "--num-problems 512 --max-new-tokens 256 --batch-size 256",
         ),
     }
+    with_vllm = " --engine vllm" * (importlib.util.find_spec("vllm") is not None)
     if importlib.util.find_spec("trl") is not None:
-        with_vllm = " --engine vllm" * (importlib.util.find_spec("vllm") is not None)
         commands["sft against TRL"] = (
             ["sft", *model, *train, *device],
             "--batch-size 2 --steps 1 --rounds 1",
@@ -587,6 +587,13 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
             "--prompts 2 --group-size 2 --max-new-tokens 4 --rounds 1",
             "--prompts 16 --group-size 16 --max-new-tokens 128 --trl-accumulation 4 --rounds 4"
             + with_vllm,
+        )
+    raw = kit.environment().get("GSM8K_DIR")
+    if raw and importlib.util.find_spec("lm_eval") is not None:
+        commands["evaluation against lm-eval"] = (
+            ["evaluation", *weights, "--gsm8k", raw, *device],
+            "--limit 2 --rounds 1 --max-new-tokens 4 --batch-size 2",
+            "--batch-size 256 --lm-eval-batch-size 64" + with_vllm,
         )
     return {
         name: [f"benchmarks/{script}.py", *words, *(for_cpu if on_cpu else for_gpu).split()]

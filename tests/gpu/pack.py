@@ -36,7 +36,8 @@ from slim import write_environment
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
 
-# What the library needs of what such a machine lacks, and TRL with its needs, to be compared with.
+# What the library needs of what such a machine lacks, and TRL and lm-eval with what these import, to
+# be compared with.
 LOCKED = (
     "annotated-types",
     "pydantic",
@@ -50,6 +51,14 @@ LOCKED = (
     "dill",
     "multiprocess",
     "trl",
+    "lm-eval",
+    "colorama",
+    "lxml",
+    "more-itertools",
+    "portalocker",
+    "sacrebleu",
+    "sqlitedict",
+    "tabulate",
     "hypothesis",  # of the tests
     "sortedcontainers",
 )
