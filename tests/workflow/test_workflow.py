@@ -624,6 +624,7 @@ def test_a_local_model_that_changes_and_data_with_new_digests_are_prepared_again
     digests = dict.fromkeys(("train", "test"), content_digest(rows))
     dataset = {"kind": "gsm8k", "path": "~/my data", "num_val": 1, "digests": digests}
     settings = {
+        "study": {"dataset": "mine"},
         "models": {"mine": {"source": "path", "path": "./my model", "prompt": "plain"}},
         "datasets": {"mine": dataset},
     }
