@@ -41,16 +41,16 @@ GITHUB_FOLDER = "grade_school_math/data"
 def content_digest(rows: list[Json]) -> str:
     """Hex SHA-256 over the rows in order, each as compact JSON of [question, answer] and "\\n".
 
-    A row's `demonstration`, `examples` and `{"cluster": …}`, which GSM8K's rows have not, follow
-    the answer.
+    A row's `demonstration`, `examples` and `{"id": …, "cluster": …}`, which GSM8K's rows have not,
+    follow the answer.
     """
     digest = hashlib.sha256()
     for row in rows:
         parts = [row.get("question"), row.get("answer")]
         optional = (row.get(key) for key in ("demonstration", "examples"))
         parts += [value for value in optional if value not in (None, [])]
-        if row.get("cluster") is not None:
-            parts.append({"cluster": row["cluster"]})
+        if named := {key: row[key] for key in ("id", "cluster") if row.get(key) is not None}:
+            parts.append(named)
         text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
         digest.update(text.encode("utf-8") + b"\n")
     return digest.hexdigest()

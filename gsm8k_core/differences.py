@@ -33,7 +33,7 @@ MEANINGS = {
     "suite settings": "other problems, sampling or limits",
     "prompt": "another prompt",
     "commit": "another commit of the repository",
-    "code": "another version of gsm8k_core or scripts",
+    "code": "another version of gsm8k_core, scripts or rules",
     "packages": "other versions of packages",
     "python": "another Python",
     "machine": "another processor or operating system",

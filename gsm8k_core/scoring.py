@@ -19,7 +19,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -215,33 +214,15 @@ def _check_labels(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Computed:
-    """What an output layer has returned, and what tells whether it was changed in place since."""
-
-    scores: torch.Tensor
-    version: int
-    content: torch.Tensor | None
-    """a copy, where changes are not counted"""
-
-    @classmethod
-    def of(cls, scores: torch.Tensor) -> _Computed:
-        if scores.is_inference():
-            return cls(scores, 0, scores.clone())
-        return cls(scores, scores._version, None)
-
-    def is_as_it_was(self) -> bool:
-        if self.content is not None:
-            return torch.equal(self.scores, self.content)
-        return self.scores._version == self.version
-
-
-def _as_computed(returned: torch.Tensor, computed: list[_Computed]) -> bool:
+def _as_computed(returned: torch.Tensor, computed: list[tuple[torch.Tensor, int]]) -> bool:
     """Whether the model returned the output layer's result itself, and as it was.
 
     An equal tensor will not do: logits that are cut to a part of the vocabulary leave scores alone.
     """
-    return len(computed) == 1 and returned is computed[0].scores and computed[0].is_as_it_was()
+    if len(computed) != 1:
+        return False
+    tensor, version = computed[0]
+    return returned is tensor and tensor._version == version
 
 
 @contextmanager
@@ -252,16 +233,17 @@ def _scoring_in_place_of_logits(
     temperature: float,
     with_entropy: bool,
     entropy_gradient: bool,
-) -> Iterator[list[_Computed]]:
+) -> Iterator[list[tuple[torch.Tensor, int]]]:
     """Let `head` return scores (B, T, 1 or 2) instead of logits (B, T, V) within the block.
 
     For this thread: others get logits, and wait with scoring of their own.
 
     The model's own forward is used, rather than its decoder and its head one after the other,
     because FSDP2 gathers the parameters that no block owns (embedding, norm, head) around it.
-    Yields a list that receives what the head returned.
+    Yields a list that receives what the head returned, with its version: how often it has been
+    changed in place.
     """
-    computed: list[_Computed] = []
+    computed: list[tuple[torch.Tensor, int]] = []
     replaced = head.__dict__.get("forward")  # set where another library has wrapped it already
     make_logits = head.forward
     thread = threading.get_ident()
@@ -303,7 +285,10 @@ def _scoring_in_place_of_logits(
                 ]
             )
         scores = _scatter(selected, mask)
-        computed.append(_Computed.of(scores))
+        if scores.is_inference():  # of which changes are not counted
+            with torch.inference_mode(False):
+                scores = scores.clone()
+        computed.append((scores, scores._version))
         return scores
 
     head.forward = score

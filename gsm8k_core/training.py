@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
 from gsm8k_core.answers import is_correct
-from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings, dump
+from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
@@ -238,7 +238,7 @@ class TrainingRun:
         torch.manual_seed(seed_from(settings.seed, settings.method, settings.round, *part))
         self.optimizer = build_optimizer(self.model, self.settings)
         self.progress: Json = {
-            "settings": sha256_json(dump(settings.without_resources())),
+            "settings": sha256_json(settings.without_resources().model_dump(mode="json")),
             "starting_weights": weights_digest(starting_model),
             "data": sha256_file(data),
             "reward_code": reward_code(settings.method_settings),
@@ -742,15 +742,17 @@ def clip_gradient(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> 
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Make every forward deterministic, also in train mode (which gradient checkpointing needs)."""
+    """Make every forward deterministic, also in train mode (which gradient checkpointing needs).
+
+    All rates are set to 0 that a module or the config keeps as a number under a name with `drop`.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    # Others keep a rate as a number: in each layer, or in the config alone.
     config = getattr(model, "config", None)
-    for part in [*model.modules(), *([config] if config is not None else [])]:
-        for name, value in list(vars(part).items()):
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+    for part in [*model.modules(), config]:
+        for name, value in list(getattr(part, "__dict__", {}).items()):
+            if isinstance(value, float) and "drop" in name:
                 setattr(part, name, 0.0)
 
 

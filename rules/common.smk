@@ -19,7 +19,7 @@ from gsm8k_core.config import (
     read_yaml,
 )
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.extras import missing_extras
+from gsm8k_core.extras import missing_for
 from gsm8k_core.files import model_files
 from gsm8k_core.layout import RUNS, Layout, one_of
 from gsm8k_core.manifest import (
@@ -102,12 +102,14 @@ MISSING_REWARDS = [
 ]
 # Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.
 if workflow.is_main_process and "--unlock" not in sys.argv:
-    if faults := LAYOUT.missing_paths() + LAYOUT.faults_in_own_data() + MISSING_REWARDS:
-        raise WorkflowError(str(config_error(faults)))
+    if missing := LAYOUT.missing_paths() + MISSING_REWARDS:
+        raise WorkflowError(str(config_error(missing)))
+    if faults := LAYOUT.faults_in_own_data():
+        raise WorkflowError(listed("These data cannot be used:", faults))
     for changed in LAYOUT.prepared_otherwise():
         logger.warning(
-            f"Prepared before from other settings: {changed}. It is made again, and every run that "
-            "uses it, of other studies too; a new name would keep both."
+            f"Prepared before from other settings: {changed}. Where this call needs it, it is made "
+            "again, and every run that uses it, of other studies too; a new name would keep both."
         )
 
 
@@ -129,23 +131,45 @@ def begin_invocation():
 
 def check_jobs():
     """Before Snakemake removes what the first jobs are to make: can they run, and was it wanted?"""
+    if workflow.touch:
+        return
     jobs = list(workflow.dag.needrun_jobs())
-    in_container = workflow.deployment_settings.deployment_method
-    missing = missing_extras(CONFIG, {job.rule.name for job in jobs})
-    if missing and not in_container:
-        raise WorkflowError(str(config_error(missing)))
+    wildcards = ("model", "method", "suite", "dataset")
+    missing = {
+        missing_for(
+            CONFIG,
+            job.rule.name,
+            *(getattr(job.wildcards, key, None) for key in wildcards),
+        )
+        for job in jobs
+    } - {None}
+    if (
+        missing and not workflow.deployment_settings.deployment_method
+    ):  # a container has its own
+        raise WorkflowError(
+            listed("Jobs of this call need packages that are missing:", sorted(missing))
+        )
+    prepared = [
+        job.wildcards.dataset for job in jobs if job.rule.name == "prepare_data"
+    ]
+    if faults := [fault for name in prepared for fault in LAYOUT.faults_in_rows(name)]:
+        raise WorkflowError(listed("These data cannot be used:", faults))
     again = [
-        job
+        job.output.summary
         for job in jobs
         if job.rule.name.startswith("train_")
         and not workflow.dag.reason(job).forced
-        and all(Path(path).exists() for path in job.output)
+        and Path(job.output.summary).exists()
     ]
     if again:
         logger.warning(
-            f"{len(again)} trainings that had finished are made again, and what there was of them is "
-            f"removed first. One is {again[0].output[0]}: {workflow.dag.reason(again[0])}"
+            f"Trainings that had finished and are made again: {len(again)}. What there was of them is "
+            f"removed first. The first is that of {min(again)}; `snakemake -n` says why."
         )
+
+
+def listed(heading, lines):
+    return "\n".join([heading, *(f"  {line}" for line in lines)])
 
 
 def check_gpu_limit():
@@ -297,8 +321,7 @@ def round_start(wildcards):
     rounds = getattr(CONFIG.methods[wildcards.method], "rounds", 1)
     if int(wildcards.round) > rounds:
         raise WorkflowError(
-            f"round {wildcards.round} of {wildcards.method}: it has {rounds} "
-            f"(methods.{wildcards.method}.rounds)"
+            f"{wildcards.method} has no round {wildcards.round}, but {rounds}"
         )
     return LAYOUT.round_start(
         wildcards.model, wildcards.method, wildcards.seed, int(wildcards.round)

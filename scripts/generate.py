@@ -48,7 +48,6 @@ from gsm8k_core.config import (
     EvaluationSettings,
     ExpertIterationMethod,
     SuiteSettings,
-    dump,
 )
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype, start_engine
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     partial = args.output.with_name(args.output.name + ".partial")
     engine_name = choose_engine(settings.model_settings, args.model, device)
     header = {
-        "settings": dump(settings.without_resources()),
+        "settings": settings.without_resources().model_dump(mode="json", by_alias=True),
         "engine": engine_name,
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),

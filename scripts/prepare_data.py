@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         write_problems(path, rows)
         manifest[split] = {
             "num_problems": len(rows),
-            "content_digest": content_digest([problem.to_row() for problem in rows]),
+            "content_digest": content_digest(
+                [{**problem.to_row(), "id": None} for problem in rows]
+            ),
             "sha256": sha256_file(path),
         }
         log.info("%s: %d problems", path, len(rows))

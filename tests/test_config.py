@@ -18,6 +18,7 @@ from gsm8k_core.config import (
     DpoMethod,
     ExpertIterationMethod,
     GrpoMethod,
+    LoraSettings,
     doubts,
     dump,
     load_config,
@@ -544,10 +545,35 @@ def test_dump_does_not_depend_on_the_order_of_keys_inside_a_value() -> None:
     assert dump(datasets[0]) == dump(datasets[1])
 
 
-def test_a_dump_gives_back_the_same_settings() -> None:
-    settings = parse_config(RAW).run_settings("tiny-qwen2", "grpo", 1)
-    again = type(settings).model_validate(json.loads(dump(settings)))
-    assert again == settings and dump(again) == dump(settings)
+@pytest.mark.parametrize(
+    "files", [[], *([path] for path in sorted((ROOT / "studies").glob("*.yaml")))], ids=str
+)
+def test_a_dump_of_any_section_gives_back_the_same_settings(files: list[Path]) -> None:
+    config = load_config(ROOT / "config.yaml", files)
+    sections: list[Any] = [config, config.study, config.comparison()]
+    for registry in (config.datasets, config.models, config.methods, config.suites, config.prompts):
+        sections += registry.values()
+    for model in config.study.models:
+        for method in config.stages():
+            if config.methods[method].kind != "base":
+                sections.append(config.run_settings(model, method, 1))
+        sections += [
+            config.evaluation_settings(model, config.study.methods[0], 0, suite)
+            for suite in config.study.suites
+        ]
+    for settings in sections:
+        again = type(settings).model_validate(json.loads(dump(settings)))
+        assert again == settings and dump(again) == dump(settings)
+
+
+def test_a_setting_that_an_update_adds_changes_no_dump() -> None:
+    class Later(GrpoMethod):
+        added: int = 3
+        nested: LoraSettings = LoraSettings()
+
+    given: dict[str, Any] = {"kind": "grpo", "learning_rate": 0.123}
+    assert dump(Later(**given)) == dump(GrpoMethod(**given))
+    assert json.loads(dump(Later(**given, added=4))) == {**given, "added": 4}
 
 
 def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:

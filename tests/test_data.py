@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_content_digest_is_sha256_over_compact_json_lines() -> None:
     rows = [
-        {"question": "a\u2028b", "answer": 'say "é"\n#### 1', "id": "not counted"},
+        {"question": "a\u2028b", "answer": 'say "é"\n#### 1', "gold": "not counted"},
         {"question": "c", "answer": "#### 2"},
     ]
     by_hand = '["a\u2028b","say \\"é\\"\\n#### 1"]\n["c","#### 2"]\n'
@@ -97,6 +97,8 @@ def test_content_digest_covers_what_sft_imitates_what_prompts_show_and_clusters(
         {**row, "examples": [example, example]},
         {**row, "demonstration": "e", "examples": [example]},
         {**row, "cluster": "e"},  # of which intervals are made
+        {**row, "id": "e"},  # of which seeds are made
+        {**row, "id": "e", "cluster": "e"},
     ]
     assert len({content_digest([one]) for one in kinds}) == len(kinds)
     absent: dict[str, Any] = {
@@ -104,6 +106,7 @@ def test_content_digest_covers_what_sft_imitates_what_prompts_show_and_clusters(
         "demonstration": None,
         "examples": [],
         "cluster": None,
+        "id": None,
     }  # as `problem_from_row` reads them
     assert content_digest([absent]) == content_digest([row])
 

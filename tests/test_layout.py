@@ -230,6 +230,7 @@ def test_what_was_prepared_from_other_settings_is_told_with_both_values(
     older = layout.config.models["m"].starting_weights().model_dump(mode="json")
     del older["revision"]  # a setting that there was not yet
     write_json(tmp_path / "artifacts" / "models" / "m" / "manifest.json", {"settings": older})
-    assert layout.prepared_otherwise() == [
-        "artifacts/d (num_val was 2, is 1, path was 'elsewhere', is 'mine')"
-    ]
+    assert layout.prepared_otherwise() == ["artifacts/d (num_val was 2, is 1)"]
+    write_json(tmp_path / "artifacts" / "d" / "manifest.json", {"settings": {"kind": "arithmetic"}})
+    (told,) = layout.prepared_otherwise()
+    assert "kind was 'arithmetic', is 'gsm8k'" in told

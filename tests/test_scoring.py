@@ -231,6 +231,15 @@ class HalvedInPlace(Qwen2ForCausalLM):
         return output
 
 
+class WithoutSomeTokens(Qwen2ForCausalLM):
+    """Columns that scores do not have."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        output = super().forward(*arguments, **named)
+        output.logits[..., -5:] = -torch.inf
+        return output
+
+
 class WithoutLastTokens(Qwen2ForCausalLM):
     """Rows of the output layer that only pad it are cut off its logits."""
 
@@ -241,7 +250,7 @@ class WithoutLastTokens(Qwen2ForCausalLM):
 
 
 @pytest.mark.parametrize("without_gradient", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("kind", [HalvedInPlace, WithoutLastTokens])
+@pytest.mark.parametrize("kind", [HalvedInPlace, WithoutSomeTokens, WithoutLastTokens])
 def test_logits_changed_in_place_or_cut_to_fewer_tokens_are_scored_as_they_end_up(
     kind: type[Qwen2ForCausalLM], without_gradient: Callable[[], Any]
 ) -> None:

