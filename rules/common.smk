@@ -100,6 +100,10 @@ MISSING_REWARDS = [
     and (path := CONFIG.methods[name].reward.custom)
     and (problem := missing_reward(path, REWARD_FOLDERS))
 ]
+def listed(heading, lines):
+    return "\n".join([heading, *(f"  {line}" for line in lines)])
+
+
 # Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.
 if workflow.is_main_process and "--unlock" not in sys.argv:
     if missing := LAYOUT.missing_paths() + MISSING_REWARDS:
@@ -166,10 +170,6 @@ def check_jobs():
             f"Trainings that had finished and are made again: {len(again)}. What there was of them is "
             f"removed first. The first is that of {min(again)}; `snakemake -n` says why."
         )
-
-
-def listed(heading, lines):
-    return "\n".join([heading, *(f"  {line}" for line in lines)])
 
 
 def check_gpu_limit():

@@ -36,8 +36,8 @@ from slim import write_environment
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
 
-# What the library needs of what such a machine lacks; TRL and lm-eval, to be compared with; and what
-# these import.
+# What the library needs of what such a machine lacks; and its peers TRL and lm-eval, with what these
+# import.
 LOCKED = (
     "annotated-types",
     "pydantic",

@@ -624,8 +624,6 @@ def test_data_that_is_not_the_pinned_one_stops_with_one_clear_line(workspace: Pa
     assert "/train.jsonl is not the pinned one: 1 rows with content digest" in result.stdout
     assert "Traceback" not in result.stdout
     assert not list((workspace / "artifacts").rglob("*.jsonl"))
-    (folder,) = list((workspace / "artifacts" / "runs").iterdir())
-    assert read_json(folder / "run_manifest.json")["state"] == "failed"
 
 
 def test_a_local_model_that_changes_and_data_with_new_digests_are_prepared_again(
