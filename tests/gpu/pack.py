@@ -36,7 +36,7 @@ from slim import write_environment
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
 
-# What the library needs of what such a machine lacks; and its peers TRL and lm-eval, with what these
+# What the library needs of what such a machine lacks, and its peers TRL and lm-eval, with what they
 # import.
 LOCKED = (
     "annotated-types",
