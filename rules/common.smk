@@ -100,6 +100,8 @@ MISSING_REWARDS = [
     and (path := CONFIG.methods[name].reward.custom)
     and (problem := missing_reward(path, REWARD_FOLDERS))
 ]
+
+
 def listed(heading, lines):
     return "\n".join([heading, *(f"  {line}" for line in lines)])
 
