@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -17,6 +18,8 @@ from gsm8k_core.config import Config, RunSettings, dump, load_config, merge
 
 ROOT = Path(__file__).resolve().parent.parent
 
+gc.disable()  # while the modules of tests and what they import are loaded
+
 # Two spinning OpenMP threads a test collapse on a machine with few cores; tiny models gain nothing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,6 +30,11 @@ LONGEST = ("slurm", "workflow")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The folders whose modules take minutes go first: begun last, one would work alone."""
     items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is loaded stays: no collection looks through it again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
