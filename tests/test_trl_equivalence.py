@@ -25,7 +25,7 @@ from gsm8k_core.grpo import PolicyBatch, policy_loss, summarize_metrics
 from gsm8k_core.losses import importance_weights, mask_truncated, step_normalizer
 from gsm8k_core.scoring import compute_entropy, score_responses
 
-# Importing TRL takes most of the time: the tests do it, so that only the process that runs them does.
+# Importing TRL takes most of the time. The tests do it, and not each process that collects them.
 pytestmark = pytest.mark.slow
 
 NUM_ROWS, NUM_COLUMNS, VOCABULARY, MAX_NEW_TOKENS = 6, 7, 11, 9
