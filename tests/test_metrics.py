@@ -753,9 +753,11 @@ def test_coverage_over_the_whole_grid(num_seeds: int, num_problems: int) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_seeds", "num_problems"), GRID)
 def test_false_positives_over_the_whole_grid(num_seeds: int, num_problems: int) -> None:
-    num_studies = 4000 if num_seeds * num_problems < 1000 else 2000
+    num_studies = 4000 if num_seeds * num_problems <= 1000 else 2000
     found = {
-        (spread, own): false_positives(num_seeds, num_problems, spread, own, num_studies)
+        (spread, own): false_positives(
+            num_seeds, num_problems, spread, own, num_studies=num_studies
+        )
         for spread in SEED_SPREADS
         for own in (0.0, 0.7)
     }
