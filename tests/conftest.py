@@ -24,12 +24,20 @@ gc.disable()  # while the modules of tests and what they import are loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-LONGEST = ("slurm", "workflow")
+LONGEST = (
+    "slurm", "workflow", "test_trace_collection", "test_report_browser", "test_resume",
+    "test_evaluate", "test_distributed", "test_train_scripts",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders whose modules take minutes go first: begun last, one would work alone."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    """The folders and modules that take minutes go first: begun last, one would work alone."""
+
+    def place(item: pytest.Item) -> int:
+        names = (item.path.parent.name, item.path.stem)
+        return min((LONGEST.index(name) for name in names if name in LONGEST), default=len(LONGEST))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
