@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -17,16 +18,31 @@ from gsm8k_core.config import Config, RunSettings, dump, load_config, merge
 
 ROOT = Path(__file__).resolve().parent.parent
 
+gc.disable()  # while the modules of tests and what they import are loaded
+
 # Two spinning OpenMP threads a test collapse on a machine with few cores; tiny models gain nothing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-LONGEST = ("slurm", "workflow")
+LONGEST = (
+    "slurm", "workflow", "test_trace_collection", "test_report_browser", "test_resume",
+    "test_evaluate", "test_distributed", "test_train_scripts",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders whose modules take minutes go first: begun last, one would work alone."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    """The folders and modules that take minutes go first: begun last, one would work alone."""
+
+    def place(item: pytest.Item) -> int:
+        names = (item.path.parent.name, item.path.stem)
+        return min((LONGEST.index(name) for name in names if name in LONGEST), default=len(LONGEST))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is loaded stays: no collection looks through it again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def kill_when(path: Path, num_lines: int, process: subprocess.Popen[str]) -> Non
 def test_a_training_run_that_was_killed_names_the_call_that_was(
     run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
 ) -> None:
-    settings = run_json("sft", num_steps=400, batch_size=4, checkpoint_every_steps=2)
+    settings = run_json("sft", num_steps=100, batch_size=4, checkpoint_every_steps=2)
     words = [
         "scripts/train_sft.py", "--settings", settings, "--starting-model", str(tiny_folder),
         "--data", str(arithmetic_folder / "train.jsonl"), "--output-dir", str(tmp_path / "run"),

@@ -37,9 +37,7 @@ PLAIN = {
     "tokens_per_microbatch": 120,
     "checkpoint_every_steps": 2,
 }
-# What the model writes before the first step and after the last is logged: each token on its own.
-SHORT = {"validation_max_new_tokens": 4}
-SFT = {**PLAIN, **SHORT, "num_steps": 1, "batch_size": 5}
+SFT = {**PLAIN, "num_steps": 1, "batch_size": 5}
 GRPO = {
     **PLAIN,
     "num_steps": 1,
@@ -52,7 +50,7 @@ GRPO = {
 UPDATES = {"learning_rate": 10.0, "minibatches": 2, "epochs_per_batch": 2}
 ONE_STEP: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("train_sft", "sft", {**SFT, "validate_every_steps": 1, "keep_best": True}),
-    "dpo": ("train_dpo", "dpo", {**PLAIN, **SHORT, "num_steps": 1, "batch_size": 3}),
+    "dpo": ("train_dpo", "dpo", {**PLAIN, "num_steps": 1, "batch_size": 3}),
     "dapo": ("train_grpo", "dapo", {**GRPO, "minibatches": 1}),
     "grpo, 4 updates": ("train_grpo", "grpo", {**GRPO, **UPDATES, "kl_coefficient": 0.1}),
 }  # fmt: skip
@@ -67,7 +65,7 @@ ON_TWO_RANKS_ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
              {**GRPO, **UPDATES, "mask_truncated": True, "importance_correction": "sequence"}),
 }  # fmt: skip
 LONG: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "long sft": ("train_sft", "sft", {**SHORT, "num_steps": 10, "batch_size": 5,
+    "long sft": ("train_sft", "sft", {"num_steps": 10, "batch_size": 5,
                                       "learning_rate": 1e-3, "checkpoint_every_steps": 3}),
     "long grpo": ("train_grpo", "grpo",
                   {**GRPO, "num_steps": 5, "learning_rate": 1e-3, "adam_epsilon": 1e-3,

@@ -143,10 +143,10 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
             asked[script] = options
             if "output_dir" in options:
                 made = options["output_dir"]
-                write_text(made / "val.jsonl", "{}\n")
-                split = {"sha256": sha256_file(made / "val.jsonl")}
-                settings = json.loads(options["settings"])
-                content = {"files": {}, "val": split, "settings": settings}
+                content = {"files": {}, "settings": json.loads(options["settings"])}
+                for split in ("val", "test"):
+                    write_text(made / f"{split}.jsonl", "{}\n")
+                    content[split] = {"sha256": sha256_file(made / f"{split}.jsonl")}
                 write_json(made / "manifest.json", content)
             elif script == "generate":
                 write_json(options["stats"], {})
@@ -260,7 +260,9 @@ def test_the_number_of_clones_has_the_interval_of_their_clusters(config: Config)
 
 
 @pytest.mark.slow
-def test_two_evaluations_at_once_do_not_meet_and_agree(tmp_path: Path) -> None:
+def test_two_evaluations_at_once_do_not_meet_and_agree(
+    tmp_path: Path, ask: Callable[..., dict[str, Json]]
+) -> None:
     processes = [eval_command(tmp_path, "--limit", "6") for _ in range(2)]
     results = [finish(process)[0].split("\n") for process in processes]
     assert results[0][0] == results[1][0]
@@ -292,10 +294,9 @@ def test_two_evaluations_at_once_do_not_meet_and_agree(tmp_path: Path) -> None:
 
     # A third one links the weights that are there, if they are what their manifest says.
     (folders[1] / "model" / "model.safetensors").write_bytes(b"damaged")
-    third = tmp_path / finish(eval_command(tmp_path, "--limit", "2"))[0].split("\n")[1]
-    weights = "model/model.safetensors"
-    assert (third / weights).samefile(folders[0] / weights)
-    assert not (third / weights).samefile(folders[1] / weights)
+    linked = ask("--limit", "2")["generate"]["model"] / "model.safetensors"
+    assert linked.samefile(folders[0] / "model" / "model.safetensors")
+    assert not linked.samefile(folders[1] / "model" / "model.safetensors")
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_trainer_beside_another_one_of_the_same_run_stops_and_leaves_it_alone(
     output = tmp_path / "run"
     command = [
         sys.executable, "scripts/train_sft.py",
-        "--settings", run_json("sft", num_steps=400, batch_size=4, checkpoint_every_steps=400),
+        "--settings", run_json("sft", num_steps=100, batch_size=4, checkpoint_every_steps=100),
         "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
         "--output-dir", str(output),
     ]  # fmt: skip
@@ -135,4 +135,4 @@ def test_a_trainer_beside_another_one_of_the_same_run_stops_and_leaves_it_alone(
         assert "Traceback" not in second.stderr
         assert first.wait(timeout=300) == 0
     rows = read_jsonl(output / "train" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert [row["step"] for row in rows] == list(range(1, 101))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -554,6 +555,7 @@ def in_parts(num_studies: int, num_seeds: int, num_problems: int) -> Iterator[in
         yield min(part, num_studies - start)
 
 
+@functools.cache
 def coverage(
     num_seeds: int, num_problems: int, spread: float, logit: float, num_studies: int = 2000
 ) -> float:
@@ -570,6 +572,7 @@ def coverage(
     return 100 * covered / num_studies
 
 
+@functools.cache
 def false_positives(
     num_seeds: int,
     num_problems: int,
@@ -750,9 +753,11 @@ def test_coverage_over_the_whole_grid(num_seeds: int, num_problems: int) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_seeds", "num_problems"), GRID)
 def test_false_positives_over_the_whole_grid(num_seeds: int, num_problems: int) -> None:
-    num_studies = 4000 if num_problems < 1000 else 2000
+    num_studies = 4000 if num_seeds * num_problems <= 1000 else 2000
     found = {
-        (spread, own): false_positives(num_seeds, num_problems, spread, own, num_studies)
+        (spread, own): false_positives(
+            num_seeds, num_problems, spread, own, num_studies=num_studies
+        )
         for spread in SEED_SPREADS
         for own in (0.0, 0.7)
     }

