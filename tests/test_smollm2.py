@@ -78,7 +78,7 @@ def test_it_takes_a_grpo_step(
         "num_steps": 1, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 12,
         "minibatches": 1, "learning_rate": 1e-5,
     }  # fmt: skip
-    raw["method_settings"]["reward"] |= {"length": 1.0, "length_shaping": {"start": 0, "end": 12}}
+    raw["method_settings"]["reward"] = {"length": 1.0, "length_shaping": {"start": 0, "end": 12}}
     raw["model_settings"] |= {"gpus": 0, "threads": 1}
     script("train_grpo").main(
         [
