@@ -436,7 +436,7 @@ class SftSettings(TrainSettings):
     """Longest prompt + response, in tokens, but at most the model's positions; longer
     demonstrations are left out and counted."""
     packing: bool = False
-    """Put several examples in one row; none attends to another."""
+    """Put several examples in one row; none attends to another. For GPUs: slower on a CPU."""
 
 
 class SftMethod(SftSettings):
