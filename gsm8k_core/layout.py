@@ -1,4 +1,4 @@
-"""Where everything lies below artifacts/."""
+"""Where everything lies below artifacts/, and whether what a study starts from is there as asked for."""
 
 from __future__ import annotations
 

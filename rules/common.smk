@@ -366,7 +366,7 @@ def study_dir(wildcards):
     return LAYOUT.experiments
 
 
-# What lies on this machine is an input, so that what changes there is prepared again.
+# Weights on this machine are inputs, so that what changes there is prepared again.
 
 
 def local_model(wildcards):

@@ -57,12 +57,13 @@ Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do
 
 Nothing is made again for a change of
 
-- `datasets.*` (kind `gsm8k`): {_names(config.GSM8K_SOURCES)}, since digests decide what it holds,
+- `datasets.*` (kind `gsm8k`): {_names(config.GSM8K_SOURCES)}, since the digests say which rows it is,
 - `models.*`: {_names((*config.SCHEDULER_KEYS, *config.MODEL_RESOURCES))}, and the number of `gpus`
   (from 0 or to 0 is another run),
 - `vllm`: {_names(config.VLLM_RESOURCES)},
 - `methods.*`: {_names(config.METHOD_RESOURCES)},
-- `traces.*.api`: {_names(config.API_RESOURCES)},
+- `traces.*.api`: {_names(("base_url", *config.API_RESOURCES))},
+- `traces.*.budget`: {_names(config.PRICES)},
 - `tracking`.
 
 A change of a suite's {_names(config.GradingSettings.model_fields)} only grades again.
