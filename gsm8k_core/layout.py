@@ -1,4 +1,4 @@
-"""Where everything lies below artifacts/, and whether what a study starts from is there as asked for."""
+"""Where everything lies below artifacts/, and whether what a study starts from is there."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do
 
 Nothing is made again for a change of
 
-- `datasets.*` (kind `gsm8k`): {_names(config.GSM8K_SOURCES)}, since the digests say which rows it is,
+- `datasets.*` of kind `gsm8k`: {_names(config.GSM8K_SOURCES)} (digests say which rows it has),
 - `models.*`: {_names((*config.SCHEDULER_KEYS, *config.MODEL_RESOURCES))}, and the number of `gpus`
   (from 0 or to 0 is another run),
 - `vllm`: {_names(config.VLLM_RESOURCES)},
