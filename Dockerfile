@@ -5,7 +5,7 @@
 # libraries; what the base adds is the driver's side of it.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
-FROM ghcr.io/astral-sh/uv:0.11.7 AS uv
+FROM ghcr.io/astral-sh/uv:0.13.9 AS uv
 
 # hadolint ignore=DL3006
 FROM ${BASE}

@@ -10,9 +10,9 @@ import os
 configfile: "config.yaml"
 
 
-# For `--sdm apptainer`: an image that was built from the Dockerfile (docs/cluster.md). None is published
-# yet, so $GSM8K_IMAGE has to name one. Without --sdm the environment that runs snakemake is used.
-container: os.environ.get("GSM8K_IMAGE", "docker://ghcr.io/grpo-gsm8k/grpo-gsm8k:latest")
+# For `--sdm apptainer`: an image that was built from the Dockerfile (docs/cluster.md). None is published, so
+# $GSM8K_IMAGE has to name one. Without --sdm the environment that runs snakemake is used.
+container: os.environ.get("GSM8K_IMAGE", "docker://localhost/name-one-in-GSM8K_IMAGE")
 
 
 include: "rules/common.smk"

@@ -93,7 +93,12 @@ class Subject:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate what the flags of `add_arguments` say; writes the number to stdout."""
+    """Evaluate what the flags of `add_arguments` say; writes the number to stdout.
+
+    Raises ConfigError where the library stands alone: its jobs are the scripts of a clone.
+    """
+    if not (ROOT / "scripts").is_dir():
+        raise ConfigError(f"eval runs scripts/ of a clone, and there are none beside {ROOT}")
     config = config_from(args)
     suite_name = args.suite or config.study.suites[0]
     check_known("--suite", suite_name, config.suites)

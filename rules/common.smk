@@ -106,6 +106,14 @@ def listed(heading, lines):
     return "\n".join([heading, *(f"  {line}" for line in lines)])
 
 
+# `--sdm`. Snakemake would look for an image of the Snakefile's making.
+IN_CONTAINER = bool(workflow.deployment_settings.deployment_method)
+if workflow.is_main_process and IN_CONTAINER and not os.environ.get("GSM8K_IMAGE"):
+    raise WorkflowError(
+        "`--sdm` runs jobs in an image, and none is published: name yours in GSM8K_IMAGE "
+        "(docs/cluster.md tells how to build one)."
+    )
+
 # Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.
 if workflow.is_main_process and "--unlock" not in sys.argv:
     if missing := LAYOUT.missing_paths() + MISSING_REWARDS:
@@ -149,9 +157,7 @@ def check_jobs():
         )
         for job in jobs
     } - {None}
-    if (
-        missing and not workflow.deployment_settings.deployment_method
-    ):  # a container has its own
+    if missing and not IN_CONTAINER:  # which has its own
         raise WorkflowError(
             listed("Jobs of this call need packages that are missing:", sorted(missing))
         )

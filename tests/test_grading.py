@@ -173,14 +173,14 @@ def test_without_the_package_its_grade_is_empty_and_one_warning_says_so(
             assert grader.grade("#### 18", read_gold("18"))["math_verify"] is None
         assert grader.num_killed is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "uv sync --extra math-verify" in caplog.text
+    assert "uv sync --inexact --extra math-verify" in caplog.text
 
 
 def test_without_the_package_it_cannot_be_the_grade_that_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ConfigError, match=r"needs the package math-verify: .*uv sync --extra"):
+    with pytest.raises(ConfigError, match=r"needs the package math-verify: .*uv sync --inexact"):
         Grader(GradingSettings(grading="math_verify"))
 
 

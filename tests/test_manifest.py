@@ -87,6 +87,19 @@ def test_git_state_tells_a_clean_checkout_from_a_changed_one(
     assert changed["dirty"] and len(changed["diff_sha256"]) == 64
 
 
+def test_the_commit_of_a_repository_that_the_library_only_lies_in_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    monkeypatch.setattr(manifest, "ROOT", inside)
+    monkeypatch.setattr(manifest, "run_command", lambda *_, **__: "2fbb610d" * 5)
+    assert git_state()["commit"] is None
+    assert manifest.uncommitted_changes() == ("", {})
+    (inside / ".git").touch()  # a worktree's is a file
+    assert git_state()["commit"] == "2fbb610d" * 5
+
+
 def test_outside_a_checkout_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

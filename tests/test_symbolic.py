@@ -141,7 +141,7 @@ def test_without_the_package_the_error_is_one_line_with_the_remedy(tmp_path: Pat
     result = prepare(tmp_path, "-c", without)
     assert result.returncode == 1
     assert result.stderr.startswith("error: datasets of kind gsm_symbolic are made by reasoning_")
-    assert "uv sync --extra symbolic" in result.stderr and result.stderr.count("\n") == 1
+    assert "uv sync --inexact --extra symbolic" in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "s").exists()
 
 

@@ -83,6 +83,22 @@ def test_a_job_runs_in_the_named_image_with_the_python_of_the_image(tmp_path: Pa
     assert manifest["provenance"]["git"]["commit"] == git_state()["commit"]
 
 
+def test_without_an_image_nothing_is_pulled_and_the_variable_is_named(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    write_program(tmp_path / "host" / "apptainer", STAND_IN)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'host'}:{os.environ['PATH']}"}
+    environment.pop("GSM8K_IMAGE", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "artifacts/arithmetic/test.jsonl", "--cores", "1",
+         "--sdm", "apptainer"],
+        cwd=workspace, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "name yours in GSM8K_IMAGE" in done.stdout, done.stdout
+    assert not (workspace / "asked.txt").exists()
+
+
 def make_image(folder: Path) -> tuple[Path, list[str]]:
     """A folder as an image, and what to bind to have this machine's programs in it."""
     for name in ("dev", "etc", "proc", "sys", "tmp", "usr", "var/tmp"):
