@@ -12,8 +12,8 @@ With `--vllm` the whole locked environment travels instead, vLLM and torch inclu
 architecture (slim.py): that machine then needs Python and CUDA's libraries alone (those of its own
 torch do), and runs the versions of uv.lock. It takes uv here, and some minutes.
 
-Versions are those of uv.lock. GSM8K is taken from $GSM8K_DIR (or --gsm8k), else it is downloaded
-and verified as scripts/prepare_data.py does.
+Versions are those of uv.lock, and of PEERS those named there. GSM8K is taken from $GSM8K_DIR (or
+--gsm8k), else it is downloaded and verified as scripts/prepare_data.py does.
 """
 
 from __future__ import annotations
