@@ -57,7 +57,6 @@ LOCKED = (
     "more-itertools",
     "portalocker",
     "sacrebleu",
-    "sqlitedict",
     "tabulate",
     "hypothesis",  # of the tests
     "sortedcontainers",
