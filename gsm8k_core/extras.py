@@ -49,10 +49,9 @@ def missing_for(
         if config.suites[suite].grading == "math_verify":
             return _missing(f"suites.{suite}.grading", "math_verify")
     elif model is not None and method is not None and config.models[model].engine == "vllm":
+        samples = rule.startswith("generate") or rule == "train_grpo"
         validates = getattr(config.methods[method], "validate_every_steps", 0)
-        if rule.startswith("generate") or rule == "train_grpo":
-            return _missing(f"models.{model}.engine", "vllm")
-        if rule.startswith("train_") and validates:
+        if samples or (rule.startswith("train_") and validates):
             return _missing(f"models.{model}.engine", "vllm")
     return None
 

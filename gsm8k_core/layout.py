@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -197,17 +198,17 @@ class Layout:
             for name in self.config.study.models
         }
         for name in self.prepared_datasets():
-            wanted[self.data(name)] = _deciding(self.config.datasets[name])
+            wanted[self.data(name)] = deciding(self.config.datasets[name])
         differing = []
         for folder, settings in wanted.items():
-            recorded = read_record(Path(folder, "manifest.json")).get("settings")
-            if recorded is None or is_prepared(folder, settings):
+            recorded = _recorded_settings(folder)
+            if recorded is None:
                 continue
-            made = _prepared_from(folder, settings)
-            was = recorded if made is None else _deciding(made).model_dump(mode="json")
-            changes = leaf_changes(was, settings.model_dump(mode="json"))
-            told = (f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
-            differing.append(f"{folder} ({', '.join(told)})")
+            made = _in_todays_form(recorded, settings)
+            was = recorded if made is None else made.model_dump(mode="json")
+            if changes := leaf_changes(was, settings.model_dump(mode="json")):
+                told = (f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+                differing.append(f"{folder} ({', '.join(told)})")
         return differing
 
     def prepared_datasets(self) -> list[str]:
@@ -257,23 +258,27 @@ class Layout:
         ]
 
 
-def _prepared_from(folder: str | Path, like: Settings) -> Settings | None:
-    """The settings that `folder` was prepared from; None without any of the kind of `like`."""
-    try:
-        return type(like).model_validate(read_record(Path(folder, "manifest.json"))["settings"])
-    except (KeyError, ValidationError):
-        return None
+def deciding(settings: Settings) -> Settings:
+    """What of a model's or a dataset's settings decides it: not where problems are had from."""
+    return settings.without_source() if isinstance(settings, Gsm8kDataset) else settings
 
 
 def is_prepared(folder: str | Path, settings: Settings) -> bool:
     """Whether `folder` holds what the settings of a model or dataset ask for."""
-    made = _prepared_from(folder, settings)
-    return made is not None and _deciding(made) == _deciding(settings)
+    return _in_todays_form(_recorded_settings(folder), settings) == deciding(settings)
 
 
-def _deciding(settings: Settings) -> Settings:
-    """Without where problems are had from."""
-    return settings.without_source() if isinstance(settings, Gsm8kDataset) else settings
+def _recorded_settings(folder: str | Path) -> Any:
+    """The settings that `folder` was prepared from, as they stand there; None without any."""
+    return read_record(Path(folder, "manifest.json")).get("settings")
+
+
+def _in_todays_form(recorded: Any, like: Settings) -> Settings | None:
+    """What decides of recorded settings, with what has been added since; None of another kind."""
+    try:
+        return deciding(type(like).model_validate(recorded))
+    except ValidationError:
+        return None
 
 
 def _missing_in(path: str, names: list[str]) -> str:

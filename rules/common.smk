@@ -21,7 +21,7 @@ from gsm8k_core.config import (
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.extras import missing_for
 from gsm8k_core.files import model_files
-from gsm8k_core.layout import RUNS, Layout, one_of
+from gsm8k_core.layout import RUNS, Layout, deciding, one_of
 from gsm8k_core.manifest import (
     CHECKOUT_VARIABLE,
     INVOCATION_VARIABLE,
@@ -400,8 +400,7 @@ def dataset_settings(wildcards, resources):
 
 
 def what_decides_a_dataset(wildcards):
-    dataset = CONFIG.datasets[wildcards.dataset]
-    return dump(dataset.without_source() if dataset.kind == "gsm8k" else dataset)
+    return dump(deciding(CONFIG.datasets[wildcards.dataset]))
 
 
 def starting_weights_settings(wildcards):

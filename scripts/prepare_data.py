@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, rows in problems.items():
         path = args.output_dir / f"{split}.jsonl"
         write_problems(path, rows)
+        # Of rows as GSM8K has them, without ids: that of its test split is the pinned one.
         manifest[split] = {
             "num_problems": len(rows),
             "content_digest": content_digest(

@@ -177,9 +177,9 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    """Raise ModelError for a model whose rows of the batch cannot be chosen among.
+    """Raise ModelError for a model of whose batch rows cannot be chosen.
 
-    That keeps more than a cache of keys and values between tokens, or has it on several devices.
+    It keeps more than a cache of keys and values between tokens, or has that on several devices.
     """
     layers = DynamicCache(config=model.config).layers
     if getattr(model, "_is_stateful", False) or not all(
@@ -206,9 +206,9 @@ class HfEngine:
     """The Engine of a transformers model. `batch_size` bounds the completions decoded at once.
 
     `generate` takes `gsm8k_core.engines.base.Request`s and gives `Completion`s of the same module.
-    The model lies on a CPU or an NVIDIA GPU.
-    Of the model's generation config only the EOS ids are used: no top-p, top-k or penalty. On a GPU
-    the process does without cuDNN's attention from then on (`avoid_cudnn_attention`).
+    The model lies on a CPU or an NVIDIA GPU. Of its generation config only the EOS ids are used: no
+    top-p, top-k or penalty. On a GPU the process does without cuDNN's attention from then on
+    (`avoid_cudnn_attention`).
     """
 
     name = "transformers"
