@@ -11,7 +11,9 @@ Two ways to find the answer:
   and are passed over, and so are numbered ones (`#### 1. Find the eggs`) where another marker has
   the answer. For `\\boxed{}` it is the last one, as in the MATH literature: boxes are also
   used for intermediate results. A box that is never closed was cut short and is no answer. Any
-  other marker (`The answer is`) is text, read as `####` is.
+  other marker (`The answer is`) is text, read as `####` is. A thought is not the answer: of a text
+  with `</think>` only what follows the last one is read, and a `<think>` that is never closed has
+  no answer behind it.
 - `flexible` is the last number of the text.
 
 What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
@@ -224,7 +226,8 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
         return None
     if mode == "flexible":
         return _last_number(_clean(text))
-    return _in_last_box(text) if marker == "boxed" else _after_marker(text, marker)
+    answer = _without_thought(text)
+    return _in_last_box(answer) if marker == "boxed" else _after_marker(answer, marker)
 
 
 def contradicts_itself(text: str, marker: Marker = "####") -> bool:
@@ -233,9 +236,10 @@ def contradicts_itself(text: str, marker: Marker = "####") -> bool:
     Before a new question begins, that is: a line with `Question:` or `Q:`. Of several boxes the
     last is the answer, so they contradict nothing.
     """
-    if marker == "boxed" or text.count(marker) < 2:
+    answer = _without_thought(text)
+    if marker == "boxed" or answer.count(marker) < 2:
         return False
-    values = [_read_line(line) for line in _answer_lines(text, marker)]
+    values = [_read_line(line) for line in _answer_lines(answer, marker)]
     return any(value not in (None, values[0]) for value in values[1:])
 
 
@@ -273,6 +277,14 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
 
 
 # -------------------------------------------------------------------------------- finding the place
+
+
+def _without_thought(text: str) -> str:
+    """What comes after the thought of a reasoning model; all of a text without one."""
+    _, closed, answer = text.rpartition("</think>")
+    if closed:
+        return answer
+    return text.partition("<think>")[0]
 
 
 def _after_marker(text: str, marker: str) -> Fraction | None:

@@ -409,13 +409,14 @@ class TrainSettings(Settings):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept of an unfinished run."""
     validate_every_steps: NonNegativeInt = 0
-    """Measure greedy accuracy on `val` every this many steps; 0: never."""
+    """Measure greedy accuracy on `val` before the first step, every this many steps and after the
+    last one; 0: never."""
     validation_max_new_tokens: PositiveInt = 256
     """Longest completion in validation."""
     num_validation_problems: PositiveInt = 100
     """Problems of `val` that are used for it: the first ones."""
     keep_best: bool = False
-    """Save the model of the best validation instead of the last one."""
+    """Save the model of the best validation instead of the last one; the start is one of them."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -435,6 +436,9 @@ class SftSettings(TrainSettings):
     max_length: PositiveInt = 1024
     """Longest prompt + response, in tokens, but at most the model's positions; longer
     demonstrations are left out and counted."""
+    grading: RewardGrade = "strict"
+    """How an answer is read in validation, and where expert iteration chooses what is right; see
+    `suites.*.grading`."""
     packing: bool = False
     """Put several examples in one row; none attends to another. For GPUs: slower on a CPU."""
 
@@ -481,6 +485,8 @@ class DpoMethod(TrainSettings):
     """Longest completion."""
     max_pairs_per_prompt: PositiveInt = 2
     """Most pairs per problem."""
+    grading: RewardGrade = "strict"
+    """How an answer is read where pairs are made, and in validation; see `suites.*.grading`."""
     batch_size: PositiveInt = 32
     """Pairs per optimizer step."""
     beta: PositiveFiniteFloat = 0.1
@@ -514,7 +520,7 @@ class RewardSettings(Settings):
     length_shaping: LengthRewardSettings | None = None
     """Where the penalty on length begins and ends."""
     grading: RewardGrade = "strict"
-    """How the answer is read for the reward; see `suites.*.grading`."""
+    """How the answer is read for the reward, and in validation; see `suites.*.grading`."""
     custom: str | None = None
     """`module:function`, called as fn(completion, gold) -> number, and added to the other parts
     (`answer: 0` leaves the exact answer out). The module is a file beside the Snakefile or on
@@ -583,6 +589,9 @@ class GrpoMethod(TrainSettings):
     kl_placement: Literal["loss", "reward"] = "loss"
     """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion (with
     `kl_estimator: k1`)."""
+    log_kl_every_steps: NonNegativeInt = 0
+    """With `kl_coefficient: 0`: log the KL to the starting model at step 1 and every this many
+    steps; 0: never (and no reference is loaded). With a coefficient it is there at every step."""
     reference_refresh_steps: NonNegativeInt = 0
     """Copy the policy into the reference every this many steps; 0: never."""
     entropy_coefficient: NonNegativeFloat = 0.0
@@ -614,6 +623,11 @@ class GrpoMethod(TrainSettings):
     importance_mode: Literal["truncate", "mask"] = "truncate"
     """Weights above the bound: `truncate` cuts them to it, `mask` sets them to 0. What the loss is
     divided by still counts their tokens."""
+
+    @property
+    def grading(self) -> RewardGrade:
+        """How validation reads an answer: as the reward does."""
+        return self.reward.grading
 
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()

@@ -227,7 +227,7 @@ def _token_sum(name: str, values: torch.Tensor, mask: torch.Tensor) -> Metrics:
 def _ratio_metrics(
     ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, settings: GrpoMethod
 ) -> Metrics:
-    """Ratio, and share of tokens clipped below and above.
+    """Ratio, and share of tokens clipped below, above and by the dual clip.
 
     CISPO clips the weight whatever the advantage's sign.
     """
@@ -237,10 +237,15 @@ def _ratio_metrics(
     else:
         below, above = clipped_tokens(ratio, advantages, settings.clip_low, settings.clip_high)
     in_mask = ratio[mask.bool()]
+    dual: Metrics = {}
+    if settings.dual_clip is not None:
+        held = (advantages < 0) & (ratio > settings.dual_clip)
+        dual = _token_sum("clip_fraction_dual", held, mask)
     return (
         _token_sum("ratio", ratio, mask)
         | _token_sum("clip_fraction_low", below, mask)
         | _token_sum("clip_fraction_high", above, mask)
+        | dual
         | {"max/ratio": in_mask.max().item() if in_mask.numel() else 0.0}
     )
 
@@ -284,8 +289,9 @@ def sampler_gap(
     """How far the trainer's log-probs (N, T) are from the sampler's, on the same tokens.
 
     - `sampler_gap_mean`, `sampler_gap_max`: of |log π_trainer - log π_sampler| per token, in nats;
-    - `effective_sample_size`: (Σw)² / (N·Σw²) for the completions' weights w = π_trainer/π_sampler;
-      1 where both agree, 1/N where one completion carries all the weight (Kong 1992).
+    - `effective_sample_fraction`: (Σw)² / (N·Σw²) for the completions' weights
+      w = π_trainer/π_sampler; 1 where both agree, 1/N where one completion carries all the weight
+      (Kong 1992).
     Completions without true entries in the mask do not count. Raises ValueError if none has any.
     """
     counted = mask.bool().any(dim=-1)
@@ -298,5 +304,5 @@ def sampler_gap(
     return {
         "sampler_gap_mean": absolute.mean().item(),
         "sampler_gap_max": absolute.max().item(),
-        "effective_sample_size": log_size.exp().item() / len(log_weight),
+        "effective_sample_fraction": log_size.exp().item() / len(log_weight),
     }

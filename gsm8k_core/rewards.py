@@ -27,14 +27,16 @@ CustomRewardFn = Callable[[str, str], float]
 """(completion, gold) -> a number."""
 
 
-def gsm8k_reward(response: str, ground_truth: str, marker: Marker = "####") -> dict[str, float]:
-    """1 for the exact answer after the marker, else 0.
+def gsm8k_reward(
+    response: str, ground_truth: str, marker: Marker = "####", grading: RewardGrade = "strict"
+) -> dict[str, float]:
+    """1 for the exact answer (after the marker, unless `grading` reads it otherwise), else 0.
 
     Returns `reward` (equal to `answer_reward`), `format_reward` (1 where a number follows the
     marker, right or wrong) and `answer_reward`. `ground_truth` is text: a number, or a worked
     answer that ends in `#### 18`. Raises DataError when it is neither.
     """
-    components = answer_components(response, ground_truth, "strict", marker)
+    components = answer_components(response, ground_truth, grading, marker)
     return {"reward": components["answer_reward"], **components}
 
 

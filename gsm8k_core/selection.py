@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gsm8k_core.answers import Marker, is_correct
+from gsm8k_core.answers import Marker
+from gsm8k_core.config import RewardGrade
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, required
+from gsm8k_core.grading import is_right
 
 
 def graded_completions(
-    path: Path, questions: dict[str, str], marker: Marker
+    path: Path, questions: dict[str, str], grading: RewardGrade, marker: Marker
 ) -> dict[str, tuple[list[Json], list[Json]]]:
     """Distinct completions of each problem: the right ones that ended, and the wrong ones.
 
-    In the order of the file; a text that was sampled twice counts once. `questions` by problem id.
+    Right is what is right by `grading`. In the order of the file; a text that was sampled twice
+    counts once. `questions` by problem id.
     Raises DataError that names the row of a problem that is not among them, or that lacks a key.
     """
     graded: dict[str, tuple[list[Json], list[Json]]] = {}
@@ -30,7 +33,7 @@ def graded_completions(
         right, wrong = graded.setdefault(problem_id, ([], []))
         if (problem_id, text) in seen:
             continue
-        if not is_correct(text, gold, "strict", marker):
+        if not is_right(text, gold, grading, marker):
             wrong.append(row)
         elif finish_reason == "stop":
             right.append(row)

@@ -32,8 +32,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
-from gsm8k_core.answers import is_correct
-from gsm8k_core.config import PromptSettings, RunSettings, TrainSettings
+from gsm8k_core.config import PromptSettings, RewardGrade, RunSettings, TrainedMethod, TrainSettings
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
@@ -54,6 +53,7 @@ from gsm8k_core.files import (
     write_json,
 )
 from gsm8k_core.generation import log_generations
+from gsm8k_core.grading import is_right
 from gsm8k_core.manifest import Attempts, provenance
 from gsm8k_core.models import (
     autocast,
@@ -214,7 +214,7 @@ class TrainingRun:
         val_problems: list[Problem] | None = None,
     ) -> None:
         self.run_settings = settings
-        self.settings: TrainSettings = settings.method_settings
+        self.settings: TrainedMethod = settings.method_settings
         self.output_dir = output_dir
         self.num_updates = num_updates
         self.num_steps = num_steps
@@ -458,20 +458,9 @@ class TrainingRun:
         """
         assert self._has_resumed, "call resume() before the first step"
         every = self.settings.validate_every_steps
-        if every and self.val_problems and (step % every == 0 or step == self.num_steps):
+        if self._validates and (step % every == 0 or step == self.num_steps):
             row = {**row, "validation_accuracy": self._validate(step)}
-        self.progress["seconds"] = time.perf_counter() - self.started
-        row = {
-            "step": step,
-            **row,
-            "num_tokens_total": self.progress["num_tokens"],
-            "seconds_total": round(self.progress["seconds"], 3),
-            "peak_memory_mb": max(distributed.gather(peak_memory_mb(self.device))),
-        }
-        if self.metrics is not None:
-            self.metrics.append(row)
-        if self.tracker is not None:
-            self.tracker.log(row)
+        self._log(step, row)
         if self.samples and completions is not None and completions_due(self.tracking, step):
             sample = completions()[: self.tracking.num_completions]
             self.samples.append({"step": step, "completions": sample})
@@ -491,6 +480,33 @@ class TrainingRun:
             if self.attempts is not None:
                 self.attempts.note(cpu_seconds=cpu_seconds)
                 self._drop_older_bests()
+
+    def validate_start(self) -> None:
+        """Where validation is on, log that of the starting weights as step 0.
+
+        To be called before the first step of a run that begins.
+        """
+        if self._validates:
+            self._log(0, {"validation_accuracy": self._validate(0)})
+
+    @property
+    def _validates(self) -> bool:
+        return self.settings.validate_every_steps > 0 and bool(self.val_problems)
+
+    def _log(self, step: int, row: Json) -> None:
+        """Write `row` as that of `step`, with what the run has taken so far."""
+        self.progress["seconds"] = time.perf_counter() - self.started
+        row = {
+            "step": step,
+            **row,
+            "num_tokens_total": self.progress["num_tokens"],
+            "seconds_total": round(self.progress["seconds"], 3),
+            "peak_memory_mb": max(distributed.gather(peak_memory_mb(self.device))),
+        }
+        if self.metrics is not None:
+            self.metrics.append(row)
+        if self.tracker is not None:
+            self.tracker.log(row)
 
     def log_generations(self, step: int) -> None:
         """Keep what the model writes to the first problems of `val` after `step`, if that is due.
@@ -512,7 +528,9 @@ class TrainingRun:
                 self.tokenizer,
                 texts,
                 golds,
-                functools.partial(gsm8k_reward, marker=prompt.answer_marker),
+                functools.partial(
+                    gsm8k_reward, marker=prompt.answer_marker, grading=self.settings.grading
+                ),
                 num_tokens,
                 temperature=0.0,
                 prompt_ids=ids,
@@ -549,6 +567,7 @@ class TrainingRun:
                 self.run_settings.prompt,
                 self.tokenizer,
                 max_new_tokens=self.settings.validation_max_new_tokens,
+                grading=self.settings.grading,
             )
         accuracy = sum(distributed.gather(num_right)) / len(self.val_problems)
         best = self.progress["best_validation"]
@@ -762,8 +781,9 @@ def num_greedy_right(
     prompt: PromptSettings,
     tokenizer: Any,
     max_new_tokens: int,
+    grading: RewardGrade = "strict",
 ) -> int:
-    """How many of `problems` have a greedy completion that is right by the strict grade."""
+    """How many of `problems` have a greedy completion that is right by `grading`."""
     questions = [problem.question for problem in problems]
     requests = [
         Request(prompt_ids, seeds=[0], temperature=0.0, max_new_tokens=max_new_tokens)
@@ -771,7 +791,7 @@ def num_greedy_right(
     ]
     completions = engine.generate(requests)
     return sum(
-        is_correct(completion.text, problem.gold, "strict", prompt.answer_marker)
+        is_right(completion.text, problem.gold, grading, prompt.answer_marker)
         for problem, (completion,) in zip(problems, completions, strict=True)
     )
 

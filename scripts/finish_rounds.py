@@ -30,12 +30,17 @@ SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
 
 
 def steps_of(rounds: list[Path]) -> Iterator[Json]:
-    """The training logs of all rounds as one: steps are counted through."""
+    """The training logs of all rounds as one: steps are counted through.
+
+    Where a round starts is where the one before it ended (or the first began), and logged there.
+    """
     num_before = 0
     for number, folder in enumerate(rounds, start=1):
         step = 0
-        for step, row in enumerate(iter_jsonl(folder / "train" / "metrics.jsonl"), start=1):
-            yield {**row, "step": num_before + row["step"], "round": number}
+        for row in iter_jsonl(folder / "train" / "metrics.jsonl"):
+            step = row["step"]
+            if step > 0 or number == 1:
+                yield {**row, "step": num_before + step, "round": number}
         num_before += step
 
 

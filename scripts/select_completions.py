@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     run_settings = run_settings_from(args)
     settings = run_settings.of_kind(ExpertIterationMethod)
     questions = {problem.id: problem.question for problem in read_problems(args.data)}
-    graded = graded_completions(args.completions, questions, run_settings.prompt.answer_marker)
+    graded = graded_completions(
+        args.completions, questions, settings.grading, run_settings.prompt.answer_marker
+    )
     rows = [
         {
             "problem_id": problem_id,

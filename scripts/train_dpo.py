@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run.model.train()
     if steps_done == 0:
+        run.validate_start()
         run.log_generations(0)
     for step in run.steps_after(steps_done, "DPO"):
         started = time.perf_counter()

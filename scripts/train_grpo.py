@@ -463,8 +463,12 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
     if updates:
         summary["loss"] /= len(updates)
+        # Of the loss: masked completions and prompts are not in it, and each pass counts anew.
+        for name in ("num_tokens", "num_completions"):
+            summary[name.replace("num_", "num_loss_")] = summary.pop(name)
         norms = [update["grad_norm"] for update in updates]
         summary["grad_norm"] = sum(norms) / len(norms)
+        summary["grad_norm_max"] = max(norms)
         summary["num_updates_without_gradient"] = norms.count(0.0)
         summary["learning_rate"] = updates[-1]["learning_rate"]
         tensors = (old_log_probs, rollouts.sampler_log_probs, rollouts.response_mask)
@@ -567,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = settings.share_prompts
     shares_prompts = (run.device.type == "cpu" if wanted is None else wanted) and use_in(run.model)
     reference = None
-    if settings.kl_coefficient > 0:
+    if settings.kl_coefficient > 0 or settings.log_kl_every_steps:
         reference = run.load_reference()
         if shares_prompts:
             use_in(reference)
@@ -587,6 +591,8 @@ def main(argv: list[str] | None = None) -> int:
     run.progress.setdefault("num_sampled_tokens", 0)
 
     run.model.train()
+    if steps_done == 0:
+        run.validate_start()
     for step in run.steps_after(steps_done, "GRPO"):
         started = time.perf_counter()
         with run.sampling() as engine:
@@ -607,13 +613,15 @@ def main(argv: list[str] | None = None) -> int:
         # The first step of a call, the first after a push, and every so many.
         if every and (step <= steps_done + 2 or step % every == 0):
             check_sampler(run, rollouts)
-        in_reward = reference is not None and settings.kl_placement == "reward"
+        in_reward = settings.kl_coefficient > 0 and settings.kl_placement == "reward"
         # In a reward the KL to an equal reference must be 0, to the last bit.
         if in_reward or (updates_per_step > 1 and not run.samples_with_itself):
             first_row = 0 if in_reward else len(rollouts.lengths) // settings.minibatches
             old = score_all(run, run.model, rollouts, first_row)
             rollouts = replace(rollouts, old_log_probs=old)
-        if reference is not None:
+        log_kl = settings.log_kl_every_steps
+        if settings.kl_coefficient > 0 or (log_kl and (step == 1 or step % log_kl == 0)):
+            assert reference is not None
             rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
         if in_reward:
@@ -638,7 +646,8 @@ def main(argv: list[str] | None = None) -> int:
         ended = time.perf_counter()
 
         row = rollout_metrics(groups, sampled) | updated
-        run.progress["num_tokens"] += sum(rollouts.lengths) + len(rollouts.lengths)
+        in_a_pass = sum(rollouts.lengths) + len(rollouts.lengths)
+        run.progress["num_tokens"] += in_a_pass * settings.epochs_per_batch
         run.progress["num_sampled_tokens"] += row["num_sampled_tokens"]
         # Of all groups that were sampled, for which the seconds are, not of those trained on alone.
         num_tokens = row["num_sampled_tokens"] + sum(

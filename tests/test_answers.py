@@ -3,6 +3,7 @@ the end of a sentence, and on a last line of its own."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from fractions import Fraction
@@ -355,6 +356,27 @@ def test_strict_with_a_configured_marker_reads_after_the_first_that_a_number_fol
     marker: str, text: str, value: int | None
 ) -> None:
     assert extract_answer(text, "strict", marker) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>\nI would end with #### 9. Wait.\n</think>\n\nShe sells 18.\n#### 18", 18),
+        ("I would end with #### 9. Wait.\n</think>\n#### 18", 18),  # the prompt has opened it
+        ("<think>#### 9</think>#### 7<think>no</think>#### 18", 18),
+        ("<think>\n#### 18\nHmm, let me check again", None),  # cut short before any answer
+        ("<think>#### 18</think>She sells 18.", None),
+        ("#### 18\n<think>Was that right? #### 9", 18),
+    ],
+)
+@pytest.mark.parametrize("marker", ["####", "boxed", "The answer is"])
+def test_strict_reads_the_answer_of_a_reasoning_model_behind_its_thought(
+    text: str, value: int | None, marker: str
+) -> None:
+    asked_for = r"\\boxed{\1}" if marker == "boxed" else rf"{marker} \1"
+    text = re.sub(r"#### (\d+)", asked_for, text)
+    assert extract_answer(text, "strict", marker) == value
+    assert not contradicts_itself(text, marker)
 
 
 @pytest.mark.parametrize(

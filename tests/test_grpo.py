@@ -367,6 +367,19 @@ def test_clip_fractions_count_the_tokens_below_and_above_the_range() -> None:
     assert summary["clip_fraction_low"] == pytest.approx(3 / 7)
 
 
+def test_tokens_that_the_dual_clip_holds_are_counted_by_themselves() -> None:
+    policy = torch.tensor([[5.0, 1.0], [5.0, 2.0]]).log()
+    batch = PolicyBatch(
+        torch.tensor([1.0, -1.0]), torch.ones(2, 2).bool(), old_log_probs=torch.zeros(2, 2)
+    )
+    summary = summarize_metrics(policy_loss(policy, None, batch, method(dual_clip=3.0), 2.0)[1])
+    assert summary["clip_fraction_dual"] == pytest.approx(1 / 4)  # the bad row's 5.0
+    assert summary["clip_fraction_high"] == pytest.approx(1 / 4)  # the good row's 5.0
+    assert summary["clip_fraction_low"] == 0.0
+    plain = summarize_metrics(policy_loss(policy, None, batch, method(), 2.0)[1])
+    assert "clip_fraction_dual" not in plain
+
+
 @pytest.mark.parametrize(("mode", "mean"), [("truncate", 1.5), ("mask", 0.5)])
 def test_weights_above_the_bound_are_counted_whatever_becomes_of_them(
     mode: str, mean: float
@@ -625,7 +638,7 @@ def test_no_gap_means_an_effective_sample_of_everything() -> None:
     assert gap == {
         "sampler_gap_mean": 0.0,
         "sampler_gap_max": 0.0,
-        "effective_sample_size": pytest.approx(1.0),
+        "effective_sample_fraction": pytest.approx(1.0),
     }
 
 
@@ -637,13 +650,13 @@ def test_the_gap_is_measured_per_token_and_the_sample_size_per_completion() -> N
     assert gap["sampler_gap_mean"] == pytest.approx(math.log(2))
     assert gap["sampler_gap_max"] == pytest.approx(math.log(2))
     # weights 2·2 = 4 and 1/2: (4.5)² / (2 · (16 + 1/4)); the third completion does not count
-    assert gap["effective_sample_size"] == pytest.approx(4.5**2 / (2 * 16.25))
+    assert gap["effective_sample_fraction"] == pytest.approx(4.5**2 / (2 * 16.25))
 
 
 def test_one_completion_with_all_the_weight_is_an_effective_sample_of_one() -> None:
     trainer = torch.tensor([[5000.0], [0.0], [0.0], [0.0]])  # exp would overflow
     gap = sampler_gap(trainer, torch.zeros(4, 1), torch.ones(4, 1, dtype=torch.bool))
-    assert gap["effective_sample_size"] == pytest.approx(0.25)
+    assert gap["effective_sample_fraction"] == pytest.approx(0.25)
 
 
 def test_a_gap_over_nothing_is_an_error() -> None:

@@ -637,6 +637,20 @@ def test_the_answer_is_read_after_the_marker_that_the_prompt_asks_for(
     assert kept == ([[9, 0]] if method == "rft" else [[9, 0], [8, 0]])
 
 
+@pytest.mark.parametrize(
+    ("name", "method"), [("select_completions", "rft"), ("select_pairs", "dpo")]
+)
+def test_an_answer_without_the_mark_is_right_where_the_method_reads_the_last_number(
+    script: Script, run_json: Callable[..., str], tmp_path: Path, name: str, method: str
+) -> None:
+    rows = [completion("a", "It is 2.", first_id=8), completion("a", "It is 3.", first_id=9)]
+    with pytest.raises(DataError):
+        selected(script(name), run_json(method), rows, tmp_path)
+    (chosen,) = selected(script(name), run_json(method, grading="flexible"), rows, tmp_path)
+    kept = [value for key, value in chosen.items() if key.endswith("_ids")]
+    assert kept == ([[8, 0]] if method == "rft" else [[8, 0], [9, 0]])
+
+
 @pytest.mark.parametrize(("most", "pairs"), [(1, [(1, 2)]), (9, [(1, 2), (3, 4)])])
 def test_pairs_are_a_right_and_a_wrong_completion_of_one_problem_up_to_the_cap(
     script: Script, run_json: Callable[..., str], tmp_path: Path, most: int, pairs: list[Any]
@@ -760,6 +774,19 @@ def test_rounds_of_an_earlier_study_are_not_taken_along(
     script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"])
     assert read_json(folder / "train" / "summary.json")["num_rounds"] == 2
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
+
+
+def test_the_start_of_a_round_is_the_end_of_the_one_before_it(
+    rounds: Callable[..., Path], script: Script
+) -> None:
+    folder = rounds()
+    for number in (1, 2):
+        path = folder / f"round{number}" / "train" / "metrics.jsonl"
+        write_jsonl(path, [{"step": 0, "validation_accuracy": 0.1 * number}, *read_jsonl(path)])
+    script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"])
+    rows = read_jsonl(folder / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[0]["validation_accuracy"] == 0.1
 
 
 def test_ten_rounds_are_in_the_order_of_their_numbers(

@@ -206,7 +206,7 @@ def test_a_completion_that_lacks_something_is_named_by_its_row_and_key(
     for bad, fault in ((without, "is missing"), (whole | {key: None}, ".*null")):
         write_jsonl(path, [whole, bad])
         with pytest.raises(DataError, match=rf"completions\.jsonl, row 2: '{key}'.* {fault}"):
-            graded_completions(path, {"a": "?"}, "####")
+            graded_completions(path, {"a": "?"}, "strict", "####")
 
 
 @pytest.mark.parametrize(

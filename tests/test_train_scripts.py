@@ -199,7 +199,46 @@ def test_the_sampler_and_the_trainer_agree_on_the_log_probs(train: Callable[...,
     # right, at another temperature than 1: any slip in positions, masks or scaling shows here.
     for row in metrics_of(train("train_grpo", "grpo", **SMALL, temperature=0.7)):
         assert row["sampler_gap_max"] < 1e-4
-        assert row["effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+        assert row["effective_sample_fraction"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_kl_to_the_start_is_logged_now_and_then_and_changes_nothing(
+    train: Callable[..., Path],
+) -> None:
+    options = {**SMALL, "num_steps": 4, "learning_rate": 1e-3}
+    plain = metrics_of(train("train_grpo", "grpo", name="plain", **options))
+    logged = metrics_of(train("train_grpo", "grpo", name="kl", **options, log_kl_every_steps=2))
+    assert ["kl" in row for row in logged] == [True, True, False, True]
+    assert logged[0]["kl"] < 1e-3 < logged[3]["kl"]
+    for one, other in zip(plain, logged, strict=True):
+        assert "kl" not in one
+        assert one["loss"] == other["loss"] and one["grad_norm"] == other["grad_norm"]
+
+
+def test_every_pass_over_a_batch_counts_as_tokens_trained_on(train: Callable[..., Path]) -> None:
+    one, two = (
+        metrics_of(train("train_grpo", "grpo", name=f"{n}", **{**SMALL, "epochs_per_batch": n}))[0]
+        for n in (1, 2)
+    )
+    assert two["num_tokens_total"] == 2 * one["num_tokens_total"]
+    assert two["num_loss_tokens"] == 2 * one["num_loss_tokens"]
+    assert one["num_loss_tokens"] == one["num_sampled_tokens"] < one["num_tokens_total"]
+    assert one["grad_norm_max"] >= one["grad_norm"] > 0
+
+
+def test_validation_reads_an_answer_as_the_reward_does(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def right(*_arguments: object, grading: str, **_others: object) -> int:
+        asked.append(grading)
+        return 0
+
+    monkeypatch.setattr(training, "num_greedy_right", right)
+    own = {"num_steps": 1, "validate_every_steps": 1, "reward": {"grading": "flexible"}}
+    train("train_grpo", "grpo", val=True, **{**SMALL, **own})
+    assert asked == ["flexible", "flexible"]  # of the start and of the only step
 
 
 @pytest.mark.parametrize("method", GRPO_PRESETS)
@@ -215,7 +254,7 @@ def test_every_preset_trains_and_logs_the_same_metrics(
         "completion_length_max", "completion_length_mean_terminated",
         "completion_length_mean_correct", "completion_length_mean_incorrect",
         "truncated_fraction", "num_sampled_tokens", "num_updates_without_gradient",
-        "entropy", "sampler_gap_mean", "sampler_gap_max", "effective_sample_size", "grad_norm",
+        "entropy", "sampler_gap_mean", "sampler_gap_max", "effective_sample_fraction", "grad_norm",
         "learning_rate", "loss", "num_tokens_total", "seconds_rolling_out", "seconds_scoring",
         "seconds_updating", "tokens_per_second", "seconds_total", "peak_memory_mb",
     }  # fmt: skip
@@ -626,7 +665,7 @@ def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:
         for row in metrics_of(run)
         if "validation_accuracy" in row
     ]
-    assert len(validated) == 3
+    assert len(validated) == 4
     accuracy, negative_step = max(validated)  # of equal ones the first is kept
     best = read_json(run / "train" / "summary.json")["best_validation"]
     assert best == {"step": -negative_step, "accuracy": accuracy}

@@ -395,16 +395,44 @@ def test_the_best_so_far_survives_a_resume(
     assert same(weights(load_model(again.output_dir / "model", CPU)), best)
 
 
-def test_validation_falls_on_its_steps_and_on_the_last(
+def test_validation_falls_on_the_start_on_its_steps_and_on_the_last(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: 1)
     run = start(num_steps=5, val=[Problem("a", "q", "#### 1", "1")], validate_every_steps=2)
     run.resume()
+    run.validate_start()
     for number in range(1, 6):
         step(run, number)
     rows = read_jsonl(run.state_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows if "validation_accuracy" in row] == [2, 4, 5]
+    assert [row["step"] for row in rows if "validation_accuracy" in row] == [0, 2, 4, 5]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_without_validation_has_no_row_of_its_start(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start(num_steps=2)
+    run.resume()
+    run.validate_start()
+    assert read_jsonl(run.state_dir / "metrics.jsonl") == []
+
+
+def test_the_start_is_kept_where_training_only_harms(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = iter([8, 7, 7, 2, 1])
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: next(right))
+    run = start(val=[Problem("a", "q", "#### 1", "1")] * 10, keep_best=True, validate_every_steps=1)
+    run.resume()
+    before = weights(run.model)
+    run.validate_start()
+    for number in range(1, 5):
+        step(run, number)
+    run.finish({})
+    assert same(weights(load_model(run.output_dir / "model", CPU)), before)
+    summary = read_json(run.output_dir / "train" / "summary.json")
+    assert summary["best_validation"] == {"step": 0, "accuracy": 0.8}
 
 
 # LoRA
@@ -560,14 +588,15 @@ class Scripted:
         return [[Completion([1], [0.0], "stop", text)] for text in self.answers]
 
 
-def test_greedy_completions_are_counted_right_by_the_strict_grade(
-    tiny_folder: Path, run_json: Callable[..., str]
+@pytest.mark.parametrize(("grading", "right"), [("strict", 2), ("flexible", 3)])
+def test_greedy_completions_are_counted_right_by_the_grade_that_is_asked_for(
+    tiny_folder: Path, run_json: Callable[..., str], grading: Any, right: int
 ) -> None:
     prompt = RunSettings.model_validate_json(run_json("sft")).prompt
     problems = [Problem(str(i), f"q{i}", "#### 4", "4") for i in range(4)]
     engine: Any = Scripted(["#### 4", "2 + 2 = 4", "#### 5", "so\n#### 4"])
-    num_right = num_greedy_right(engine, problems, prompt, load_tokenizer(tiny_folder), 9)
-    assert num_right == 2  # the second has no mark, the third is wrong
+    num_right = num_greedy_right(engine, problems, prompt, load_tokenizer(tiny_folder), 9, grading)
+    assert num_right == right  # the second has no mark, the third is wrong
     assert all(r.temperature == 0.0 and r.max_new_tokens == 9 for r in engine.asked)
 
 
