@@ -125,7 +125,7 @@ def _fate(problem: Problem, reasoning: str, content: str, settings: TraceDataset
         return "too_short"
     if selection.max_characters is not None and len(text) > selection.max_characters:
         return "too_long"
-    # The reasoning may hold another marker with a number, which would be read as the answer.
+    # Outside think tags, the reasoning may hold a marker that would be read as the answer's.
     for prompt in STUDENT_PROMPTS:
         rendered = render_solution(text, prompt)
         if not is_correct(rendered, problem.gold, "strict", prompt.answer_marker):

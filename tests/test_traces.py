@@ -99,10 +99,14 @@ def test_the_think_format_is_a_setting_and_text_in_braces_is_only_text(select: S
         ({"content": "It is 2."}, {}, "incorrect"),
         ({"reasoning": " \n"}, {}, "without_reasoning"),
         ({"reasoning": "a </think> b"}, {}, "stray_think_tag"),
-        ({"content": "<think> \\boxed{2}"}, {}, "stray_think_tag"),
+        ({"content": "\\boxed{2} <think>"}, {}, "stray_think_tag"),
         ({}, {"max_characters": 20}, "too_long"),
         ({}, {"min_characters": 2000}, "too_short"),
-        ({"reasoning": "#### 1 first\nThen."}, {}, "second_marker"),
+        (
+            {"reasoning": "#### 1 first\nThen."},
+            {"think_format": "[{reasoning}]\n{answer}"},
+            "second_marker",
+        ),
     ],
 )
 def test_what_is_left_out_is_counted_by_its_reason(
@@ -110,6 +114,13 @@ def test_what_is_left_out_is_counted_by_its_reason(
 ) -> None:
     traces, counts = select([row("a", **changes)], **selection)
     assert traces == [] and counts[fate] == 1 and counts["questions_kept"] == 0
+
+
+def test_a_thought_in_think_tags_may_hold_a_marker_which_nobody_takes_for_the_answer(
+    select: Select,
+) -> None:
+    traces, counts = select([row("a", reasoning="#### 1 first\nThen.")])
+    assert counts["kept"] == 1 and "#### 1 first" in (traces[0].demonstration or "")
 
 
 def test_answers_that_the_settings_no_longer_ask_for_are_left_out(tmp_path: Path) -> None:
