@@ -204,6 +204,14 @@ DatasetSettings = Annotated[
 # ------------------------------------------------------------------------------- prompts, models
 
 
+# Parameters of transformers' apply_chat_template itself: how it is called, not what it writes.
+OF_APPLY_CHAT_TEMPLATE = {
+    "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+
+
 class PromptSettings(Settings):
     """How a question becomes the text that the model continues."""
 
@@ -213,6 +221,9 @@ class PromptSettings(Settings):
     """Wrap in the tokenizer's chat template, with the generation prompt added."""
     system: str | None = None
     """System turn; needs `chat`. Unset: whatever the chat template does by itself."""
+    chat_arguments: dict[str, Any] = {}
+    """What the chat template is told besides, such as `enable_thinking: false` for Qwen3; needs
+    `chat`."""
     answer_marker: Literal["####", "boxed"] = "####"
     """The mark that the prompt asks for; `strict` grading reads the answer after it."""
     strip_calculator: bool = True
@@ -234,6 +245,10 @@ class PromptSettings(Settings):
             yield "template must contain {question} exactly once"
         if self.system is not None and not self.chat:
             yield "system needs chat: true"
+        if self.chat_arguments and not self.chat:
+            yield "chat_arguments needs chat: true"
+        for name in self.chat_arguments.keys() & OF_APPLY_CHAT_TEMPLATE:
+            yield f"chat_arguments: {name} is not for the template to know: leave it out"
 
 
 EngineName = Literal["auto", "vllm", "transformers"]
@@ -832,6 +847,11 @@ class SuiteSettings(Settings):
     """Sampled completions per problem, for pass@k."""
     temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature of the samples."""
+    top_p: FractionAbove0 = 1.0
+    """Sample among the likeliest tokens that have this probability together; 1: among all. Rollouts
+    and rounds of training always sample among all."""
+    top_k: NonNegativeInt = 0
+    """Sample among so many of the likeliest tokens; 0: among all."""
     max_new_tokens: PositiveInt = 256
     """Longest completion; longer ones are cut and counted."""
     stop: list[Annotated[str, Field(min_length=1)]] = []

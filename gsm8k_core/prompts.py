@@ -95,8 +95,9 @@ def render_prompt(
 ) -> str:
     """The text before the completion; `examples` are those that the problem brings (its own).
 
-    Raises ModelError when the prompt wants a chat template that the tokenizer does not have, and
-    DataError when it wants the problem's own examples and there are none.
+    Raises ModelError when the prompt wants a chat template that the tokenizer does not have, or
+    sets what the template does not know, and DataError when it wants the problem's own examples and
+    there are none.
     """
     if not prompt.chat:
         shown = shown_examples(prompt, examples)
@@ -108,8 +109,16 @@ def render_prompt(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template, which this prompt "
             "needs; take a prompt with chat: false (models.<name>.prompt, suites.<name>.prompt)"
         )
+    for name in prompt.chat_arguments:
+        if name not in str(tokenizer.chat_template):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: the chat template knows no {name!r}, which "
+                "chat_arguments of this prompt set; mend its name or leave it out"
+            )
     messages = chat_messages(question, prompt, examples)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **prompt.chat_arguments
+    )
 
 
 def user_turn(question: str, prompt: PromptSettings) -> str:

@@ -110,7 +110,15 @@ def requests_for(problem: Problem, settings: EvaluationSettings, tokenizer: Any)
         requests.append(Request(prompt_ids, [0], 0.0, suite.max_new_tokens, suite.stop))
     if seeds:
         requests.append(
-            Request(prompt_ids, seeds, suite.temperature, suite.max_new_tokens, suite.stop)
+            Request(
+                prompt_ids,
+                seeds,
+                suite.temperature,
+                suite.max_new_tokens,
+                suite.stop,
+                suite.top_p,
+                suite.top_k,
+            )
         )
     return requests
 

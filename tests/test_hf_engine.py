@@ -24,6 +24,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -209,6 +210,49 @@ def test_first_tokens_follow_the_softmax(
     assert result.pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.05, 0), (1.0, 5), (0.8, 20), (1.0, 1)])
+def test_tokens_come_from_the_likeliest_as_transformers_chooses_them(
+    engine: HfEngine, model: Qwen2ForCausalLM, top_p: float, top_k: int
+) -> None:
+    num_seeds = 2000
+    prompt = prompts()[1]
+    request = Request(prompt, list(range(num_seeds)), 0.7, 1, top_p=top_p, top_k=top_k)
+    engine.batch_size = num_seeds
+    drawn = engine.generate([request])[0]
+    with torch.no_grad():
+        scores = model(torch.tensor([prompt])).logits[:, -1].double() / 0.7
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    scores = TopPLogitsWarper(top_p)(None, scores)[0]
+    expected = scores.log_softmax(-1)
+    assert {one.token_ids[0] for one in drawn} <= set(scores.isfinite().nonzero()[:, 0].tolist())
+    for one in drawn:
+        assert one.log_probs[0] == pytest.approx(expected[one.token_ids[0]].item(), abs=1e-5)
+    counts = torch.bincount(
+        torch.tensor([one.token_ids[0] for one in drawn]), minlength=len(scores)
+    )
+    common = expected.exp() * num_seeds >= 10
+    if int(common.sum()) > 1:
+        observed = [*counts[common].tolist(), int(counts[~common].sum())]
+        wanted = [*expected.exp()[common].tolist(), float(expected.exp()[~common].sum())]
+        pairs = [(o, w * num_seeds) for o, w in zip(observed, wanted, strict=True) if w > 0]
+        result = stats.chisquare([o for o, _ in pairs], [w for _, w in pairs])
+        assert result.pvalue > 1e-3
+
+
+def test_rows_of_one_batch_have_their_own_nucleus(engine: HfEngine) -> None:
+    wide = Request(prompts()[0], [1, 2, 3], 1.0, 12)
+    narrow = replace(wide, top_p=0.3)
+    only = replace(wide, top_k=1)
+    together = engine.generate([wide, narrow, only, greedy(prompts()[0])])
+    alone = [engine.generate([one])[0] for one in (wide, narrow, only)]
+    for found, wanted in zip(together, alone, strict=False):
+        assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
+    assert len({tuple(c.token_ids) for c in together[2]}) == 1  # the likeliest is greedy
+    assert together[2][0].token_ids == together[3][0].token_ids[:12]
+    assert together[0][0].token_ids != together[1][0].token_ids
+
+
 # Ends
 
 
@@ -381,6 +425,9 @@ def test_prompt_ids_that_are_no_list_of_whole_numbers_are_refused(
         ({"seeds": [None]}, "a seed is None"),
         ({"seeds": [True]}, "a seed is True"),
         ({"seeds": [1.5]}, "a seed is 1.5"),
+        ({"top_p": 0.0}, "top_p is 0.0: take 1"),
+        ({"top_p": 1.1}, "top_p is 1.1: take 1"),
+        ({"top_k": -1}, "top_k is -1: take 0"),
     ],
 )
 def test_settings_of_a_request_that_make_no_sense_are_refused(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -76,6 +77,34 @@ def test_the_system_turn_comes_first() -> None:
     prompt = PromptSettings(template="{question}", chat=True, system="Be brief.")
     rendered = render_prompt("2 + 2?", prompt, tokenizer(ONE_BOS_CHAT))
     assert rendered == "<s>system: Be brief.\nuser: 2 + 2?\nassistant:"
+
+
+def test_the_chat_template_is_told_what_the_prompt_sets() -> None:
+    template = ONE_BOS_CHAT + "{% if not thinks %}<think></think>{% endif %}"
+    quick = PromptSettings(template="{question}", chat=True, chat_arguments={"thinks": False})
+    slow = PromptSettings(template="{question}", chat=True, chat_arguments={"thinks": True})
+    rendered = [render_prompt("2 + 2?", prompt, tokenizer(template)) for prompt in (quick, slow)]
+    assert rendered[0] == rendered[1] + "<think></think>"
+
+
+def test_what_a_chat_template_does_not_know_is_an_error_that_names_it() -> None:
+    prompt = PromptSettings(template="{question}", chat=True, chat_arguments={"thnks": False})
+    with pytest.raises(ModelError, match="the chat template knows no 'thnks'"):
+        render_prompt("2 + 2?", prompt, tokenizer(ONE_BOS_CHAT))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chat_arguments": {"thinks": True}}, "chat_arguments needs chat: true"),
+        ({"chat": True, "chat_arguments": {"tokenize": True}}, "tokenize is not for the template"),
+    ],
+)
+def test_chat_arguments_that_reach_no_template_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PromptSettings(**settings)
 
 
 def test_a_chat_prompt_without_a_chat_template_is_an_error_that_names_the_way_out() -> None:

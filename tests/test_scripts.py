@@ -191,6 +191,17 @@ def test_completions_are_in_the_order_of_the_problems_greedy_first(job: Callable
     assert not this.partial.exists()
 
 
+@pytest.mark.parametrize("likeliest", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_samples_among_the_likeliest_token_alone_are_the_greedy_completion(
+    job: Callable[..., Job], likeliest: Row
+) -> None:
+    rows = job(**likeliest).run()
+    by_problem = {
+        row["problem_id"]: row["token_ids"] for row in rows if row["decoding"] == "greedy"
+    }
+    assert all(row["token_ids"] == by_problem[row["problem_id"]] for row in rows)
+
+
 def test_completions_of_problems_without_a_cluster_have_none(job: Callable[..., Job]) -> None:
     this = job(limit=2, num_samples=0)
     plain = [replace(problem, cluster=None) for problem in read_problems(this.data)]

@@ -27,6 +27,11 @@ class Request:
     max_new_tokens: int
     stop: list[str] = field(default_factory=list)
     """Texts at which the completion ends; its text is cut before them, its tokens are kept."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that have this probability together (Holtzman et al. 2020);
+    1: among all."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens, before `top_p` applies; 0: among all."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def check_requests(
 ) -> None:
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
-    Raises ValueError for a temperature below 0 or not finite, no new tokens, an empty stop text, a
+    Raises ValueError for a temperature below 0 or not finite, a top_p or top_k that leaves no
+    token, no new tokens, an empty stop text, a
     seed that is no integer from 0 on, and a prompt id that the model does not know; TypeError for
     prompt ids that are no integers, and for one stop text in place of a list of them.
     """
@@ -124,6 +130,10 @@ def check_requests(
             )
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {request.max_new_tokens}: take 1 or more")
+        if not 0.0 < request.top_p <= 1.0:
+            raise ValueError(f"top_p is {request.top_p}: take 1 (all tokens) or less, above 0")
+        if request.top_k < 0:
+            raise ValueError(f"top_k is {request.top_k}: take 0 (all tokens) or more")
         if "" in request.stop:
             raise ValueError("a stop text is empty, and would end every completion: leave it out")
         needed = len(request.prompt_ids) + request.max_new_tokens

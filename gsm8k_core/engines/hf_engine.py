@@ -288,6 +288,9 @@ class HfEngine:
         owners = [request for request in requests for _ in request.seeds]
         limits = torch.tensor([request.max_new_tokens for request in owners], device=device)
         temperatures = torch.tensor([request.temperature for request in owners], device=device)
+        nucleus = None
+        if any(request.top_p < 1.0 or request.top_k for request in owners):
+            nucleus = torch.tensor([(r.top_p, r.top_k) for r in owners], device=device)
         uniforms = _uniforms(requests).to(device)
         stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
         # A stop text spans at most as many tokens as it has bytes, plus the one that begins it.
@@ -310,7 +313,7 @@ class HfEngine:
             logits, mask, position = logits[expand], mask[expand], position[expand]
 
             for step in range(uniforms.shape[1]):
-                tokens, chosen = _sample(logits, temperatures, uniforms[:, step])
+                tokens, chosen = _sample(logits, temperatures, uniforms[:, step], nucleus)
                 token_ids[active, step], log_probs[active, step] = tokens, chosen
                 ends = (tokens[:, None] == stop_ids).any(dim=-1)
                 if longest_stop:
@@ -328,6 +331,7 @@ class HfEngine:
                     active, running, tokens = active[kept], running[kept], tokens[kept]
                     mask, position = mask[kept], position[kept]
                     temperatures, uniforms = temperatures[kept], uniforms[kept]
+                    nucleus = None if nucleus is None else nucleus[kept]
                 position = position + running  # those done may have reached the model's last
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 logits = self._forward(cache, tokens[:, None], mask, position[:, None])
@@ -442,17 +446,37 @@ def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
     return functional.pad(states, (0, 0, length - states.shape[-2], 0))
 
 
+def _likeliest(probabilities: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:
+    """The distributions (R, V) cut to their likeliest tokens by rows of top_p and top_k (R, 2)."""
+    top_p, top_k = nucleus[:, :1], nucleus[:, 1:]
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(ordered.shape[-1], device=ordered.device)
+    ordered = ordered.where((top_k == 0) | (ranks < top_k), 0.0)
+    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    likelier = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered.where((top_p == 1.0) | (likelier < top_p), 0.0)
+    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    kept = kept / kept.sum(dim=-1, keepdim=True)
+    return kept.where((top_p < 1.0) | (top_k > 0), probabilities)
+
+
 def _sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    uniforms: torch.Tensor,
+    nucleus: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next token and its log-prob for each row, both (R,), by its draw in `uniforms` (R,).
 
     Inverse-CDF sampling with the row's own draw: the same seed takes the same token whatever the
     batch. Greedy rows take the argmax; their log-prob is that of the unscaled distribution.
+    `nucleus` as in `_likeliest`.
     """
     greedy = temperatures == 0.0
     scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
     probabilities = scaled.softmax(dim=-1)  # (R, V)
+    if nucleus is not None:
+        probabilities = _likeliest(probabilities, nucleus)
     if bool(greedy.all()):
         tokens = scaled.argmax(-1)
     else:

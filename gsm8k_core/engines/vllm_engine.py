@@ -183,6 +183,8 @@ class VllmEngine:
     def _sampling_params(self, request: Request, seed: int) -> Any:
         return self.vllm.SamplingParams(
             temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
             seed=seed % 2**SEED_BITS,
             max_tokens=request.max_new_tokens,
             stop=request.stop or None,

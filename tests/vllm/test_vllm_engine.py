@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_sampled_log_probs_are_of_the_distribution_that_was_sampled_from(
     requests = sampled(prompts[:16], temperature)
     gap = gap_to_trainer(twin.model, requests, engine.generate(requests))
     assert gap.max() < 1e-4 and gap.mean() < 1e-5
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.8, 0), (1.0, 3), (0.9, 8)])
+def test_what_is_cut_to_the_likeliest_tokens_is_so_in_both_engines(
+    engine: Any, twin: HfEngine, prompts: list[list[int]], top_p: float, top_k: int
+) -> None:
+    requests = [
+        replace(request, seeds=list(range(200)), max_new_tokens=1, top_p=top_p, top_k=top_k)
+        for request in sampled(prompts[:4])
+    ]
+    for found, other in zip(engine.generate(requests), twin.generate(requests), strict=True):
+        ours, theirs = (
+            {completion.token_ids[0]: completion.log_probs[0] for completion in group}
+            for group in (found, other)
+        )
+        common = ours.keys() & theirs.keys()
+        assert common  # each sees some of the same few tokens, with the same probability
+        for token in common:
+            assert ours[token] == pytest.approx(theirs[token], abs=1e-4)
 
 
 def test_a_completion_depends_on_its_seed_and_not_on_the_batch(
