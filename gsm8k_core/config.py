@@ -193,7 +193,8 @@ class GsmSymbolicDataset(Settings):
     num_val: PositiveInt = 200
     """Problems for validation during training."""
     num_train: PositiveInt = 5000
-    """Problems to learn from, made from the same templates as those of `test`."""
+    """Problems to learn from, made from the same templates as those of `test`. These templates are
+    of GSM8K's test problems: who learns from them has practised some of the suite `gsm8k`."""
 
 
 DatasetSettings = Annotated[
@@ -1130,7 +1131,9 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     few tokens for a solution of GSM8K; either only where it is config.yaml's own number. From any
     file: an overlong buffer of next to no tokens, and a dataset that no suite asks, where the last
     of the `overlays` (as read) that names one of the two does not name the other. From the
-    defaults: float32 on a GPU. Also `keep_best` where there is but one validation.
+    defaults: float32 on a GPU, and vLLM's rollouts in bfloat16 without a correction. Also
+    `keep_best` where no validation lies between start and end, training on the templates of what is
+    asked, and worked examples that reward and rollouts do not know.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
@@ -1142,9 +1145,10 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
         # No mistake: studies/debug.yaml takes few steps of whatever study it is laid over.
         if settings.keep_best and settings.validate_every_steps >= settings.num_steps:
             found.append(
-                f"methods.{stage}.keep_best: without effect: with validate_every_steps "
-                f"{settings.validate_every_steps} and num_steps {settings.num_steps} there is no "
-                "validation before the last step. Lower validate_every_steps."
+                f"methods.{stage}.keep_best: chooses between start and end alone: with "
+                f"validate_every_steps {settings.validate_every_steps} and num_steps "
+                f"{settings.num_steps} there is no validation in between. Lower "
+                "validate_every_steps."
             )
         doubtful: dict[str, float] = {}
         buffer = getattr(settings, "overlong_buffer", 0)
@@ -1171,6 +1175,8 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
             "studies/qwen2.5-gsm8k.yaml, which does."
         )
     found += _doubtful_dataset(config, overlays)
+    found += _practised_templates(config)
+    found += _rollouts_unlike_the_trainer(config, real)
     slow = [
         f"models.{name}.dtype"
         for name in real
@@ -1215,6 +1221,76 @@ def _doubtful_dataset(config: Config, overlays: Sequence[Any]) -> list[str]:
             f"the methods learn from {study.dataset}. Name a suite with dataset: {study.dataset}."
         ]
     return []
+
+
+def _practised_templates(config: Config) -> list[str]:
+    """Suites of GSM8K's test problems, where some method learns from templates made of these."""
+    learnt = set()
+    for stage in config.stages():
+        settings = config.methods[stage]
+        if not isinstance(settings, BaseMethod):
+            name = settings.dataset if isinstance(settings, SftMethod) else None
+            name = name or config.study.dataset
+            learnt.add(config.traces[name].dataset if name in config.traces else name)
+    templates = [
+        name for name in sorted(learnt) if isinstance(config.datasets[name], GsmSymbolicDataset)
+    ]
+    asked = [
+        name
+        for name in config.study.suites
+        if isinstance(config.datasets[config.suites[name].dataset], Gsm8kDataset)
+        and config.suites[name].split == "test"
+    ]
+    if not templates or not asked:
+        return []
+    return [
+        f"study.suites: {', '.join(asked)} asks GSM8K's test problems, some of which the templates "
+        f"of {', '.join(templates)}, which is learned from, are made of: they have been practised."
+    ]
+
+
+def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[str]:
+    """Rollouts that end elsewhere than the reward expects, or are of other probabilities."""
+    stages = [stage for stage in config.stages() if stage != "base"]
+    sampled = [
+        stage
+        for stage in stages
+        if not isinstance(config.methods[stage], BaseMethod | SftMethod)
+        and not any(
+            isinstance(config.methods[before], SftMethod) for before in config.method_chain(stage)
+        )
+    ]
+    shown = [
+        name
+        for name in config.study.models
+        if config.prompts[config.models[name].prompt].examples == "wei2022"
+    ]
+    if sampled and shown:
+        yield (
+            f"models.{shown[0]}.prompt: {config.models[shown[0]].prompt} shows examples that end "
+            f"in 'The answer is N.', but {', '.join(sampled)} reads the answer after another "
+            "mark and does not stop where the next example would begin. Train with another prompt, "
+            "and name this one in a suite."
+        )
+    uncorrected = [
+        stage
+        for stage in stages
+        if isinstance(settings := config.methods[stage], GrpoMethod)
+        and "importance_correction" not in settings.model_fields_set
+    ]
+    rounded = [
+        name
+        for name in real
+        if config.models[name].gpus
+        and config.models[name].dtype == "bfloat16"
+        and config.models[name].engine != "transformers"
+    ]
+    if uncorrected and rounded:
+        yield (
+            f"methods.{uncorrected[0]}.importance_correction: unset, and {', '.join(rounded)} "
+            "computes in bfloat16, in which vLLM's probabilities are not the trainer's: set token "
+            "(as the studies of GSM8K do), or none if that is meant."
+        )
 
 
 def dump(settings: BaseModel) -> str:

@@ -28,7 +28,8 @@ def make_symbolic(settings: GsmSymbolicDataset) -> tuple[dict[str, list[Problem]
     """All three splits, and the version that made them. No question is in two of them.
 
     The test split comes first, so that it stays what it is when the others grow. All splits share
-    the templates: what is learned on `train` is practice for this very test.
+    the templates, which are of GSM8K's test problems: what is learned on `train` is practice for
+    this very test, and for some of GSM8K's.
 
     Raises DataError when reasoning_gym is missing, when it cannot word so many different questions,
     or when a gold is not a plain number or not what the worked solution ends in.

@@ -813,12 +813,14 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     # Said once, or meant: a rate of one's own, however high, adapters, the embedded model.
     own = {
         "sft": {"lora": {"rank": 8}},
-        "grpo": {"learning_rate": 5e-4, "max_new_tokens": 60},
+        "grpo": {
+            "learning_rate": 5e-4, "max_new_tokens": 60, "importance_correction": "none",
+        },
         "dpo": {"learning_rate": 1e-6, "max_new_tokens": 256},
-    }
+    }  # fmt: skip
     assert line({"study": study, "defaults": own}) == ""
     assert line({}) == ""
-    longer = {**own, "grpo": {"learning_rate": 1e-6, "max_new_tokens": 256}}
+    longer = {**own, "grpo": {**own["grpo"], "learning_rate": 1e-6, "max_new_tokens": 256}}
     assert line({"study": study, "defaults": longer}) == (
         "methods.dapo.overlong_buffer: 8 of 256 new tokens, so a completion is punished only just "
         "before it is cut (DAPO: a fifth). Set it in your study."
@@ -874,7 +876,64 @@ def test_a_study_is_told_of_a_dataset_that_no_suite_asks_where_one_of_the_two_is
     assert line(both, {"suites": ["gsm8k_platinum"]}) == ""
 
 
-def test_keep_best_that_has_one_validation_to_choose_from_is_said_to_be_without_effect() -> None:
+def said_of(*overlays: dict[str, Any]) -> str:
+    """What is doubted in a study."""
+    raw = read_yaml(ROOT / "config.yaml")
+    for overlay in overlays:
+        raw = merge(raw, overlay)
+    return doubts(parse_config(raw), load_config(ROOT / "config.yaml"), overlays)
+
+
+def test_a_study_that_learns_from_the_templates_of_what_it_asks_is_told_so() -> None:
+    def said(learnt: str, suites: list[str], **methods: Any) -> str:
+        study = {"dataset": learnt, "suites": suites, "methods": ["sft"]}
+        return said_of({"study": study, "methods": methods})
+
+    practised = (
+        "study.suites: gsm8k asks GSM8K's test problems, some of which the templates of "
+        "gsm_symbolic, which is learned from, are made of: they have been practised."
+    )
+    assert said("gsm_symbolic", ["gsm8k"]) == practised
+    of_method = {"kind": "sft", "dataset": "gsm_symbolic"}
+    assert practised in said("gsm8k", ["gsm8k"], sft=of_method)
+    assert "practised" not in said("gsm_symbolic", ["gsm_symbolic"])
+    assert "practised" not in said("gsm8k", ["gsm_symbolic", "gsm8k"])
+
+
+def test_worked_examples_that_end_in_another_mark_than_is_rewarded_are_doubted() -> None:
+    def said(*methods: str) -> str:
+        shown = {"models": {"tiny-qwen2": {"prompt": "cot_8shot"}}}
+        from_base = {"methods": {"grpo": {"from": "base"}, "rft": {"from": "base"}}}
+        return said_of({"study": {"methods": list(methods)}}, shown, from_base)
+
+    assert said("base", "grpo", "rft") == (
+        "models.tiny-qwen2.prompt: cot_8shot shows examples that end in 'The answer is N.', but "
+        "grpo, rft reads the answer after another mark and does not stop where the next example "
+        "would begin. Train with another prompt, and name this one in a suite."
+    )
+    assert said("base", "sft", "dr_grpo") == ""  # SFT has taught the mark
+
+
+def test_rollouts_in_bfloat16_without_a_correction_are_doubted_unless_that_is_meant() -> None:
+    def said(grpo: dict[str, Any], **model: Any) -> str:
+        own = {"learning_rate": 1e-6, "max_new_tokens": 256, "from": "base", **grpo}
+        both = {"dataset": "gsm8k", "suites": ["gsm8k"]}
+        study = {"models": ["smollm2-135m-instruct"], "methods": ["grpo"], **both}
+        models = {"smollm2-135m-instruct": {"gpus": 1, **model}}
+        return said_of({"study": study, "methods": {"grpo": own}, "models": models})
+
+    assert said({}) == (
+        "methods.grpo.importance_correction: unset, and smollm2-135m-instruct computes in "
+        "bfloat16, in which vLLM's probabilities are not the trainer's: set token (as the studies "
+        "of GSM8K do), or none if that is meant."
+    )
+    for meant in ("none", "token"):
+        assert said({"importance_correction": meant}) == ""
+    for exact in ({"dtype": "float32"}, {"engine": "transformers"}, {"gpus": 0}):
+        assert said({}, **exact) == ""
+
+
+def test_keep_best_that_has_only_start_and_end_to_choose_from_is_said_to_have() -> None:
     shipped = load_config(ROOT / "config.yaml")
 
     def line(every: int) -> str:
@@ -884,8 +943,8 @@ def test_keep_best_that_has_one_validation_to_choose_from_is_said_to_be_without_
 
     assert line(79) == ""
     assert line(500) == (
-        "methods.grpo.keep_best: without effect: with validate_every_steps 500 and num_steps 80 "
-        "there is no validation before the last step. Lower validate_every_steps."
+        "methods.grpo.keep_best: chooses between start and end alone: with validate_every_steps "
+        "500 and num_steps 80 there is no validation in between. Lower validate_every_steps."
     )
     assert "validate_every_steps 80 and num_steps 80" in line(80)
 
