@@ -540,7 +540,8 @@ class RewardSettings(Settings):
     custom: str | None = None
     """`module:function`, called as fn(completion, gold) -> number, and added to the other parts
     (`answer: 0` leaves the exact answer out). The module is a file beside the Snakefile or on
-    PYTHONPATH.
+    PYTHONPATH. Further arguments with the names `question`, `num_tokens` and `truncated` are given
+    to a function that has them.
 
     An edit of the module's file makes another run; what that file imports is not looked at."""
     custom_weight: FiniteFloat = 1.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import math
 import sys
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from gsm8k_core.answers import Marker, extract_answer
 from gsm8k_core.config import GrpoMethod, RewardGrade, RewardSettings
@@ -21,10 +23,12 @@ from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import sha256_file
 from gsm8k_core.grading import is_right, read_gold
 
-RewardFn = Callable[[str, str, int], dict[str, float]]
-"""(completion, gold, number of completion tokens) -> components and their weighted sum."""
-CustomRewardFn = Callable[[str, str], float]
-"""(completion, gold) -> a number."""
+RewardFn = Callable[..., dict[str, float]]
+"""(completion, gold, num_tokens, question, truncated) -> components and their weighted sum."""
+CustomRewardFn = Callable[..., float]
+"""(completion, gold) -> a number; some take what `CONTEXT` names besides."""
+CONTEXT = ("question", "num_tokens", "truncated")
+"""What a custom reward is told besides, if it has arguments of these names."""
 
 
 def gsm8k_reward(
@@ -63,7 +67,8 @@ def length_reward(num_tokens: int, start: int, end: int) -> float:
 
 
 def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
-    """The reward function that a method asks for, called as fn(completion, gold, num_tokens).
+    """The reward function that a method asks for: fn(completion, gold, num_tokens, question="",
+    truncated=False), where `question` and `truncated` (cut at its longest) matter to a custom one.
 
     It returns `reward`, `answer_reward`, `format_reward`, and `length_reward` and `custom_reward`
     where the settings name them. Raises TrainingError now when the custom function cannot be
@@ -73,8 +78,11 @@ def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
     """
     shaping = settings.length_shaping
     custom = None if settings.custom is None else import_reward(settings.custom)
+    told = set() if custom is None else _context_of(custom)
 
-    def reward_fn(completion: str, gold: str, num_tokens: int) -> dict[str, float]:
+    def reward_fn(
+        completion: str, gold: str, num_tokens: int, question: str = "", truncated: bool = False
+    ) -> dict[str, float]:
         components = answer_components(completion, gold, settings.grading, marker)
         reward = (
             settings.answer * components["answer_reward"]
@@ -84,7 +92,9 @@ def build_reward_fn(settings: RewardSettings, marker: Marker) -> RewardFn:
             components["length_reward"] = length_reward(num_tokens, shaping.start, shaping.end)
             reward += settings.length * components["length_reward"]
         if custom is not None:
-            value = call_custom(custom, str(settings.custom), completion, gold)
+            known = {"question": question, "num_tokens": num_tokens, "truncated": truncated}
+            context = {name: known[name] for name in told}
+            value = call_custom(custom, str(settings.custom), completion, gold, context)
             components["custom_reward"] = value
             reward += settings.custom_weight * value
         return {"reward": reward, **components}
@@ -177,15 +187,27 @@ def _not_a_reward(node: ast.AST, function: str, source: Path) -> str:
     if isinstance(node, ast.AsyncFunctionDef):
         return f"{where} is async; a reward is called as fn(completion, gold)"
     taken = node.args
-    most = len(taken.posonlyargs) + len(taken.args)
-    least = most - len(taken.defaults)
-    keywords = any(default is None for default in taken.kw_defaults)
-    if least <= 2 and (most >= 2 or taken.vararg) and not keywords:
+    places = [*taken.posonlyargs, *taken.args]
+    needed = [argument.arg for argument in places[2 : len(places) - len(taken.defaults)]]
+    by_name = zip(taken.kwonlyargs, taken.kw_defaults, strict=True)
+    needed += [argument.arg for argument, default in by_name if default is None]
+    if (len(places) >= 2 or taken.vararg) and {*needed} <= {*CONTEXT}:
         return ""
     return (
         f"{where} takes ({ast.unparse(taken)}); a reward is called as fn(completion, gold): give "
-        "it two arguments"
+        f"it two arguments, and others only of the names {', '.join(CONTEXT)}"
     )
+
+
+def _context_of(function: CustomRewardFn) -> set[str]:
+    """What of `CONTEXT` a function has arguments for, beside the first two."""
+    try:
+        others = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # of some callables Python knows no signature
+        return set()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in others):
+        return set(CONTEXT)
+    return {p.name for p in others if p.kind is not p.POSITIONAL_ONLY} & set(CONTEXT)
 
 
 def reward_code(method: object, folders: Sequence[str] | None = None) -> dict[str, str] | None:
@@ -220,11 +242,13 @@ def import_reward(path: str) -> CustomRewardFn:
     return function
 
 
-def call_custom(function: CustomRewardFn, path: str, completion: str, gold: str) -> float:
+def call_custom(
+    function: CustomRewardFn, path: str, completion: str, gold: str, context: dict[str, Any]
+) -> float:
     """Call a custom reward and check what it returns. Raises TrainingError."""
     where = f"reward.custom {path!r} on the completion {completion[:80]!r} (gold {gold!r})"
     try:
-        value = function(completion, gold)
+        value = function(completion, gold, **context)
     except Exception as error:  # the user's code may raise anything
         raise TrainingError(f"{where}: raised {type(error).__name__}: {error}") from error
     try:

@@ -144,7 +144,16 @@ def sample_groups(
     for problem, request, completions in zip(
         problems[own], requests[own], engine.generate(requests[own]), strict=True
     ):
-        rewards = [reward_fn(c.text, problem.gold, len(c.token_ids)) for c in completions]
+        rewards = [
+            reward_fn(
+                completion.text,
+                problem.gold,
+                len(completion.token_ids),
+                problem.question,
+                completion.finish_reason == "length",
+            )
+            for completion in completions
+        ]
         has_spread = len({reward["reward"] for reward in rewards}) > 1
         if settings.overlong_buffer:
             end = settings.max_new_tokens

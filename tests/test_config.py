@@ -811,7 +811,7 @@ def test_a_study_of_a_real_model_is_told_what_it_has_inherited_from_the_embedded
     ]
     assert "from config.yaml for smollm2-135m-instruct. Set them in your study" in remedy
     # Said once, or meant: a rate of one's own, however high, adapters, the embedded model.
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "sft": {"lora": {"rank": 8}},
         "grpo": {
             "learning_rate": 5e-4, "max_new_tokens": 60, "importance_correction": "none",

@@ -114,6 +114,11 @@ def custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def huge(completion, gold): return 10**400\n"
         "def nan(completion, gold): return float('nan')\n"
         "def infinite(completion, gold): return float('inf')\n"
+        "def told(completion, gold, question, *, truncated):\n"
+        "    return question == 'How many?' and truncated\n"
+        "def length(completion, gold, num_tokens=0): return num_tokens\n"
+        "def all_of_it(completion, gold, **context): return len(context)\n"
+        "def question_first(question, gold): return question == '#### 18'\n"
         "NUMBER = 3\n",
         encoding="utf-8",
     )
@@ -130,6 +135,15 @@ def test_a_custom_reward_adds_its_weighted_value() -> None:
     result = build_reward_fn(settings, "####")("#### 18", "18", 2)
     assert result["custom_reward"] == -0.7
     assert result["reward"] == pytest.approx(0.65)
+
+
+@pytest.mark.usefixtures("custom_module")
+@pytest.mark.parametrize(
+    ("name", "value"), [("told", 1.0), ("length", 7.0), ("all_of_it", 3.0), ("question_first", 1.0)]
+)
+def test_a_custom_reward_is_told_what_it_has_arguments_for(name: str, value: float) -> None:
+    reward_fn = build_reward_fn(RewardSettings(answer=0.0, custom=f"my_rewards:{name}"), "####")
+    assert reward_fn("#### 18", "18", 7, "How many?", truncated=True)["custom_reward"] == value
 
 
 @pytest.mark.usefixtures("custom_module")
@@ -199,6 +213,7 @@ class Scored:
 def of_one(completion): return "\\d"
 def of_three(completion, gold, scale): return 0
 def named(completion, gold, *, scale): return 0
+def judged(completion, gold, question, *, truncated, num_tokens=0): return 0
 async def later(completion, gold): return 0
 NUMBER = 3
 def outer(completion, gold):
@@ -211,7 +226,8 @@ raise SystemExit
 @pytest.mark.parametrize(
     "name",
     ["math", "paths", "root", "dist", "either", "no_such_name", "decorated", "optional", "three",
-     "any_number", "assigned", "first", "one", "two", "rest", "typed", "Scored", "outer"],
+     "any_number", "assigned", "first", "one", "two", "rest", "typed", "Scored", "outer",
+     "judged"],
 )  # fmt: skip
 def test_a_name_that_a_module_gives_itself_may_be_a_custom_reward(
     name: str, tmp_path: Path
@@ -244,11 +260,11 @@ def test_a_name_that_is_made_up_when_the_module_is_executed_is_left_to_the_job(
         *((name, f" has no function '{name}'; name one that it has")
           for name in ("completion", "os", "method", "within", "unpacked", "sqrt")),
         ("of_one", ", line 23: 'of_one' takes (completion); a reward is called as "
-         "fn(completion, gold): give it two arguments"),
+         "fn(completion, gold): give it two arguments, and others only of the names question, "),
         ("of_three", ", line 24: 'of_three' takes (completion, gold, scale); a reward is "),
         ("named", ", line 25: 'named' takes (completion, gold, *, scale); a reward is called as "),
-        ("later", ", line 26: 'later' is async; a reward is called as fn(completion, gold)"),
-        ("NUMBER", ", line 27: 'NUMBER' is no function; name one"),
+        ("later", ", line 27: 'later' is async; a reward is called as fn(completion, gold)"),
+        ("NUMBER", ", line 28: 'NUMBER' is no function; name one"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_called_as_a_reward_is_told_without_executing_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import shutil
@@ -21,6 +22,7 @@ from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.models import load_tokenizer
+from gsm8k_core.problems import read_problems
 from gsm8k_core.training import TrainingRun
 
 GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
@@ -653,6 +655,28 @@ def test_a_custom_reward_that_returns_no_number_stops_with_its_name(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(TrainingError, match="my_rewards:nothing"):
         train("train_grpo", "grpo", **{**SMALL, "reward": {"custom": "my_rewards:nothing"}})
+
+
+def test_a_custom_reward_is_told_the_question_and_whether_the_completion_was_cut(
+    train: Callable[..., Path],
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "judges.py").write_text(
+        "asked = []\n"
+        "def judge(completion, gold, question, truncated):\n"
+        "    asked.append(question)\n"
+        "    return truncated\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"reward": {"custom": "judges:judge"}, "num_steps": 1}
+    (row,) = metrics_of(train("train_grpo", "grpo", **{**SMALL, **own}))
+    assert row["custom_reward_mean"] == row["truncated_fraction"] > 0
+    questions = {problem.question for problem in read_problems(arithmetic_folder / "train.jsonl")}
+    asked = importlib.import_module("judges").asked
+    assert len(asked) == 32 and set(asked) <= questions
 
 
 def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:
