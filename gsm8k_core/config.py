@@ -507,6 +507,9 @@ class DpoMethod(TrainSettings):
     """Pairs per optimizer step."""
     beta: PositiveFiniteFloat = 0.1
     """Strength of the implicit KL to the parent (eq. 7)."""
+    nll_coefficient: NonNegativeFloat = 0.0
+    """Weight of the chosen completion's cross-entropy per token, added to the loss of its pair
+    (Pang et al. 2024, eq. 1), which keeps its probability from falling with that of the other."""
 
 
 class LengthRewardSettings(Settings):

@@ -154,6 +154,9 @@ def main(argv: list[str] | None = None) -> int:
                 ref_chosen, ref_rejected = sequence_log_probs(run, reference, part, pad_id)
             chosen, rejected = sequence_log_probs(run, run.model, part, pad_id)
             losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)
+            nll = -chosen / torch.tensor([len(pair.chosen_ids) for pair in part], device=run.device)
+            metrics["chosen_nll"] = nll.detach()
+            losses = losses + settings.nll_coefficient * nll
             # Of a group that is empty, the pair that stands in for it has no part in the loss.
             (losses[: len(group)].sum() / len(chosen_pairs)).backward()
             for name, values in {"loss": losses, **metrics}.items():

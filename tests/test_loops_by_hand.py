@@ -648,13 +648,14 @@ def texts(reader: Reader, arithmetic_folder: Path) -> list[tuple[str, list[int],
     return found
 
 
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_the_updates_of_dpo_are_those_of_its_paper(
+@pytest.mark.parametrize(("beta", "nll_coefficient"), [(0.1, 0.0), (2.0, 0.0), (0.1, 1.5)])
+def test_the_updates_of_dpo_and_rpo_are_those_of_their_papers(
     record: Callable[..., Recorded],
     reader: Reader,
     texts: list[tuple[str, list[int], list[int]]],
     tmp_path: Path,
     beta: float,
+    nll_coefficient: float,
 ) -> None:
     # Preferred is a problem's own solution to that of another one, which is of another length.
     pairs = [
@@ -665,7 +666,8 @@ def test_the_updates_of_dpo_are_those_of_its_paper(
     names = ("question", "chosen_ids", "rejected_ids")
     write_jsonl(data, [dict(zip(names, (q, c, r), strict=True)) for q, _, c, r in pairs])
     # A step has all pairs, so their order does not matter.
-    found = record("train_dpo", "dpo", data=data, **COMMON, batch_size=len(pairs), beta=beta)
+    own = {"batch_size": len(pairs), "beta": beta, "nll_coefficient": nll_coefficient}
+    found = record("train_dpo", "dpo", data=data, **COMMON, **own)
 
     with torch.no_grad():  # the reference is the starting model
         reader.load(reader.starting_weights)
@@ -676,7 +678,7 @@ def test_the_updates_of_dpo_are_those_of_its_paper(
     for update, row in zip(step.updates, found.rows, strict=True):
         reader.load(update.before)
         rewards: dict[str, list[float]] = {"chosen": [], "rejected": []}
-        losses = []
+        losses, cross_entropies = [], []
         for (_, prompt, chosen, rejected), of_chosen, of_rejected in zip(
             pairs, ref_chosen, ref_rejected, strict=True
         ):
@@ -684,6 +686,9 @@ def test_the_updates_of_dpo_are_those_of_its_paper(
             reward_chosen = beta * (total(reader.log_probs(prompt, chosen)) - of_chosen)
             reward_rejected = beta * (total(reader.log_probs(prompt, rejected)) - of_rejected)
             losses.append(-torch.log(1 / (1 + torch.exp(reward_rejected - reward_chosen))))
+            # Pang et al. 2024, eq. 1: -α·log π(y_w) / |y_w|
+            cross_entropies.append(-total(reader.log_probs(prompt, chosen)) / len(chosen))
+            losses[-1] = losses[-1] + nll_coefficient * cross_entropies[-1]
             rewards["chosen"].append(reward_chosen.item())
             rewards["rejected"].append(reward_rejected.item())
         loss = total(losses) / len(losses)
@@ -696,6 +701,7 @@ def test_the_updates_of_dpo_are_those_of_its_paper(
             "chosen_reward": mean(rewards["chosen"]),
             "rejected_reward": mean(rewards["rejected"]),
             "margin": mean(rewards["chosen"]) - mean(rewards["rejected"]),
+            "chosen_nll": mean([value.item() for value in cross_entropies]),
         }
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
