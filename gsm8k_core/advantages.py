@@ -19,7 +19,12 @@ import torch
 from gsm8k_core.errors import TrainingError
 
 AdvantageEstimator = Literal[
-    "group_zscore", "group_centered", "leave_one_out", "batch_zscore", "raw"
+    "group_zscore",
+    "group_centered",
+    "group_centered_batch_std",
+    "leave_one_out",
+    "batch_zscore",
+    "raw",
 ]
 RewardFunction = Callable[[str, str], dict[str, float]]
 
@@ -34,13 +39,15 @@ def compute_advantages(
 
     - `group_zscore`: (r - mean) / (std + epsilon) over the group (GRPO, Shao et al. 2024, §4.1.2);
     - `group_centered`: r - mean over the group (Dr. GRPO, Liu et al. 2025, §3.2);
+    - `group_centered_batch_std`: that over (std + epsilon) of all N of them (REINFORCE++ with a
+      group baseline, Hu et al. 2025);
     - `leave_one_out`: r - mean of the others in the group (RLOO, Ahmadian et al. 2024);
     - `batch_zscore`: (r - mean) / (std + epsilon) over all N (REINFORCE++, Hu et al. 2025);
     - `raw`: r itself.
 
     The std is the unbiased one (divided by the count less one). A group of one has nothing to be
-    compared with: its advantage is 0 for `group_zscore` and `group_centered`, and `leave_one_out`
-    is not defined. Raises TrainingError that names completion and prompt if a reward is NaN or
+    compared with: its advantage is 0 where the group's mean is taken off, and `leave_one_out` is
+    not defined. Raises TrainingError that names completion and prompt if a reward is NaN or
     infinite, ValueError if rewards are no tensor of floats or N is no multiple of the group size.
     """
     _check_rewards(rewards, group_size)
@@ -53,6 +60,9 @@ def compute_advantages(
         return _zscore(groups, epsilon).reshape(-1)
     if estimator == "group_centered":
         return _centered(groups).reshape(-1)
+    if estimator == "group_centered_batch_std":
+        # Their mean is 0 but for rounding, which must not make a 0 anything else.
+        return _scaled(_centered(groups).reshape(-1), epsilon)
     if estimator == "leave_one_out":
         if group_size < 2:
             raise ValueError("leave_one_out needs a group size of 2 or more")
@@ -147,10 +157,14 @@ def _centered(groups: torch.Tensor) -> torch.Tensor:
 
 def _zscore(groups: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Centered rewards over their unbiased std plus epsilon; exactly 0 where all are equal."""
-    centered = _centered(groups)
-    if groups.shape[-1] < 2:
+    return _scaled(_centered(groups), epsilon)
+
+
+def _scaled(centered: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """What is centered over the last dimension, over its unbiased std plus epsilon; 0 stays 0."""
+    if centered.shape[-1] < 2:
         return centered  # already 0; the std of one value does not exist
-    scale = groups.std(dim=-1, keepdim=True) + epsilon
+    scale = centered.std(dim=-1, keepdim=True) + epsilon
     # With epsilon 0 and equal rewards, 0/0 would be NaN.
     return torch.where(centered == 0, torch.zeros_like(centered), centered / scale)
 

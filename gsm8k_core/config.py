@@ -36,7 +36,7 @@ from gsm8k_core.redaction import is_secret_name, redact, secrets_in_settings
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 # Advantages that compare completions of one prompt.
-AMONG_A_GROUP = ("group_zscore", "group_centered", "leave_one_out")
+AMONG_A_GROUP = ("group_zscore", "group_centered", "group_centered_batch_std", "leave_one_out")
 # Full fine-tuning from this rate on, and solutions in fewer tokens, suit the embedded model alone.
 DOUBTFUL_LEARNING_RATE = 1e-4
 DOUBTFUL_NEW_TOKENS = 64
@@ -581,9 +581,14 @@ class GrpoMethod(TrainSettings):
     reward: RewardSettings = RewardSettings()
     """What a completion is worth."""
 
-    advantage: Literal["group_zscore", "group_centered", "leave_one_out", "batch_zscore", "raw"] = (
-        "group_zscore"
-    )
+    advantage: Literal[
+        "group_zscore",
+        "group_centered",
+        "group_centered_batch_std",
+        "leave_one_out",
+        "batch_zscore",
+        "raw",
+    ] = "group_zscore"
     """What a reward is compared with: see `gsm8k_core.advantages`."""
     advantage_epsilon: NonNegativeFloat = 1e-6
     """Added to the standard deviation that z-scores divide by."""

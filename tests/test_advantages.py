@@ -19,7 +19,9 @@ from gsm8k_core.advantages import (
 )
 from gsm8k_core.errors import TrainingError
 
-RELATIVE_TO_GROUP: list[AdvantageEstimator] = ["group_zscore", "group_centered", "leave_one_out"]
+RELATIVE_TO_GROUP: list[AdvantageEstimator] = [
+    "group_zscore", "group_centered", "group_centered_batch_std", "leave_one_out",
+]  # fmt: skip
 EVERY_ESTIMATOR: list[AdvantageEstimator] = [*RELATIVE_TO_GROUP, "batch_zscore", "raw"]
 
 
@@ -37,13 +39,16 @@ def loop_advantages(
             advantages.append(reward)
         elif estimator == "leave_one_out":
             advantages.append(reward - statistics.fmean(others))
-        elif estimator == "group_centered":
+        elif estimator.startswith("group_centered"):
             advantages.append(reward - statistics.fmean(compared))
         elif len(set(compared)) == 1:
             advantages.append(0.0)
         else:
             std = statistics.stdev(compared)
             advantages.append((reward - statistics.fmean(compared)) / (std + epsilon))
+    if estimator == "group_centered_batch_std" and len(advantages) > 1:
+        std = statistics.stdev(advantages)
+        advantages = [one and one / (std + epsilon) for one in advantages]
     return advantages
 
 
@@ -53,6 +58,8 @@ def loop_advantages(
         # groups [1, 0, 0, 0] (mean 1/4, variance (9/16 + 3/16)/3 = 1/4) and [1, 1, 1, 1]
         ("group_zscore", [1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]),
         ("group_centered", [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]),
+        # variance of these eight about 0: (9/16 + 3/16)/7 = 3/28, std 0.32733
+        ("group_centered_batch_std", [2.29129, -0.76376, -0.76376, -0.76376, 0, 0, 0, 0]),
         ("leave_one_out", [1, -1 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0]),
         # mean 5/8, variance (5·(3/8)² + 3·(5/8)²)/7 = 15/56, std 0.51755
         ("batch_zscore", [0.72457] + [-1.20761] * 3 + [0.72457] * 4),

@@ -248,6 +248,14 @@ def batch_zscore(rewards: ByGroup) -> ByGroup:
     return [[next(every) for _ in group] for group in rewards]
 
 
+def group_centered_batch_std(rewards: ByGroup) -> ByGroup:
+    """A_i = r_i - mean of the group, over the std of all of these (REINFORCE++-baseline)."""
+    centered = group_centered(rewards)
+    every = [a for group in centered for a in group]
+    std = math.sqrt(sum(a**2 for a in every) / (len(every) - 1))
+    return [[a / (std + EPSILON) for a in group] for group in centered]
+
+
 # ------------------------------------------------------------- what is made larger, token by token
 
 
@@ -336,6 +344,7 @@ RECIPES = {
     "gspo": Recipe(group_zscore, gspo(3e-4, 4e-4), sequence_mean),
     "cispo": Recipe(group_zscore, cispo(4.0), token_mean),
     "reinforce_pp": Recipe(batch_zscore, ppo_clip(0.2, 0.2), token_mean),
+    "reinforce_pp_baseline": Recipe(group_centered_batch_std, ppo_clip(0.2, 0.2), token_mean),
 }
 # What config.yaml adds to DAPO: dynamic sampling (§3.2), overlong punishment (eq. 13).
 OVERLONG_BUFFER = {"dapo": 8}

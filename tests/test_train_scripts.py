@@ -25,7 +25,10 @@ from gsm8k_core.models import load_tokenizer
 from gsm8k_core.problems import read_problems
 from gsm8k_core.training import TrainingRun
 
-GRPO_PRESETS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
+GRPO_PRESETS = (
+    "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp",
+    "reinforce_pp_baseline",
+)  # fmt: skip
 SMALL: dict[str, Any] = {
     "num_steps": 2,
     "prompts_per_step": 8,
