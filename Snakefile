@@ -10,8 +10,9 @@ import os
 configfile: "config.yaml"
 
 
-# For `--sdm apptainer`: an image that was built from the Dockerfile (docs/cluster.md). None is published, so
-# $GSM8K_IMAGE has to name one. Without --sdm the environment that runs snakemake is used.
+# For `--sdm apptainer`: an image that was built from the Dockerfile, by hand or by the workflow build.yml of
+# one's own repository (docs/cluster.md). None is the default, so $GSM8K_IMAGE has to name one. Without --sdm
+# the environment that runs snakemake is used.
 container: os.environ.get("GSM8K_IMAGE", "docker://localhost/name-one-in-GSM8K_IMAGE")
 
 

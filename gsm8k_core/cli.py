@@ -393,7 +393,11 @@ def training_parser(documentation: str | None) -> argparse.ArgumentParser:
 def study_parser(documentation: str | None) -> argparse.ArgumentParser:
     """The arguments of what reads all runs of a study."""
     arguments = parser(documentation)
-    arguments.add_argument("--study", help="the study, as JSON or a file with it, or:")
+    arguments.add_argument(
+        "--study",
+        metavar="JSON|FILE",
+        help="what the workflow passes about the study, instead of --config",
+    )
     add_config_argument(arguments)
     arguments.add_argument("--study-dir", type=Path, required=True, help="folder with the runs")
     arguments.add_argument("--manifest", type=Path, help="record of this call to write, JSON")

@@ -136,7 +136,9 @@ class Gsm8kDataset(Settings):
 
     kind: Literal["gsm8k"]
     path: str | None = None
-    """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR."""
+    """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR. While that
+    is set, it replaces the hub for every dataset of this kind without a `path`, also for one with a
+    `hub_id` of its own."""
     hub_id: str = "openai/gsm8k"
     """Dataset on the hub."""
     hub_config: str = "main"

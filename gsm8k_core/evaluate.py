@@ -1,4 +1,4 @@
-"""Evaluate a model without a study: system, data, weights, completions, grades, lock, record.
+"""Evaluate a model without a study: prepare problems and weights, generate, grade, record.
 
     python -m gsm8k_core.cli eval --limit 100
     python -m gsm8k_core.cli eval --model artifacts/experiments/default/tiny-qwen2/grpo/seed0/model

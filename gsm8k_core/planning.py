@@ -15,6 +15,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -49,24 +50,31 @@ SECONDS_OF_START, SECONDS_PER_JOB = 3.0, 0.0022
 GSM8K_TEST_PROBLEMS = 1319
 
 
+def _assumed(value: Any, help_text: str) -> Any:
+    """A field of `Assumptions` with its default and what its flag says."""
+    return field(default=value, metadata={"help": help_text})
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What the arithmetic stands on where nothing was measured."""
 
-    gpu_flops: float = 312e12
-    """Peak of one GPU: bfloat16 of an A100, by its data sheet."""
-    cpu_flops: float = 50e9
-    """Peak of a job without a GPU."""
-    training_utilisation: float = 0.3
-    sampling_utilisation: float = 0.1
-    """Share of the peak that is reached. Decoding waits for memory."""
-    sampling_seconds_per_token: float = 70e-6
-    """The least on a GPU, however small the model: vLLM's Python (docs/experiments.md)."""
-    engine_start_seconds: float = 60.0
-    """Start of vLLM on a GPU, once in each job that samples."""
-    prompt_tokens: int = 150
-    completion_tokens: int = 250
-    """Mean lengths; no completion is longer than its `max_new_tokens`."""
+    gpu_flops: float = _assumed(312e12, "peak FLOP/s of one GPU; bfloat16 of an A100, by its sheet")
+    cpu_flops: float = _assumed(50e9, "peak FLOP/s of a job without a GPU")
+    training_utilisation: float = _assumed(0.3, "share of the peak reached in training, 0 to 1")
+    # Decoding waits for memory.
+    sampling_utilisation: float = _assumed(0.1, "share of the peak reached in sampling, 0 to 1")
+    # vLLM's Python (docs/experiments.md).
+    sampling_seconds_per_token: float = _assumed(
+        70e-6, "least seconds per sampled token on a GPU, however small the model"
+    )
+    engine_start_seconds: float = _assumed(
+        60.0, "seconds that vLLM takes to start on a GPU, in each job that samples"
+    )
+    prompt_tokens: int = _assumed(150, "mean length of a prompt, in tokens")
+    completion_tokens: int = _assumed(
+        250, "mean length of a completion, in tokens; none is longer than its max_new_tokens"
+    )
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of models that are not on this machine, by name."""
 

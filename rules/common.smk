@@ -110,8 +110,8 @@ def listed(heading, lines):
 IN_CONTAINER = bool(workflow.deployment_settings.deployment_method)
 if workflow.is_main_process and IN_CONTAINER and not os.environ.get("GSM8K_IMAGE"):
     raise WorkflowError(
-        "`--sdm` runs jobs in an image, and none is published: name yours in GSM8K_IMAGE "
-        "(docs/cluster.md tells how to build one)."
+        "`--sdm` runs jobs in an image, and none is the default: name yours in GSM8K_IMAGE "
+        "(docs/cluster.md tells how to build one, or to take one that your repository has pushed)."
     )
 
 # Jobs may run where a path is not: what it holds was copied here before. Unlocking needs none.

@@ -123,7 +123,12 @@ def _cell(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--output", type=Path, default=Path("docs/settings.md"))
+    arguments.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/settings.md"),
+        help="page to write (default: docs/settings.md)",
+    )
     args = arguments.parse_args(argv)
     write_text(args.output, page())
     return 0

@@ -59,14 +59,22 @@ def main(argv: list[str] | None = None) -> int:
         "--cpu-jobs", type=positive, default=1, help="jobs without a GPU at once (default: 1)"
     )
     arguments.add_argument(
-        "--parameters", nargs="+", default=[], metavar="MODEL=N", help="sizes, such as NAME=494e6"
+        "--parameters",
+        nargs="+",
+        default=[],
+        metavar="MODEL=N",
+        help="numbers of parameters of models that are not here yet, such as NAME=494e6",
     )
     for item in fields(Assumptions):
         if item.name != "parameters":
             flag = "--" + item.name.replace("_", "-")
             kind = positive if isinstance(item.default, int) else number_for(item.name)
             arguments.add_argument(
-                flag, type=kind, default=item.default, help="default: %(default)s"
+                flag,
+                type=kind,
+                default=item.default,
+                metavar="N",
+                help=f"{item.metadata['help']} (default: {item.default:g})",
             )
     arguments.add_argument("--dry-run", action="store_true", help="also time `snakemake -n`")
     arguments.add_argument("--json", action="store_true", help="JSON instead of Markdown")

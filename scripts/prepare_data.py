@@ -5,8 +5,10 @@ revision, else from GitHub at a pinned commit; its content digest must be the pi
 GSM8K-Platinum and the worked examples of lm-evaluation-harness are made from it. `arithmetic` and
 `gsm_symbolic` are generated from their seed.
 
-    python scripts/prepare_data.py --dataset arithmetic --output-dir artifacts/arithmetic
-    GSM8K_DIR=~/gsm8k python scripts/prepare_data.py --dataset gsm8k --output-dir artifacts/gsm8k
+    python scripts/prepare_data.py --dataset arithmetic --output-dir /tmp/arithmetic
+    GSM8K_DIR=~/gsm8k python scripts/prepare_data.py --dataset gsm8k --output-dir /tmp/gsm8k
+
+Do not write into artifacts/ where a study is: for newer data there, snakemake trains it again.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "--dataset", required=True, help="its name (without --settings, one of the config)"
     )
     add_settings_arguments(arguments)
-    arguments.add_argument("--output-dir", type=Path, required=True)
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the dataset's folder")
     args = arguments.parse_args(argv)
 
     settings = given_settings(args, DatasetSettings)

