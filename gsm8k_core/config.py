@@ -136,11 +136,10 @@ class Gsm8kDataset(Settings):
 
     kind: Literal["gsm8k"]
     path: str | None = None
-    """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR. While that
-    is set, it replaces the hub for every dataset of this kind without a `path`, also for one with a
-    `hub_id` of its own."""
+    """Folder with train.jsonl and test.jsonl; unset: the environment variable GSM8K_DIR, if the
+    `hub_id` is GSM8K's."""
     hub_id: str = "openai/gsm8k"
-    """Dataset on the hub."""
+    """Dataset on the hub. One of your own has no other source."""
     hub_config: str = "main"
     """Its configuration (subset)."""
     revision: str = "740312add88f781978c0658806c59bc2815b9866"
@@ -162,6 +161,11 @@ class Gsm8kDataset(Settings):
     """Rows of train drawn for each test problem, for prompts with `examples: of_problem`."""
     examples_seed: Integer = 1234
     """Seed of that draw; 1234 draws what lm-evaluation-harness draws."""
+
+    @property
+    def is_on_hub_alone(self) -> bool:
+        """Whether it is a dataset of the user's own: $GSM8K_DIR and GitHub have GSM8K itself."""
+        return self.path is None and self.hub_id != type(self).model_fields["hub_id"].default
 
     def without_source(self) -> Gsm8kDataset:
         """What decides the problems: the digests do, wherever the rows are had from."""

@@ -80,11 +80,11 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
     """Raw rows of both splits and where they came from, verified against the pinned digests.
 
     Sources in order: `settings.path` or $GSM8K_DIR (if either is set, it alone is used), the hub at
-    the pinned revision, GitHub at the pinned commit. Raises DataError when none can be had, when
+    the pinned revision, GitHub at the pinned commit; for a `hub_id` other than GSM8K's, the hub
+    alone. Raises DataError when none can be had, when
     rows are no problems (all of them are named), or when a split is not the pinned one.
     """
-    local = settings.path or os.environ.get("GSM8K_DIR")
-    if local:
+    if local := local_folder(settings):
         folder = Path(local).expanduser()
         names = {split: str(folder / f"{split}.jsonl") for split in SPLITS}
         source, where = "local folder", " ($GSM8K_DIR)" * (settings.path is None)
@@ -96,7 +96,8 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         }
     else:
         splits, source = _download(settings)
-        names, where = {split: f"GSM8K {split}" for split in SPLITS}, f" (source: {source})"
+        name = settings.hub_id if settings.is_on_hub_alone else "GSM8K"
+        names, where = {split: f"{name} {split}" for split in SPLITS}, f" (source: {source})"
         faults = {
             split: _faults(dict(enumerate(rows, start=1)), names[split], split)
             for split, rows in splits.items()
@@ -108,6 +109,13 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         raise DataError(f"{'; '.join(listed)}. Mend these; then the digests are compared")
     _verify(splits, names, settings.digests, where)
     return splits, source
+
+
+def local_folder(settings: Gsm8kDataset) -> str | None:
+    """The folder that the rows lie in; None where they are to be downloaded."""
+    if settings.path or settings.is_on_hub_alone:
+        return settings.path
+    return os.environ.get("GSM8K_DIR")
 
 
 def _read_rows(path: str) -> tuple[dict[int, Json], list[str]]:
@@ -163,14 +171,22 @@ def _verify(
 
 
 def _download(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
+    sources = {"hub": _from_hub, "GitHub": _from_github}
+    if settings.is_on_hub_alone:
+        del sources["GitHub"]
     faults = []
-    for name, fetch in (("hub", _from_hub), ("GitHub", _from_github)):
+    for name, fetch in sources.items():
         try:
             return fetch(settings)
         except (OSError, ValueError, DataError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             log.info("GSM8K: %s cannot serve it: %s", name, reason)
             faults.append(f"{name}: {reason}")
+    if settings.is_on_hub_alone:
+        raise DataError(
+            f"{settings.hub_id} could not be fetched ({'; '.join(faults)}). Without a network, set "
+            "datasets.<name>.path to a folder with its train.jsonl and test.jsonl."
+        )
     raise DataError(
         "GSM8K could not be fetched (" + "; ".join(faults) + "). Without a network, set GSM8K_DIR "
         "(or datasets.gsm8k.path) to a folder with its train.jsonl and test.jsonl."

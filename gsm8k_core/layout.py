@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from gsm8k_core.config import (
     Settings,
     SftMethod,
 )
-from gsm8k_core.data import SPLITS, make_gsm8k
+from gsm8k_core.data import SPLITS, local_folder, make_gsm8k
 from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_record
@@ -181,7 +180,7 @@ class Layout:
         and with that every run.
         """
         dataset = self.config.datasets[name]
-        if isinstance(dataset, Gsm8kDataset) and (dataset.path or os.environ.get("GSM8K_DIR")):
+        if isinstance(dataset, Gsm8kDataset) and local_folder(dataset):
             try:
                 make_gsm8k(dataset)
             except DataError as error:

@@ -280,6 +280,20 @@ def test_github_is_asked_when_the_hub_cannot_be_reached(
     assert asked == [f"{start}/train.jsonl", f"{start}/test.jsonl"]
 
 
+def test_a_dataset_of_ones_own_on_the_hub_is_never_gsm8k_from_elsewhere(
+    serve: Callable[[dict[str, Any]], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, rows in ROWS.items():
+        (tmp_path / f"{split}.jsonl").write_bytes(to_jsonl(rows))
+    monkeypatch.setenv("GSM8K_DIR", str(tmp_path))
+    assert fetch_gsm8k(settings())[1] == "local folder"
+    asked = serve({split: to_jsonl(rows) for split, rows in ROWS.items()})
+    with pytest.raises(DataError, match="^mine/maths could not be fetched .hub: no route to the"):
+        fetch_gsm8k(settings(hub_id="mine/maths"))
+    assert asked == []
+    assert fetch_gsm8k(settings(hub_id="mine/maths", path=str(tmp_path)))[0] == ROWS
+
+
 TRAIN = to_jsonl(ROWS["train"])
 
 
