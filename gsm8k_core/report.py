@@ -55,6 +55,9 @@ from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
     MAX_BANDS,
+    MEASURES,
+    PASS_AT_1_NOTE,
+    compared_by_pass_at_1,
     counted,
     has_clusters,
     level_text,
@@ -310,6 +313,7 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
         "context": _context(subject),
         "findings": _findings(subject, leads),
         "table": _table(subject),
+        "pass_at_1_table": _pass_at_1_table(subject),
         "seed_table": _seed_table(subject),
         "cost_table": _cost_table(subject),
         "flagged": any(_flags(row) for row in rows),
@@ -617,10 +621,7 @@ def _compared(subject: Subject) -> list[int]:
 def _table(subject: Subject) -> Json:
     rows = subject.rows
     columns: list[tuple[str, Any]] = [("seeds", _seeds_cell), ("right", _accuracy_cell)]
-    for reference, title in (("parent", "against its parent"), ("base", "against base")):
-        if any(row[f"delta_vs_{reference}"] is not None for row in rows):
-            columns.append((f"{title}, points", _difference_cell(reference)))
-            columns.append(("p", _p_cell(reference)))
+    columns += _difference_columns(rows, MEASURES["accuracy"])
     if any(row["num_samples"] for row in rows):
         columns.append(("sampled pass@1", _sampled_cell("pass_at_1")))
     largest = {powers_up_to(row["num_samples"])[-1] for row in rows if row["num_samples"]}
@@ -631,7 +632,7 @@ def _table(subject: Subject) -> Json:
         if any(row[name] is not None for row in rows):
             columns.append((title, _share_cell(name)))
     if any(row["smallest_detectable_delta"] is not None for row in rows):
-        columns.append(("detectable from", _detectable_cell))
+        columns.append(("detectable from", _detectable_cell(MEASURES["accuracy"])))
     return {
         "columns": [title for title, _ in columns],
         "rows": [
@@ -643,6 +644,22 @@ def _table(subject: Subject) -> Json:
             }
             for row in rows
         ],
+    }
+
+
+def _pass_at_1_table(subject: Subject) -> Json:
+    """Differences of sampled pass@1; without rows where they are those of accuracy."""
+    rows = compared_by_pass_at_1(subject.rows)
+    of = MEASURES["pass_at_1"]
+    columns: list[tuple[str, Any]] = [("sampled pass@1", _sampled_cell("pass_at_1"))]
+    columns += _difference_columns(rows, of)
+    columns.append(("detectable from", _detectable_cell(of)))
+    return {
+        "columns": [title for title, _ in columns],
+        "rows": [
+            {"method": row["method"], "cells": [make(row) for _, make in columns]} for row in rows
+        ],
+        "note": PASS_AT_1_NOTE,
     }
 
 
@@ -698,9 +715,19 @@ def _share_cell(name: str) -> Any:
     return make
 
 
-def _difference_cell(reference: str) -> Any:
+def _difference_columns(rows: list[Json], of: str) -> list[tuple[str, Any]]:
+    """Differences to the parent and to the base with their p-values; `of` as in `MEASURES`."""
+    columns: list[tuple[str, Any]] = []
+    for reference, title in (("parent", "against its parent"), ("base", "against base")):
+        if any(row[f"delta{of}_vs_{reference}"] is not None for row in rows):
+            columns.append((f"{title}, points", _difference_cell(reference, of)))
+            columns.append(("p", _p_cell(reference, of)))
+    return columns
+
+
+def _difference_cell(reference: str, of: str) -> Any:
     def make(row: Json) -> Json:
-        name = f"delta_vs_{reference}"
+        name = f"delta{of}_vs_{reference}"
         if row[name] is None:
             return _cell("")
         against = row["parent"] if reference == "parent" else ""
@@ -709,18 +736,21 @@ def _difference_cell(reference: str) -> Any:
     return make
 
 
-def _p_cell(reference: str) -> Any:
+def _p_cell(reference: str, of: str = "") -> Any:
     def make(row: Json) -> Json:
-        return _cell(p_text(row[f"p_value_vs_{reference}_holm"]))
+        return _cell(p_text(row[f"p_value{of}_vs_{reference}_holm"]))
 
     return make
 
 
-def _detectable_cell(row: Json) -> Json:
-    value = row["smallest_detectable_delta"]
-    if value is None:
-        return _cell("")
-    return _cell("over 100" if value > 1 else _plain(value))
+def _detectable_cell(of: str) -> Any:
+    def make(row: Json) -> Json:
+        value = row[f"smallest_detectable_delta{of}"]
+        if value is None:
+            return _cell("")
+        return _cell("over 100" if value > 1 else _plain(value))
+
+    return make
 
 
 def _table_note(subject: Subject) -> str:

@@ -75,7 +75,7 @@ from gsm8k_core.report_charts import (
     length_chart,
     pass_at_k_chart,
 )
-from gsm8k_core.tables import SCHEMA
+from gsm8k_core.tables import SCHEMA, p_text
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -273,6 +273,28 @@ def test_charts_and_problems_show_the_shares_of_the_comparison(page: Page, paths
         if number >= len(HOSTILE):
             assert problem["greedy"] == list(map(int, solved))
         assert problem["sampled"] == [0.667 * one for one in solved]
+
+
+def test_differences_of_pass_at_1_stand_in_a_table_of_their_own(page: Page, paths: Paths) -> None:
+    text = squeezed(page.text)
+    assert "Differences of pass@1, the mean over samples" in text
+    assert "Decide before the study which of them is the question" in text
+    table = page.text.partition("Differences of pass@1, the mean")[2].partition("Decide before")[0]
+    lines = [line.strip() for line in table.split("\n")]
+    for row in pl.read_parquet(paths["comparison"]).iter_rows(named=True):
+        if row["method"] == "base":
+            assert "base" not in lines
+            continue
+        at = lines.index(row["method"])
+        pass_at_1, parent, p_parent, base, p_base, _ = lines[at + 1 : at + 7]
+        assert pass_at_1.startswith(f"{100 * row['pass_at_1']:.1f} % [")
+        for kind, shown, p_value in (("parent", parent, p_parent), ("base", base, p_base)):
+            numbers = [
+                row[f"delta_pass_at_1_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")
+            ]
+            delta, low, high = (f"{100 * one:+.1f}".replace("-", "−") for one in numbers)
+            assert shown.startswith(f"{delta} [{low}, {high}]")
+            assert p_value == p_text(row[f"p_value_pass_at_1_vs_{kind}_holm"])
 
 
 def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:

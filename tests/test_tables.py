@@ -21,6 +21,7 @@ from gsm8k_core.files import read_json, write_json, write_jsonl
 from gsm8k_core.metrics import holm, mean_interval, paired_difference, pass_at_k, wilson_interval
 from gsm8k_core.tables import (
     COST_COLUMNS,
+    PASS_AT_1_COLUMNS,
     PASS_AT_K_SCHEMA,
     QUALITY_COLUMNS,
     SAMPLING_COLUMNS,
@@ -435,6 +436,86 @@ def test_p_values_are_corrected_over_all_methods_and_suites_of_a_model(study_dir
     assert twice.height == 4
 
 
+def sampled(method: str, seed: int, suite: str) -> np.ndarray[Any, Any]:
+    """Which of two samples of 40 problems are right, (40, 2)."""
+    first = np.array(outcomes(method, seed))
+    second = np.roll(first, len(suite)) & (np.arange(40) % 5 > seed % 2)
+    return np.stack([first, second], axis=1)
+
+
+def sample_suite(study_dir: Path, suite: str, greedy: bool = True) -> None:
+    """Grade two samples a problem of every run, and a greedy completion."""
+    for run in study_dir.glob("*/*/seed*"):
+        method, seed = run.parent.name, int(run.name.removeprefix("seed"))
+        rows = [
+            completion(f"p{i:02d}", RIGHT if right else WRONG, "sample", index)
+            for i, of_problem in enumerate(sampled(method, seed, suite))
+            for index, right in enumerate(of_problem)
+        ]
+        if greedy:
+            rows += [
+                completion(f"p{i:02d}", RIGHT if right else WRONG)
+                for i, right in enumerate(outcomes(method, seed))
+            ]
+        run_grade(run, rows, suite=suite, method=method, seed=seed)
+
+
+def test_differences_of_pass_at_1_are_paired_and_corrected_by_themselves(study_dir: Path) -> None:
+    sample_suite(study_dir, "test")
+    sample_suite(study_dir, "sampled", greedy=False)
+    frame = build(make_study(suites=["test", "sampled"]), study_dir)
+    for suite in ("test", "sampled"):
+        shares = {
+            method: np.stack([sampled(method, seed, suite).mean(axis=1) for seed in seeds])
+            for method, seeds in (("base", [0]), ("sft", [3, 5]), ("grpo", [3, 5]))
+        }
+        row = row_of(frame, "grpo", suite=suite)
+        for kind, other, suffix in (("parent", "sft", ""), ("base", "base", "_vs_base")):
+            delta = f"delta_pass_at_1_vs_{kind}"
+            found = [row[f"{delta}{end}"] for end in ("", "_ci_low", "_ci_high")]
+            found += [row[f"p_value_pass_at_1_vs_{kind}"]]
+            found += [row[f"smallest_detectable_delta_pass_at_1{suffix}"]]
+            assert found == pytest.approx(list(paired_difference(shares["grpo"], shares[other])))
+            assert row[delta] != row[f"delta_vs_{kind}"] or suite == "sampled"
+    once = pl.col("parent").ne_missing(pl.col("base"))
+    for kind, family, size in (("parent", pl.lit(True), 4), ("base", once, 2)):
+        part = frame.filter((pl.col("model") == "m1") & family)
+        for of in ("", "_pass_at_1"):
+            expected = holm(part[f"p_value{of}_vs_{kind}"].to_list())
+            assert part[f"p_value{of}_vs_{kind}_holm"].to_list() == expected
+            assert len([value for value in expected if value is not None]) == size
+    sft = row_of(frame, "sft")  # its parent is the base: tested once
+    assert sft["p_value_pass_at_1_vs_base_holm"] == sft["p_value_pass_at_1_vs_parent_holm"]
+
+
+def test_pass_at_1_has_a_table_of_its_own_where_it_says_more_than_accuracy(study_dir: Path) -> None:
+    study = make_study(models=["m1"], suites=["sampled"])
+    sample_suite(study_dir, "sampled", greedy=False)
+    alike = build(study, study_dir)
+    grpo = row_of(alike, "grpo", suite="sampled")
+    assert grpo["delta_pass_at_1_vs_parent"] == grpo["delta_vs_parent"] > 0
+    assert grpo["p_value_pass_at_1_vs_parent_holm"] == grpo["p_value_vs_parent_holm"]
+    title, note = "Differences of pass@1", "Decide before the study which of them is the question"
+    for text in (to_markdown(alike, 0.95), to_html(alike, 0.95)):
+        assert title not in text and note not in text
+    # Without samples there is no pass@1 that could differ.
+    greedy = build(make_study(models=["m1"]), study_dir)
+    assert row_of(greedy, "grpo")["delta_pass_at_1_vs_parent"] is None
+    assert row_of(greedy, "grpo")["p_value_pass_at_1_vs_parent_holm"] is None
+    assert title not in to_markdown(greedy, 0.95)
+
+    sample_suite(study_dir, "test")
+    both = build(make_study(models=["m1"], suites=["test", "sampled"]), study_dir)
+    for text in (to_markdown(both, 0.95), to_html(both, 0.95)):
+        assert text.count(title) == text.count(note) == 1
+    # Whoever asks for pass@1 finds all of its family there.
+    table = to_markdown(both, 0.95).partition(f"### {title}\n\n")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.split("\n")[2:]]
+    assert [line[2:4] for line in cells] == [
+        [suite, method] for suite in ("test", "sampled") for method in ("sft", "grpo")
+    ]
+
+
 def test_pass_at_k_has_a_row_for_every_k_with_its_interval(tmp_path: Path) -> None:
     run_grade(tmp_path / "m" / "base" / "seed0", SAMPLES)
     _, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
@@ -820,6 +901,17 @@ def test_every_column_shows_the_number_that_its_name_says() -> None:
         "vs base, points": interval("delta_vs_base", "+.1f"),
         "p base": f"{row['p_value_vs_base_holm']:.3f}",
         "pass@1 %": interval("pass_at_1"),
+    }
+    pass_at_1 = {name: render(row) for name, render in PASS_AT_1_COLUMNS.items()}
+    assert pass_at_1 == {
+        **{name: name for name in ("model", "suite", "method", "parent")},
+        "samples": "8",
+        "pass@1 %": f"{100 * row['pass_at_1']:.1f}",
+        "vs parent, points": interval("delta_pass_at_1_vs_parent", "+.1f"),
+        "p parent": f"{row['p_value_pass_at_1_vs_parent_holm']:.3f}",
+        "detectable": f"{100 * row['smallest_detectable_delta_pass_at_1']:.1f}",
+        "vs base, points": interval("delta_pass_at_1_vs_base", "+.1f"),
+        "p base": f"{row['p_value_pass_at_1_vs_base_holm']:.3f}",
     }
     sampling = {
         name: render({**row, "num_samples": 13}) for name, render in SAMPLING_COLUMNS.items()
