@@ -258,7 +258,7 @@ def _read_subject(
     metrics = {
         method: [
             read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
-            for seed in study.seeds_of[method]
+            for seed in study.seeds_of(method)
         ]
         for method in study.methods
     }
@@ -471,7 +471,7 @@ def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
     """Accuracies `(S, P)` of two methods at the seeds that both have, `(1, P)` of one run once."""
     sides = zip((a, b), _paired_runs(subject, a, b), strict=True)
     left, right = (
-        subject.graded.accuracy[runs[:1] if len(subject.study.seeds_of[name]) == 1 else runs]
+        subject.graded.accuracy[runs[:1] if len(subject.study.seeds_of(name)) == 1 else runs]
         for name, runs in sides
     )
     return left, right
@@ -482,7 +482,7 @@ def _paired_runs(subject: Subject, a: str, b: str) -> tuple[list[int], list[int]
 
     Raises DataError where they have no seed in common.
     """
-    seeds_a, seeds_b = (subject.study.seeds_of[name] for name in (a, b))
+    seeds_a, seeds_b = (subject.study.seeds_of(name) for name in (a, b))
     seeds = [s for s in seeds_a if s in seeds_b or len(seeds_b) == 1]
     if len(seeds_a) == 1:
         seeds = list(seeds_b)
@@ -574,7 +574,7 @@ def _difference_words(
     smallest: float | None = None,
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
-    num_seeds = max(len(subject.study.seeds_of[name]) for name in (method, other))
+    num_seeds = max(len(subject.study.seeds_of(name)) for name in (method, other))
     sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
@@ -666,11 +666,11 @@ def _pass_at_1_table(subject: Subject) -> Json:
 def _seed_table(subject: Subject) -> Json:
     """Accuracy of every seed; greedy and sampled where there are both."""
     seeds_of = subject.study.seeds_of
-    seeds = sorted({seed for row in subject.rows for seed in seeds_of[row["method"]]})
+    seeds = sorted({seed for row in subject.rows for seed in seeds_of(row["method"])})
     rows = []
     for row in subject.rows:
         method = row["method"]
-        runs = dict(zip(seeds_of[method], subject.metrics[method], strict=True))
+        runs = dict(zip(seeds_of(method), subject.metrics[method], strict=True))
         for decoding, name in _decodings(subject, row):
             shares = [runs[seed][name] if seed in runs else None for seed in seeds]
             cells = ["" if share is None else _percent(share) for share in shares]
@@ -824,7 +824,7 @@ def _accuracy_chart(subject: Subject) -> Json:
                 | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
             )
             runs = subject.metrics[row["method"]]
-            for seed, run in zip(subject.study.seeds_of[row["method"]], runs, strict=True):
+            for seed, run in zip(subject.study.seeds_of(row["method"]), runs, strict=True):
                 if len(runs) > 1 and run[name] is not None:
                     seeds.append(
                         {
@@ -1031,7 +1031,7 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         (model, method, seed)
         for model in study.models
         for method in study.methods
-        for seed in study.seeds_of[method]
+        for seed in study.seeds_of(method)
     ]
     metrics = [
         read_json(run_dir(sources.study_dir, *run) / "metrics" / f"{suite}.json")
@@ -1114,7 +1114,7 @@ def _training_settings(study: Comparison, study_dir: Path) -> list[tuple[str, st
     found = []
     for model in study.models:
         for method in study.methods:
-            run = run_dir(study_dir, model, method, study.seeds_of[method][0])
+            run = run_dir(study_dir, model, method, study.seeds_of(method)[0])
             if (run / "settings.json").exists():
                 settings = read_json(run / "settings.json")
                 settings.pop("seed", None)
@@ -1128,7 +1128,7 @@ def _evaluation_settings(study: Comparison, study_dir: Path) -> list[tuple[str, 
     first = study.methods[0]
     for model in study.models:
         for suite in study.suites:
-            run = run_dir(study_dir, model, first, study.seeds_of[first][0])
+            run = run_dir(study_dir, model, first, study.seeds_of(first)[0])
             path = run / "completions" / f"{suite}.stats.json"
             settings = read_json(path).get("settings") if path.exists() else None
             if settings:

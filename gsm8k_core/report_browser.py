@@ -131,7 +131,7 @@ def read_graded(study: Comparison, study_dir: Path, model: str, suite: str) -> G
 
     Raises DataError when one is missing or malformed, and when two hold different problems.
     """
-    runs = [(m, seed) for m in study.methods for seed in study.seeds_of[m]]
+    runs = [(m, seed) for m in study.methods for seed in study.seeds_of(m)]
     tables = [
         _read_table(run_dir(study_dir, model, *run) / "grades" / f"{suite}.parquet") for run in runs
     ]

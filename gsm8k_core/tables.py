@@ -313,7 +313,7 @@ def _read_cell(
 ) -> Cell:
     """Read every seed; `graded` remembers the problems of each suite's first run."""
     metrics, stats, facts, tables = [], [], [], []
-    for seed in study.seeds_of[method]:
+    for seed in study.seeds_of(method):
         run = run_dir(study_dir, model, method, seed)
         path = run / "grades" / f"{suite}.parquet"
         table = read_grades(path, with_majority=True)
@@ -448,7 +448,7 @@ def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
 
 
 def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
-    cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
+    cell, parent, base = cells[method], study.parent_of(method), study.chains[method][0]
     flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
     flags += _doubts(cell)
     row: Json = {
@@ -457,11 +457,11 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         "num_clusters": None if cell.clusters is None else cell.clusters.n_unique(),
         "num_samples": cell.num_samples,
         **_with_bounds("accuracy", cell.accuracy, study.confidence, cell.clusters),
-        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of[method]),
+        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of(method)),
         "parent": parent,
         "base": None if method == base else base,
         **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence, cell.clusters),
-        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of[method]),
+        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of(method)),
         **_at_largest_k(cell, study.confidence),
         **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
@@ -473,7 +473,7 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         for measure, of in MEASURES.items():
             found = None
             if compared_with is not None:
-                found = _difference(study, measure, method, compared_with, cells)
+                found = difference(cell, cells[compared_with], study.confidence, measure)
             row |= {
                 f"delta{of}_vs_{kind}": found and found.delta,
                 f"delta{of}_vs_{kind}_ci_low": found and found.low,
@@ -539,29 +539,16 @@ def _comparable(names: list[str]) -> list[str]:
     return [name for name in names if name != "training settings"]
 
 
-def _difference(
-    study: Comparison, measure: str, method: str, other: str, cells: dict[str, Cell]
-) -> Difference | None:
-    """Method minus other, seed by seed; an other that was run once stands for every seed.
+def difference(a: Cell, b: Cell, confidence: float, measure: str = "accuracy") -> Difference | None:
+    """`a` minus `b`, paired by seed and problem; one that was run once stands for every seed.
 
     None for pass@1 where one of them has no samples.
     """
-    seeds, other_seeds = study.seeds_of[method], study.seeds_of[other]
-    own, values = cells[method].measured(measure), cells[other].measured(measure)
-    if own is None or values is None:
+    left, right = a.measured(measure), b.measured(measure)
+    if left is None or right is None:
         return None
-    if len(other_seeds) > 1:
-        missing = [seed for seed in seeds if seed not in other_seeds]
-        if missing:
-            raise DataError(
-                f"{method} has seeds {missing}, but {other}, which it is compared with, does not: "
-                "they cannot be compared in pairs"
-            )
-        values = values[[other_seeds.index(seed) for seed in seeds]]
-    clusters = cells[method].clusters
-    if clusters is None:
-        clusters = cells[other].clusters
-    return paired_difference(own, values, study.confidence, clusters)
+    clusters = b.clusters if a.clusters is None else a.clusters
+    return paired_difference(left, right, confidence, clusters)
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
@@ -598,7 +585,13 @@ def _curve(study: Comparison, cell: Cell) -> list[Json]:
 def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) -> Json:
     """Seconds, tokens and memory of a method's own stage, and with those before it."""
     stages = study.chains[method][1:]  # the first is the base model, which nothing trains
-    summaries = {stage: _summaries(study, study_dir, model, method, stage) for stage in stages}
+    summaries = {
+        stage: [
+            read_json(run_dir(study_dir, model, stage, seed) / "train" / "summary.json")
+            for seed in study.seeds
+        ]
+        for stage in stages
+    }
 
     def of(stage: str, value: Callable[[Json], float | None]) -> float | None:
         return _mean_of([value(summary) for summary in summaries.get(stage, [])])
@@ -618,15 +611,6 @@ def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) 
     }
 
 
-def _summaries(
-    study: Comparison, study_dir: Path, model: str, method: str, stage: str
-) -> list[Json]:
-    """Training summaries of a stage of `method`, one per seed."""
-    seeds = study.seeds_of.get(stage, study.seeds_of[method])
-    runs = [run_dir(study_dir, model, stage, seed) for seed in seeds]
-    return [read_json(run / "train" / "summary.json") for run in runs]
-
-
 def read_training_logs(
     study: Comparison, study_dir: Path, model: str
 ) -> dict[str, list[list[Json]]]:
@@ -634,7 +618,7 @@ def read_training_logs(
     return {
         method: [
             read_jsonl(run_dir(study_dir, model, method, seed) / "train" / "metrics.jsonl")
-            for seed in study.seeds_of[method]
+            for seed in study.seeds_of(method)
         ]
         for method in study.methods
         if len(study.chains[method]) > 1

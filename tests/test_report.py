@@ -202,8 +202,7 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
     ]  # fmt: skip
     study = Comparison(
         name="demo", models=["m"], methods=list(right), suites=["test"],
-        seeds_of={name: [0] for name in right},
-        parent_of={name: None if name == "base" else "base" for name in right},
+        seeds=[0],
         chains={name: ["base", name][name == "base" :] for name in right}, confidence=0.95,
     )  # fmt: skip
     rows = []
@@ -307,11 +306,10 @@ def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:
                       "correct": [number == seed and name == "grpo" for number in range(100)]})
         for name, seed in runs
     ]  # fmt: skip
-    seeds_of = {"grpo": [*range(5)], "base": [0]}
     subject = replace(
         subject,
         graded=Graded(runs, tables, ids, ["strict"]),
-        study=subject.study.model_copy(update={"seeds_of": seeds_of}),
+        study=subject.study.model_copy(update={"seeds": [*range(5)]}),
     )
     expected = paired_difference(np.eye(5, 100), np.zeros((1, 100)))
     found, turned = _difference(subject, "grpo", "base"), _difference(subject, "base", "grpo")
@@ -1051,7 +1049,7 @@ def test_a_study_of_the_base_model_alone_has_a_report(
 ) -> None:
     made = make_study(tmp_path, script)
     study = json.loads(made["study"].read_text(encoding="utf-8")) | {"methods": ["base"]}
-    study |= {name: {"base": study[name]["base"]} for name in ("seeds_of", "parent_of", "chains")}
+    study["chains"] = {"base": ["base"]}
     made["study"].write_text(json.dumps(study), encoding="utf-8")
     arguments = report_arguments(made)
     compare = [*arguments[:4], "--output-dir", str(made["comparison"].parent)]

@@ -256,8 +256,7 @@ def make_study(**changes: Any) -> Comparison:
         "models": ["m2", "m1"],
         "methods": ["base", "sft", "grpo"],
         "suites": ["test"],
-        "seeds_of": {"base": [0], "sft": [3, 5], "grpo": [3, 5]},
-        "parent_of": {"base": None, "sft": "base", "grpo": "sft"},
+        "seeds": [3, 5],
         "chains": {"base": ["base"], "sft": ["base", "sft"], "grpo": ["base", "sft", "grpo"]},
         "confidence": 0.95,
     }
@@ -286,7 +285,7 @@ def study_dir(tmp_path: Path) -> Path:
     study = make_study()
     for model in study.models:
         for method in study.methods:
-            for seed in study.seeds_of[method]:
+            for seed in study.seeds_of(method):
                 run = tmp_path / "runs" / model / method / f"seed{seed}"
                 rows = [
                     completion(f"p{i:02d}", RIGHT if right else WRONG)
@@ -361,7 +360,7 @@ def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_d
 def test_a_gain_that_is_format_alone_can_be_told_from_one_in_arithmetic(study_dir: Path) -> None:
     # Right from the start, and after training also where the prompt asked for the answer.
     for method, text in (("base", UNMARKED), ("sft", RIGHT)):
-        for seed in make_study().seeds_of[method]:
+        for seed in make_study().seeds_of(method):
             run = study_dir / "m1" / method / f"seed{seed}"
             rows = [completion(f"p{i:02d}", text) for i in range(40)]
             run_grade(run, rows, model="m1", method=method, seed=seed)
@@ -554,7 +553,7 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
         for k, values in by_hand.items():
             assert summary["maj_at_k"][str(k)] == pytest.approx(np.mean(values[seed - 1]))
         write_json(tmp_path / "m" / "sft" / f"seed{seed}" / "train" / "summary.json", {})
-    study = make_study(models=["m"], methods=["sft"], seeds_of={"sft": [1, 2]})
+    study = make_study(models=["m"], methods=["sft"], seeds=[1, 2])
     frame, curves = build_comparison(study, tmp_path)
     ends = ("", "_ci_low", "_ci_high")
     for row in curves.iter_rows(named=True):
@@ -668,7 +667,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
     study_dir: Path, grading: str, flagged: bool
 ) -> None:
     settings = SETTINGS.replace("strict", grading)
-    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    study = make_study(seeds=[3])
     for num_problems, expected in ((101, None), (100, "right and then contradicted: 1 %")):
         for model in study.models:
             for method in study.methods:
@@ -676,7 +675,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
                 # The second is wrong by the number that counts, so nothing right is contradicted.
                 texts += [f"{RIGHT} shells.\n#### 17", f"{WRONG}\n{RIGHT}"]
                 rows = [completion(f"p{i:03d}", text) for i, text in enumerate(texts)]
-                run = study_dir / model / method / f"seed{study.seeds_of[method][0]}"
+                run = study_dir / model / method / f"seed{study.seeds_of(method)[0]}"
                 summary = run_grade(run, rows, settings)
                 assert summary["contradicted_fraction"] == 1 / num_problems
         frame = build(study, study_dir)
@@ -686,7 +685,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
-    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    study = make_study(seeds=[3])
     frame = build(study, study_dir)
     assert row_of(frame, "base")["flags"] is None  # nothing of it is a draw of training
     assert row_of(frame, "sft")["flags"] == "1 seed: problems only"
@@ -707,15 +706,6 @@ def test_problems_that_were_not_sampled_equally_often_are_refused(study_dir: Pat
     pl.concat([pl.read_parquet(path), extra.head(3)]).write_parquet(path)
     with pytest.raises(DataError, match="not every problem has .* samples"):
         build(make_study(), study_dir)
-
-
-def test_seeds_are_paired_by_number_and_not_by_position(study_dir: Path) -> None:
-    study = make_study(seeds_of={"base": [0], "sft": [5, 3], "grpo": [3, 5]})
-    assert (
-        build(study, study_dir)
-        .filter(pl.col("method") == "grpo")
-        .equals(build(make_study(), study_dir).filter(pl.col("method") == "grpo"))
-    )
 
 
 def test_a_parent_outside_the_study_is_named_but_not_compared_with(study_dir: Path) -> None:
@@ -970,7 +960,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Pat
 
 def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path: Path) -> None:
     frame, curves = build_comparison(make_study(), study_dir)
-    seeds = make_study().seeds_of["grpo"]
+    seeds = make_study().seeds_of("grpo")
     alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
     by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
     write_comparison(frame, curves, tmp_path, 0.95)
@@ -982,8 +972,7 @@ def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path
     for suffix in ("md", "html"):
         page = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
         assert "Single seeds" in page and page.count(text) == 2  # of two models, without samples
-    once = make_study(seeds_of={method: [seeds[0]] for method in make_study().methods})
-    once = once.model_copy(update={"methods": ["sft", "grpo"]})
+    once = make_study(seeds=seeds[:1])
     assert "Single seeds" not in to_markdown(build(once, study_dir), 0.95)
 
 
