@@ -852,6 +852,9 @@ class SuiteSettings(Settings):
         )
 
 
+REPORT_MEGABYTES = 20.0
+
+
 class StudySettings(Settings):
     """Which cells of the table are filled: models × methods × seeds, on suites."""
 
@@ -869,7 +872,7 @@ class StudySettings(Settings):
     """Suites that every run is evaluated on."""
     confidence: Confidence = 0.95
     """Level of the intervals in tables and plots."""
-    report_megabytes: PositiveFiniteFloat = 20.0
+    report_megabytes: PositiveFiniteFloat = REPORT_MEGABYTES
     """Megabytes for problems and completions in report.html; beyond that, a stratified sample."""
     keep_models: Literal["all", "final", "none"] = "all"
     """Trained weights that stay on disk: `all`; `final`, those that a method ends with (not those
@@ -1085,6 +1088,7 @@ class Config(Settings):
             seeds=self.study.seeds,
             chains={method: self.method_chain(method) for method in methods},
             confidence=self.study.confidence,
+            report_megabytes=self.study.report_megabytes,
         )
 
 
@@ -1294,6 +1298,7 @@ class Comparison(Settings):
     chains: dict[str, Names]
     """Each method's stages, from the base model to itself."""
     confidence: Confidence
+    report_megabytes: PositiveFiniteFloat = REPORT_MEGABYTES
 
     @model_validator(mode="after")
     def _check(self) -> Comparison:

@@ -365,6 +365,12 @@ def test_a_comparison_by_hand_says_which_method_lacks_what() -> None:
     assert "seeds: List should have at least 1 item" in said(seeds=[])
 
 
+def test_a_comparison_knows_the_size_of_the_report() -> None:
+    config = parse_config(merge(small(), {"study": {"report_megabytes": 7.5}}))
+    assert config.comparison().report_megabytes == 7.5
+    assert parse_config(small()).comparison().report_megabytes == 20.0
+
+
 def test_no_setting_that_is_a_number_takes_yes() -> None:
     # A bare int or float in an annotation would: Integer and the like do not.
     source = (ROOT / "gsm8k_core" / "config.py").read_text(encoding="utf-8")

@@ -829,6 +829,20 @@ def test_past_its_bound_the_page_keeps_a_part_of_every_group_and_says_so(
     assert "grpo is best: 87.5 %" in squeezed(part.text)  # tables are of all problems
 
 
+def test_the_size_of_the_page_is_that_of_the_study_unless_it_is_asked_for_otherwise(
+    paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    def num_kept(*options: str) -> int:
+        assert script("report").main([*report_arguments(made), *options]) == 0
+        (view,) = Page(made["output"].read_text(encoding="utf-8")).data["views"]
+        return len(view["browser"]["problems"])
+
+    made = {**paths, "study": tmp_path / "study.json", "output": tmp_path / "report.html"}
+    write_json(made["study"], {**read_json(paths["study"]), "report_megabytes": 0.012})
+    assert num_kept() < NUM_PROBLEMS
+    assert num_kept("--max-megabytes", "20") == NUM_PROBLEMS
+
+
 def test_every_beginning_of_the_stratified_order_is_in_proportion() -> None:
     groups = ["common"] * 600 + ["some"] * 300 + ["rare"] * 100 + ["single"]
     random.Random(0).shuffle(groups)
