@@ -303,6 +303,24 @@ def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
     ]
 
 
+def read_cells(
+    study: Comparison,
+    study_dir: Path,
+    model: str,
+    suite: str,
+    graded: dict[str, tuple[Path, pl.Series]],
+) -> dict[str, Cell]:
+    """What every method of the study has on a suite; problems are sorted by id.
+
+    `graded` is filled with the problems of each suite's first run. Raises DataError when a file is
+    missing or malformed, and when another run graded other problems.
+    """
+    return {
+        method: _read_cell(study, study_dir, model, method, suite, graded)
+        for method in study.methods
+    }
+
+
 def _read_cell(
     study: Comparison,
     study_dir: Path,
@@ -311,7 +329,7 @@ def _read_cell(
     suite: str,
     graded: dict[str, tuple[Path, pl.Series]],
 ) -> Cell:
-    """Read every seed; `graded` remembers the problems of each suite's first run."""
+    """Read every seed."""
     metrics, stats, facts, tables = [], [], [], []
     for seed in study.seeds_of(method):
         run = run_dir(study_dir, model, method, seed)
@@ -416,10 +434,7 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
             method: _training_cost(study, study_dir, model, method) for method in study.methods
         }
         for suite in study.suites:
-            cells = {
-                method: _read_cell(study, study_dir, model, method, suite, graded)
-                for method in study.methods
-            }
+            cells = read_cells(study, study_dir, model, suite, graded)
             for method in study.methods:
                 identity = {
                     "study": study.name,

@@ -75,7 +75,7 @@ from gsm8k_core.report_charts import (
     length_chart,
     pass_at_k_chart,
 )
-from gsm8k_core.tables import SCHEMA, p_text
+from gsm8k_core.tables import SCHEMA, Cell, p_text
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -194,12 +194,6 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
     All but `base` are trained from it; `tested` has the comparison's Holm-corrected p-values.
     """
-    ids = [f"p{number:03d}" for number in range(100)]
-    tables = [
-        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
-                      "correct": [number < count for number in range(100)]})
-        for count in right.values()
-    ]  # fmt: skip
     study = Comparison(
         name="demo", models=["m"], methods=list(right), suites=["test"],
         seeds=[0],
@@ -217,8 +211,14 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
                 row |= {f"delta_vs_{other}{end}": value for end, value in bounds.items()}
                 row |= {f"p_value_vs_{other}": 0.03, f"p_value_vs_{other}_holm": tested[name]}
         rows.append(row)
-    graded = Graded([(name, 0) for name in right], tables, ids, ["strict"])
-    return Subject(study, "m", "test", rows, graded, {}, [], [])
+    cells = {name: cell_of(np.arange(100)[None] < count) for name, count in right.items()}
+    return Subject(study, "m", "test", rows, cells, [], [])
+
+
+def cell_of(right: np.ndarray[Any, Any]) -> Cell:
+    """Greedy completions alone, (S, P)."""
+    metrics = [{"accuracy": float(share)} for share in right.mean(axis=1)]
+    return Cell(right.astype(np.float64), None, 0, {}, metrics, [], [], None)
 
 
 def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
@@ -296,21 +296,27 @@ def test_differences_of_pass_at_1_stand_in_a_table_of_their_own(page: Page, path
             assert p_value == p_text(row[f"p_value_pass_at_1_vs_{kind}_holm"])
 
 
+def test_every_difference_of_the_page_is_that_of_the_comparison(page: Page, paths: Paths) -> None:
+    table = page.text.partition("B − A, points")[2]
+    lines = [line.strip() for line in table.split("\n") if line.strip()]
+    rows = {row["method"]: row for row in pl.read_parquet(paths["comparison"]).to_dicts()}
+    num_compared = 0
+    for at in range(len(lines) - 9):
+        other, method = lines[at : at + 2]
+        for kind in ("parent", "base"):
+            if method in rows and rows[method][kind] == other:
+                ends = ("", "_ci_low", "_ci_high")
+                numbers = [rows[method][f"delta_vs_{kind}{end}"] for end in ends]
+                delta, low, high = (f"{100 * one:+.1f}".replace("-", "−") for one in numbers)
+                assert lines[at + 9] == f"{delta} [{low}, {high}]"
+                num_compared += 1
+    assert num_compared == 6  # sft twice: its parent is the base
+
+
 def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:
     # Each of five runs has one problem of a hundred right, another one each; the base model none.
-    ids = [f"p{number:03d}" for number in range(100)]
     subject = subject_of({"grpo": 1, "base": 0})
-    runs = [("grpo", seed) for seed in range(5)] + [("base", 0)]
-    tables = [
-        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
-                      "correct": [number == seed and name == "grpo" for number in range(100)]})
-        for name, seed in runs
-    ]  # fmt: skip
-    subject = replace(
-        subject,
-        graded=Graded(runs, tables, ids, ["strict"]),
-        study=subject.study.model_copy(update={"seeds": [*range(5)]}),
-    )
+    subject.cells["grpo"] = cell_of(np.eye(5, 100))
     expected = paired_difference(np.eye(5, 100), np.zeros((1, 100)))
     found, turned = _difference(subject, "grpo", "base"), _difference(subject, "base", "grpo")
     assert found == pytest.approx(expected) and found.p_value > 0.3
@@ -340,7 +346,6 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert _headline(subject, leads_of(subject)).startswith("In one run of each method grpo comes")
     finding = str(_findings(subject, leads_of(subject))[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
-    subject.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "over problems alone; differences are paired by problem" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
     assert "over seeds and problems; differences are paired by seed and" in _context(subject)
@@ -386,7 +391,7 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
     assert _headline(plain, leads_of(plain)).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
-    clones.graded.tables[1] = clones.graded.tables[1].with_columns(cluster=names)
+    clones.cells["dpo"] = replace(clones.cells["dpo"], clusters=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
     assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
@@ -394,7 +399,6 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
         row["parent"] = "sft"
     finding = str(_findings(clones, leads_of(clones))[0]["text"])
     assert "n = 100 problems in 10 clusters × 1 seed" in finding
-    clones.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
     assert "over seeds and clusters; differences are paired" in _context(clones)
     assert "test: 100 problems in 10 clusters. Problems of one cluster" in _table_note(clones)
@@ -481,10 +485,9 @@ def test_of_equal_siblings_one_is_seldom_best_on_any_of_six_suites() -> None:
         suites = []
         for number in range(6):
             subject = subject_of({"grpo": 60, "dpo": 60})
-            for place, row in enumerate(subject.rows):
+            for row in subject.rows:
                 right = rng.random(100) < 0.6
-                table = subject.graded.tables[place]
-                subject.graded.tables[place] = table.with_columns(correct=pl.Series(right))
+                subject.cells[row["method"]] = cell_of(right[None])
                 row["accuracy"] = right.mean()
             subject.rows.sort(key=lambda row: -row["accuracy"])
             suites.append(replace(subject, suite=f"suite{number}"))
@@ -585,10 +588,11 @@ def test_answers_are_compared_as_numbers_across_runs_and_as_texts_where_they_are
 
     tables = [run(["18", "1/2", "x", None]), run(["7", "0.5", "x", None])]
     graded = Graded([("a", 0), ("b", 0)], tables, ["p0", "p1", "p2", "p3"], ["strict"])
-    (first, right), (second, _) = graded.answers()
-    assert (first == second).tolist() == [[False], [True], [True], [True]]
-    assert first[3] == -1 and (first[:3] >= 0).all()
-    assert right.tolist() == [[True], [False], [False], [False]]
+    answers = graded.answers("sample")
+    (first, right), (second, _) = answers["a"], answers["b"]
+    assert (first == second).tolist() == [[[False], [True], [True], [True]]]
+    assert first[0, 3] == -1 and (first[0, :3] >= 0).all()
+    assert right.tolist() == [[[True], [False], [False], [False]]]
 
 
 def test_provenance_names_commit_command_settings_and_files(page: Page, paths: Paths) -> None:
