@@ -26,7 +26,6 @@ from gsm8k_core.files import write_json
 from gsm8k_core.grading import GRADES
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = [0, 1, 2]
 METHODS = [
     "base",
     *(f"method{number}" for number in range(1, 34)),
@@ -40,8 +39,7 @@ def make_study(num_models: int) -> Comparison:
         models=[f"model{number}" for number in range(num_models)],
         methods=METHODS,
         suites=["gsm8k"],
-        seeds_of={method: [0] if method == "base" else SEEDS for method in METHODS},
-        parent_of={method: None if method == "base" else "base" for method in METHODS},
+        seeds=[0, 1, 2],
         chains={m: ["base"] if m == "base" else ["base", m] for m in METHODS},
         confidence=0.95,
     )
@@ -115,7 +113,7 @@ def main() -> int:
             (study_dir / model / method / f"seed{seed}", method)
             for model in study.models
             for method in study.methods
-            for seed in study.seeds_of[method]
+            for seed in study.seeds_of(method)
         ]
         for seed, (run, method) in enumerate(runs):
             write_run(run, method != "base", args.num_problems, args.num_samples, seed)

@@ -157,7 +157,7 @@ def compare(args: argparse.Namespace) -> Callable[[int], object]:
     full: Comparison = make_study(largest)
     for model in full.models:
         for method in full.methods:
-            for seed in full.seeds_of[method]:
+            for seed in full.seeds_of(method):
                 run = folder / model / method / f"seed{seed}"
                 write_run(run, method != "base", 250, 8, seed)
 

@@ -902,6 +902,9 @@ class SuiteSettings(Settings):
         )
 
 
+REPORT_MEGABYTES = 20.0
+
+
 class StudySettings(Settings):
     """Which cells of the table are filled: models × methods × seeds, on suites."""
 
@@ -919,7 +922,7 @@ class StudySettings(Settings):
     """Suites that every run is evaluated on."""
     confidence: Confidence = 0.95
     """Level of the intervals in tables and plots."""
-    report_megabytes: PositiveFiniteFloat = 20.0
+    report_megabytes: PositiveFiniteFloat = REPORT_MEGABYTES
     """Megabytes for problems and completions in report.html; beyond that, a stratified sample."""
     keep_models: Literal["all", "final", "none"] = "all"
     """Trained weights that stay on disk: `all`; `final`, those that a method ends with (not those
@@ -1132,10 +1135,10 @@ class Config(Settings):
             models=self.study.models,
             methods=methods,
             suites=self.study.suites,
-            seeds_of={method: self.seeds_of(method) for method in methods},
-            parent_of={method: self.parent_of(method) for method in methods},
+            seeds=self.study.seeds,
             chains={method: self.method_chain(method) for method in methods},
             confidence=self.study.confidence,
+            report_megabytes=self.study.report_megabytes,
         )
 
 
@@ -1415,26 +1418,29 @@ class Comparison(Settings):
     models: Names
     methods: Names
     suites: Names
-    seeds_of: dict[str, Annotated[list[NonNegativeInt], Field(min_length=1)]]
-    parent_of: dict[str, str | None]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    """Of every method that trains."""
     chains: dict[str, Names]
     """Each method's stages, from the base model to itself."""
     confidence: Confidence
+    report_megabytes: PositiveFiniteFloat = REPORT_MEGABYTES
 
     @model_validator(mode="after")
     def _check(self) -> Comparison:
-        maps: dict[str, dict[str, Any]] = {
-            "seeds_of": self.seeds_of,
-            "parent_of": self.parent_of,
-            "chains": self.chains,
-        }
         refuse(
-            f"{key}: the method {method!r} is missing"
-            for key, of_methods in maps.items()
+            f"chains: the stages of the method {method!r} are missing"
             for method in self.methods
-            if method not in of_methods
+            if self.chains.get(method, [])[-1:] != [method]
         )
         return self
+
+    def parent_of(self, method: str) -> str | None:
+        """The method that `method` starts from; None for the base model."""
+        return self.chains[method][-2] if len(self.chains[method]) > 1 else None
+
+    def seeds_of(self, method: str) -> list[int]:
+        """Seeds of a method's runs; the base model is not trained, so it has one run, seed 0."""
+        return [0] if self.parent_of(method) is None else self.seeds
 
 
 # ---------------------------------------------------------------------------- loading and checking

@@ -122,7 +122,7 @@ def _accuracy_panel(
         row = _comparison_row(comparison, model, method, suite)
         runs = [
             read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
-            for seed in study.seeds_of[method]
+            for seed in study.seeds_of(method)
         ]
         shown = [
             decoding
@@ -186,7 +186,7 @@ def _comparison_row(comparison: pl.DataFrame, model: str, method: str, suite: st
 
 def _accuracy_caption(study: Comparison, comparison: pl.DataFrame) -> str:
     level = level_text(study.confidence)
-    if all(len(seeds) == 1 for seeds in study.seeds_of.values()):
+    if all(len(study.seeds_of(method)) == 1 for method in study.methods):
         return f"One seed, with its {level} interval over {_drawn(comparison)} alone"
     return (
         f"Mean over {_seeds_text(study, study.methods)}, {level} interval over seeds and "
@@ -201,18 +201,11 @@ def _drawn(comparison: pl.DataFrame) -> str:
 
 
 def _seeds_text(study: Comparison, methods: Sequence[str]) -> str:
-    """`3 seeds`, `2 to 5 seeds`; `3 seeds (base: 1)` where what is not trained has others."""
-    trained = [method for method in methods if len(study.chains[method]) > 1] or methods
-    numbers = sorted({len(study.seeds_of[method]) for method in trained})
-    text = counted(numbers[-1], "seed")
-    if len(numbers) > 1:
-        text = f"{numbers[0]} to {text}"
-    others = [
-        f"{method}: {len(study.seeds_of[method])}"
-        for method in methods
-        if method not in trained and [len(study.seeds_of[method])] != numbers
-    ]
-    return f"{text} ({', '.join(others)})" if others else text
+    """`3 seeds`; `3 seeds (base: 1)` where one of them is not trained; `1 seed` of single runs."""
+    if all(len(study.seeds_of(method)) == 1 for method in methods):
+        return counted(1, "seed")
+    once = [f"{method}: 1" for method in methods if study.parent_of(method) is None]
+    return counted(len(study.seeds), "seed") + (f" ({', '.join(once)})" if once else "")
 
 
 def _accuracy_legend(drawn: set[str]) -> list[Line2D]:
@@ -312,7 +305,7 @@ def _cost_look(index: int) -> Json:
 def _cost_caption(study: Comparison, comparison: pl.DataFrame, trained: list[str]) -> str:
     level, drawn = level_text(study.confidence), _drawn(comparison)
     dashed = "; dashed: no training" if len(trained) < len(study.methods) else ""
-    if all(len(study.seeds_of[method]) == 1 for method in trained):
+    if all(len(study.seeds_of(method)) == 1 for method in trained):
         return f"One seed; bars: {level} intervals over {drawn} alone{dashed}"
     seeds = _seeds_text(study, trained)
     return f"Mean over {seeds}; bars: {level} intervals over seeds and {drawn}{dashed}"
@@ -443,7 +436,7 @@ def _curves_figure(
         subject = CURVES[rows[0][0]][1]
         smoothed = f", running mean of up to {window} steps" if window > 1 else ""
         seeds, bands = f"Mean over {_seeds_text(study, methods)}", ""
-        if all(len(study.seeds_of[method]) == 1 for method in methods):
+        if all(len(study.seeds_of(method)) == 1 for method in methods):
             seeds = "One seed"
         elif has_bands:
             bands = "; band: smallest to largest seed"

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,13 @@ from gsm8k_core.files import Json, read_json, read_record, sha256_file
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
     Difference,
-    Floats,
     agreement,
     holm,
     is_significant,
-    paired_difference,
     powers_up_to,
 )
 from gsm8k_core.problems import Problem, read_problems
-from gsm8k_core.report_browser import Browser, Graded, build_browser, read_graded
+from gsm8k_core.report_browser import Browser, Codes, Graded, build_browser, read_graded
 from gsm8k_core.report_charts import (
     MINUS,
     accuracy_chart,
@@ -55,15 +53,20 @@ from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
     MAX_BANDS,
+    MEASURES,
+    PASS_AT_1_NOTE,
+    Cell,
+    compared_by_pass_at_1,
     counted,
+    difference,
     has_clusters,
     level_text,
     notes_on,
     notes_on_clusters,
     p_text,
     problems_text,
+    read_cells,
     read_comparison,
-    read_metrics,
     read_pass_at_k,
     read_training_logs,
     time_unit,
@@ -105,8 +108,7 @@ class Subject:
     model: str
     suite: str
     rows: list[Json]  # of the comparison, most accurate first
-    graded: Graded
-    metrics: dict[str, list[Json]]  # method → a summary for each seed
+    cells: dict[str, Cell]  # by method, in the order of the study
     pass_at_k: list[Json]  # rows of pass_at_k.csv
     flag_notes: list[str]  # what its flags mean
 
@@ -127,18 +129,18 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     }  # fmt: skip
     num_views = len(study.models) * len(study.suites)
     views, browsers = [], []
-
-    def subjects(model: str) -> Iterator[Subject]:
-        for suite in study.suites:
-            yield _read_subject(study, sources.study_dir, comparison, curves, model, suite)
-
     for model in study.models:
-        # Read twice, so that the grades of one suite at a time are in memory.
-        p_values = _pair_p_values(subjects(model))
-        for subject in subjects(model):
+        subjects = [
+            _read_subject(study, sources.study_dir, comparison, curves, model, suite)
+            for suite in study.suites
+        ]
+        p_values = _pair_p_values(subjects)
+        for subject in subjects:
+            # Every completion's grades: those of one suite at a time are in memory.
+            graded = read_graded(study, sources.study_dir, model, subject.suite)
             by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
-            browser = _browser(subject, sources.study_dir, by_id, max_bytes // num_views)
-            view = _view(subject, p_values, charts)
+            browser = _browser(subject, graded, sources.study_dir, by_id, max_bytes // num_views)
+            view = _view(subject, graded, p_values, charts)
             address = "v/" + "/".join(quote(part, safe="") for part in (model, subject.suite))
             views.append(
                 view | {"browser": browser.index, "kept": _kept(browser), "address": address}
@@ -252,30 +254,28 @@ def _read_subject(
         (rows[method] for method in study.methods),
         key=lambda row: (-row["accuracy"], order[row["method"]]),
     )
-    metrics = {
-        method: [
-            read_metrics(run_dir(study_dir, model, method, seed) / "metrics" / f"{suite}.json")
-            for seed in study.seeds_of[method]
-        ]
-        for method in study.methods
-    }
-    graded = read_graded(study, study_dir, model, suite)
+    cells = read_cells(study, study_dir, model, suite, {})
     pass_at_k = curves.filter(is_here).to_dicts()
     notes = [note for note in notes_on(here, study.confidence) if note.startswith("flag ")]
-    return Subject(study, model, suite, ranked, graded, metrics, pass_at_k, notes)
+    return Subject(study, model, suite, ranked, cells, pass_at_k, notes)
 
 
 def _browser(
-    subject: Subject, study_dir: Path, problems: dict[str, Problem], max_bytes: int
+    subject: Subject,
+    graded: Graded,
+    study_dir: Path,
+    problems: dict[str, Problem],
+    max_bytes: int,
 ) -> Browser:
-    summary = subject.metrics[subject.study.methods[0]][0]
+    summary = subject.cells[subject.study.methods[0]].metrics[0]
     grading = (summary.get("grading", "strict"), summary.get("marker", "####"))
     return build_browser(
         subject.study,
         study_dir,
         subject.model,
         subject.suite,
-        subject.graded,
+        graded,
+        subject.cells,
         problems,
         grading,
         max_bytes,
@@ -298,11 +298,12 @@ def _kept(browser: Browser) -> str:
 # --------------------------------------------------------------------------------------- the answer
 
 
-def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
+def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json) -> Json:
     study, rows = subject.study, subject.rows
     methods = study.methods
     leads = _leads(subject, p_values)
-    pairs = _pairs(subject)
+    decoding = _compared_decoding(subject)
+    pairs = _pairs(subject, graded.answers(decoding))
     return {
         "model": subject.model,
         "suite": subject.suite,
@@ -310,6 +311,7 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
         "context": _context(subject),
         "findings": _findings(subject, leads),
         "table": _table(subject),
+        "pass_at_1_table": _pass_at_1_table(subject),
         "seed_table": _seed_table(subject),
         "cost_table": _cost_table(subject),
         "flagged": any(_flags(row) for row in rows),
@@ -324,7 +326,7 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
             "seeds and problems"
             + (
                 "."
-                if subject.graded.main_decoding == "greedy"
+                if decoding == "greedy"
                 else ", and over every sample of one with every sample of the other."
             )
             + " Intervals of B − A are paired and, as there are many pairs, not "
@@ -336,8 +338,8 @@ def _view(subject: Subject, p_values: PairPValues, charts: Json) -> Json:
             "differences": _add(charts, _difference_charts(subject)),
             "cost": _add(charts, _cost_charts(subject)),
             "sampling": _add(charts, _sampling_charts(subject)),
-            "length": _add(charts, [_length_chart(subject)])[0],
-            "truncation": _add(charts, [_truncation_chart(subject)])[0],
+            "length": _add(charts, [_length_chart(subject, graded)])[0],
+            "truncation": _add(charts, [_truncation_chart(subject, graded)])[0],
             "agreement": _add(
                 charts, agreement_charts(_both_ways(pairs), methods) if pairs else []
             ),
@@ -393,7 +395,7 @@ def _has_one_run(subject: Subject) -> bool:
 
 
 def _context(subject: Subject) -> str:
-    row, summary = subject.rows[0], subject.metrics[subject.rows[0]["method"]][0]
+    row, summary = subject.rows[0], subject.cells[subject.rows[0]["method"]].metrics[0]
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = level_text(subject.study.confidence)
@@ -439,12 +441,12 @@ def _leads(subject: Subject, p_values: PairPValues) -> list[Lead]:
             family += ", of all suites"
     leads = []
     for row in others:
-        difference = _difference(subject, best["method"], row["method"])
+        ahead = _difference(subject, best["method"], row["method"])
         p_value, correction = _tested(best, row), "Holm-corrected"
         if p_value is None:
             p_value, correction = p_values[subject.suite, best["method"], row["method"]], family
         assert p_value is not None  # no difference is without
-        leads.append(Lead(row["method"], difference, p_value, correction))
+        leads.append(Lead(row["method"], ahead, p_value, correction))
     return leads
 
 
@@ -458,34 +460,10 @@ def _tested(a: Json, b: Json) -> float | None:
 
 
 def _difference(subject: Subject, a: str, b: str) -> Difference:
-    """Accuracy of `a` minus that of `b`, paired by seed and problem."""
-    left, right = _paired(subject, a, b)
-    return paired_difference(left, right, subject.study.confidence, subject.graded.clusters)
-
-
-def _paired(subject: Subject, a: str, b: str) -> tuple[Floats, Floats]:
-    """Accuracies `(S, P)` of two methods at the seeds that both have, `(1, P)` of one run once."""
-    sides = zip((a, b), _paired_runs(subject, a, b), strict=True)
-    left, right = (
-        subject.graded.accuracy[runs[:1] if len(subject.study.seeds_of[name]) == 1 else runs]
-        for name, runs in sides
-    )
-    return left, right
-
-
-def _paired_runs(subject: Subject, a: str, b: str) -> tuple[list[int], list[int]]:
-    """Places of two methods' runs, of the same seeds; one that was run once stands for every seed.
-
-    Raises DataError where they have no seed in common.
-    """
-    seeds_a, seeds_b = (subject.study.seeds_of[name] for name in (a, b))
-    seeds = [s for s in seeds_a if s in seeds_b or len(seeds_b) == 1]
-    if len(seeds_a) == 1:
-        seeds = list(seeds_b)
-    if not seeds:
-        raise DataError(f"{a} and {b} have no seed in common: they cannot be compared in pairs")
-    left, right = ([subject.graded.at_seed(name, seed) for seed in seeds] for name in (a, b))
-    return left, right
+    """Accuracy of `a` minus that of `b`, as the comparison has it."""
+    found = difference(subject.cells[a], subject.cells[b], subject.study.confidence)
+    assert found is not None  # no cell is without accuracy
+    return found
 
 
 def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
@@ -570,7 +548,7 @@ def _difference_words(
     smallest: float | None = None,
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
-    num_seeds = max(len(subject.study.seeds_of[name]) for name in (method, other))
+    num_seeds = max(len(subject.study.seeds_of(name)) for name in (method, other))
     sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
@@ -617,10 +595,7 @@ def _compared(subject: Subject) -> list[int]:
 def _table(subject: Subject) -> Json:
     rows = subject.rows
     columns: list[tuple[str, Any]] = [("seeds", _seeds_cell), ("right", _accuracy_cell)]
-    for reference, title in (("parent", "against its parent"), ("base", "against base")):
-        if any(row[f"delta_vs_{reference}"] is not None for row in rows):
-            columns.append((f"{title}, points", _difference_cell(reference)))
-            columns.append(("p", _p_cell(reference)))
+    columns += _difference_columns(rows, MEASURES["accuracy"])
     if any(row["num_samples"] for row in rows):
         columns.append(("sampled pass@1", _sampled_cell("pass_at_1")))
     largest = {powers_up_to(row["num_samples"])[-1] for row in rows if row["num_samples"]}
@@ -631,7 +606,7 @@ def _table(subject: Subject) -> Json:
         if any(row[name] is not None for row in rows):
             columns.append((title, _share_cell(name)))
     if any(row["smallest_detectable_delta"] is not None for row in rows):
-        columns.append(("detectable from", _detectable_cell))
+        columns.append(("detectable from", _detectable_cell(MEASURES["accuracy"])))
     return {
         "columns": [title for title, _ in columns],
         "rows": [
@@ -646,14 +621,30 @@ def _table(subject: Subject) -> Json:
     }
 
 
+def _pass_at_1_table(subject: Subject) -> Json:
+    """Differences of sampled pass@1; without rows where they are those of accuracy."""
+    rows = compared_by_pass_at_1(subject.rows)
+    of = MEASURES["pass_at_1"]
+    columns: list[tuple[str, Any]] = [("sampled pass@1", _sampled_cell("pass_at_1"))]
+    columns += _difference_columns(rows, of)
+    columns.append(("detectable from", _detectable_cell(of)))
+    return {
+        "columns": [title for title, _ in columns],
+        "rows": [
+            {"method": row["method"], "cells": [make(row) for _, make in columns]} for row in rows
+        ],
+        "note": PASS_AT_1_NOTE,
+    }
+
+
 def _seed_table(subject: Subject) -> Json:
     """Accuracy of every seed; greedy and sampled where there are both."""
     seeds_of = subject.study.seeds_of
-    seeds = sorted({seed for row in subject.rows for seed in seeds_of[row["method"]]})
+    seeds = sorted({seed for row in subject.rows for seed in seeds_of(row["method"])})
     rows = []
     for row in subject.rows:
         method = row["method"]
-        runs = dict(zip(seeds_of[method], subject.metrics[method], strict=True))
+        runs = dict(zip(seeds_of(method), subject.cells[method].metrics, strict=True))
         for decoding, name in _decodings(subject, row):
             shares = [runs[seed][name] if seed in runs else None for seed in seeds]
             cells = ["" if share is None else _percent(share) for share in shares]
@@ -663,8 +654,8 @@ def _seed_table(subject: Subject) -> Json:
 
 def _decodings(subject: Subject, row: Json) -> list[tuple[str, str]]:
     """What a row has accuracies of: in words, and by its column."""
-    greedy = subject.metrics[subject.rows[0]["method"]][0]["accuracy"] is not None
-    shown = [("greedy", "accuracy")] if greedy else []
+    greedy = subject.cells[subject.rows[0]["method"]].greedy
+    shown = [("greedy", "accuracy")] if greedy is not None else []
     if row["num_samples"]:
         shown.append(("sampled, pass@1", "pass_at_1"))
     return shown
@@ -698,9 +689,19 @@ def _share_cell(name: str) -> Any:
     return make
 
 
-def _difference_cell(reference: str) -> Any:
+def _difference_columns(rows: list[Json], of: str) -> list[tuple[str, Any]]:
+    """Differences to the parent and to the base with their p-values; `of` as in `MEASURES`."""
+    columns: list[tuple[str, Any]] = []
+    for reference, title in (("parent", "against its parent"), ("base", "against base")):
+        if any(row[f"delta{of}_vs_{reference}"] is not None for row in rows):
+            columns.append((f"{title}, points", _difference_cell(reference, of)))
+            columns.append(("p", _p_cell(reference, of)))
+    return columns
+
+
+def _difference_cell(reference: str, of: str) -> Any:
     def make(row: Json) -> Json:
-        name = f"delta_vs_{reference}"
+        name = f"delta{of}_vs_{reference}"
         if row[name] is None:
             return _cell("")
         against = row["parent"] if reference == "parent" else ""
@@ -709,18 +710,21 @@ def _difference_cell(reference: str) -> Any:
     return make
 
 
-def _p_cell(reference: str) -> Any:
+def _p_cell(reference: str, of: str = "") -> Any:
     def make(row: Json) -> Json:
-        return _cell(p_text(row[f"p_value_vs_{reference}_holm"]))
+        return _cell(p_text(row[f"p_value{of}_vs_{reference}_holm"]))
 
     return make
 
 
-def _detectable_cell(row: Json) -> Json:
-    value = row["smallest_detectable_delta"]
-    if value is None:
-        return _cell("")
-    return _cell("over 100" if value > 1 else _plain(value))
+def _detectable_cell(of: str) -> Any:
+    def make(row: Json) -> Json:
+        value = row[f"smallest_detectable_delta{of}"]
+        if value is None:
+            return _cell("")
+        return _cell("over 100" if value > 1 else _plain(value))
+
+    return make
 
 
 def _table_note(subject: Subject) -> str:
@@ -793,8 +797,8 @@ def _accuracy_chart(subject: Subject) -> Json:
                 {"method": row["method"], "decoding": decoding}
                 | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
             )
-            runs = subject.metrics[row["method"]]
-            for seed, run in zip(subject.study.seeds_of[row["method"]], runs, strict=True):
+            runs = subject.cells[row["method"]].metrics
+            for seed, run in zip(subject.study.seeds_of(row["method"]), runs, strict=True):
                 if len(runs) > 1 and run[name] is not None:
                     seeds.append(
                         {
@@ -896,19 +900,18 @@ def _sampling_charts(subject: Subject) -> list[Json]:
     return charts
 
 
-def _main_completions(subject: Subject, method: str) -> pl.DataFrame:
+def _main_completions(graded: Graded, method: str) -> pl.DataFrame:
     """Greedy completions of all seeds, or the samples where there are no greedy ones."""
-    tables = [subject.graded.tables[place] for place in subject.graded.rows_of(method)]
-    table = pl.concat([each.select("decoding", "correct", "num_tokens", "truncated")
-                       for each in tables])  # fmt: skip
+    columns = ("decoding", "correct", "num_tokens", "truncated")
+    table = pl.concat(each.select(columns) for each in graded.tables_of(method))
     greedy = table.filter(pl.col("decoding") == "greedy")
     return greedy if greedy.height else table
 
 
-def _length_chart(subject: Subject) -> Json:
+def _length_chart(subject: Subject, graded: Graded) -> Json:
     rows = []
     for method in subject.study.methods:
-        table = _main_completions(subject, method)
+        table = _main_completions(graded, method)
         for outcome, right in (("right", True), ("wrong", False)):
             tokens = table.filter(pl.col("correct") == right)["num_tokens"].to_numpy()
             if tokens.size:
@@ -921,11 +924,11 @@ def _length_chart(subject: Subject) -> Json:
     return length_chart(rows, subject.study.methods)
 
 
-def _truncation_chart(subject: Subject) -> Json:
+def _truncation_chart(subject: Subject, graded: Graded) -> Json:
     rows = []
     for method in subject.study.methods:
         share = float(
-            _main_completions(subject, method)["truncated"].cast(pl.Float64).to_numpy().mean()
+            _main_completions(graded, method)["truncated"].cast(pl.Float64).to_numpy().mean()
         )
         rows.append({"method": method, "value": round(100 * share, 3), "label": _percent(share)})
     return truncation_chart(rows, subject.study.methods)
@@ -934,18 +937,33 @@ def _truncation_chart(subject: Subject) -> Json:
 # ---------------------------------------------------------------------------------------- agreement
 
 
-def _pairs(subject: Subject) -> list[Json]:
+def _compared_decoding(subject: Subject) -> str:
+    """`greedy` where every method has it, else `sample`: answers are compared with their like."""
+    cells = subject.cells.values()
+    if all(cell.greedy is not None for cell in cells):
+        return "greedy"
+    if all(cell.num_samples for cell in cells):
+        return "sample"
+    raise DataError(
+        f"{subject.model} on {subject.suite}: the runs have neither all a greedy completion of "
+        "each problem nor all samples; generate them again with one suite"
+    )
+
+
+def _pairs(subject: Subject, answers: dict[str, tuple[Codes, Codes]]) -> list[Json]:
     """What every two methods answer to the same problems at the same seeds."""
-    answers = subject.graded.answers()
     pairs = []
     for a, b in itertools.combinations(subject.study.methods, 2):
+        # One that was run once, (1, P, n), stands for every seed.
+        num_seeds = max(len(answers[name][0]) for name in (a, b))
         sides = [
-            np.concatenate([answers[run][part] for run in runs])
-            for runs in _paired_runs(subject, a, b)
-            for part in (0, 1)  # answers, and whether they are right
+            np.broadcast_to(part, (num_seeds, *part.shape[1:])).reshape(-1, part.shape[2])
+            for name in (a, b)
+            for part in answers[name]  # answers, and whether they are right
         ]
-        difference = _difference(subject, b, a)
-        pairs.append({"a": a, "b": b, "shares": agreement(*sides), "difference": difference})
+        pairs.append(
+            {"a": a, "b": b, "shares": agreement(*sides), "difference": _difference(subject, b, a)}
+        )
     return pairs
 
 
@@ -1001,7 +1019,7 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         (model, method, seed)
         for model in study.models
         for method in study.methods
-        for seed in study.seeds_of[method]
+        for seed in study.seeds_of(method)
     ]
     metrics = [
         read_json(run_dir(sources.study_dir, *run) / "metrics" / f"{suite}.json")
@@ -1084,7 +1102,7 @@ def _training_settings(study: Comparison, study_dir: Path) -> list[tuple[str, st
     found = []
     for model in study.models:
         for method in study.methods:
-            run = run_dir(study_dir, model, method, study.seeds_of[method][0])
+            run = run_dir(study_dir, model, method, study.seeds_of(method)[0])
             if (run / "settings.json").exists():
                 settings = read_json(run / "settings.json")
                 settings.pop("seed", None)
@@ -1098,7 +1116,7 @@ def _evaluation_settings(study: Comparison, study_dir: Path) -> list[tuple[str, 
     first = study.methods[0]
     for model in study.models:
         for suite in study.suites:
-            run = run_dir(study_dir, model, first, study.seeds_of[first][0])
+            run = run_dir(study_dir, model, first, study.seeds_of(first)[0])
             path = run / "completions" / f"{suite}.stats.json"
             settings = read_json(path).get("settings") if path.exists() else None
             if settings:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +32,7 @@ from gsm8k_core.layout import run_dir
 from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
 from gsm8k_core.problems import Problem
-from gsm8k_core.tables import clusters_of, reading_grades
+from gsm8k_core.tables import Cell, reading_grades
 
 GRADE_COLUMNS = ("problem_id", "decoding", "sample_index", "correct", "extracted")
 COUNTED = ("num_tokens", "truncated")
@@ -57,91 +57,43 @@ class Graded:
     problem_ids: list[str]
     gradings: list[str]  # `strict`, `flexible`, …: every grade that was taken
 
-    def share_right(self, decoding: str) -> Floats | None:
-        """(runs, P): share of right completions of a decoding; None where a run has none."""
-        rows = []
-        for table in self.tables:
-            shares = (
-                table.filter(pl.col("decoding") == decoding)
-                .group_by("problem_id")
-                .agg(pl.col("correct").mean())
-                .sort("problem_id")
-            )
-            if shares.height != len(self.problem_ids):
-                return None
-            rows.append(shares["correct"].to_numpy())
-        return np.stack(rows).astype(np.float64)
+    def tables_of(self, method: str) -> list[pl.DataFrame]:
+        """Those of a method, in the order of its seeds."""
+        runs = zip(self.runs, self.tables, strict=True)
+        return [table for (name, _), table in runs if name == method]
 
-    @cached_property
-    def accuracy(self) -> Floats:
-        """(runs, P): greedy where every run has it, else the share of right samples."""
-        shares = self.share_right(self.main_decoding)
-        assert shares is not None
-        return shares
-
-    @cached_property
-    def main_decoding(self) -> str:
-        """`greedy` where every run has it, else `sample`."""
-        for decoding in ("greedy", "sample"):
-            if self.share_right(decoding) is not None:
-                return decoding
-        raise DataError(
-            "the runs of a suite have neither all a greedy completion of each problem nor all "
-            "samples; generate them again with one suite"
-        )
-
-    @cached_property
-    def clusters(self) -> pl.Series | None:
-        """(P,): the same for problems that are no independent draws; None where each is one."""
-        return clusters_of(
-            table.group_by("problem_id").agg(pl.col("cluster").first()).sort("problem_id")
-            for table in self.tables
-            if "cluster" in table.columns
-        )
-
-    def answers(self) -> list[tuple[Codes, Codes]]:
-        """For each run the answers of the main decoding and whether they are right, (P, n) each.
+    def answers(self, decoding: str) -> dict[str, tuple[Codes, Codes]]:
+        """For each method its answers and whether they are right, (S, P, n) each.
 
         An answer is a whole number, the same in all runs for the same rational number (or the same
         text, where it is none), and −1 for no answer.
         """
-        decoding = self.main_decoding
         code_of: dict[Fraction | str, int] = {}
-        found = []
-        for table in self.tables:
-            rows = table.filter(pl.col("decoding") == decoding).sort("problem_id", "sample_index")
+        found = {}
+        for method in dict.fromkeys(name for name, _ in self.runs):
+            rows = pl.concat(
+                table.filter(pl.col("decoding") == decoding)
+                .sort("problem_id", "sample_index")
+                .select("extracted", "correct")
+                for table in self.tables_of(method)
+            )
             codes = [-1 if text is None else code_of.setdefault(_value(text), len(code_of))
                      for text in rows["extracted"]]  # fmt: skip
-            shape = (len(self.problem_ids), -1)
-            found.append((np.reshape(codes, shape), rows["correct"].to_numpy().reshape(shape)))
+            shape = (len(self.tables_of(method)), len(self.problem_ids), -1)
+            found[method] = (np.reshape(codes, shape), rows["correct"].to_numpy().reshape(shape))
         return found
-
-    def rows_of(self, method: str) -> list[int]:
-        """Places of a method's seeds among the runs."""
-        return [place for place, (name, _) in enumerate(self.runs) if name == method]
-
-    def at_seed(self, method: str, seed: int) -> int:
-        """Place of a method's run: the only one stands for every seed."""
-        own = self.rows_of(method)
-        return own[0] if len(own) == 1 else self.runs.index((method, seed))
 
 
 def read_graded(study: Comparison, study_dir: Path, model: str, suite: str) -> Graded:
-    """Read the grades of every run of a model on a suite.
+    """Read the grades of every run of a model on a suite, which are of the same problems.
 
-    Raises DataError when one is missing or malformed, and when two hold different problems.
+    Raises DataError when one is missing or malformed.
     """
-    runs = [(m, seed) for m in study.methods for seed in study.seeds_of[m]]
+    runs = [(m, seed) for m in study.methods for seed in study.seeds_of(m)]
     tables = [
         _read_table(run_dir(study_dir, model, *run) / "grades" / f"{suite}.parquet") for run in runs
     ]
-    problem_ids = sorted(tables[0]["problem_id"].unique())
-    for run, table in zip(runs, tables, strict=True):
-        if sorted(table["problem_id"].unique()) != problem_ids:
-            raise DataError(
-                f"{model} on {suite}: {run[0]} seed {run[1]} and {runs[0][0]} seed {runs[0][1]} "
-                "graded different problems; generate and grade both with the same suite"
-            )
+    problem_ids = tables[0]["problem_id"].unique(maintain_order=True).to_list()
     common = set.intersection(*(set(table.columns) for table in tables))
     gradings = [
         name
@@ -180,20 +132,23 @@ def build_browser(
     model: str,
     suite: str,
     graded: Graded,
+    cells: dict[str, Cell],
     problems: dict[str, Problem],
     grading: tuple[str, str],
     max_bytes: int,
 ) -> Browser:
     """Pack the problems of a model × suite into at most `max_bytes`.
 
-    `problems` by id give questions and reference solutions (a problem that is not there shows its
-    id alone). `grading` is the one that counts, and its answer marker.
+    `cells` are those of the study's methods, in their order. `problems` by id give questions and
+    reference solutions (a problem that is not there shows its id alone). `grading` is the one that
+    counts, and its answer marker.
     """
-    groups = _groups(study, graded)
+    groups = _groups(cells)
     order = stratified_order(graded.problem_ids, groups)
     chosen = _worth_reading(order, graded, max_bytes)
     texts = _read_completions(study_dir, model, suite, graded, set(chosen))
-    greedy, samples = graded.share_right("greedy"), graded.share_right("sample")
+    greedy = _of_runs([cell.greedy for cell in cells.values()])
+    samples = _of_runs([cell.measured("pass_at_1") for cell in cells.values()])
     place_of = {problem_id: place for place, problem_id in enumerate(graded.problem_ids)}
     grades = [_by_problem(table, graded.gradings, set(chosen)) for table in graded.tables]
 
@@ -232,10 +187,15 @@ def build_browser(
     return Browser(index, records, len(graded.problem_ids), len(set(groups)))
 
 
-def _groups(study: Comparison, graded: Graded) -> list[str]:
+def _of_runs(values: Sequence[Floats | None]) -> Floats | None:
+    """(runs, P) of the (S, P) of every method; None where one has none."""
+    known = [one for one in values if one is not None]
+    return np.concatenate(known) if len(known) == len(values) else None
+
+
+def _groups(cells: dict[str, Cell]) -> list[str]:
     """For each problem, which methods get it right: on half of their seeds or more."""
-    accuracy = graded.accuracy
-    by_method = [accuracy[graded.rows_of(method)].mean(axis=0) >= 0.5 for method in study.methods]
+    by_method = [cell.accuracy.mean(axis=0) >= 0.5 for cell in cells.values()]
     return ["".join("1" if right else "0" for right in column) for column in np.array(by_method).T]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from gsm8k_core.differences import (
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_optional
 from gsm8k_core.layout import run_dir
-from gsm8k_core.metrics import holm, is_significant, paired_difference
+from gsm8k_core.metrics import Floats, holm, is_significant, paired_difference
 from gsm8k_core.tables import (
+    MEASURES,
+    PASS_AT_1_NOTE,
     TextTable,
     clusters_of,
     level_text,
@@ -59,6 +61,14 @@ SCHEMA: dict[str, Any] = {
     "p_value": pl.Float64,
     "p_value_holm": pl.Float64,
     "smallest_detectable_delta": pl.Float64,
+    "pass_at_1_old": pl.Float64,
+    "pass_at_1_new": pl.Float64,
+    "delta_pass_at_1": pl.Float64,
+    "delta_pass_at_1_ci_low": pl.Float64,
+    "delta_pass_at_1_ci_high": pl.Float64,
+    "p_value_pass_at_1": pl.Float64,
+    "p_value_pass_at_1_holm": pl.Float64,
+    "smallest_detectable_delta_pass_at_1": pl.Float64,
     "verdict": pl.String,
     "caution": pl.String,
     "differs": pl.String,
@@ -79,6 +89,8 @@ class StudyComparison:
     """Each setting, version or commit that differs (`key: old → new`), with the cells it is of."""
     left_out: list[str]
     """What could not be compared, and why."""
+    measure: str
+    """What decided the verdicts: `accuracy` or `pass_at_1`."""
 
 
 def find_cells(study_dir: Path) -> dict[Key, list[int]]:
@@ -101,14 +113,18 @@ def find_cells(study_dir: Path) -> dict[Key, list[int]]:
     return {key: sorted(seeds) for key, seeds in cells.items()}
 
 
-def compare_studies(old_dir: Path, new_dir: Path, confidence: float = 0.95) -> StudyComparison:
+def compare_studies(
+    old_dir: Path, new_dir: Path, confidence: float = 0.95, measure: str = "accuracy"
+) -> StudyComparison:
     """New minus old for every cell that both have.
 
-    `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples. The
-    p-values are corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where
-    the corrected one is below 1 − `confidence`; a trained cell of which only one seed can be paired
-    has none, since another seed of the same settings may differ by more, and `caution` says so.
-    Raises DataError when either folder has no grades or a malformed file.
+    `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples, and
+    `delta_pass_at_1` of that mean, null where not both have samples. The p-values of each are
+    corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where the corrected
+    one of `measure`, `accuracy` or `pass_at_1`, is below 1 − `confidence`; a trained cell of which
+    only one seed can be paired has none, since another seed of the same settings may differ by
+    more, and `caution` says so. Raises DataError when either folder has no grades or a malformed
+    file.
     """
     old_cells, new_cells = find_cells(old_dir), find_cells(new_dir)
     left_out = [
@@ -143,8 +159,8 @@ def compare_studies(old_dir: Path, new_dir: Path, confidence: float = 0.95) -> S
             changes.setdefault(line, []).append(name)
         rows.append(row)
     for model in dict.fromkeys(row["model"] for row in rows):
-        _judge([row for row in rows if row["model"] == model], confidence)
-    return StudyComparison(pl.DataFrame(rows, schema=SCHEMA), changes, left_out)
+        _judge([row for row in rows if row["model"] == model], confidence, measure)
+    return StudyComparison(pl.DataFrame(rows, schema=SCHEMA), changes, left_out, measure)
 
 
 def _compare_cell(
@@ -168,40 +184,44 @@ def _compare_cell(
     reason = f"{odd} of {len(graded)} problems are not in every run of both" if odd else ""
     kept = [table.filter(pl.col("problem_id").is_in(list(common))) for table in tables]
     joined = pl.concat(kept)
+    sides: dict[str, tuple[Floats, Floats]] = {}  # measure → old and new, (S, P)
+    if (joined["num_samples"] > 0).all() and (joined["num_samples_new"] > 0).all():
+        shares = [pl.col(f"num_correct{of}") / pl.col(f"num_samples{of}") for of in ("", "_new")]
+        sides["pass_at_1"] = _stack(kept, shares[0]), _stack(kept, shares[1])
     if joined["greedy"].null_count() + joined["greedy_new"].null_count() == 0:
-        columns = (pl.col("greedy"), pl.col("greedy_new"))
-    elif (joined["num_samples"] > 0).all() and (joined["num_samples_new"] > 0).all():
-        columns = (
-            pl.col("num_correct") / pl.col("num_samples"),
-            pl.col("num_correct_new") / pl.col("num_samples_new"),
-        )
+        sides["accuracy"] = _stack(kept, pl.col("greedy")), _stack(kept, pl.col("greedy_new"))
+    elif sides:
+        sides["accuracy"] = sides["pass_at_1"]
     else:
         return None, "one study decoded greedily and the other sampled"
-    before, after = (
-        np.stack([table.select(column).to_series().to_numpy() for table in kept])
-        for column in columns
-    )
     renamed = {"cluster_new": "cluster"}
     clusters = clusters_of(
         one for table in kept for one in (table.drop("cluster").rename(renamed), table)
     )
-    found = paired_difference(after, before, confidence, clusters)
     row: Json = {
         "model": model,
         "method": method,
         "suite": suite,
-        "num_seeds": before.shape[0],
-        "num_problems": before.shape[1],
+        "num_seeds": len(seeds),
+        "num_problems": len(common),
         "num_clusters": None if clusters is None else clusters.n_unique(),
-        "accuracy_old": float(before.mean()),
-        "accuracy_new": float(after.mean()),
-        "delta": found.delta,
-        "delta_ci_low": found.low,
-        "delta_ci_high": found.high,
-        "p_value": found.p_value,
-        "smallest_detectable_delta": found.smallest_detectable,
     }
+    for measure, (before, after) in sides.items():
+        of, found = MEASURES[measure], paired_difference(after, before, confidence, clusters)
+        row |= {
+            f"{measure}_old": float(before.mean()),
+            f"{measure}_new": float(after.mean()),
+            f"delta{of}": found.delta,
+            f"delta{of}_ci_low": found.low,
+            f"delta{of}_ci_high": found.high,
+            f"p_value{of}": found.p_value,
+            f"smallest_detectable_delta{of}": found.smallest_detectable,
+        }
     return row, reason
+
+
+def _stack(tables: Sequence[pl.DataFrame], column: pl.Expr) -> Floats:
+    return np.stack([table.select(column).to_series().to_numpy() for table in tables])
 
 
 def _is_trained(study_dir: Path, key: Key, seed: int) -> bool:
@@ -252,45 +272,62 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _judge(rows: list[Json], confidence: float) -> None:
-    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        assert p_value is not None
-        row["p_value_holm"] = p_value
+def _judge(rows: list[Json], confidence: float, measure: str = "accuracy") -> None:
+    for of in MEASURES.values():
+        adjusted = holm([row.get(f"p_value{of}") for row in rows])
+        for row, p_value in zip(rows, adjusted, strict=True):
+            row[f"p_value{of}_holm"] = p_value
+    of = MEASURES[measure]
+    for row in rows:
         row["verdict"] = None
-        if is_significant(p_value, confidence) and row.get("caution") != ONE_SEED:
-            row["verdict"] = "better" if row["delta"] > 0 else "worse"
+        if is_significant(row[f"p_value{of}_holm"], confidence) and row.get("caution") != ONE_SEED:
+            row["verdict"] = "better" if row[f"delta{of}"] > 0 else "worse"
 
 
 def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence: float) -> str:
     """The report: the table, what differs, what was left out."""
-    header = ["model", "suite", "method", "seeds", "problems", "old %", "new %"]
-    header += ["new − old, points", "p", "verdict", "flags"]
-    rows = [
-        [
-            row["model"],
-            row["suite"],
-            row["method"],
-            str(row["num_seeds"]),
-            str(row["num_problems"]),
-            percent(row["accuracy_old"], ".1f"),
-            percent(row["accuracy_new"], ".1f"),
-            with_interval(row, "delta", "+.1f"),
-            p_text(row["p_value_holm"]),
-            row["verdict"] or "",
-            "; ".join(filter(None, (row["caution"], row["differs"]))),
-        ]
-        for row in found.rows.iter_rows(named=True)
-    ]
+    rows = found.rows.to_dicts()
+    columns: dict[str, Callable[[Json], str]] = {
+        "model": lambda row: row["model"],
+        "suite": lambda row: row["suite"],
+        "method": lambda row: row["method"],
+        "seeds": lambda row: str(row["num_seeds"]),
+        "problems": lambda row: str(row["num_problems"]),
+        "old %": lambda row: percent(row["accuracy_old"], ".1f"),
+        "new %": lambda row: percent(row["accuracy_new"], ".1f"),
+        "new − old, points": lambda row: with_interval(row, "delta", "+.1f"),
+        "p": lambda row: p_text(row["p_value_holm"]),
+    }
+    has_pass_at_1 = any(
+        row["pass_at_1_old"] is not None
+        and any(row[f"accuracy_{side}"] != row[f"pass_at_1_{side}"] for side in ("old", "new"))
+        for row in rows
+    )
+    if has_pass_at_1:
+        columns |= {
+            "old pass@1 %": lambda row: percent(row["pass_at_1_old"], ".1f"),
+            "new pass@1 %": lambda row: percent(row["pass_at_1_new"], ".1f"),
+            "pass@1 new − old, points": lambda row: with_interval(row, "delta_pass_at_1", "+.1f"),
+            "p pass@1": lambda row: p_text(row["p_value_pass_at_1_holm"]),
+        }
+    columns |= {
+        "verdict": lambda row: row["verdict"] or "",
+        "flags": lambda row: "; ".join(filter(None, (row["caution"], row["differs"]))),
+    }
     parts = [f"# {new_dir} against {old_dir}\n"]
     if rows:
-        parts.append(markdown_table(TextTable("", header, rows)))
+        texts = [[render(row) for render in columns.values()] for row in rows]
+        parts.append(markdown_table(TextTable("", list(columns), texts)))
         parts.append(
             f"Differences are paired by seed and problem, with {level_text(confidence)} intervals "
             "over both; p is corrected (Holm) over all rows of a model. One seed: problems only, "
             "and of what was trained no verdict, as another seed of the same settings may differ "
             "by more. Flags name few seeds, and what is not the same in both studies.\n"
         )
-        parts += [f"{note}\n" for note in notes_on_clusters(found.rows.iter_rows(named=True))]
+        if has_pass_at_1 or found.measure != "accuracy":
+            name = "accuracy" if found.measure == "accuracy" else "pass@1"
+            parts.append(f"Verdicts are by {name}. {PASS_AT_1_NOTE}\n")
+        parts += [f"{note}\n" for note in notes_on_clusters(rows)]
     else:
         parts.append("No cell can be compared.\n")
     if found.changes:

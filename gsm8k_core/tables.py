@@ -85,6 +85,18 @@ SCHEMA: dict[str, Any] = {
     "pass_at_1_ci_low": pl.Float64,
     "pass_at_1_ci_high": pl.Float64,
     "pass_at_1_by_seed": pl.String,
+    "delta_pass_at_1_vs_parent": pl.Float64,
+    "delta_pass_at_1_vs_parent_ci_low": pl.Float64,
+    "delta_pass_at_1_vs_parent_ci_high": pl.Float64,
+    "p_value_pass_at_1_vs_parent": pl.Float64,
+    "p_value_pass_at_1_vs_parent_holm": pl.Float64,
+    "smallest_detectable_delta_pass_at_1": pl.Float64,
+    "delta_pass_at_1_vs_base": pl.Float64,
+    "delta_pass_at_1_vs_base_ci_low": pl.Float64,
+    "delta_pass_at_1_vs_base_ci_high": pl.Float64,
+    "p_value_pass_at_1_vs_base": pl.Float64,
+    "p_value_pass_at_1_vs_base_holm": pl.Float64,
+    "smallest_detectable_delta_pass_at_1_vs_base": pl.Float64,
     "pass_at_n": pl.Float64,
     "pass_at_n_ci_low": pl.Float64,
     "pass_at_n_ci_high": pl.Float64,
@@ -125,6 +137,9 @@ PASS_AT_K_SCHEMA: dict[str, Any] = {
     "maj_at_k_ci_high": pl.Float64,
 }
 
+MEASURES = {"accuracy": "", "pass_at_1": "_pass_at_1"}
+"""What differences are of, and what the names of their columns have for it."""
+
 MEANS_OVER_SEEDS = (
     "accuracy_flexible",
     "format_fraction",
@@ -139,6 +154,11 @@ MAX_BANDS = 4
 # Flags of single rows, with their share after a colon.
 PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
 LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
+PASS_AT_1_NOTE = (
+    "Differences of accuracy and of pass@1 are two measures of one training, and p of each is "
+    "corrected by itself. Decide before the study which of them is the question: whoever takes the "
+    "better of two tests has up to twice the false positives."
+)
 DOUBTS = {
     PROMPTS_CUT: "so many prompts were too long for the model and lost their beginning",
     CONTRADICTED: "so many completions are right by the first marker, and state another number "
@@ -176,6 +196,12 @@ class Cell:
             return self.num_correct / self.num_samples
         assert self.greedy is not None  # grades without any completion are refused when read
         return self.greedy
+
+    def measured(self, measure: str) -> Floats | None:
+        """(S, P) of one of `MEASURES`; None for `pass_at_1` without samples."""
+        if measure == "accuracy":
+            return self.accuracy
+        return self.pass_at_1 if self.num_samples else None
 
     def pass_at_k(self, k: int) -> Floats:
         """(S, P): chance that one of `k` samples is right; `k` from 1 to `num_samples`."""
@@ -277,6 +303,24 @@ def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
     ]
 
 
+def read_cells(
+    study: Comparison,
+    study_dir: Path,
+    model: str,
+    suite: str,
+    graded: dict[str, tuple[Path, pl.Series]],
+) -> dict[str, Cell]:
+    """What every method of the study has on a suite; problems are sorted by id.
+
+    `graded` is filled with the problems of each suite's first run. Raises DataError when a file is
+    missing or malformed, and when another run graded other problems.
+    """
+    return {
+        method: _read_cell(study, study_dir, model, method, suite, graded)
+        for method in study.methods
+    }
+
+
 def _read_cell(
     study: Comparison,
     study_dir: Path,
@@ -285,9 +329,9 @@ def _read_cell(
     suite: str,
     graded: dict[str, tuple[Path, pl.Series]],
 ) -> Cell:
-    """Read every seed; `graded` remembers the problems of each suite's first run."""
+    """Read every seed."""
     metrics, stats, facts, tables = [], [], [], []
-    for seed in study.seeds_of[method]:
+    for seed in study.seeds_of(method):
         run = run_dir(study_dir, model, method, seed)
         path = run / "grades" / f"{suite}.parquet"
         table = read_grades(path, with_majority=True)
@@ -365,10 +409,13 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     can be laid together. `accuracy` falls back to the mean over samples in a suite without greedy
     decoding, `pass_at_1` to greedy in one without samples. `pass_at_n` and `maj_at_n` are at the
     largest power of two that is not above the number of samples. `…_by_seed` is what each run has
-    by itself, as `0:0.875;1:0.913`: seed, colon, share, semicolons between. Differences are of
-    `accuracy`, paired by seed and problem: `delta_vs_parent` to the method that training started
-    from, `delta_vs_base` to the untrained model; null where that is not among the study's methods.
-    `…_holm` is the p-value corrected (Holm 1979) over all methods and suites of the model.
+    by itself, as `0:0.875;1:0.913`: seed, colon, share, semicolons between.
+
+    Differences are paired by seed and problem: `delta_vs_parent` to the method that training
+    started from, `delta_vs_base` to the untrained model; null where that is not among the study's
+    methods. They are of `accuracy`; `delta_pass_at_1_…` are of `pass_at_1`, null without samples,
+    the same where `accuracy` is the mean over samples. `…_holm` is the p-value corrected (Holm
+    1979) over all methods and suites of the model, each measure by itself.
     `smallest_detectable_delta` is the difference that a study of this size and spread finds four
     times in five, at the uncorrected level.
 
@@ -387,10 +434,7 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
             method: _training_cost(study, study_dir, model, method) for method in study.methods
         }
         for suite in study.suites:
-            cells = {
-                method: _read_cell(study, study_dir, model, method, suite, graded)
-                for method in study.methods
-            }
+            cells = read_cells(study, study_dir, model, suite, graded)
             for method in study.methods:
                 identity = {
                     "study": study.name,
@@ -419,7 +463,7 @@ def _in_order(frame: pl.DataFrame, study: Comparison) -> pl.DataFrame:
 
 
 def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
-    cell, parent, base = cells[method], study.parent_of.get(method), study.chains[method][0]
+    cell, parent, base = cells[method], study.parent_of(method), study.chains[method][0]
     flags = [flag_text("seeds", inconsistent(cell.facts)), _few_seeds(method, cell, base)]
     flags += _doubts(cell)
     row: Json = {
@@ -428,31 +472,30 @@ def _quality(study: Comparison, method: str, cells: dict[str, Cell]) -> Json:
         "num_clusters": None if cell.clusters is None else cell.clusters.n_unique(),
         "num_samples": cell.num_samples,
         **_with_bounds("accuracy", cell.accuracy, study.confidence, cell.clusters),
-        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of[method]),
+        "accuracy_by_seed": _by_seed(cell.accuracy, study.seeds_of(method)),
         "parent": parent,
         "base": None if method == base else base,
         **_with_bounds("pass_at_1", cell.pass_at_1, study.confidence, cell.clusters),
-        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of[method]),
+        "pass_at_1_by_seed": _by_seed(cell.pass_at_1, study.seeds_of(method)),
         **_at_largest_k(cell, study.confidence),
         **{key: _mean_of([one[key] for one in cell.metrics]) for key in MEANS_OVER_SEEDS},
     }
-    for kind, other, detectable in (
-        ("parent", parent, "smallest_detectable_delta"),
-        ("base", row["base"], "smallest_detectable_delta_vs_base"),
-    ):
-        found = None
-        if other is not None and other in cells:
-            found = _difference(study, method, other, cells)
-            if kind == "parent" or other != parent:
-                against = cells[other].facts
-                flags.append(flag_text(kind, _comparable(differing(cell.facts, against))))
-        row |= {
-            f"delta_vs_{kind}": found and found.delta,
-            f"delta_vs_{kind}_ci_low": found and found.low,
-            f"delta_vs_{kind}_ci_high": found and found.high,
-            f"p_value_vs_{kind}": found and found.p_value,
-            detectable: found and found.smallest_detectable,
-        }
+    for kind, other, suffix in (("parent", parent, ""), ("base", row["base"], "_vs_base")):
+        compared_with = other if other in cells else None
+        if compared_with is not None and (kind == "parent" or other != parent):
+            against = cells[compared_with].facts
+            flags.append(flag_text(kind, _comparable(differing(cell.facts, against))))
+        for measure, of in MEASURES.items():
+            found = None
+            if compared_with is not None:
+                found = difference(cell, cells[compared_with], study.confidence, measure)
+            row |= {
+                f"delta{of}_vs_{kind}": found and found.delta,
+                f"delta{of}_vs_{kind}_ci_low": found and found.low,
+                f"delta{of}_vs_{kind}_ci_high": found and found.high,
+                f"p_value{of}_vs_{kind}": found and found.p_value,
+                f"smallest_detectable_delta{of}{suffix}": found and found.smallest_detectable,
+            }
     return row | {"flags": "; ".join(filter(None, flags)) or None}
 
 
@@ -511,36 +554,32 @@ def _comparable(names: list[str]) -> list[str]:
     return [name for name in names if name != "training settings"]
 
 
-def _difference(study: Comparison, method: str, other: str, cells: dict[str, Cell]) -> Difference:
-    """Method minus other, seed by seed; an other that was run once stands for every seed."""
-    seeds, other_seeds = study.seeds_of[method], study.seeds_of[other]
-    values = cells[other].accuracy
-    if len(other_seeds) > 1:
-        missing = [seed for seed in seeds if seed not in other_seeds]
-        if missing:
-            raise DataError(
-                f"{method} has seeds {missing}, but {other}, which it is compared with, does not: "
-                "they cannot be compared in pairs"
-            )
-        values = values[[other_seeds.index(seed) for seed in seeds]]
-    clusters = cells[method].clusters
-    if clusters is None:
-        clusters = cells[other].clusters
-    return paired_difference(cells[method].accuracy, values, study.confidence, clusters)
+def difference(a: Cell, b: Cell, confidence: float, measure: str = "accuracy") -> Difference | None:
+    """`a` minus `b`, paired by seed and problem; one that was run once stands for every seed.
+
+    None for pass@1 where one of them has no samples.
+    """
+    left, right = a.measured(measure), b.measured(measure)
+    if left is None or right is None:
+        return None
+    clusters = b.clusters if a.clusters is None else a.clusters
+    return paired_difference(left, right, confidence, clusters)
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
     """Add Holm's p-values of one model's rows: one family for the parents, one for the base.
 
-    A method whose parent is the base is tested once, among the parents.
+    A method whose parent is the base is tested once, among the parents. Each measure has families
+    of its own: which of them is the question is to be decided before.
     """
     apart = [row for row in rows if row["base"] != row["parent"]]
-    for kind, family in (("parent", rows), ("base", apart)):
-        adjusted = holm([row[f"p_value_vs_{kind}"] for row in family])
-        for row, p_value in zip(family, adjusted, strict=True):
-            row[f"p_value_vs_{kind}_holm"] = p_value
-    for row in rows:
-        row.setdefault("p_value_vs_base_holm", row["p_value_vs_parent_holm"])
+    for of in MEASURES.values():
+        for kind, family in (("parent", rows), ("base", apart)):
+            adjusted = holm([row[f"p_value{of}_vs_{kind}"] for row in family])
+            for row, p_value in zip(family, adjusted, strict=True):
+                row[f"p_value{of}_vs_{kind}_holm"] = p_value
+        for row in rows:
+            row.setdefault(f"p_value{of}_vs_base_holm", row[f"p_value{of}_vs_parent_holm"])
 
 
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
@@ -561,7 +600,13 @@ def _curve(study: Comparison, cell: Cell) -> list[Json]:
 def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) -> Json:
     """Seconds, tokens and memory of a method's own stage, and with those before it."""
     stages = study.chains[method][1:]  # the first is the base model, which nothing trains
-    summaries = {stage: _summaries(study, study_dir, model, method, stage) for stage in stages}
+    summaries = {
+        stage: [
+            read_json(run_dir(study_dir, model, stage, seed) / "train" / "summary.json")
+            for seed in study.seeds
+        ]
+        for stage in stages
+    }
 
     def of(stage: str, value: Callable[[Json], float | None]) -> float | None:
         return _mean_of([value(summary) for summary in summaries.get(stage, [])])
@@ -581,15 +626,6 @@ def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) 
     }
 
 
-def _summaries(
-    study: Comparison, study_dir: Path, model: str, method: str, stage: str
-) -> list[Json]:
-    """Training summaries of a stage of `method`, one per seed."""
-    seeds = study.seeds_of.get(stage, study.seeds_of[method])
-    runs = [run_dir(study_dir, model, stage, seed) for seed in seeds]
-    return [read_json(run / "train" / "summary.json") for run in runs]
-
-
 def read_training_logs(
     study: Comparison, study_dir: Path, model: str
 ) -> dict[str, list[list[Json]]]:
@@ -597,7 +633,7 @@ def read_training_logs(
     return {
         method: [
             read_jsonl(run_dir(study_dir, model, method, seed) / "train" / "metrics.jsonl")
-            for seed in study.seeds_of[method]
+            for seed in study.seeds_of(method)
         ]
         for method in study.methods
         if len(study.chains[method]) > 1
@@ -732,6 +768,7 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
     tables = []
     for title, shown, rows_of in (
         ("Quality", QUALITY_COLUMNS, rows),
+        ("Differences of pass@1", PASS_AT_1_COLUMNS, compared_by_pass_at_1(rows)),
         ("Repeated sampling", SAMPLING_COLUMNS, sampled),
         ("Single seeds", SEED_COLUMNS, repeated),
         ("Cost", COST_COLUMNS, rows),
@@ -740,6 +777,15 @@ def _text_tables(frame: pl.DataFrame) -> list[TextTable]:
         if texts:
             tables.append(TextTable(title, list(shown), texts))
     return tables
+
+
+def compared_by_pass_at_1(rows: Sequence[Json]) -> list[Json]:
+    """Rows with a difference of pass@1; none where it is that of accuracy in all of them."""
+    names = ("delta_pass_at_1_vs_parent", "delta_pass_at_1_vs_base")
+    compared = [row for row in rows if any(row[name] is not None for name in names)]
+    shown = ("_by_seed", "_ci_low", "_ci_high")
+    differs = any(row[f"accuracy{of}"] != row[f"pass_at_1{of}"] for row in compared for of in shown)
+    return compared if differs else []
 
 
 def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
@@ -768,6 +814,8 @@ def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
             "pass@n: one of n samples is right. maj@n: the most frequent answer of n samples is. "
             "n is the largest power of two among the samples; pass_at_k.csv has the others."
         )
+    if compared_by_pass_at_1(frame.to_dicts()):
+        notes.append(PASS_AT_1_NOTE)
     if (frame["num_seeds"] > 1).any():
         notes.append(
             "by seed: the seed and what its run has by itself; comparison.csv has these shares in "
@@ -908,6 +956,17 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     "p base": lambda row: p_text(row["p_value_vs_base_holm"]),
     "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
     "flags": lambda row: row["flags"] or "",
+}
+PASS_AT_1_COLUMNS: dict[str, Callable[[Json], str]] = {
+    **IDENTITY_COLUMNS,
+    "samples": lambda row: str(row["num_samples"]),
+    "pass@1 %": lambda row: percent(row["pass_at_1"], ".1f"),
+    "parent": lambda row: row["parent"] or "",
+    "vs parent, points": lambda row: with_interval(row, "delta_pass_at_1_vs_parent", "+.1f"),
+    "p parent": lambda row: p_text(row["p_value_pass_at_1_vs_parent_holm"]),
+    "detectable": lambda row: _detectable(row["smallest_detectable_delta_pass_at_1"]),
+    "vs base, points": lambda row: with_interval(row, "delta_pass_at_1_vs_base", "+.1f"),
+    "p base": lambda row: p_text(row["p_value_pass_at_1_vs_base_holm"]),
 }
 SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,

@@ -17,6 +17,7 @@ from gsm8k_core.config import (
     load_config,
     parse_config,
     read_yaml,
+    with_defaults,
 )
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.extras import missing_for

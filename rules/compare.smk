@@ -1,6 +1,9 @@
 # Tables and figures of the study. In no group: for each finished job Snakemake counts all inputs of a
 # group anew, and of these there are thousands in a large study.
 
+# Only the report is made again for its size.
+TABLES = dump(with_defaults(CONFIG.comparison(), ["report_megabytes"]))
+
 
 rule compare:
     input:
@@ -25,7 +28,7 @@ rule compare:
     benchmark:
         f"{RESULTS}/benchmarks/compare.tsv"
     params:
-        study=dump(CONFIG.comparison()),
+        study=TABLES,
         study_dir=study_dir,
         code=CODE,
     shell:
@@ -63,7 +66,7 @@ rule plot:
     benchmark:
         f"{RESULTS}/benchmarks/plot.tsv"
     params:
-        study=dump(CONFIG.comparison()),
+        study=TABLES,
         study_dir=study_dir,
         code=CODE,
     shell:
@@ -99,10 +102,9 @@ rule report:
         study=dump(CONFIG.comparison()),
         study_dir=study_dir,
         problems=LAYOUT.problems_of_suites(),
-        max_megabytes=CONFIG.study.report_megabytes,
         code=CODE,
     shell:
         "python scripts/report.py --study {params.study:q} --study-dir {params.study_dir:q} "
         "--comparison {input.comparison:q} --problems {params.problems:q} "
-        "--runs-dir artifacts/runs --max-megabytes {params.max_megabytes} "
-        "--output {output.html:q} --manifest {output.manifest:q} 2> {log:q}"
+        "--runs-dir artifacts/runs --output {output.html:q} --manifest {output.manifest:q} "
+        "2> {log:q}"

@@ -66,9 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--max-megabytes",
         type=megabytes,
-        default=20.0,
         help="for problems and completions in the page; beyond it, a stratified sample is kept "
-        "(default: %(default)g)",
+        "(default: the study's report_megabytes)",
     )
     arguments.add_argument("--output", type=Path, required=True, help="HTML file to write")
     args = arguments.parse_args(argv)
@@ -81,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{', '.join(study.suites)}"
         )
     sources = Sources(args.study_dir, args.comparison, dict(args.problems), args.runs_dir)
-    write_text(args.output, build_report(study, sources, int(args.max_megabytes * 1e6)))
+    size = study.report_megabytes if args.max_megabytes is None else args.max_megabytes
+    write_text(args.output, build_report(study, sources, int(size * 1e6)))
     if args.manifest is not None:
         record.write(args.manifest, PACKAGES, [args.output])
     log.info("%s: %.1f MB", args.output, args.output.stat().st_size / 1e6)

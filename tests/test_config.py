@@ -345,7 +345,7 @@ def test_yes_is_no_number(key: str, overlay: dict[str, Any]) -> None:
 def test_a_comparison_by_hand_says_which_method_lacks_what() -> None:
     given: dict[str, Any] = {
         "name": "s", "models": ["m"], "methods": ["base", "sft"], "suites": ["t"],
-        "seeds_of": {"base": [0], "sft": [0, 1]}, "parent_of": {"base": None, "sft": "base"},
+        "seeds": [0, 1],
         "chains": {"base": ["base"], "sft": ["base", "sft"]}, "confidence": 0.95,
     }  # fmt: skip
 
@@ -354,14 +354,21 @@ def test_a_comparison_by_hand_says_which_method_lacks_what() -> None:
             settings_from(json.dumps({**given, **changes}), Comparison, "--study")
         return str(caught.value)
 
-    assert settings_from(json.dumps(given), Comparison).methods == ["base", "sft"]
-    assert said(seeds_of={"base": [0]}, chains={"sft": ["base", "sft"]}) == (
-        "--study: seeds_of: the method 'sft' is missing; chains: the method 'base' is missing"
+    study = settings_from(json.dumps(given), Comparison)
+    assert [study.seeds_of(method) for method in study.methods] == [[0], [0, 1]]
+    assert [study.parent_of(method) for method in study.methods] == [None, "base"]
+    assert said(chains={"sft": ["base"]}) == (
+        "--study: chains: the stages of the method 'base' are missing; chains: the stages of the "
+        "method 'sft' are missing"
     )
     assert said(confidence=1.5) == "--study: confidence: Input should be less than 1"
-    assert "seeds_of.sft: List should have at least 1 item" in said(
-        seeds_of={"base": [0], "sft": []}
-    )
+    assert "seeds: List should have at least 1 item" in said(seeds=[])
+
+
+def test_a_comparison_knows_the_size_of_the_report() -> None:
+    config = parse_config(merge(small(), {"study": {"report_megabytes": 7.5}}))
+    assert config.comparison().report_megabytes == 7.5
+    assert parse_config(small()).comparison().report_megabytes == 20.0
 
 
 def test_no_setting_that_is_a_number_takes_yes() -> None:

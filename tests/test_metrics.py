@@ -629,18 +629,24 @@ def coverage_of_samples(
 
 
 def false_positives_of_samples(
-    num_seeds: int, num_problems: int, spread: float, own_problems: float
+    num_seeds: int,
+    num_problems: int,
+    spread: float,
+    own_problems: float,
+    num_samples: int = NUM_SAMPLES,
+    logit: float = 0.0,
+    other_seeds: int | None = None,
 ) -> float:
     """`false_positives` of shares of right samples, in 4,000 studies."""
     rng = np.random.default_rng(20)
     found = 0
     for part in in_parts(4000, num_seeds, num_problems):
-        shared = rng.normal(0, 2.0, (part, 1, num_problems))
+        shared = rng.normal(logit, 2.0, (part, 1, num_problems))
         methods = []
-        for _ in range(2):
+        for seeds in (num_seeds, other_seeds or num_seeds):
             skill = shared + rng.normal(0, own_problems, shared.shape)
-            skill = skill + rng.normal(0, spread, (part, num_seeds, 1))
-            methods.append(rng.binomial(NUM_SAMPLES, special.expit(skill)) / NUM_SAMPLES)
+            skill = skill + rng.normal(0, spread, (part, seeds, 1))
+            methods.append(rng.binomial(num_samples, special.expit(skill)) / num_samples)
         found += int((paired_differences(methods[0], methods[1])[:, 3] < 0.05).sum())
     return 100 * found / 4000
 
@@ -663,6 +669,7 @@ def test_methods_of_equal_skill_differ_one_time_in_twenty_by_their_samples_too(
     num_seeds: int, spread: float
 ) -> None:
     assert 4 <= false_positives_of_samples(num_seeds, 200, spread, 0.7) <= 6
+    assert 3.5 <= false_positives_of_samples(num_seeds, 200, spread, 0.7, num_samples=4) <= 6
 
 
 @pytest.mark.parametrize("spread", SEED_SPREADS)
@@ -704,6 +711,16 @@ def test_a_model_that_was_run_once_differs_no_more_often_however_good_or_bad_it_
     num_seeds: int, logit: float
 ) -> None:
     found = false_positives(num_seeds, 100, 0.0, 0.7, 3000, logit=logit, other_seeds=1)
+    assert found <= 6.0
+    assert found >= 3.5 or logit != 0.0
+
+
+@pytest.mark.parametrize("logit", [-4.5, 0.0, 5.5])
+@pytest.mark.parametrize("num_seeds", [1, 3, 10])
+def test_nor_do_four_samples_a_problem_of_a_model_that_was_run_once(
+    num_seeds: int, logit: float
+) -> None:
+    found = false_positives_of_samples(num_seeds, 100, 0.0, 0.7, 4, logit, other_seeds=1)
     assert found <= 6.0
     assert found >= 3.5 or logit != 0.0
 

@@ -37,8 +37,7 @@ STUDY = Comparison(
     models=["m1", "m2"],
     methods=["base", "grpo"],
     suites=["test", "samples"],
-    seeds_of={"base": [0], "grpo": [0, 1]},
-    parent_of={"base": None, "grpo": "base"},
+    seeds=[0, 1],
     chains={"base": ["base"], "grpo": ["base", "grpo"]},
     confidence=0.9,
 )
@@ -70,8 +69,8 @@ def write_runs(folder: Path, log: list[dict[str, Any]], study: Comparison = STUD
         (*keys, "truncated_fraction", "seconds_generating", "num_samples")
     )
     for model in study.models:
-        for method, seeds in study.seeds_of.items():
-            for seed in seeds:
+        for method in study.methods:
+            for seed in study.seeds_of(method):
                 run = folder / model / method / f"seed{seed}"
                 scores = {"accuracy": 0.35 + 0.1 * seed, "pass_at_1": 0.2}
                 for suite in study.suites:
@@ -146,13 +145,14 @@ def test_where_a_method_logs_no_answers_the_whole_reward_is_drawn_of_all(tmp_pat
     study = STUDY.model_copy(
         update={
             "methods": ["base", "grpo", "other"],
-            "seeds_of": {**STUDY.seeds_of, "other": [0]},
             "chains": {**STUDY.chains, "other": ["base", "other"]},
         }
     )
     write_runs(tmp_path, [{**row, "answer_reward_mean": 0.5} for row in REWARDS])
     for model in study.models:
-        write_jsonl(tmp_path / model / "other" / "seed0" / "train" / "metrics.jsonl", REWARDS)
+        for seed in study.seeds:
+            run = tmp_path / model / "other" / f"seed{seed}"
+            write_jsonl(run / "train" / "metrics.jsonl", REWARDS)
     axes = plot_reward(study, tmp_path).axes[0]
     assert axes.get_ylabel() == "Mean reward"
     assert [points(line, "y")[-1] for line in axes.lines] == pytest.approx([1.0, 1.0])
@@ -179,7 +179,7 @@ def test_the_loss_of_pairs_has_no_axis_in_common_with_that_of_tokens(tmp_path: P
     study = STUDY.model_copy(
         update={
             "methods": ["sft", "dpo"],
-            "seeds_of": {"sft": [0], "dpo": [0]},
+            "seeds": [0],
             "chains": {"sft": ["base", "sft"], "dpo": ["base", "dpo"]},
         }
     )
@@ -264,13 +264,14 @@ def test_a_method_that_was_trained_without_a_gpu_does_not_vanish(tmp_path: Path)
 def test_a_method_has_one_colour_in_all_figures_and_greedy_and_sampled_have_none(
     tmp_path: Path,
 ) -> None:
-    added = {"methods": ["base", "sft", "grpo"], "seeds_of": {**STUDY.seeds_of, "sft": [0]},
+    added = {"methods": ["base", "sft", "grpo"],
              "chains": {**STUDY.chains, "sft": ["base", "sft"]}}  # fmt: skip
     study = STUDY.model_copy(update=added)
     rows = write_runs(tmp_path, REWARDS)
     sft = rows.filter(pl.col("method") == "grpo").with_columns(method=pl.lit("sft"))
     for model in study.models:  # no reward: not in that figure
-        write_jsonl(tmp_path / model / "sft" / "seed0" / "train" / "metrics.jsonl", [])
+        for seed in study.seeds:
+            write_jsonl(tmp_path / model / "sft" / f"seed{seed}" / "train" / "metrics.jsonl", [])
     cost = pl.when(pl.col("method") == "base").then(0.0).otherwise(90.0)
     comparison = pl.concat([rows, sft]).with_columns(train_seconds_with_parents=cost)
     figures = (plot_cost(study, comparison), plot_reward(study, tmp_path))
@@ -310,24 +311,18 @@ def test_the_figures_say_how_many_seeds_problems_and_clusters_they_stand_on(
     assert "Mean over 2 seeds;" in captions(plot_reward(STUDY, tmp_path))
 
 
-def test_seeds_that_differ_in_number_and_single_ones_are_told(tmp_path: Path) -> None:
+def test_single_seeds_are_told(tmp_path: Path) -> None:
     comparison = write_runs(tmp_path, REWARDS).with_columns(
         train_seconds_with_parents=pl.when(pl.col("method") == "base").then(0.0).otherwise(60.0)
     )
-    once = STUDY.model_copy(update={"seeds_of": {"base": [0], "grpo": [0]}})
+    once = STUDY.model_copy(update={"seeds": [0]})
     assert "One seed; bars: 90 % intervals over problems alone" in captions(
         plot_cost(once, comparison)
     )
     reward = captions(plot_reward(once, tmp_path))
     assert "One seed" in reward and "band" not in reward
-    study = STUDY.model_copy(
-        update={
-            "methods": ["base", "grpo", "sft"],
-            "seeds_of": {"base": [0], "grpo": [0, 1], "sft": [0, 1, 2, 3, 4]},
-            "chains": {**STUDY.chains, "sft": ["base", "sft"]},
-        }
-    )
-    assert _seeds_text(study, study.methods) == "2 to 5 seeds (base: 1)"
+    assert _seeds_text(STUDY, STUDY.methods) == "2 seeds (base: 1)"
+    assert _seeds_text(STUDY, ["base"]) == "1 seed"
 
 
 def test_the_dashed_line_of_cost_has_the_name_of_what_is_not_trained(tmp_path: Path) -> None:
@@ -349,7 +344,6 @@ def test_bands_of_many_methods_do_not_cover_each_other(
         update={
             "models": ["m1"],
             "methods": names,
-            "seeds_of": {name: [0, 1] for name in names},
             "chains": {name: ["base", name] for name in names},
         }
     )
@@ -370,7 +364,6 @@ def test_costs_far_apart_stand_on_a_logarithm_with_times_that_people_count_in(
         update={
             "methods": ["base", "grpo", "dapo"],
             "models": ["m1"],
-            "seeds_of": {**STUDY.seeds_of, "dapo": [0]},
             "chains": {**STUDY.chains, "dapo": ["base", "dapo"]},
         }
     )
@@ -404,7 +397,7 @@ def long_names() -> Comparison:
             "models": ["DeepSeek-R1-Distill-Qwen-1.5B-instruct-v1", "Qwen2.5-0.5B-Instruct-GRPO-c"],
             "suites": ["gsm8k_platinum_8shot_cot_greedy", "gsm_symbolic_p2_main_sampled"],
             "methods": methods,
-            "seeds_of": {method: [0] for method in methods},
+            "seeds": [0],
             "chains": {name: ["base"] if name == "base" else ["base", name] for name in methods},
         }
     )

@@ -75,7 +75,7 @@ from gsm8k_core.report_charts import (
     length_chart,
     pass_at_k_chart,
 )
-from gsm8k_core.tables import SCHEMA
+from gsm8k_core.tables import SCHEMA, Cell, p_text
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -194,16 +194,9 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
     All but `base` are trained from it; `tested` has the comparison's Holm-corrected p-values.
     """
-    ids = [f"p{number:03d}" for number in range(100)]
-    tables = [
-        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
-                      "correct": [number < count for number in range(100)]})
-        for count in right.values()
-    ]  # fmt: skip
     study = Comparison(
         name="demo", models=["m"], methods=list(right), suites=["test"],
-        seeds_of={name: [0] for name in right},
-        parent_of={name: None if name == "base" else "base" for name in right},
+        seeds=[0],
         chains={name: ["base", name][name == "base" :] for name in right}, confidence=0.95,
     )  # fmt: skip
     rows = []
@@ -218,8 +211,14 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
                 row |= {f"delta_vs_{other}{end}": value for end, value in bounds.items()}
                 row |= {f"p_value_vs_{other}": 0.03, f"p_value_vs_{other}_holm": tested[name]}
         rows.append(row)
-    graded = Graded([(name, 0) for name in right], tables, ids, ["strict"])
-    return Subject(study, "m", "test", rows, graded, {}, [], [])
+    cells = {name: cell_of(np.arange(100)[None] < count) for name, count in right.items()}
+    return Subject(study, "m", "test", rows, cells, [], [])
+
+
+def cell_of(right: np.ndarray[Any, Any]) -> Cell:
+    """Greedy completions alone, (S, P)."""
+    metrics = [{"accuracy": float(share)} for share in right.mean(axis=1)]
+    return Cell(right.astype(np.float64), None, 0, {}, metrics, [], [], None)
 
 
 def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
@@ -275,22 +274,49 @@ def test_charts_and_problems_show_the_shares_of_the_comparison(page: Page, paths
         assert problem["sampled"] == [0.667 * one for one in solved]
 
 
+def test_differences_of_pass_at_1_stand_in_a_table_of_their_own(page: Page, paths: Paths) -> None:
+    text = squeezed(page.text)
+    assert "Differences of pass@1, the mean over samples" in text
+    assert "Decide before the study which of them is the question" in text
+    table = page.text.partition("Differences of pass@1, the mean")[2].partition("Decide before")[0]
+    lines = [line.strip() for line in table.split("\n")]
+    for row in pl.read_parquet(paths["comparison"]).iter_rows(named=True):
+        if row["method"] == "base":
+            assert "base" not in lines
+            continue
+        at = lines.index(row["method"])
+        pass_at_1, parent, p_parent, base, p_base, _ = lines[at + 1 : at + 7]
+        assert pass_at_1.startswith(f"{100 * row['pass_at_1']:.1f} % [")
+        for kind, shown, p_value in (("parent", parent, p_parent), ("base", base, p_base)):
+            numbers = [
+                row[f"delta_pass_at_1_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")
+            ]
+            delta, low, high = (f"{100 * one:+.1f}".replace("-", "−") for one in numbers)
+            assert shown.startswith(f"{delta} [{low}, {high}]")
+            assert p_value == p_text(row[f"p_value_pass_at_1_vs_{kind}_holm"])
+
+
+def test_every_difference_of_the_page_is_that_of_the_comparison(page: Page, paths: Paths) -> None:
+    table = page.text.partition("B − A, points")[2]
+    lines = [line.strip() for line in table.split("\n") if line.strip()]
+    rows = {row["method"]: row for row in pl.read_parquet(paths["comparison"]).to_dicts()}
+    num_compared = 0
+    for at in range(len(lines) - 9):
+        other, method = lines[at : at + 2]
+        for kind in ("parent", "base"):
+            if method in rows and rows[method][kind] == other:
+                ends = ("", "_ci_low", "_ci_high")
+                numbers = [rows[method][f"delta_vs_{kind}{end}"] for end in ends]
+                delta, low, high = (f"{100 * one:+.1f}".replace("-", "−") for one in numbers)
+                assert lines[at + 9] == f"{delta} [{low}, {high}]"
+                num_compared += 1
+    assert num_compared == 6  # sft twice: its parent is the base
+
+
 def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:
     # Each of five runs has one problem of a hundred right, another one each; the base model none.
-    ids = [f"p{number:03d}" for number in range(100)]
     subject = subject_of({"grpo": 1, "base": 0})
-    runs = [("grpo", seed) for seed in range(5)] + [("base", 0)]
-    tables = [
-        pl.DataFrame({"problem_id": ids, "decoding": "greedy",
-                      "correct": [number == seed and name == "grpo" for number in range(100)]})
-        for name, seed in runs
-    ]  # fmt: skip
-    seeds_of = {"grpo": [*range(5)], "base": [0]}
-    subject = replace(
-        subject,
-        graded=Graded(runs, tables, ids, ["strict"]),
-        study=subject.study.model_copy(update={"seeds_of": seeds_of}),
-    )
+    subject.cells["grpo"] = cell_of(np.eye(5, 100))
     expected = paired_difference(np.eye(5, 100), np.zeros((1, 100)))
     found, turned = _difference(subject, "grpo", "base"), _difference(subject, "base", "grpo")
     assert found == pytest.approx(expected) and found.p_value > 0.3
@@ -320,7 +346,6 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert _headline(subject, leads_of(subject)).startswith("In one run of each method grpo comes")
     finding = str(_findings(subject, leads_of(subject))[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
-    subject.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "over problems alone; differences are paired by problem" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
     assert "over seeds and problems; differences are paired by seed and" in _context(subject)
@@ -366,7 +391,7 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
     assert _headline(plain, leads_of(plain)).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
-    clones.graded.tables[1] = clones.graded.tables[1].with_columns(cluster=names)
+    clones.cells["dpo"] = replace(clones.cells["dpo"], clusters=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
     assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
@@ -374,7 +399,6 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
         row["parent"] = "sft"
     finding = str(_findings(clones, leads_of(clones))[0]["text"])
     assert "n = 100 problems in 10 clusters × 1 seed" in finding
-    clones.metrics["grpo"] = [{"accuracy": 0.6}]
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
     assert "over seeds and clusters; differences are paired" in _context(clones)
     assert "test: 100 problems in 10 clusters. Problems of one cluster" in _table_note(clones)
@@ -461,10 +485,9 @@ def test_of_equal_siblings_one_is_seldom_best_on_any_of_six_suites() -> None:
         suites = []
         for number in range(6):
             subject = subject_of({"grpo": 60, "dpo": 60})
-            for place, row in enumerate(subject.rows):
+            for row in subject.rows:
                 right = rng.random(100) < 0.6
-                table = subject.graded.tables[place]
-                subject.graded.tables[place] = table.with_columns(correct=pl.Series(right))
+                subject.cells[row["method"]] = cell_of(right[None])
                 row["accuracy"] = right.mean()
             subject.rows.sort(key=lambda row: -row["accuracy"])
             suites.append(replace(subject, suite=f"suite{number}"))
@@ -565,10 +588,11 @@ def test_answers_are_compared_as_numbers_across_runs_and_as_texts_where_they_are
 
     tables = [run(["18", "1/2", "x", None]), run(["7", "0.5", "x", None])]
     graded = Graded([("a", 0), ("b", 0)], tables, ["p0", "p1", "p2", "p3"], ["strict"])
-    (first, right), (second, _) = graded.answers()
-    assert (first == second).tolist() == [[False], [True], [True], [True]]
-    assert first[3] == -1 and (first[:3] >= 0).all()
-    assert right.tolist() == [[True], [False], [False], [False]]
+    answers = graded.answers("sample")
+    (first, right), (second, _) = answers["a"], answers["b"]
+    assert (first == second).tolist() == [[[False], [True], [True], [True]]]
+    assert first[0, 3] == -1 and (first[0, :3] >= 0).all()
+    assert right.tolist() == [[[True], [False], [False], [False]]]
 
 
 def test_provenance_names_commit_command_settings_and_files(page: Page, paths: Paths) -> None:
@@ -809,6 +833,20 @@ def test_past_its_bound_the_page_keeps_a_part_of_every_group_and_says_so(
     assert "grpo is best: 87.5 %" in squeezed(part.text)  # tables are of all problems
 
 
+def test_the_size_of_the_page_is_that_of_the_study_unless_it_is_asked_for_otherwise(
+    paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    def num_kept(*options: str) -> int:
+        assert script("report").main([*report_arguments(made), *options]) == 0
+        (view,) = Page(made["output"].read_text(encoding="utf-8")).data["views"]
+        return len(view["browser"]["problems"])
+
+    made = {**paths, "study": tmp_path / "study.json", "output": tmp_path / "report.html"}
+    write_json(made["study"], {**read_json(paths["study"]), "report_megabytes": 0.012})
+    assert num_kept() < NUM_PROBLEMS
+    assert num_kept("--max-megabytes", "20") == NUM_PROBLEMS
+
+
 def test_every_beginning_of_the_stratified_order_is_in_proportion() -> None:
     groups = ["common"] * 600 + ["some"] * 300 + ["rare"] * 100 + ["single"]
     random.Random(0).shuffle(groups)
@@ -1029,7 +1067,7 @@ def test_a_study_of_the_base_model_alone_has_a_report(
 ) -> None:
     made = make_study(tmp_path, script)
     study = json.loads(made["study"].read_text(encoding="utf-8")) | {"methods": ["base"]}
-    study |= {name: {"base": study[name]["base"]} for name in ("seeds_of", "parent_of", "chains")}
+    study["chains"] = {"base": ["base"]}
     made["study"].write_text(json.dumps(study), encoding="utf-8")
     arguments = report_arguments(made)
     compare = [*arguments[:4], "--output-dir", str(made["comparison"].parent)]

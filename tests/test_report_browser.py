@@ -104,7 +104,8 @@ def test_the_tables_of_a_comparison_are_as_wide_as_the_screen(
     chromium: Browser, tmp_path: Path
 ) -> None:
     numbers: dict[str, object] = dict.fromkeys(SCHEMA)
-    for name in ("accuracy", "pass_at_1", "delta_vs_parent", "delta_vs_base"):
+    deltas = [f"delta{of}_vs_{kind}" for of in ("", "_pass_at_1") for kind in ("parent", "base")]
+    for name in ("accuracy", "pass_at_1", *deltas):
         numbers |= {name: 0.914, f"{name}_ci_low": 0.737, f"{name}_ci_high": 1.0}
     numbers |= {"p_value_vs_parent_holm": 0.0001, "p_value_vs_base_holm": 0.0001}
     numbers |= {"accuracy_flexible": 1.0, "format_fraction": 1.0, "num_samples": 16}
@@ -112,15 +113,15 @@ def test_the_tables_of_a_comparison_are_as_wide_as_the_screen(
     numbers |= {"model": "Qwen2.5-0.5B-Instruct", "suite": "gsm8k_platinum_8shot_greedy"}
     numbers |= {"method": f"sft_{'long_' * 7}", "parent": f"grpo_{'long_' * 7}"}
     by_seed = ";".join(f"{seed}:0.875" for seed in range(10))
-    numbers |= {"accuracy_by_seed": by_seed, "pass_at_1_by_seed": by_seed}
+    numbers |= {"accuracy_by_seed": by_seed, "pass_at_1_by_seed": f"{by_seed}0"}
     numbers |= {"flags": "right and then contradicted: 2.53 %; 2 seeds; base: engine, dtype"}
     path = tmp_path / "comparison.html"
     path.write_text(to_html(pl.DataFrame([numbers], schema=SCHEMA), 0.95), encoding="utf-8")
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.goto(path.as_uri())
     tables = page.locator(".scroll")
-    assert tables.count() == 4
-    for place in range(4):
+    assert tables.count() == 5
+    for place in range(5):
         hidden = tables.nth(place).evaluate("box => box.scrollWidth - box.clientWidth")
         assert hidden <= 0, place
     page.close()

@@ -177,9 +177,77 @@ def test_samples_are_compared_by_their_share_and_not_with_greedy(make: Maker) ->
     write_run(new / "m" / "base" / "seed0", 1 - samples, "s", "sample")
     row = compare_studies(old, new).rows.row(by_predicate=pl.col("suite") == "s", named=True)
     assert (row["accuracy_old"], row["accuracy_new"], row["num_problems"]) == (0.375, 0.625, 2)
+    assert row["delta_pass_at_1"] == row["delta"] == 0.25
+    # Of no cell it says more than accuracy.
+    assert "pass@1" not in studies.to_markdown(compare_studies(old, new), old, new, 0.95)
     write_run(new / "m" / "base" / "seed0", outcomes(0.5, 0, 2), "s")
     found = compare_studies(old, new)
     assert "one study decoded greedily and the other sampled" in found.left_out[0]
+
+
+def write_both(run: Path, greedy: Floats, samples: Floats) -> None:
+    """Grades of a greedy completion and of samples (P, samples) of every problem."""
+    path = run / "grades" / "test.parquet"
+    parts = []
+    for right, decoding in ((greedy, "greedy"), (samples, "sample")):
+        write_run(run, right, decoding=decoding)
+        parts.append(pl.read_parquet(path))
+    pl.concat(parts).write_parquet(path)
+
+
+def draws(chance: float, seed: int) -> Floats:
+    """Which of four samples of 200 problems are right."""
+    return outcomes(chance, seed, 800).reshape(200, 4)
+
+
+def test_pass_at_1_is_compared_beside_accuracy_and_decides_where_it_is_asked_for(
+    make: Maker, tmp_path: Path
+) -> None:
+    old, new = make("old", 0.5), make("new", 0.5)
+    for folder, chance in ((old, 0.7), (new, 0.4)):
+        for method, seed in RUNS:
+            samples = draws(chance if method == "sft" else 0.5, seed)
+            write_both(folder / "m" / method / f"seed{seed}", outcomes(0.5, seed), samples)
+    found = compare_studies(old, new)
+    base, sft = found.rows.iter_rows(named=True)
+    before, after = (
+        np.stack([draws(chance, seed).mean(axis=1) for seed in range(3)]) for chance in (0.7, 0.4)
+    )
+    shares = [sft["pass_at_1_old"], sft["pass_at_1_new"]]
+    assert shares == pytest.approx([before.mean(), after.mean()])
+    greedy = np.stack([outcomes(0.5, seed) for seed in range(3)])
+    names = ("delta", "delta", "delta", "p_value", "smallest_detectable_delta")
+    ends = ("", "_ci_low", "_ci_high", "", "")
+    for of, difference in (
+        ("", paired_difference(greedy, greedy)),
+        ("_pass_at_1", paired_difference(after, before)),
+    ):
+        got = [sft[f"{name}{of}{end}"] for name, end in zip(names, ends, strict=True)]
+        assert got == pytest.approx(list(difference))
+        adjusted = holm([base[f"p_value{of}"], sft[f"p_value{of}"]])
+        assert [base[f"p_value{of}_holm"], sft[f"p_value{of}_holm"]] == adjusted
+    assert found.rows["verdict"].to_list() == [None, None]
+    text = studies.to_markdown(found, old, new, 0.95)
+    assert "pass@1 new − old, points" in text and "Verdicts are by accuracy." in text
+
+    by_samples = compare_studies(old, new, measure="pass_at_1")
+    assert by_samples.rows["verdict"].to_list() == [None, "worse"]
+    assert "Verdicts are by pass@1." in studies.to_markdown(by_samples, old, new, 0.95)
+    arguments = ["--old", str(old), "--new", str(new), "--output-dir", str(tmp_path / "out")]
+    arguments += ["--fail-if-worse"]
+    assert compare_studies_script.main(arguments) == 0
+    assert compare_studies_script.main([*arguments, "--measure", "pass_at_1"]) == 3
+
+
+def test_without_samples_pass_at_1_decides_nothing(make: Maker, tmp_path: Path) -> None:
+    old, new = make("old", 0.6), make("new", 0.4)
+    found = compare_studies(old, new, measure="pass_at_1")
+    assert found.rows["verdict"].to_list() == [None, None]
+    assert found.rows["p_value_pass_at_1_holm"].null_count() == 2
+    assert "pass@1 new − old" not in studies.to_markdown(found, old, new, 0.95)
+    arguments = ["--old", str(old), "--new", str(new), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(DataError, match="nothing in common with samples"):
+        compare_studies_script.main([*arguments, "--fail-if-worse", "--measure", "pass_at_1"])
 
 
 def test_what_differs_is_told_with_both_values_and_named_in_the_row(make: Maker) -> None:

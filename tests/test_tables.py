@@ -21,6 +21,7 @@ from gsm8k_core.files import read_json, write_json, write_jsonl
 from gsm8k_core.metrics import holm, mean_interval, paired_difference, pass_at_k, wilson_interval
 from gsm8k_core.tables import (
     COST_COLUMNS,
+    PASS_AT_1_COLUMNS,
     PASS_AT_K_SCHEMA,
     QUALITY_COLUMNS,
     SAMPLING_COLUMNS,
@@ -255,8 +256,7 @@ def make_study(**changes: Any) -> Comparison:
         "models": ["m2", "m1"],
         "methods": ["base", "sft", "grpo"],
         "suites": ["test"],
-        "seeds_of": {"base": [0], "sft": [3, 5], "grpo": [3, 5]},
-        "parent_of": {"base": None, "sft": "base", "grpo": "sft"},
+        "seeds": [3, 5],
         "chains": {"base": ["base"], "sft": ["base", "sft"], "grpo": ["base", "sft", "grpo"]},
         "confidence": 0.95,
     }
@@ -285,7 +285,7 @@ def study_dir(tmp_path: Path) -> Path:
     study = make_study()
     for model in study.models:
         for method in study.methods:
-            for seed in study.seeds_of[method]:
+            for seed in study.seeds_of(method):
                 run = tmp_path / "runs" / model / method / f"seed{seed}"
                 rows = [
                     completion(f"p{i:02d}", RIGHT if right else WRONG)
@@ -360,7 +360,7 @@ def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_d
 def test_a_gain_that_is_format_alone_can_be_told_from_one_in_arithmetic(study_dir: Path) -> None:
     # Right from the start, and after training also where the prompt asked for the answer.
     for method, text in (("base", UNMARKED), ("sft", RIGHT)):
-        for seed in make_study().seeds_of[method]:
+        for seed in make_study().seeds_of(method):
             run = study_dir / "m1" / method / f"seed{seed}"
             rows = [completion(f"p{i:02d}", text) for i in range(40)]
             run_grade(run, rows, model="m1", method=method, seed=seed)
@@ -435,6 +435,86 @@ def test_p_values_are_corrected_over_all_methods_and_suites_of_a_model(study_dir
     assert twice.height == 4
 
 
+def sampled(method: str, seed: int, suite: str) -> np.ndarray[Any, Any]:
+    """Which of two samples of 40 problems are right, (40, 2)."""
+    first = np.array(outcomes(method, seed))
+    second = np.roll(first, len(suite)) & (np.arange(40) % 5 > seed % 2)
+    return np.stack([first, second], axis=1)
+
+
+def sample_suite(study_dir: Path, suite: str, greedy: bool = True) -> None:
+    """Grade two samples a problem of every run, and a greedy completion."""
+    for run in study_dir.glob("*/*/seed*"):
+        method, seed = run.parent.name, int(run.name.removeprefix("seed"))
+        rows = [
+            completion(f"p{i:02d}", RIGHT if right else WRONG, "sample", index)
+            for i, of_problem in enumerate(sampled(method, seed, suite))
+            for index, right in enumerate(of_problem)
+        ]
+        if greedy:
+            rows += [
+                completion(f"p{i:02d}", RIGHT if right else WRONG)
+                for i, right in enumerate(outcomes(method, seed))
+            ]
+        run_grade(run, rows, suite=suite, method=method, seed=seed)
+
+
+def test_differences_of_pass_at_1_are_paired_and_corrected_by_themselves(study_dir: Path) -> None:
+    sample_suite(study_dir, "test")
+    sample_suite(study_dir, "sampled", greedy=False)
+    frame = build(make_study(suites=["test", "sampled"]), study_dir)
+    for suite in ("test", "sampled"):
+        shares = {
+            method: np.stack([sampled(method, seed, suite).mean(axis=1) for seed in seeds])
+            for method, seeds in (("base", [0]), ("sft", [3, 5]), ("grpo", [3, 5]))
+        }
+        row = row_of(frame, "grpo", suite=suite)
+        for kind, other, suffix in (("parent", "sft", ""), ("base", "base", "_vs_base")):
+            delta = f"delta_pass_at_1_vs_{kind}"
+            found = [row[f"{delta}{end}"] for end in ("", "_ci_low", "_ci_high")]
+            found += [row[f"p_value_pass_at_1_vs_{kind}"]]
+            found += [row[f"smallest_detectable_delta_pass_at_1{suffix}"]]
+            assert found == pytest.approx(list(paired_difference(shares["grpo"], shares[other])))
+            assert row[delta] != row[f"delta_vs_{kind}"] or suite == "sampled"
+    once = pl.col("parent").ne_missing(pl.col("base"))
+    for kind, family, size in (("parent", pl.lit(True), 4), ("base", once, 2)):
+        part = frame.filter((pl.col("model") == "m1") & family)
+        for of in ("", "_pass_at_1"):
+            expected = holm(part[f"p_value{of}_vs_{kind}"].to_list())
+            assert part[f"p_value{of}_vs_{kind}_holm"].to_list() == expected
+            assert len([value for value in expected if value is not None]) == size
+    sft = row_of(frame, "sft")  # its parent is the base: tested once
+    assert sft["p_value_pass_at_1_vs_base_holm"] == sft["p_value_pass_at_1_vs_parent_holm"]
+
+
+def test_pass_at_1_has_a_table_of_its_own_where_it_says_more_than_accuracy(study_dir: Path) -> None:
+    study = make_study(models=["m1"], suites=["sampled"])
+    sample_suite(study_dir, "sampled", greedy=False)
+    alike = build(study, study_dir)
+    grpo = row_of(alike, "grpo", suite="sampled")
+    assert grpo["delta_pass_at_1_vs_parent"] == grpo["delta_vs_parent"] > 0
+    assert grpo["p_value_pass_at_1_vs_parent_holm"] == grpo["p_value_vs_parent_holm"]
+    title, note = "Differences of pass@1", "Decide before the study which of them is the question"
+    for text in (to_markdown(alike, 0.95), to_html(alike, 0.95)):
+        assert title not in text and note not in text
+    # Without samples there is no pass@1 that could differ.
+    greedy = build(make_study(models=["m1"]), study_dir)
+    assert row_of(greedy, "grpo")["delta_pass_at_1_vs_parent"] is None
+    assert row_of(greedy, "grpo")["p_value_pass_at_1_vs_parent_holm"] is None
+    assert title not in to_markdown(greedy, 0.95)
+
+    sample_suite(study_dir, "test")
+    both = build(make_study(models=["m1"], suites=["test", "sampled"]), study_dir)
+    for text in (to_markdown(both, 0.95), to_html(both, 0.95)):
+        assert text.count(title) == text.count(note) == 1
+    # Whoever asks for pass@1 finds all of its family there.
+    table = to_markdown(both, 0.95).partition(f"### {title}\n\n")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.split("\n")[2:]]
+    assert [line[2:4] for line in cells] == [
+        [suite, method] for suite in ("test", "sampled") for method in ("sft", "grpo")
+    ]
+
+
 def test_pass_at_k_has_a_row_for_every_k_with_its_interval(tmp_path: Path) -> None:
     run_grade(tmp_path / "m" / "base" / "seed0", SAMPLES)
     _, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
@@ -473,7 +553,7 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
         for k, values in by_hand.items():
             assert summary["maj_at_k"][str(k)] == pytest.approx(np.mean(values[seed - 1]))
         write_json(tmp_path / "m" / "sft" / f"seed{seed}" / "train" / "summary.json", {})
-    study = make_study(models=["m"], methods=["sft"], seeds_of={"sft": [1, 2]})
+    study = make_study(models=["m"], methods=["sft"], seeds=[1, 2])
     frame, curves = build_comparison(study, tmp_path)
     ends = ("", "_ci_low", "_ci_high")
     for row in curves.iter_rows(named=True):
@@ -587,7 +667,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
     study_dir: Path, grading: str, flagged: bool
 ) -> None:
     settings = SETTINGS.replace("strict", grading)
-    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    study = make_study(seeds=[3])
     for num_problems, expected in ((101, None), (100, "right and then contradicted: 1 %")):
         for model in study.models:
             for method in study.methods:
@@ -595,7 +675,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
                 # The second is wrong by the number that counts, so nothing right is contradicted.
                 texts += [f"{RIGHT} shells.\n#### 17", f"{WRONG}\n{RIGHT}"]
                 rows = [completion(f"p{i:03d}", text) for i, text in enumerate(texts)]
-                run = study_dir / model / method / f"seed{study.seeds_of[method][0]}"
+                run = study_dir / model / method / f"seed{study.seeds_of(method)[0]}"
                 summary = run_grade(run, rows, settings)
                 assert summary["contradicted_fraction"] == 1 / num_problems
         frame = build(study, study_dir)
@@ -605,7 +685,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
-    study = make_study(seeds_of={"base": [0], "sft": [3], "grpo": [3]})
+    study = make_study(seeds=[3])
     frame = build(study, study_dir)
     assert row_of(frame, "base")["flags"] is None  # nothing of it is a draw of training
     assert row_of(frame, "sft")["flags"] == "1 seed: problems only"
@@ -626,15 +706,6 @@ def test_problems_that_were_not_sampled_equally_often_are_refused(study_dir: Pat
     pl.concat([pl.read_parquet(path), extra.head(3)]).write_parquet(path)
     with pytest.raises(DataError, match="not every problem has .* samples"):
         build(make_study(), study_dir)
-
-
-def test_seeds_are_paired_by_number_and_not_by_position(study_dir: Path) -> None:
-    study = make_study(seeds_of={"base": [0], "sft": [5, 3], "grpo": [3, 5]})
-    assert (
-        build(study, study_dir)
-        .filter(pl.col("method") == "grpo")
-        .equals(build(make_study(), study_dir).filter(pl.col("method") == "grpo"))
-    )
 
 
 def test_a_parent_outside_the_study_is_named_but_not_compared_with(study_dir: Path) -> None:
@@ -821,6 +892,17 @@ def test_every_column_shows_the_number_that_its_name_says() -> None:
         "p base": f"{row['p_value_vs_base_holm']:.3f}",
         "pass@1 %": interval("pass_at_1"),
     }
+    pass_at_1 = {name: render(row) for name, render in PASS_AT_1_COLUMNS.items()}
+    assert pass_at_1 == {
+        **{name: name for name in ("model", "suite", "method", "parent")},
+        "samples": "8",
+        "pass@1 %": f"{100 * row['pass_at_1']:.1f}",
+        "vs parent, points": interval("delta_pass_at_1_vs_parent", "+.1f"),
+        "p parent": f"{row['p_value_pass_at_1_vs_parent_holm']:.3f}",
+        "detectable": f"{100 * row['smallest_detectable_delta_pass_at_1']:.1f}",
+        "vs base, points": interval("delta_pass_at_1_vs_base", "+.1f"),
+        "p base": f"{row['p_value_pass_at_1_vs_base_holm']:.3f}",
+    }
     sampling = {
         name: render({**row, "num_samples": 13}) for name, render in SAMPLING_COLUMNS.items()
     }
@@ -878,7 +960,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Pat
 
 def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path: Path) -> None:
     frame, curves = build_comparison(make_study(), study_dir)
-    seeds = make_study().seeds_of["grpo"]
+    seeds = make_study().seeds_of("grpo")
     alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
     by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
     write_comparison(frame, curves, tmp_path, 0.95)
@@ -890,8 +972,7 @@ def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path
     for suffix in ("md", "html"):
         page = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
         assert "Single seeds" in page and page.count(text) == 2  # of two models, without samples
-    once = make_study(seeds_of={method: [seeds[0]] for method in make_study().methods})
-    once = once.model_copy(update={"methods": ["sft", "grpo"]})
+    once = make_study(seeds=seeds[:1])
     assert "Single seeds" not in to_markdown(build(once, study_dir), 0.95)
 
 

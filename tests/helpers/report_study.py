@@ -24,8 +24,7 @@ STUDY: dict[str, Any] = {
     "models": ["m1"],
     "methods": list(METHODS),
     "suites": ["test"],
-    "seeds_of": {method: [0] if method == "base" else list(SEEDS) for method in METHODS},
-    "parent_of": PARENTS,
+    "seeds": list(SEEDS),
     "chains": {
         "base": ["base"],
         "sft": ["base", "sft"],
@@ -102,7 +101,7 @@ def make_study(
     study_dir = folder / "experiments"
     for model in models:
         for method in METHODS:
-            for seed in STUDY["seeds_of"][method]:
+            for seed in [0] if method == "base" else SEEDS:
                 run = study_dir / model / method / f"seed{seed}"
                 _write_run(run, completion_rows(method, seed, num_samples, greedy), script)
     write_jsonl(folder / "problems.jsonl", map(problem_row, range(NUM_PROBLEMS)))

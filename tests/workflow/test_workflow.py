@@ -438,6 +438,13 @@ def test_another_grade_that_counts_generates_and_trains_nothing(
     }  # fmt: skip
 
 
+def test_another_size_of_the_report_makes_the_report_again_and_no_table(finished: Path) -> None:
+    larger = overlay(finished, "larger.yaml", {"study": {"report_megabytes": 30}})
+    assert planned_jobs(finished, overlays=(*SMALL_STUDY, larger)) == {
+        "report": 1, "all": 1, "total": 2,
+    }  # fmt: skip
+
+
 def test_code_triggers_reruns_only_where_the_study_asks_for_it(finished: Path) -> None:
     asked = overlay(finished, "code.yaml", {"study": {"rerun_on_code_change": True}})
     assert planned_jobs(finished, overlays=(*SMALL_STUDY, asked))["train_sft"] == 1
