@@ -128,9 +128,9 @@ if workflow.is_main_process and "--unlock" not in sys.argv:
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
-# setting of it, and changing it is no reason to do it again.
-if CONFIG.tracking != type(CONFIG.tracking)():
-    os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
+# setting of it, and changing it is no reason to do it again. The shell may have the first from scripts
+# that were run by hand, so it is set even where the config says nothing.
+os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
 # The process that reads this starts the jobs' shells, on a cluster too. They end when it has gone.
 os.environ[SNAKEMAKE_VARIABLE] = this_process()
 
