@@ -576,8 +576,7 @@ class TrainingRun:
                 )
         engine = self._engine
         if getattr(engine, "model", None) is not self.model:
-            dropped = self.run_settings.model_settings.vllm.sleep_level == 2
-            if dropped or self._num_updates_sampled_with != self._num_updates:
+            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
                 engine.load_weights(plain_weights(self.model))
                 self._num_updates_sampled_with = self._num_updates
         engine.wake()
