@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -369,11 +369,20 @@ class LoraSettings(Settings):
 class BaseMethod(Settings):
     """The starting model itself: nothing is trained."""
 
+    trains: ClassVar[Literal[False]] = False
+
     kind: Literal["base"]
+
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return 0
 
 
 class TrainSettings(Settings):
     """What every trained method has: its parent, its optimizer, its checkpoints and validation."""
+
+    trains: ClassVar[Literal[True]] = True
 
     parent: str = Field(default="base", alias="from")
     """Method whose model of the same seed is the starting point."""
@@ -416,6 +425,11 @@ class TrainSettings(Settings):
     """Problems of `val` that are used for it: the first ones."""
     keep_best: bool = False
     """Save the model of the best validation instead of the last one."""
+
+    @property
+    def sampling_rounds(self) -> int:
+        """Rounds of completions that jobs of their own sample to train on; GRPO samples its own."""
+        return 0
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -466,6 +480,11 @@ class ExpertIterationMethod(SftSettings):
     restart_from_parent: bool = False
     """Train each round from the parent (as RFT does from the base), not from the last round."""
 
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return self.rounds
+
 
 class DpoMethod(TrainSettings):
     """Offline DPO (Rafailov et al. 2023) on correct/incorrect pairs of the parent's completions."""
@@ -485,6 +504,11 @@ class DpoMethod(TrainSettings):
     """Pairs per optimizer step."""
     beta: PositiveFiniteFloat = 0.1
     """Strength of the implicit KL to the parent (eq. 7)."""
+
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return 1
 
 
 class LengthRewardSettings(Settings):
@@ -950,18 +974,24 @@ class Config(Settings):
     def parent_of(self, method: str) -> str | None:
         """The method that `method` starts from; None for the base model."""
         settings = self.methods[method]
-        return None if isinstance(settings, BaseMethod) else settings.parent
+        return settings.parent if settings.trains else None
 
     def trained(self, method: str) -> TrainedMethod:
         """Settings of a method that trains. Raises ConfigError for the base model."""
         settings = self.methods[method]
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             raise ConfigError(f"methods.{method}: kind base trains nothing")
         return settings
 
+    def dataset_of(self, method: str) -> str:
+        """The dataset (or traces) whose `train` a method learns from: its own, or the study's."""
+        settings = self.methods[method]
+        own = settings.dataset if isinstance(settings, SftMethod) else None
+        return own or self.study.dataset
+
     def seeds_of(self, method: str) -> list[int]:
         """Seeds of a method's runs; the base model is not trained, so it has one run, seed 0."""
-        return [0] if isinstance(self.methods[method], BaseMethod) else list(self.study.seeds)
+        return list(self.study.seeds) if self.methods[method].trains else [0]
 
     def suite_prompt(self, model: str, suite: str) -> PromptSettings:
         """The prompt that `model` sees in `suite`."""
@@ -1103,7 +1133,7 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     found = []
     for stage in config.stages():
         settings: Any = config.methods[stage]
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             continue
         # No mistake: studies/debug.yaml takes few steps of whatever study it is laid over.
         if settings.keep_best and settings.validate_every_steps >= settings.num_steps:
@@ -1161,7 +1191,7 @@ def _doubtful_dataset(config: Config, overlays: Sequence[Any]) -> list[str]:
         settings = config.datasets[dataset]
         return settings.digests if isinstance(settings, Gsm8kDataset) else dataset
 
-    trains = any(not isinstance(config.methods[stage], BaseMethod) for stage in config.stages())
+    trains = any(config.methods[stage].trains for stage in config.stages())
     of_study = [raw.get("study") for raw in overlays if isinstance(raw, dict)]
     named = [
         keys for keys in of_study if isinstance(keys, dict) and {"dataset", "suites"} & {*keys}

@@ -326,7 +326,7 @@ def parent_model(wildcards):
 
 
 def round_start(wildcards):
-    rounds = getattr(CONFIG.methods[wildcards.method], "rounds", 1)
+    rounds = CONFIG.methods[wildcards.method].sampling_rounds
     if int(wildcards.round) > rounds:
         raise WorkflowError(
             f"{wildcards.method} has no round {wildcards.round}, but {rounds}"

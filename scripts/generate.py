@@ -43,12 +43,7 @@ from gsm8k_core.cli import (
     run_script,
     with_engine_arguments,
 )
-from gsm8k_core.config import (
-    DpoMethod,
-    EvaluationSettings,
-    ExpertIterationMethod,
-    SuiteSettings,
-)
+from gsm8k_core.config import EvaluationSettings, SuiteSettings
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype, start_engine
 from gsm8k_core.errors import ConfigError
@@ -226,11 +221,7 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
             check_known("--suite", args.suite, config.suites)
             settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
         else:
-            method = config.methods[args.method]
-            num_rounds = int(isinstance(method, DpoMethod))
-            if isinstance(method, ExpertIterationMethod):
-                num_rounds = method.rounds
-            check_round(args, num_rounds)
+            check_round(args, config.methods[args.method].sampling_rounds)
             settings = config.round_generation_settings(
                 args.model_name, args.method, seed, args.round
             )

@@ -576,6 +576,26 @@ def test_a_setting_that_an_update_adds_changes_no_dump() -> None:
     assert json.loads(dump(Later(**given, added=4))) == {**given, "added": 4}
 
 
+def test_kinds_tell_whether_they_train_how_often_they_sample_and_what_they_learn_from() -> None:
+    kinds: list[tuple[dict[str, Any], bool, int]] = [
+        ({"kind": "base"}, False, 0),
+        ({"kind": "sft"}, True, 0),
+        ({"kind": "sft", "dataset": "own"}, True, 0),
+        ({"kind": "expert_iteration", "rounds": 3}, True, 3),
+        ({"kind": "dpo"}, True, 1),
+        ({"kind": "grpo"}, True, 0),
+    ]
+    raw = small()
+    raw["datasets"]["own"] = {"kind": "arithmetic"}
+    raw["methods"] |= {f"m{number}": given for number, (given, _, _) in enumerate(kinds)}
+    config = parse_config(raw)
+    for number, (given, trains, sampling_rounds) in enumerate(kinds):
+        method = config.methods[f"m{number}"]
+        assert (method.trains, method.sampling_rounds) == (trains, sampling_rounds)
+        assert config.dataset_of(f"m{number}") == given.get("dataset", "d")
+        assert json.loads(dump(method)) == given  # no setting, but what follows from them
+
+
 def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:
     before = all_run_settings(parse_config(RAW))
     after = all_run_settings(
