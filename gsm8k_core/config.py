@@ -8,7 +8,6 @@ raises one ConfigError that lists every mistake.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import re
@@ -1456,17 +1455,17 @@ def checked(raw: Any, schema: Any, where: str) -> Any:
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """Check a merged dict. Raises one ConfigError that lists every mistake by key."""
+    """Check a merged dict. Raises one ConfigError that lists every mistake by key.
+
+    Whether a section contradicts itself is looked at once each of its values is right by itself.
+    """
     problems = secrets_in_settings(raw)
     if problems:
         raise config_error(problems)
-    whole = _apply_defaults(raw)
     try:
-        config = Config.model_validate(whole)
+        config = Config.model_validate(_apply_defaults(raw))
     except ValidationError as error:
-        items = error.errors()
-        problems = [line for item in items for line in _explain(item, raw)]
-        problems += _hidden_contradictions(whole, items, raw)
+        problems = [line for item in error.errors() for line in _explain(item, raw)]
         problems += _check_references(raw)
         raise config_error(list(dict.fromkeys(problems))) from None
     problems = _check_references(raw)
@@ -1657,36 +1656,6 @@ def _location(item: Any) -> list[Any]:
     if len(location) > 2 and location[0] in ("methods", "datasets") and location[2] in KINDS:
         del location[2]
     return location
-
-
-def _hidden_contradictions(
-    whole: dict[str, Any], items: Sequence[Any], raw: dict[str, Any]
-) -> list[str]:
-    """What contradicts itself in a section that has other mistakes, which make pydantic stop there.
-
-    Found by another look without those values; what is said of one of them may be wrong, so it is
-    left for when it is mended.
-    """
-    mended = copy.deepcopy(whole)
-    mistaken = set()
-    for item in items:
-        location, section = _location(item) or ["config"], mended
-        while len(location) > 1 and isinstance(section.get(location[0]), dict):
-            section = section[location.pop(0)]
-        if item["type"] != "value_error" or not isinstance(section.get(location[0]), dict):
-            section.pop(location[0], None)
-            mistaken.add(str(location[0]))
-    try:
-        Config.model_validate(mended)
-    except ValidationError as error:
-        return [
-            line
-            for item in error.errors()
-            if item["type"] == "value_error"
-            for line in _explain(item, raw)
-            if not mistaken & _keys_in(line.partition(": ")[2])
-        ]
-    return []
 
 
 def _keys_in(message: str) -> set[str]:
