@@ -62,11 +62,10 @@ from gsm8k_core.files import (
     write_jsonl,
 )
 from gsm8k_core.manifest import Attempts, provenance, utc_now
-from gsm8k_core.models import resolve_device, weights_digest
+from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress_bar
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.training import device_name, peak_memory_mb
 
 log = logging.getLogger("generate")
 
