@@ -273,6 +273,13 @@ def training_python(wildcards, resources, threads):
     return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
+def training_script(wildcards, resources):
+    """What trains a method; a round of expert iteration is an SFT."""
+    del resources
+    kind = CONFIG.methods[wildcards.method].kind
+    return f"scripts/train_{'sft' if kind == 'expert_iteration' else kind}.py"
+
+
 def _flags(resources):
     return " ".join(
         f"--{name.replace('_', '-')} {str(value).lower()}"
