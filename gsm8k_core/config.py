@@ -8,13 +8,12 @@ raises one ConfigError that lists every mistake.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -391,11 +390,20 @@ class LoraSettings(Settings):
 class BaseMethod(Settings):
     """The starting model itself: nothing is trained."""
 
+    trains: ClassVar[Literal[False]] = False
+
     kind: Literal["base"]
+
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return 0
 
 
 class TrainSettings(Settings):
     """What every trained method has: its parent, its optimizer, its checkpoints and validation."""
+
+    trains: ClassVar[Literal[True]] = True
 
     parent: str = Field(default="base", alias="from")
     """Method whose model of the same seed is the starting point."""
@@ -439,6 +447,11 @@ class TrainSettings(Settings):
     """Problems of `val` that are used for it: the first ones."""
     keep_best: bool = False
     """Save the model of the best validation instead of the last one; the start is one of them."""
+
+    @property
+    def sampling_rounds(self) -> int:
+        """Rounds of completions that jobs of their own sample to train on; GRPO samples its own."""
+        return 0
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -492,6 +505,11 @@ class ExpertIterationMethod(SftSettings):
     restart_from_parent: bool = False
     """Train each round from the parent (as RFT does from the base), not from the last round."""
 
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return self.rounds
+
 
 class DpoMethod(TrainSettings):
     """Offline DPO (Rafailov et al. 2023) on correct/incorrect pairs of the parent's completions."""
@@ -516,6 +534,11 @@ class DpoMethod(TrainSettings):
     nll_coefficient: NonNegativeFloat = 0.0
     """Weight of the chosen completion's cross-entropy per token, added to the loss of its pair
     (Pang et al. 2024, eq. 1), which keeps its probability from falling with that of the other."""
+
+    @property
+    def sampling_rounds(self) -> int:
+        """See `TrainSettings`."""
+        return 1
 
 
 class LengthRewardSettings(Settings):
@@ -1003,18 +1026,24 @@ class Config(Settings):
     def parent_of(self, method: str) -> str | None:
         """The method that `method` starts from; None for the base model."""
         settings = self.methods[method]
-        return None if isinstance(settings, BaseMethod) else settings.parent
+        return settings.parent if settings.trains else None
 
     def trained(self, method: str) -> TrainedMethod:
         """Settings of a method that trains. Raises ConfigError for the base model."""
         settings = self.methods[method]
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             raise ConfigError(f"methods.{method}: kind base trains nothing")
         return settings
 
+    def dataset_of(self, method: str) -> str:
+        """The dataset (or traces) whose `train` a method learns from: its own, or the study's."""
+        settings = self.methods[method]
+        own = settings.dataset if isinstance(settings, SftMethod) else None
+        return own or self.study.dataset
+
     def seeds_of(self, method: str) -> list[int]:
         """Seeds of a method's runs; the base model is not trained, so it has one run, seed 0."""
-        return [0] if isinstance(self.methods[method], BaseMethod) else list(self.study.seeds)
+        return list(self.study.seeds) if self.methods[method].trains else [0]
 
     def suite_prompt(self, model: str, suite: str) -> PromptSettings:
         """The prompt that `model` sees in `suite`."""
@@ -1158,7 +1187,7 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     found = []
     for stage in config.stages():
         settings: Any = config.methods[stage]
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             continue
         # No mistake: studies/debug.yaml takes few steps of whatever study it is laid over.
         if settings.keep_best and settings.validate_every_steps >= settings.num_steps:
@@ -1219,7 +1248,7 @@ def _doubtful_dataset(config: Config, overlays: Sequence[Any]) -> list[str]:
         settings = config.datasets[dataset]
         return settings.digests if isinstance(settings, Gsm8kDataset) else dataset
 
-    trains = any(not isinstance(config.methods[stage], BaseMethod) for stage in config.stages())
+    trains = any(config.methods[stage].trains for stage in config.stages())
     of_study = [raw.get("study") for raw in overlays if isinstance(raw, dict)]
     named = [
         keys for keys in of_study if isinstance(keys, dict) and {"dataset", "suites"} & {*keys}
@@ -1245,10 +1274,8 @@ def _practised_templates(config: Config) -> list[str]:
     """Suites of GSM8K's test problems, where some method learns from templates made of these."""
     learnt = set()
     for stage in config.stages():
-        settings = config.methods[stage]
-        if not isinstance(settings, BaseMethod):
-            name = settings.dataset if isinstance(settings, SftMethod) else None
-            name = name or config.study.dataset
+        if config.methods[stage].trains:
+            name = config.dataset_of(stage)
             learnt.add(config.traces[name].dataset if name in config.traces else name)
     templates = [
         name for name in sorted(learnt) if isinstance(config.datasets[name], GsmSymbolicDataset)
@@ -1269,11 +1296,11 @@ def _practised_templates(config: Config) -> list[str]:
 
 def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[str]:
     """Rollouts that end elsewhere than the reward expects, or are of other probabilities."""
-    stages = [stage for stage in config.stages() if stage != "base"]
+    stages = [stage for stage in config.stages() if config.methods[stage].trains]
     sampled = [
         stage
         for stage in stages
-        if not isinstance(config.methods[stage], BaseMethod | SftMethod)
+        if not isinstance(config.methods[stage], SftMethod)
         and not any(
             isinstance(config.methods[before], SftMethod) for before in config.method_chain(stage)
         )
@@ -1557,17 +1584,17 @@ def checked(raw: Any, schema: Any, where: str) -> Any:
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """Check a merged dict. Raises one ConfigError that lists every mistake by key."""
+    """Check a merged dict. Raises one ConfigError that lists every mistake by key.
+
+    Whether a section contradicts itself is looked at once each of its values is right by itself.
+    """
     problems = secrets_in_settings(raw)
     if problems:
         raise config_error(problems)
-    whole = _apply_defaults(raw)
     try:
-        config = Config.model_validate(whole)
+        config = Config.model_validate(_apply_defaults(raw))
     except ValidationError as error:
-        items = error.errors()
-        problems = [line for item in items for line in _explain(item, raw)]
-        problems += _hidden_contradictions(whole, items, raw)
+        problems = [line for item in error.errors() for line in _explain(item, raw)]
         problems += _check_references(raw)
         raise config_error(list(dict.fromkeys(problems))) from None
     problems = _check_references(raw)
@@ -1758,36 +1785,6 @@ def _location(item: Any) -> list[Any]:
     if len(location) > 2 and location[0] in ("methods", "datasets") and location[2] in KINDS:
         del location[2]
     return location
-
-
-def _hidden_contradictions(
-    whole: dict[str, Any], items: Sequence[Any], raw: dict[str, Any]
-) -> list[str]:
-    """What contradicts itself in a section that has other mistakes, which make pydantic stop there.
-
-    Found by another look without those values; what is said of one of them may be wrong, so it is
-    left for when it is mended.
-    """
-    mended = copy.deepcopy(whole)
-    mistaken = set()
-    for item in items:
-        location, section = _location(item) or ["config"], mended
-        while len(location) > 1 and isinstance(section.get(location[0]), dict):
-            section = section[location.pop(0)]
-        if item["type"] != "value_error" or not isinstance(section.get(location[0]), dict):
-            section.pop(location[0], None)
-            mistaken.add(str(location[0]))
-    try:
-        Config.model_validate(mended)
-    except ValidationError as error:
-        return [
-            line
-            for item in error.errors()
-            if item["type"] == "value_error"
-            for line in _explain(item, raw)
-            if not mistaken & _keys_in(line.partition(": ")[2])
-        ]
-    return []
 
 
 def _keys_in(message: str) -> set[str]:

@@ -47,9 +47,7 @@ MEANINGS = {
 def evaluation_facts(stats: Json, metrics: Json) -> Facts:
     """What decided a run's completions and grades, by a short name; stats may be {}."""
     known = {**metrics, **stats}
-    facts: Facts = {key: known.get(key) for key in ("engine", "device")}
-    if "completions_sha256" in stats:  # before there was one, `dtype` was what had been asked for
-        facts["dtype"] = known.get("dtype")
+    facts: Facts = {key: known.get(key) for key in ("engine", "device", "dtype")}
     settings = stats.get("settings")
     for key, value in (settings if isinstance(settings, dict) else {}).items():
         if key not in IDENTITY:

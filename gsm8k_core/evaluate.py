@@ -59,7 +59,7 @@ from gsm8k_core.layout import ARTIFACTS, RUNS, is_prepared
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
-from gsm8k_core.tables import clusters_of, level_text, problems_text
+from gsm8k_core.tables import clusters_of, level_text, problems_text, read_grades
 
 log = logging.getLogger(__name__)
 
@@ -211,33 +211,30 @@ def _evaluate(
     )  # fmt: skip
     manifest = read_json(data / "manifest.json")
     return {
-        "result": summarize(pl.read_parquet(grades), config.study.confidence),
+        "result": summarize(read_grades(grades), config.study.confidence),
         "datasets": {suite.dataset: manifest[suite.split]},
         "models": {subject.name: weights},
         **job_seconds([read_json(stats)]),
     }
 
 
-def summarize(grades: pl.DataFrame, confidence: float) -> Json:
-    """Accuracy (greedy) and pass@1 (over samples) with intervals; null where not decoded so."""
-    problems = grades.group_by("problem_id").agg(pl.col("cluster").first())
+def summarize(problems: pl.DataFrame, confidence: float) -> Json:
+    """Accuracy (greedy) and pass@1 (over samples) with intervals; null where not decoded so.
+
+    `problems` are what `tables.read_grades` gives.
+    """
     clusters = clusters_of([problems])
     result: Json = {
         "num_problems": problems.height,
         "num_clusters": None if clusters is None else clusters.n_unique(),
     }
-    for name, decoding in (("accuracy", "greedy"), ("pass_at_1", "sample")):
-        of_problem = (
-            grades.filter(pl.col("decoding") == decoding)
-            .group_by("problem_id")
-            .agg(pl.col("correct").cast(pl.Float64).mean(), pl.col("cluster").first())
-            # So that the sum does not depend on how the rows were grouped.
-            .sort("correct", "cluster")
-        )
+    of_samples = pl.col("num_correct") / pl.col("num_samples")  # NaN without samples
+    for name, grade in (("accuracy", pl.col("greedy")), ("pass_at_1", of_samples)):
+        decoded = problems.with_columns(grade=grade).filter(pl.col("grade").is_finite())
         result[name] = None
-        if of_problem.height:
-            values = of_problem["correct"].to_numpy()[None, :]
-            found = mean_interval(values, confidence, clusters_of([of_problem]))
+        if decoded.height:
+            values = decoded["grade"].to_numpy()[None, :]
+            found = mean_interval(values, confidence, clusters_of([decoded]))
             result[name] = {"mean": found.mean, "low": found.low, "high": found.high}
     return result
 

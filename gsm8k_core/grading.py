@@ -21,11 +21,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import get_args
 
-from gsm8k_core import math_verifier
 from gsm8k_core.answers import Marker, contradicts_itself, extract_answer, parse_gold
 from gsm8k_core.config import Grade, GradingSettings, RewardGrade
 from gsm8k_core.errors import ConfigError, DataError
-from gsm8k_core.extras import HOW_TO_INSTALL
+from gsm8k_core.extras import HOW_TO_INSTALL, is_installed
 from gsm8k_core.files import Json
 from gsm8k_core.lm_eval_grades import lm_eval_answer, lm_eval_gold
 from gsm8k_core.math_verifier import MathVerifier
@@ -81,7 +80,7 @@ class Grader:
         primary = settings.grading == "math_verify"
         if not primary and not settings.math_verify:
             return
-        if math_verifier.is_installed():
+        if is_installed("math_verify"):
             self._verifier = MathVerifier()
         elif primary:
             raise ConfigError(

@@ -10,14 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gsm8k_core.config import (
-    BaseMethod,
-    Config,
-    ExpertIterationMethod,
-    Gsm8kDataset,
-    Settings,
-    SftMethod,
-)
+from gsm8k_core.config import Config, ExpertIterationMethod, Gsm8kDataset, Settings
 from gsm8k_core.data import SPLITS, local_folder, make_gsm8k
 from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
@@ -60,9 +53,9 @@ class Layout:
 
     def trained_model(self, model: str, method: str, seed: int | str) -> str:
         """Folder of a cell's weights: the starting weights for the base model."""
-        if isinstance(self.config.methods[method], BaseMethod):
-            return self.starting_weights(model)
-        return f"{self.run(model, method, seed)}/model"
+        if self.config.methods[method].trains:
+            return f"{self.run(model, method, seed)}/model"
+        return self.starting_weights(model)
 
     def parent_model(self, model: str, method: str, seed: int | str) -> str:
         """Folder of the weights that a cell's training starts from: those of the same seed."""
@@ -103,20 +96,13 @@ class Layout:
         return self.problems(self.config.study.dataset, split)
 
     def train_data(self, method: str) -> str:
-        """What an SFT method learns from: its own dataset (or traces), or the study's."""
-        settings = self.config.methods[method]
-        assert isinstance(settings, SftMethod)
-        return self.problems(settings.dataset or self.config.study.dataset, "train")
+        """The problems that a method learns from, see `Config.dataset_of`."""
+        return self.problems(self.config.dataset_of(method), "train")
 
     def training_files(self) -> list[str]:
         """The `train` split of every dataset that a method of the study learns from."""
-        stages = self.config.stages()
-        datasets = [self.config.study.dataset] + [
-            settings.dataset
-            for name, settings in self.config.methods.items()
-            if name in stages and isinstance(settings, SftMethod) and settings.dataset is not None
-        ]
-        return [self.problems(dataset, "train") for dataset in dict.fromkeys(datasets)]
+        files = [self.train_problems(), *map(self.train_data, self.config.stages())]
+        return list(dict.fromkeys(files))
 
     def datasets(self) -> list[str]:
         """The datasets that the study learns from or is measured on, each once.
@@ -212,9 +198,7 @@ class Layout:
 
     def prepared_datasets(self) -> list[str]:
         """The datasets that jobs of the study read: what is only evaluated learns from none."""
-        trains = any(
-            not isinstance(self.config.methods[m], BaseMethod) for m in self.config.stages()
-        )
+        trains = any(self.config.methods[method].trains for method in self.config.stages())
         of_suites = [self.config.suites[name].dataset for name in self.config.study.suites]
         names = self.datasets() if trains else of_suites
         return [name for name in dict.fromkeys(names) if name in self.config.datasets]
@@ -236,7 +220,7 @@ class Layout:
         return [
             f"{self.run(model, method, seed)}/{pattern}"
             for model, method, seed in self.cells()
-            if not isinstance(self.config.methods[method], BaseMethod)
+            if self.config.methods[method].trains
         ]
 
     def cells(self) -> list[tuple[str, str, int]]:

@@ -9,7 +9,6 @@ is wrong, and counted.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import multiprocessing
 import signal
@@ -33,11 +32,6 @@ MAX_SHOWN = 200
 
 Verdict = tuple[bool, str | None]
 """Whether it is right, and the answer that was found: where it is right, the gold answer's text."""
-
-
-def is_installed() -> bool:
-    """Whether the package is there; does not import it."""
-    return importlib.util.find_spec("math_verify") is not None
 
 
 class MathVerifier:

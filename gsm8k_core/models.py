@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.metadata
 import logging
+import resource
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -322,6 +323,20 @@ def resolve_device(gpus: int) -> torch.device:
     if gpus > 0:
         log.warning("no GPU found: running on the CPU, which is slow for all but small models")
     return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Most memory so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 def load_tokenizer(folder: Path, name: str | None = None) -> PreTrainedTokenizerBase:

@@ -20,7 +20,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gsm8k_core.config import (
-    BaseMethod,
     Config,
     DpoMethod,
     ExpertIterationMethod,
@@ -104,21 +103,20 @@ def jobs_by_rule(config: Config) -> dict[str, int]:
     for method in config.stages():
         settings = config.methods[method]
         runs = models * len(config.seeds_of(method))
-        if not isinstance(settings, BaseMethod):
-            datasets.add(config.study.dataset)
-        if isinstance(settings, SftMethod):
-            jobs["train_sft"] += runs
-            if settings.dataset is not None:
-                (traces if settings.dataset in config.traces else datasets).add(settings.dataset)
-        elif isinstance(settings, ExpertIterationMethod):
-            for rule in ("generate_round", "select_completions", "train_round"):
+        if not settings.trains:
+            continue
+        datasets.add(config.study.dataset)  # for its `val` at least
+        learned = config.dataset_of(method)
+        (traces if learned in config.traces else datasets).add(learned)
+        jobs["generate_round"] += runs * settings.sampling_rounds
+        if isinstance(settings, ExpertIterationMethod):
+            for rule in ("select_completions", "train_round"):
                 jobs[rule] += runs * settings.rounds
             jobs["finish_rounds"] += runs
-        elif isinstance(settings, DpoMethod):
-            for rule in ("generate_round", "select_pairs", "train_dpo"):
-                jobs[rule] += runs
-        elif not isinstance(settings, BaseMethod):
-            jobs["train_grpo"] += runs
+        else:
+            jobs[f"train_{settings.kind}"] += runs
+        if isinstance(settings, DpoMethod):
+            jobs["select_pairs"] += runs
     for method in config.study.methods:
         runs = models * len(config.seeds_of(method)) * suites
         jobs["generate"] += runs
@@ -193,7 +191,7 @@ def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[
         gpus = config.models[model].gpus
         generating = config.models[model].gpus_generating
         for method in config.stages():
-            if isinstance(config.methods[method], BaseMethod):
+            if not config.methods[method].trains:
                 continue
             seeds = config.seeds_of(method)
             seconds, source = _training_seconds(config, records, assumptions, model, method)
@@ -219,7 +217,7 @@ def _training_seconds(
     config: Config, records: Records, assumptions: Assumptions, model: str, method: str
 ) -> tuple[float | None, str]:
     settings = config.trained(method)
-    rounds = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+    rounds = max(1, settings.sampling_rounds)
     num_steps = settings.num_steps * rounds
     if measured := records.training.get((model, method)):
         gpus = config.models[model].gpus
@@ -308,12 +306,12 @@ def disk_use(
     sampled = 0.0
     for method in config.stages():
         settings = config.methods[method]
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             continue
         seeds = len(config.seeds_of(method))
         runs += seeds
         state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
-        times = settings.rounds if isinstance(settings, ExpertIterationMethod) else 1
+        times = max(1, settings.sampling_rounds)
         saves += seeds * times * ((settings.num_steps - 1) // settings.checkpoint_every_steps)
         if isinstance(settings, ExpertIterationMethod):
             rounds += seeds * (settings.rounds - 1)  # the last one is linked, not copied
@@ -369,13 +367,12 @@ def num_files(config: Config) -> int:
     for method in config.stages():
         settings = config.methods[method]
         runs = models * len(config.seeds_of(method))
-        if isinstance(settings, BaseMethod):
+        if not settings.trains:
             continue
         total += runs * (FILES_OF_RUN + (FILES_OF_MODEL if keep != "none" else 0))
+        total += runs * settings.sampling_rounds * FILES_OF_SAMPLING
         if isinstance(settings, ExpertIterationMethod):
             of_model = FILES_OF_MODEL if keep == "all" else 0
-            total += runs * settings.rounds * (FILES_OF_SAMPLING + FILES_OF_RUN + of_model)
-        elif isinstance(settings, DpoMethod):
-            total += runs * FILES_OF_SAMPLING
+            total += runs * settings.rounds * (FILES_OF_RUN + of_model)
     cells = sum(len(config.seeds_of(method)) for method in config.study.methods)
     return total + models * cells * len(config.study.suites) * FILES_OF_SUITE

@@ -26,14 +26,11 @@ from typing import Any
 
 from gsm8k_core.config import (
     RESERVED_DATASET_NAMES,
-    BaseMethod,
-    DpoMethod,
     EvaluationSettings,
     ExpertIterationMethod,
     GradingSettings,
     RunSettings,
     Settings,
-    SftMethod,
     checked,
 )
 from gsm8k_core.differences import leaf_changes
@@ -116,7 +113,7 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
     }
     summaries, of_rounds, training_data = [], [], []
     for stage in config.method_chain(method):
-        if not isinstance(config.methods[stage], BaseMethod):
+        if config.methods[stage].trains:
             folder = Path(layout.run(model, stage, seed))
             summaries.append(f"{folder}/train/summary.json")
             # Expert iteration and DPO sample and train in rounds, maybe each in a call of its own.
@@ -146,9 +143,7 @@ def _run_sources(layout: Layout, model: str, method: str, seed: int, suite: str)
 def _data_records(layout: Layout, stage: str) -> list[str]:
     """The manifests of what a method learns from; of traces, how they were collected as well."""
     config = layout.config
-    settings = config.methods[stage]
-    own = settings.dataset if isinstance(settings, SftMethod) else None
-    dataset = own or config.study.dataset
+    dataset = config.dataset_of(stage)
     records = [f"{layout.data(dataset)}/manifest.json"]
     if dataset in config.traces:
         records += [
@@ -317,12 +312,11 @@ def _made_and_asked(
             settings = config.methods[method]
             for seed in config.seeds_of(method):
                 run = layout.run(model, method, seed)
-                rounds = 1 if isinstance(settings, DpoMethod) else 0
+                rounds = range(1, settings.sampling_rounds + 1)
                 if isinstance(settings, ExpertIterationMethod):
-                    rounds = settings.rounds
-                    trained = [(number, f"{run}/round{number}") for number in range(1, rounds + 1)]
+                    trained = [(number, f"{run}/round{number}") for number in rounds]
                 else:
-                    trained = [] if isinstance(settings, BaseMethod) else [(0, run)]
+                    trained = [(0, run)] if settings.trains else []
                 for number, folder in trained:
                     path = f"{folder}/settings.json"
                     if Path(path).exists():
@@ -333,7 +327,7 @@ def _made_and_asked(
                     f"{run}/round{number}/completions.stats.json": config.round_generation_settings(
                         model, method, seed, number
                     )
-                    for number in range(1, rounds + 1)
+                    for number in rounds
                 }
                 graded: dict[str, GradingSettings] = {}
                 if method in config.study.methods:

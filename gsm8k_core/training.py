@@ -20,9 +20,7 @@ import itertools
 import logging
 import math
 import random
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,11 +57,13 @@ from gsm8k_core.models import (
     autocast,
     compile_layers,
     compute_dtype,
+    device_name,
     empty_model,
     load_model,
     load_plain_weights,
     load_tokenizer,
     max_positions,
+    peak_memory_mb,
     plain_weights,
     resolve_device,
     save_model,
@@ -595,8 +595,7 @@ class TrainingRun:
                 )
         engine = self._engine
         if getattr(engine, "model", None) is not self.model:
-            dropped = self.run_settings.model_settings.vllm.sleep_level == 2
-            if dropped or self._num_updates_sampled_with != self._num_updates:
+            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
                 engine.load_weights(plain_weights(self.model))
                 self._num_updates_sampled_with = self._num_updates
         engine.wake()
@@ -794,17 +793,3 @@ def num_greedy_right(
         is_right(completion.text, problem.gold, grading, prompt.answer_marker)
         for problem, (completion,) in zip(problems, completions, strict=True)
     )
-
-
-def peak_memory_mb(device: torch.device) -> int:
-    """Most memory so far: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

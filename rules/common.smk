@@ -129,9 +129,9 @@ if workflow.is_main_process and "--unlock" not in sys.argv:
 
 
 # Jobs hear of these through the environment: how a run is followed, or which call it belongs to, is no
-# setting of it, and changing it is no reason to do it again.
-if CONFIG.tracking != type(CONFIG.tracking)():
-    os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
+# setting of it, and changing it is no reason to do it again. The shell may have the first from scripts
+# that were run by hand, so it is set even where the config says nothing.
+os.environ[TRACKING_VARIABLE] = dump(CONFIG.tracking)
 # The process that reads this starts the jobs' shells, on a cluster too. They end when it has gone.
 os.environ[SNAKEMAKE_VARIABLE] = this_process()
 
@@ -274,6 +274,13 @@ def training_python(wildcards, resources, threads):
     return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
+def training_script(wildcards, resources):
+    """What trains a method; a round of expert iteration is an SFT."""
+    del resources
+    kind = CONFIG.methods[wildcards.method].kind
+    return f"scripts/train_{'sft' if kind == 'expert_iteration' else kind}.py"
+
+
 def _flags(resources):
     return " ".join(
         f"--{name.replace('_', '-')} {str(value).lower()}"
@@ -327,7 +334,7 @@ def parent_model(wildcards):
 
 
 def round_start(wildcards):
-    rounds = getattr(CONFIG.methods[wildcards.method], "rounds", 1)
+    rounds = CONFIG.methods[wildcards.method].sampling_rounds
     if int(wildcards.round) > rounds:
         raise WorkflowError(
             f"{wildcards.method} has no round {wildcards.round}, but {rounds}"

@@ -1,5 +1,6 @@
-# One rule per way of training. State for resuming lies in {RUN}/state, undeclared: Snakemake removes
-# what a failed job declared, and a rerun goes on from that state.
+# One rule per way of training; one that `use`s another takes from it what it does not say itself, and
+# its script is that of its method's kind. State for resuming lies in {RUN}/state, undeclared: Snakemake
+# removes what a failed job declared, and a rerun goes on from that state.
 
 
 rule train_sft:
@@ -26,44 +27,22 @@ rule train_sft:
     params:
         settings=run_settings,
         python=training_python,
+        script=training_script,
         flags=training_flags,
-        code=CODE,
+        code=code_of_run,
     shell:
-        "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
+        "{params.python} {params.script} {params.flags} --settings {params.settings:q} "
         "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
         "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
-rule train_grpo:
-    input:
-        starting_model=parent_model,
-        data=LAYOUT.train_problems(),
-        val=LAYOUT.train_problems("val"),
-    output:
-        model=weights(f"{RUN}/model", ("all", "final")),
-        metrics=f"{RUN}/train/metrics.jsonl",
-        summary=f"{RUN}/train/summary.json",
-        settings=f"{RUN}/settings.json",
+use rule train_sft as train_grpo with:
     log:
         f"{RUN}/logs/train_grpo.log",
     benchmark:
         f"{RUN}/benchmarks/train_grpo.tsv"
     wildcard_constraints:
         method=methods_of_kind("grpo"),
-    threads: model_threads
-    resources:
-        gpu=model_gpus,
-        mem_mb=model_memory,
-        runtime=training_minutes,
-    params:
-        settings=run_settings,
-        python=training_python,
-        flags=training_flags,
-        code=code_of_run,
-    shell:
-        "{params.python} scripts/train_grpo.py {params.flags} --settings {params.settings:q} "
-        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 # Expert iteration: rounds of generate on train → keep the correct → SFT. One round is RFT.
@@ -120,7 +99,7 @@ rule select_completions:
         "--output {output.demonstrations:q} 2> {log:q}"
 
 
-rule train_round:
+use rule train_sft as train_round with:
     input:
         starting_model=round_parent,
         data=f"{ROUND}/demonstrations.jsonl",
@@ -136,20 +115,6 @@ rule train_round:
         f"{ROUND}/benchmarks/train_sft.tsv"
     wildcard_constraints:
         method=methods_of_kind("expert_iteration"),
-    threads: model_threads
-    resources:
-        gpu=model_gpus,
-        mem_mb=model_memory,
-        runtime=training_minutes,
-    params:
-        settings=run_settings,
-        python=training_python,
-        flags=training_flags,
-        code=CODE,
-    shell:
-        "{params.python} scripts/train_sft.py {params.flags} --settings {params.settings:q} "
-        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2> {log:q}"
 
 
 rule finish_rounds:

@@ -43,12 +43,7 @@ from gsm8k_core.cli import (
     run_script,
     with_engine_arguments,
 )
-from gsm8k_core.config import (
-    DpoMethod,
-    EvaluationSettings,
-    ExpertIterationMethod,
-    SuiteSettings,
-)
+from gsm8k_core.config import EvaluationSettings, SuiteSettings
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype, start_engine
 from gsm8k_core.errors import ConfigError
@@ -67,11 +62,10 @@ from gsm8k_core.files import (
     write_jsonl,
 )
 from gsm8k_core.manifest import Attempts, provenance, utc_now
-from gsm8k_core.models import resolve_device, weights_digest
+from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress_bar
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
-from gsm8k_core.training import device_name, peak_memory_mb
 
 log = logging.getLogger("generate")
 
@@ -234,11 +228,7 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
             check_known("--suite", args.suite, config.suites)
             settings = config.evaluation_settings(args.model_name, args.method, seed, args.suite)
         else:
-            method = config.methods[args.method]
-            num_rounds = int(isinstance(method, DpoMethod))
-            if isinstance(method, ExpertIterationMethod):
-                num_rounds = method.rounds
-            check_round(args, num_rounds)
+            check_round(args, config.methods[args.method].sampling_rounds)
             settings = config.round_generation_settings(
                 args.model_name, args.method, seed, args.round
             )

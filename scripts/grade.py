@@ -245,7 +245,7 @@ def check_they_belong_together(
         "num_problems": grades["problem_id"].n_unique(),
         "num_completions": grades.height,
     }
-    for key, value in found.items():  # stats of earlier versions have no hash
+    for key, value in found.items():  # stats of completions from elsewhere need not tell these
         if stats.get(key, value) != value:
             raise DataError(
                 f"{completions}: not the completions that {stats_path} is of: {key} is {value}, "

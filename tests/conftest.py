@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from script_modules import load_script
 
 from gsm8k_core.config import Config, RunSettings, dump, load_config, merge
 
@@ -49,16 +48,6 @@ def pytest_collection_finish() -> None:
 def config() -> Config:
     """The repository's own config.yaml."""
     return load_config(ROOT / "config.yaml")
-
-
-def load_script(name: str) -> ModuleType:
-    """Import scripts/<name>.py as a module, so that its `main` runs in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

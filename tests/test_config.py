@@ -288,7 +288,7 @@ def test_a_mistake_says_what_would_be_right(overlay: dict[str, Any], line: str) 
     assert mistakes(overlay) == [line]
 
 
-def test_all_that_contradicts_itself_in_a_method_is_told_at_once_also_beside_a_bad_value() -> None:
+def test_all_that_contradicts_itself_is_told_at_once_where_values_are_right_by_themselves() -> None:
     four = {
         "prompts_per_step": 30, "group_size": 1, "overlong_buffer": 64, "dual_clip": 0.5,
         "keep_best": True,
@@ -302,15 +302,13 @@ def test_all_that_contradicts_itself_in_a_method_is_told_at_once_also_beside_a_b
     ]
     assert mistakes({"methods": {"grpo": four}}) == lines
     bad = {"methods": {"grpo": {**four, "prompts_per_step": 0}}, "study": {"seeds": [-1]}}
-    # Whether minibatches divide prompts_per_step is not known before that is a number of prompts.
-    assert sorted(mistakes(bad)) == sorted(
-        [
-            "methods.grpo.prompts_per_step: input should be greater than 0, found 0",
-            "study.seeds.0: input should be greater than or equal to 0, found -1",
-            *lines[:2],
-            *lines[3:],
-        ]
-    )
+    both = [
+        "study.seeds.0: input should be greater than or equal to 0, found -1",
+        "methods.grpo.prompts_per_step: input should be greater than 0, found 0",
+    ]
+    assert mistakes(bad) == both  # and then, these two mended, what is above
+    elsewhere = {"methods": {"grpo": four}, "study": {"seeds": [-1]}}
+    assert mistakes(elsewhere) == [both[0], *lines]
     two = {"prompts": {"plain": {"template": "", "system": "s"}}}
     assert len(mistakes(two)) == 2
 
@@ -581,6 +579,26 @@ def test_a_setting_that_an_update_adds_changes_no_dump() -> None:
     given: dict[str, Any] = {"kind": "grpo", "learning_rate": 0.123}
     assert dump(Later(**given)) == dump(GrpoMethod(**given))
     assert json.loads(dump(Later(**given, added=4))) == {**given, "added": 4}
+
+
+def test_kinds_tell_whether_they_train_how_often_they_sample_and_what_they_learn_from() -> None:
+    kinds: list[tuple[dict[str, Any], bool, int]] = [
+        ({"kind": "base"}, False, 0),
+        ({"kind": "sft"}, True, 0),
+        ({"kind": "sft", "dataset": "own"}, True, 0),
+        ({"kind": "expert_iteration", "rounds": 3}, True, 3),
+        ({"kind": "dpo"}, True, 1),
+        ({"kind": "grpo"}, True, 0),
+    ]
+    raw = small()
+    raw["datasets"]["own"] = {"kind": "arithmetic"}
+    raw["methods"] |= {f"m{number}": given for number, (given, _, _) in enumerate(kinds)}
+    config = parse_config(raw)
+    for number, (given, trains, sampling_rounds) in enumerate(kinds):
+        method = config.methods[f"m{number}"]
+        assert (method.trains, method.sampling_rounds) == (trains, sampling_rounds)
+        assert config.dataset_of(f"m{number}") == given.get("dataset", "d")
+        assert json.loads(dump(method)) == given  # no setting, but what follows from them
 
 
 def test_a_learning_rate_changes_the_settings_of_its_method_alone() -> None:

@@ -189,8 +189,7 @@ def test_leaf_changes_are_told_by_key_with_both_values() -> None:
     assert leaf_changes(1, 2, "code") == {"code": (1, 2)}
 
 
-def test_a_compute_type_that_was_only_asked_for_is_not_compared() -> None:
-    # Stats from before they named their completions said what had been asked for.
-    earlier = {key: value for key, value in STATS.items() if key != "completions_sha256"}
-    facts = evaluation_facts({**earlier, "dtype": "bfloat16"}, METRICS)
-    assert differing([facts], [evaluation_facts(STATS, METRICS)]) == []
+def test_a_compute_type_is_compared_whoever_has_told_it() -> None:
+    told = {key: value for key, value in STATS.items() if key != "completions_sha256"}
+    facts = evaluation_facts({**told, "dtype": "bfloat16"}, METRICS)
+    assert differing([facts], [evaluation_facts(STATS, METRICS)]) == ["dtype"]

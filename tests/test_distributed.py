@@ -18,8 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_scripts import cut_vocabulary, load_script, run_until
+from run_scripts import cut_vocabulary, run_until
 from safetensors.torch import load_file
+from script_modules import load_script
 
 from gsm8k_core.distributed import own_microbatches, shares
 from gsm8k_core.files import lock, read_json, read_jsonl, unlock, write_json, write_jsonl

@@ -33,6 +33,7 @@ from gsm8k_core.errors import ConfigError
 from gsm8k_core.evaluate import _sentence, find_subject, run, summarize
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file, write_json, write_text
 from gsm8k_core.metrics import mean_interval
+from gsm8k_core.tables import read_grades
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -223,7 +224,12 @@ def test_what_was_prepared_from_other_settings_or_is_damaged_is_prepared_anew(
 # The number
 
 
-def test_the_number_and_its_interval_are_those_of_the_comparison() -> None:
+def summary_of(grades: pl.DataFrame, folder: Path, confidence: float = 0.95) -> Json:
+    grades.write_parquet(folder / "grades.parquet")
+    return summarize(read_grades(folder / "grades.parquet"), confidence)
+
+
+def test_the_number_and_its_interval_are_those_of_the_comparison(tmp_path: Path) -> None:
     rows = [
         {"problem_id": str(problem), "decoding": decoding, "sample_index": k, "correct": right,
          "cluster": None}
@@ -234,18 +240,20 @@ def test_the_number_and_its_interval_are_those_of_the_comparison() -> None:
             ("sample", 1, problem < 9),
         ]
     ]  # fmt: skip
-    found = summarize(pl.DataFrame(rows), 0.95)
+    found = summary_of(pl.DataFrame(rows), tmp_path)
     expected = mean_interval([[1.0] * 12 + [0.0] * 18], 0.95)
     assert (found["num_problems"], found["num_clusters"]) == (30, None)
     assert found["accuracy"] == {
         "mean": 0.4, "low": pytest.approx(expected.low), "high": pytest.approx(expected.high),
     }  # fmt: skip
     assert found["pass_at_1"]["mean"] == pytest.approx(0.25)
-    greedy_only = summarize(pl.DataFrame([row for row in rows if row["decoding"] == "greedy"]), 0.9)
-    assert greedy_only["pass_at_1"] is None
+    greedy_only = pl.DataFrame([row for row in rows if row["decoding"] == "greedy"])
+    assert summary_of(greedy_only, tmp_path, 0.9)["pass_at_1"] is None
 
 
-def test_the_number_of_clones_has_the_interval_of_their_clusters(config: Config) -> None:
+def test_the_number_of_clones_has_the_interval_of_their_clusters(
+    config: Config, tmp_path: Path
+) -> None:
     # Six clusters of five: two right, three wrong, one half and half. Rows in no order.
     right = [1.0] * 10 + [1.0, 1.0, 0.0, 0.0, 0.0] + [0.0] * 15
     clusters = [f"c{problem // 5}" for problem in range(30)]
@@ -257,7 +265,7 @@ def test_the_number_of_clones_has_the_interval_of_their_clusters(config: Config)
             "cluster": pl.Series(clusters),
         }
     )
-    found = summarize(grades.sample(fraction=1.0, shuffle=True, seed=3), 0.95)
+    found = summary_of(grades.sample(fraction=1.0, shuffle=True, seed=3), tmp_path)
     expected = mean_interval([right], 0.95, clusters)
     assert list(found["accuracy"].values()) == pytest.approx(list(expected))
     assert expected.high - expected.low > 1.5 * np.subtract(*mean_interval([right])[:0:-1])

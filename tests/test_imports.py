@@ -171,15 +171,24 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         _ = gsm8k_core.nothing
 
 
-def test_vllm_is_imported_by_its_engine_alone() -> None:
-    importers = {
+def importers_of(module: str) -> set[str]:
+    """The files of library and scripts with a line that imports `module` or from it."""
+    return {
         str(path.relative_to(ROOT))
         for folder in (LIBRARY, ROOT / "scripts")
         for path in folder.rglob("*.py")
         for line in path.read_text(encoding="utf-8").split("\n")
-        if line.strip().startswith(("import vllm", "from vllm"))
+        if line.strip().startswith((f"import {module}", f"from {module}"))
     }
-    assert importers <= {"gsm8k_core/engines/vllm_engine.py"}
+
+
+def test_vllm_is_imported_by_its_engine_alone() -> None:
+    assert importers_of("vllm") <= {"gsm8k_core/engines/vllm_engine.py"}
+
+
+def test_what_trains_is_imported_by_trainers_alone() -> None:
+    trainers = {f"scripts/train_{kind}.py" for kind in ("sft", "dpo", "grpo")}
+    assert importers_of("gsm8k_core.training") == trainers
 
 
 def test_the_library_prints_nothing() -> None:

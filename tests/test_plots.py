@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from script_modules import load_script
 
 from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
@@ -475,15 +475,10 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
     curves = pl.DataFrame(schema=PASS_AT_K_SCHEMA)
     write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results", 0.95)
-    path = Path(__file__).parent.parent / "scripts" / "plot.py"
-    spec = importlib.util.spec_from_file_location("script_plot", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     comparison = str(tmp_path / "results" / "comparison.csv")
     arguments = ["--study", dump(STUDY), "--study-dir", str(tmp_path)]
     output = ["--comparison", comparison, "--output-dir", str(tmp_path / "figures")]
-    assert script.main([*arguments, *output]) == 0
+    assert load_script("plot").main([*arguments, *output]) == 0
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
         "accuracy.png", "accuracy.svg", "cost.png", "cost.svg", "reward.png", "reward.svg",
     ]  # fmt: skip

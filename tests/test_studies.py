@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import polars as pl
 import pytest
+from script_modules import load_script
 
 from gsm8k_core import studies
 from gsm8k_core.errors import ConfigError, DataError
@@ -19,18 +18,7 @@ from gsm8k_core.metrics import Floats, holm, paired_difference
 from gsm8k_core.studies import SCHEMA, compare_studies, find_cells
 
 RUNS = {("base", 0), ("sft", 0), ("sft", 1), ("sft", 2)}
-
-
-def load_compare_studies() -> ModuleType:
-    path = Path(__file__).parent.parent / "scripts" / "compare_studies.py"
-    spec = importlib.util.spec_from_file_location("script_compare_studies", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compare_studies_script = load_compare_studies()
+compare_studies_script = load_script("compare_studies")
 
 
 def write_run(

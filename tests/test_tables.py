@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from script_modules import SCRIPTS, load_script
 
 from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
@@ -33,19 +32,7 @@ from gsm8k_core.tables import (
     write_comparison,
 )
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 SETTINGS = '{"grading": "strict", "marker": "####"}'
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 grade, compare = load_script("grade"), load_script("compare")
 
 

@@ -528,6 +528,28 @@ def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_ca
     assert all(parameter.requires_grad for parameter in engine.model.parameters())
 
 
+@pytest.mark.parametrize("num_updates", [0, 3])
+@pytest.mark.parametrize("drops", [False, True])
+def test_weights_are_pushed_where_they_have_moved_or_were_dropped(
+    start: Callable[..., TrainingRun],
+    monkeypatch: pytest.MonkeyPatch,
+    drops: bool,
+    num_updates: int,
+) -> None:
+    run = start()
+    pushes: list[int] = []
+    monkeypatch.setattr(HfEngine, "load_weights", lambda *_: pushes.append(run._num_updates))
+    monkeypatch.setattr(HfEngine, "drops_weights", drops)
+    run.progress["num_updates_done"] = num_updates  # of a checkpoint that it goes on from
+    monkeypatch.setattr(training.ranks, "world_size", lambda: 2)
+    for moved in (0, 0, 1, 0):
+        run.progress["num_updates_done"] += moved
+        with run.sampling():
+            pass
+    before, after = num_updates, num_updates + 1
+    assert pushes == ([before, before, after, after] if drops else [after])
+
+
 def test_what_samples_is_the_trainer_only_where_it_is_the_same_model_in_float32(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:

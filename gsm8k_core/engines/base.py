@@ -64,6 +64,11 @@ class Engine(Protocol):
     max_length: int | None
     """Most tokens of a prompt and its completion together; None where the model has no limit."""
 
+    @property
+    def drops_weights(self) -> bool:
+        """Whether it has no weights after `sleep`, until they are loaded again."""
+        ...
+
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
@@ -86,7 +91,7 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Be ready to generate; after `sleep` at a level that drops weights, load them first."""
+        """Be ready to generate; after `sleep`, if it `drops_weights`, load them first."""
         ...
 
     def close(self) -> None:

@@ -212,6 +212,7 @@ class HfEngine:
     """
 
     name = "transformers"
+    drops_weights = False
 
     def __init__(
         self,

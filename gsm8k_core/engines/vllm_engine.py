@@ -232,6 +232,11 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise ModelError("vLLM kept its prefix cache: it still holds the old weights' keys")
 
+    @property
+    def drops_weights(self) -> bool:
+        """See `Engine.drops_weights`. On a CPU nothing sleeps."""
+        return self.sleep_level == 2
+
     def sleep(self) -> None:
         """Level 1 moves weights to the CPU, level 2 drops them; both drop the key-value cache."""
         if self.sleep_level and not self.asleep:

@@ -12,7 +12,6 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # while modules are loaded; `run_script` enables it
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from script_modules import load_script
+
 from gsm8k_core import scoring
 from gsm8k_core.cli import leave, run_script
 from gsm8k_core.training import TrainingRun
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def cut_vocabulary(patch: Callable[[object, str, object], None]) -> None:
@@ -36,14 +35,6 @@ def cut_vocabulary(patch: Callable[[object, str, object], None]) -> None:
 
 class Stopped(BaseException):
     """Stands for the end of the process."""
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_until(module: ModuleType, arguments: list[str], last_step: int | None) -> None:

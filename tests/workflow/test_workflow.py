@@ -122,6 +122,23 @@ def test_jobs_with_a_gpu_take_one_of_their_own_and_others_run_as_they_are(worksp
             assert before == (python if name in scripts else "python")
 
 
+def test_jobs_follow_runs_as_the_config_says_whatever_the_shell_was_set_to(
+    workspace: Path,
+) -> None:
+    lines = ['include: "Snakefile"', "rule tell:", '    output: "told.json"']
+    lines.append("    shell: 'printenv GSM8K_TRACKING > {output}'")
+    (workspace / "tell.smk").write_text("\n".join(lines), encoding="utf-8")
+    of_shell = '{"project": "of-the-shell"}'
+    other = overlay(workspace, "other.yaml", {"tracking": {"project": "of-the-config"}})
+    for overlays, expected in ((SMALL_STUDY, {}), ((other,), {"project": "of-the-config"})):
+        result = snakemake(
+            workspace, "told.json", "--forceall", "--snakefile", "tell.smk",
+            overlays=overlays, GSM8K_TRACKING=of_shell,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout
+        assert read_json(workspace / "told.json") == expected
+
+
 def test_each_job_is_given_the_weights_and_problems_that_its_settings_name(
     workspace: Path,
 ) -> None:
