@@ -250,7 +250,7 @@ def test_one_rank_has_everything_in_order() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE_STEP, *ON_TWO_RANKS_ALONE])
 def test_a_step_on_two_ranks_has_the_gradient_and_the_metrics_of_one(runs: Runs, name: str) -> None:
-    assert rows_of(runs.one / name)[0]["grad_norm"] > 0.01
+    assert rows_of(runs.one / name)[-1]["grad_norm"] > 0.01
     assert largest_difference(runs.one / name, runs.two / name) < 1e-5
     assert_same_rows(runs.two / name, runs.one / name, 1e-5)
 

@@ -889,7 +889,8 @@ def test_a_problem_that_leaves_no_room_for_a_completion_does_not_end_a_run(
         caplog.text
     )
     assert "1 of 4 validation problems with 8 new tokens are longer" in caplog.text
-    assert len(read_jsonl(run / "train" / "metrics.jsonl")) == 3
+    rows = read_jsonl(run / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
     shown = read_jsonl(run / "train" / "completions.jsonl")
     prompts = [row["prompt"] for entry in shown for row in entry["completions"]]
     assert prompts and not any("2 2 2" in prompt for prompt in prompts)
