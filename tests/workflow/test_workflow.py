@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import polars as pl
 import pytest
 import snakemake.benchmark as snakemake_benchmark
 import yaml
 from flips import files_of, unnoticed_flips
-from workspace import ROOT, make_workspace
+from killing import (
+    NUM_KILLS,
+    assert_whole,
+    kill_at,
+    moments_of_kills,
+    num_finished,
+    outputs,
+    processes_in,
+    trained_weights,
+    watch,
+)
+from workspace import ROOT, make_workspace, read_comparison
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.config import load_config
@@ -38,6 +52,15 @@ def small_workspace(folder: Path) -> Path:
     return folder
 
 
+def snakemake_command(
+    *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, gpus: int = 1
+) -> list[str]:
+    # Targets come first: `--resources` would take a path behind it for one more resource.
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    command += ["--cores", "2", "--resources", f"gpu={gpus}"]
+    return [*command, *(("--configfile", *overlays) if overlays else ())]
+
+
 def snakemake(
     workspace: Path,
     *arguments: str,
@@ -45,13 +68,8 @@ def snakemake(
     gpus: int = 1,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    # Targets come first: `--resources` would take a path behind it for one more resource.
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--cores", "2", "--resources", f"gpu={gpus}"]
-    if overlays:
-        command += ["--configfile", *overlays]
     return subprocess.run(
-        command,
+        snakemake_command(*arguments, overlays=overlays, gpus=gpus),
         cwd=workspace,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -223,6 +241,63 @@ def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
                  "figures/accuracy.png", "figures/reward.svg", "figures/reward.png",
                  "report.html"):  # fmt: skip
         assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
+
+
+def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
+    finished: Path,
+    workspace: Path,
+    tmp_path: Path,
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It drops its weights, which are the same to the byte, and its hashes have another seed."""
+    seed = int(os.environ.get("GSM8K_KILL_SEED") or random.randrange(10**6))
+    num_jobs = num_finished(finished)
+    moments = moments_of_kills(num_jobs, seed)
+    print(f"GSM8K_KILL_SEED={seed}: kills after so many jobs, and so many seconds: {moments}")
+    drops = (*SMALL_STUDY, overlay(workspace, "drops.yaml", {"study": {"keep_models": "none"}}))
+    links = tmp_path / "weights"
+    with (tmp_path / "output.txt").open("w+", encoding="utf-8") as output:
+
+        def start() -> subprocess.Popen[str]:
+            environment = {**os.environ, "PYTHONHASHSEED": "7"}
+            return subprocess.Popen(
+                snakemake_command(overlays=drops), cwd=workspace, env=environment, text=True,
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+        for call, moment in enumerate(moments, start=1):
+            kill_at(moment, call, num_jobs, start(), workspace, links)
+            for path in outputs(workspace):
+                assert_whole(workspace / path, finished / path)
+            assert snakemake(workspace, "--unlock", overlays=drops).returncode == 0
+        with start() as process:
+            watch(process, workspace, links, until=lambda: False)
+        output.seek(0)
+        assert process.returncode == 0, output.read()
+    assert processes_in(workspace) == []
+    # Where the code is edited meanwhile, a flag says so.
+    tables = [
+        read_comparison(folder / "artifacts/results/small/comparison.csv").drop("flags")
+        for folder in (workspace, finished)
+    ]
+    assert tables[0].equals(tables[1])
+    undisturbed = trained_weights(finished)
+    for name, path in undisturbed.items():
+        made = [link.read_bytes() for link in (links / name).iterdir()]
+        assert set(made) == {path.read_bytes()}, name
+    # A kill between the last use of weights and their removal leaves them.
+    assert len(trained_weights(workspace)) <= NUM_KILLS < len(undisturbed)
+    ends = [{path for path in outputs(folder) if path.parent.name != "model"}
+            for folder in (workspace, finished)]  # fmt: skip
+    assert ends[0] == ends[1]
+    for path in ends[0]:
+        assert_whole(workspace / path, finished / path)
+    assert planned_jobs(workspace, overlays=drops) == {}
+    monkeypatch.chdir(workspace)
+    assert script("verify").main(["--study", "small"]) == 0
+    assert "as study.keep_models says" in capsys.readouterr().out
 
 
 def test_how_often_snakemake_measures_a_job_is_still_its_own_setting() -> None:
@@ -556,20 +631,16 @@ def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -
     assert jobs == {}
 
 
-def test_two_runs_from_scratch_give_the_same_weights_and_completions(
-    finished: Path, workspace: Path
+def test_weights_that_a_study_does_not_keep_are_dropped_after_their_last_use(
+    workspace: Path,
 ) -> None:
-    # Of rft and grpo, and of the comparison, the killed study of test_killed.py shows it.
-    runs = [f"{CELLS}/{method}/seed0" for method in ("sft", "dpo")]
-    made = [
-        str(path.relative_to(finished))
-        for path in (finished / runs[1] / "completions").glob("*.jsonl")
-    ]
-    assert made
-    result = snakemake(workspace, *made, PYTHONHASHSEED="7")
-    assert result.returncode == 0, result.stdout
-    for path in [*made, *(f"{run}/model/model.safetensors" for run in runs)]:
-        assert (workspace / path).read_bytes() == (finished / path).read_bytes(), path
+    cells = [f"{CELLS}/{method}/seed0" for method in SMALL_METHODS if method != "base"]
+    rounds = [f"{CELLS}/expert_iteration/seed0/round{number}" for number in (1, 2)]
+    for keep, dropped in (("none", [*cells, *rounds]), ("final", rounds), ("all", [])):
+        kept = overlay(workspace, "keep.yaml", {"study": {"keep_models": keep}})
+        shown = snakemake(workspace, "-n", overlays=(*SMALL_STUDY, kept)).stdout
+        removed = re.findall(r"Would remove temporary output (\S+)", shown)
+        assert sorted(removed) == sorted(f"{folder}/model" for folder in dropped)
 
 
 def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: Path) -> None:
