@@ -13,12 +13,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import polars as pl
 import pytest
 import snakemake.benchmark as snakemake_benchmark
 import yaml
 from flips import files_of, unnoticed_flips
+from forked_snakemake import run_snakemake
 from killing import (
     NUM_KILLS,
     assert_whole,
@@ -52,13 +54,10 @@ def small_workspace(folder: Path) -> Path:
     return folder
 
 
-def snakemake_command(
-    *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, gpus: int = 1
-) -> list[str]:
+def words_of(*arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, gpus: int = 1) -> list[str]:
     # Targets come first: `--resources` would take a path behind it for one more resource.
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--cores", "2", "--resources", f"gpu={gpus}"]
-    return [*command, *(("--configfile", *overlays) if overlays else ())]
+    words = [*arguments, "--cores", "2", "--resources", f"gpu={gpus}"]
+    return [*words, *(("--configfile", *overlays) if overlays else ())]
 
 
 def snakemake(
@@ -68,15 +67,19 @@ def snakemake(
     gpus: int = 1,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        snakemake_command(*arguments, overlays=overlays, gpus=gpus),
-        cwd=workspace,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    words = words_of(*arguments, overlays=overlays, gpus=gpus)
+    return run_snakemake(workspace, *words, environment={**os.environ, **environment})
+
+
+def start_study(
+    workspace: Path, output: TextIO, *overlays: str, **environment: str
+) -> subprocess.Popen[str]:
+    """As a user does: in a process that loads all anew, and that can be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *words_of(overlays=(*SMALL_STUDY, *overlays))],
+        cwd=workspace, env={**os.environ, **environment}, text=True,
+        stdout=output, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def planned_jobs(workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY) -> dict:
@@ -96,8 +99,8 @@ def overlay(workspace: Path, name: str, settings: dict) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the small study has been run to its end."""
     workspace = small_workspace(tmp_path_factory.mktemp("workflow") / "finished")
-    result = snakemake(workspace)
-    assert result.returncode == 0, result.stdout
+    with (workspace / "output.txt").open("w+", encoding="utf-8") as output:
+        assert start_study(workspace, output).wait() == 0, (output.seek(0), output.read())
     return workspace
 
 
@@ -256,23 +259,16 @@ def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
     num_jobs = num_finished(finished)
     moments = moments_of_kills(num_jobs, seed)
     print(f"GSM8K_KILL_SEED={seed}: kills after so many jobs, and so many seconds: {moments}")
-    drops = (*SMALL_STUDY, overlay(workspace, "drops.yaml", {"study": {"keep_models": "none"}}))
-    links = tmp_path / "weights"
+    drops = overlay(workspace, "drops.yaml", {"study": {"keep_models": "none"}})
+    overlays, links = (*SMALL_STUDY, drops), tmp_path / "weights"
     with (tmp_path / "output.txt").open("w+", encoding="utf-8") as output:
-
-        def start() -> subprocess.Popen[str]:
-            environment = {**os.environ, "PYTHONHASHSEED": "7"}
-            return subprocess.Popen(
-                snakemake_command(overlays=drops), cwd=workspace, env=environment, text=True,
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
         for call, moment in enumerate(moments, start=1):
-            kill_at(moment, call, num_jobs, start(), workspace, links)
+            process = start_study(workspace, output, drops, PYTHONHASHSEED="7")
+            kill_at(moment, call, num_jobs, process, workspace, links)
             for path in outputs(workspace):
                 assert_whole(workspace / path, finished / path)
-            assert snakemake(workspace, "--unlock", overlays=drops).returncode == 0
-        with start() as process:
+            assert snakemake(workspace, "--unlock", overlays=overlays).returncode == 0
+        with start_study(workspace, output, drops, PYTHONHASHSEED="7") as process:
             watch(process, workspace, links, until=lambda: False)
         output.seek(0)
         assert process.returncode == 0, output.read()
@@ -294,7 +290,7 @@ def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
     assert ends[0] == ends[1]
     for path in ends[0]:
         assert_whole(workspace / path, finished / path)
-    assert planned_jobs(workspace, overlays=drops) == {}
+    assert planned_jobs(workspace, overlays=overlays) == {}
     monkeypatch.chdir(workspace)
     assert script("verify").main(["--study", "small"]) == 0
     assert "as study.keep_models says" in capsys.readouterr().out
@@ -323,10 +319,7 @@ def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Pat
 def test_the_command_that_the_report_gives_for_overlap_plans_that_alone(finished: Path) -> None:
     page = (finished / "artifacts/results/small/report.html").read_text(encoding="utf-8")
     (command,) = re.findall(r"snakemake ([\w/.]+overlap\.md [-\w ]+ --configfile) FILE,", page)
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", *command.split(), *SMALL_STUDY, "-n"],
-        cwd=finished, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    result = run_snakemake(finished, *command.split(), *SMALL_STUDY, "-n")
     assert result.returncode == 0, result.stdout
     assert re.findall(r"^check_overlap +1$", result.stdout, re.M)
 
