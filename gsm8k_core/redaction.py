@@ -121,15 +121,16 @@ def secrets_in_settings(settings: Any) -> list[str]:
 
     Settings are written into manifests and commands, so they are refused rather than redacted.
     """
+    known = environment_secrets()
     return [
         f"{key}: holds {kind}; settings are written down, so it belongs into the environment"
         for key, text in _texts(settings, "")
-        if (kind := _kind_of_secret(text)) is not None
+        if (kind := _kind_of_secret(text, known)) is not None
     ]
 
 
-def _kind_of_secret(text: str) -> str | None:
-    for name, value in environment_secrets().items():
+def _kind_of_secret(text: str, known: dict[str, str]) -> str | None:
+    for name, value in known.items():
         if value in text:
             return f"the value of ${name}"
     if URL_USER.search(text):

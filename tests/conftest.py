@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 LONGEST = (
-    "slurm", "workflow", "test_trace_collection", "test_report_browser", "test_resume",
-    "test_evaluate", "test_distributed", "test_train_scripts",
+    "slurm", "test_workflow", "workflow", "test_trace_collection", "test_report_browser",
+    "test_resume", "test_evaluate", "test_distributed", "test_train_scripts",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -142,18 +143,23 @@ def test_a_training_run_that_was_killed_names_the_call_that_was(
 
 @pytest.mark.slow
 def test_completions_whose_job_was_killed_name_the_call_that_was(
-    evaluation_json: str, tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+    evaluation_json: str,
+    tiny_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, stats = tmp_path / "completions.jsonl", tmp_path / "completions.stats.json"
     words = [
-        "scripts/generate.py", "--settings", evaluation_json, "--model", str(tiny_folder),
+        "--settings", evaluation_json, "--model", str(tiny_folder),
         "--data", str(arithmetic_folder / "test.jsonl"),
         "--output", str(output), "--stats", str(stats),
     ]  # fmt: skip
-    kill_when(tmp_path / "completions.jsonl.partial", 8, start(*words, call=CALLS[0]))
-    with start(*words, call=CALLS[1]) as process:
-        pass
-    assert process.returncode == 0
+    killed = start("scripts/generate.py", *words, call=CALLS[0])
+    kill_when(tmp_path / "completions.jsonl.partial", 8, killed)
+    monkeypatch.setenv("GSM8K_INVOCATION", CALLS[1])
+    assert script("generate").main(words) == 0
     check(read_json(stats))
     assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, stats.name]
 

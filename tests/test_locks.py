@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -109,30 +110,30 @@ def test_a_file_that_was_removed_and_a_newcomers_file_are_not_two_locks(
 
 @pytest.mark.slow
 def test_a_trainer_beside_another_one_of_the_same_run_stops_and_leaves_it_alone(
-    tmp_path: Path, tiny_folder: Path, arithmetic_folder: Path, run_json: Callable[..., str]
+    tmp_path: Path,
+    tiny_folder: Path,
+    arithmetic_folder: Path,
+    run_json: Callable[..., str],
+    script: Callable[[str], ModuleType],
 ) -> None:
     output = tmp_path / "run"
-    command = [
-        sys.executable, "scripts/train_sft.py",
+    words = [
         "--settings", run_json("sft", num_steps=100, batch_size=4, checkpoint_every_steps=100),
         "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
         "--output-dir", str(output),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/train_sft.py", *words]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 120
         while not (output / "state" / "metrics.jsonl").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)
         first.send_signal(signal.SIGSTOP)
-        second = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        with pytest.raises(BusyError) as caught:
+            script("train_sft").main(words)
         first.send_signal(signal.SIGCONT)
-        assert second.returncode == 1
-        last = second.stderr.strip().split("\n")[-1]
-        assert last.startswith(f"error: {output}: process {first.pid} on ")
-        assert "Traceback" not in second.stderr
+        assert str(caught.value).startswith(f"{output}: process {first.pid} on ")
         assert first.wait(timeout=300) == 0
     rows = read_jsonl(output / "train" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 101))

@@ -520,12 +520,16 @@ def test_a_run_that_is_killed_and_resumed_goes_on_in_the_same_wandb_run(
     ]  # fmt: skip
     killer = (
         "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
         "from gsm8k_core import tracking\n"
         "append = tracking.MetricsLog.append\n"
         "def stop(log, row):\n"
         "    append(log, row)\n"
-        "    time.sleep(2)\n"  # for W&B to have begun
-        "    if row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if row['step'] < 5: return\n"
+        "    for _ in range(600):\n"  # until W&B has begun
+        f"        if list(Path({str(output)!r}).glob('wandb/offline-run-*/*.wandb')): break\n"
+        "        time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "tracking.MetricsLog.append = stop\n"
         "sys.path.insert(0, 'scripts'); import train_grpo; train_grpo.main(sys.argv[1:])\n"
     )

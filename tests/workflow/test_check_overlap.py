@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_snakemake import run_snakemake
 from workspace import make_workspace
 
 from gsm8k_core.files import read_json
@@ -17,12 +16,11 @@ pytestmark = pytest.mark.slow
 def test_the_report_of_a_study_covers_what_it_trains_on_and_is_tested_on(tmp_path: Path) -> None:
     make_workspace(tmp_path)
     target = "artifacts/results/debug/overlap.md"
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", target, "--cores", "1", "--resources", "gpu=1",
-         "--configfile", "studies/debug.yaml"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+    result = run_snakemake(
+        tmp_path, target, "--cores", "1", "--resources", "gpu=1",
+        "--configfile", "studies/debug.yaml",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout
     report = read_json(tmp_path / "artifacts/results/debug/overlap.json")
     train = {"file": "artifacts/arithmetic_debug/train.jsonl", "num_rows": 2000}
     assert report["training"] == [train]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_snakemake import run_snakemake
 from workspace import ROOT, make_workspace, read_comparison
 
 from gsm8k_core.files import read_json
@@ -47,13 +47,9 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def run_snakemake(workspace: Path, *words: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *words, "--cores", "1"],
-        cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(workspace), **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+def snakemake(workspace: Path, *words: str, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(workspace), **environment}
+    done = run_snakemake(workspace, *words, "--cores", "1", environment=environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -64,7 +60,7 @@ def test_a_job_runs_in_the_named_image_with_the_python_of_the_image(tmp_path: Pa
     image.touch()
     write_program(tmp_path / "host" / "apptainer", STAND_IN)
     write_program(in_image / "python", PYTHON_OF_IMAGE)
-    run_snakemake(
+    snakemake(
         workspace, "artifacts/arithmetic/test.jsonl",
         "--sdm", "apptainer", "--apptainer-args", "--nv --bind /scratch",
         GSM8K_IMAGE=str(image), IMAGE_BIN=str(in_image),
@@ -88,11 +84,9 @@ def test_without_an_image_nothing_is_pulled_and_the_variable_is_named(tmp_path: 
     write_program(tmp_path / "host" / "apptainer", STAND_IN)
     environment = {**os.environ, "PATH": f"{tmp_path / 'host'}:{os.environ['PATH']}"}
     environment.pop("GSM8K_IMAGE", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "artifacts/arithmetic/test.jsonl", "--cores", "1",
-         "--sdm", "apptainer"],
-        cwd=workspace, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    done = run_snakemake(
+        workspace, "artifacts/arithmetic/test.jsonl", "--cores", "1", "--sdm", "apptainer",
+        environment=environment,
     )  # fmt: skip
     assert done.returncode != 0
     assert "name yours in GSM8K_IMAGE" in done.stdout, done.stdout
@@ -119,11 +113,11 @@ def test_a_study_in_a_container_has_the_results_of_one_without(tmp_path: Path) -
     elsewhere = make_workspace(tmp_path / "elsewhere", STUDY)
     target = "artifacts/results/contained/comparison.csv"
     words = [target, "--configfile", "studies/debug.yaml", "study.yaml"]
-    run_snakemake(
+    snakemake(
         contained, *words, "--sdm", "apptainer",
         f"--apptainer-args=--userns --nv --bind {','.join(bound)}", GSM8K_IMAGE=str(image),
     )  # fmt: skip
-    run_snakemake(elsewhere, *words)
+    snakemake(elsewhere, *words)
 
     tables = [read_comparison(workspace / target) for workspace in (contained, elsewhere)]
     assert tables[0].equals(tables[1])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from flips import files_of, unnoticed_flips
+from forked_snakemake import run_snakemake
 from workspace import make_workspace, write_overlay
 
 from gsm8k_core.files import read_json, write_text
@@ -42,23 +43,28 @@ def fails(completion, gold):
 pytestmark = pytest.mark.slow
 
 
-def command(*words: str, overlays: tuple[str, ...] = ()) -> list[str]:
+def words_of(*words: str, overlays: tuple[str, ...] = ()) -> list[str]:
     files = ("studies/debug.yaml", "study.yaml", *overlays)
-    return [
-        sys.executable, "-m", "snakemake", *words, "--cores", "1", "--configfile", *files,
-    ]  # fmt: skip
+    return [*words, "--cores", "1", "--configfile", *files]
 
 
-def run(workspace: Path, words: list[str]) -> tuple[int, str]:
+def environment(workspace: Path) -> dict[str, str]:
+    # W&B leaves variables behind where a test of it has run in this process.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**own, **PLANTED, "PYTHONPATH": str(workspace)}
+
+
+def snakemake(workspace: Path, *words: str, overlays: tuple[str, ...] = ()) -> tuple[int, str]:
+    words = tuple(words_of(*words, overlays=overlays))
+    result = run_snakemake(workspace, *words, environment=environment(workspace))
+    return result.returncode, result.stdout
+
+
+def run(workspace: Path, *words: str) -> tuple[int, str]:
     result = subprocess.run(
-        words,
+        [sys.executable, *words],
         cwd=workspace,
-        # W&B leaves variables behind where a test of it has run in this process.
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
-            **PLANTED,
-            "PYTHONPATH": str(workspace),
-        },
+        env=environment(workspace),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,7 +74,7 @@ def run(workspace: Path, words: list[str]) -> tuple[int, str]:
 
 
 def verify(workspace: Path) -> tuple[int, str]:
-    return run(workspace, [sys.executable, "scripts/verify.py", "--study", "followed"])
+    return run(workspace, "scripts/verify.py", "--study", "followed")
 
 
 def secrets_below(folder: Path) -> list[str]:
@@ -89,7 +95,7 @@ def secrets_below(folder: Path) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which a small study has been run to its end, followed by W&B offline."""
     workspace = make_workspace(tmp_path_factory.mktemp("provenance") / "workspace", STUDY)
-    code, output = run(workspace, command())
+    code, output = snakemake(workspace)
     assert code == 0, output
     return workspace
 
@@ -165,7 +171,7 @@ def test_wandb_followed_the_run_in_its_own_folder(finished: Path) -> None:
 def test_following_a_run_or_not_is_no_reason_to_do_it_again(finished: Path) -> None:
     for tracking in ({"project": None}, {"project": "other", "mode": "disabled"}):
         other = write_overlay(finished, "other.yaml", {"tracking": tracking})
-        code, output = run(finished, command("-n", overlays=(other,)))
+        code, output = snakemake(finished, "-n", overlays=(other,))
         assert code == 0 and "Nothing to be done" in output
 
 
@@ -175,19 +181,18 @@ def test_planted_secrets_are_in_no_file_and_no_output(finished: Path) -> None:
         "study": {"name": "crashed", "methods": ["grpo"]},
         "methods": {"grpo": {"reward": {"custom": "my_reward:fails"}}},
     }
-    code, output = run(finished, command(overlays=(write_overlay(finished, "c.yaml", crash),)))
+    code, output = snakemake(finished, overlays=(write_overlay(finished, "c.yaml", crash),))
     assert code == 1 and "the server refused ***" in output
     assert not any(secret in output for secret in PLANTED.values())
 
     url = f"https://me:{IN_SETTINGS}@host/gsm8k"
     path = write_overlay(finished, "s.yaml", {"datasets": {"gsm8k": {"path": url}}})
-    code, output = run(finished, command(overlays=(path,)))
+    code, output = snakemake(finished, overlays=(path,))
     assert code == 1 and "datasets.gsm8k.path: holds the user or password of a URL" in output
     assert IN_SETTINGS not in output
     code, output = run(
-        finished,
-        [sys.executable, "-m", "gsm8k_core.cli", "eval", "--limit", "2", "--config",
-         "config.yaml", "studies/debug.yaml", "study.yaml"],
+        finished, "-m", "gsm8k_core.cli", "eval", "--limit", "2",
+        "--config", "config.yaml", "studies/debug.yaml", "study.yaml",
     )  # fmt: skip
     assert code == 0, output
     (finished / path).unlink()  # where it was planted
@@ -230,13 +235,16 @@ def test_a_second_call_beside_the_first_stops_with_a_clear_line_and_harms_nothin
     workspace = make_workspace(tmp_path / "workspace", STUDY)
     target = "artifacts/arithmetic_debug/train.jsonl"
     with subprocess.Popen(
-        command(target), cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "snakemake", *words_of(target)],
+        cwd=workspace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as first:
         wait_for_its_job(workspace, first)
         first.send_signal(signal.SIGSTOP)
         try:
             skip_if_it_had_ended(workspace)
-            code, output = run(workspace, command(target))
+            code, output = snakemake(workspace, target)
         finally:
             first.send_signal(signal.SIGCONT)
         assert code == 1, output
@@ -255,14 +263,17 @@ def test_after_a_kill_of_snakemake_unlocking_goes_on_and_says_what_was_killed(
     workspace = make_workspace(tmp_path / "workspace", STUDY)
     target = "artifacts/arithmetic_debug/train.jsonl"
     with subprocess.Popen(
-        command(target), cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "snakemake", *words_of(target)],
+        cwd=workspace,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as first:
         wait_for_its_job(workspace, first)
         first.kill()
     skip_if_it_had_ended(workspace)
-    assert run(workspace, command(target))[0] == 1
-    assert run(workspace, command("--unlock"))[0] == 0
-    code, output = run(workspace, command(target))
+    assert snakemake(workspace, target)[0] == 1
+    assert snakemake(workspace, "--unlock")[0] == 0
+    code, output = snakemake(workspace, target)
     assert code == 0, output
     manifests = sorted((workspace / "artifacts" / "runs").glob("*/run_manifest.json"))
     assert [read_json(path)["state"] for path in manifests] == ["killed", "succeeded"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from chat_server import ChatServer
 from flips import files_of, unnoticed_flips
+from forked_snakemake import run_snakemake
 from workspace import make_workspace
 
 from gsm8k_core.arithmetic import make_arithmetic
@@ -37,17 +36,8 @@ class WordProblemServer(ChatServer):
 
 
 def snakemake(workspace: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--cores", "1", "--configfile", "studies/debug.yaml", "traces.yaml"]
-    result = subprocess.run(
-        command,
-        cwd=workspace,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    words = [*arguments, "--cores", "1", "--configfile", "studies/debug.yaml", "traces.yaml"]
+    result = run_snakemake(workspace, *words, environment={**os.environ, **environment})
     return result.returncode, result.stdout
 
 

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TextIO
 
 import polars as pl
 import pytest
 import snakemake.benchmark as snakemake_benchmark
 import yaml
 from flips import files_of, unnoticed_flips
-from workspace import ROOT, make_workspace
+from forked_snakemake import run_snakemake
+from killing import (
+    NUM_KILLS,
+    assert_whole,
+    kill_at,
+    moments_of_kills,
+    num_finished,
+    outputs,
+    processes_in,
+    trained_weights,
+    watch,
+)
+from workspace import ROOT, make_workspace, read_comparison
 
 from gsm8k_core.answers import is_correct
 from gsm8k_core.config import load_config
@@ -38,6 +54,12 @@ def small_workspace(folder: Path) -> Path:
     return folder
 
 
+def words_of(*arguments: str, overlays: tuple[str, ...] = SMALL_STUDY, gpus: int = 1) -> list[str]:
+    # Targets come first: `--resources` would take a path behind it for one more resource.
+    words = [*arguments, "--cores", "2", "--resources", f"gpu={gpus}"]
+    return [*words, *(("--configfile", *overlays) if overlays else ())]
+
+
 def snakemake(
     workspace: Path,
     *arguments: str,
@@ -45,20 +67,19 @@ def snakemake(
     gpus: int = 1,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    # Targets come first: `--resources` would take a path behind it for one more resource.
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--cores", "2", "--resources", f"gpu={gpus}"]
-    if overlays:
-        command += ["--configfile", *overlays]
-    return subprocess.run(
-        command,
-        cwd=workspace,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    words = words_of(*arguments, overlays=overlays, gpus=gpus)
+    return run_snakemake(workspace, *words, environment={**os.environ, **environment})
+
+
+def start_study(
+    workspace: Path, output: TextIO, *overlays: str, **environment: str
+) -> subprocess.Popen[str]:
+    """As a user does: in a process that loads all anew, and that can be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *words_of(overlays=(*SMALL_STUDY, *overlays))],
+        cwd=workspace, env={**os.environ, **environment}, text=True,
+        stdout=output, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def planned_jobs(workspace: Path, *arguments: str, overlays: tuple[str, ...] = SMALL_STUDY) -> dict:
@@ -78,8 +99,8 @@ def overlay(workspace: Path, name: str, settings: dict) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the small study has been run to its end."""
     workspace = small_workspace(tmp_path_factory.mktemp("workflow") / "finished")
-    result = snakemake(workspace)
-    assert result.returncode == 0, result.stdout
+    with (workspace / "output.txt").open("w+", encoding="utf-8") as output:
+        assert start_study(workspace, output).wait() == 0, (output.seek(0), output.read())
     return workspace
 
 
@@ -242,6 +263,56 @@ def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
         assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
 
 
+def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
+    finished: Path,
+    workspace: Path,
+    tmp_path: Path,
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It drops its weights, which are the same to the byte, and its hashes have another seed."""
+    seed = int(os.environ.get("GSM8K_KILL_SEED") or random.randrange(10**6))
+    num_jobs = num_finished(finished)
+    moments = moments_of_kills(num_jobs, seed)
+    print(f"GSM8K_KILL_SEED={seed}: kills after so many jobs, and so many seconds: {moments}")
+    drops = overlay(workspace, "drops.yaml", {"study": {"keep_models": "none"}})
+    overlays, links = (*SMALL_STUDY, drops), tmp_path / "weights"
+    with (tmp_path / "output.txt").open("w+", encoding="utf-8") as output:
+        for call, moment in enumerate(moments, start=1):
+            process = start_study(workspace, output, drops, PYTHONHASHSEED="7")
+            kill_at(moment, call, num_jobs, process, workspace, links)
+            for path in outputs(workspace):
+                assert_whole(workspace / path, finished / path)
+            assert snakemake(workspace, "--unlock", overlays=overlays).returncode == 0
+        with start_study(workspace, output, drops, PYTHONHASHSEED="7") as process:
+            watch(process, workspace, links, until=lambda: False)
+        output.seek(0)
+        assert process.returncode == 0, output.read()
+    assert processes_in(workspace) == []
+    # Where the code is edited meanwhile, a flag says so.
+    tables = [
+        read_comparison(folder / "artifacts/results/small/comparison.csv").drop("flags")
+        for folder in (workspace, finished)
+    ]
+    assert tables[0].equals(tables[1])
+    undisturbed = trained_weights(finished)
+    for name, path in undisturbed.items():
+        made = [link.read_bytes() for link in (links / name).iterdir()]
+        assert set(made) == {path.read_bytes()}, name
+    # A kill between the last use of weights and their removal leaves them.
+    assert len(trained_weights(workspace)) <= NUM_KILLS < len(undisturbed)
+    ends = [{path for path in outputs(folder) if path.parent.name != "model"}
+            for folder in (workspace, finished)]  # fmt: skip
+    assert ends[0] == ends[1]
+    for path in ends[0]:
+        assert_whole(workspace / path, finished / path)
+    assert planned_jobs(workspace, overlays=overlays) == {}
+    monkeypatch.chdir(workspace)
+    assert script("verify").main(["--study", "small"]) == 0
+    assert "as study.keep_models says" in capsys.readouterr().out
+
+
 def test_how_often_snakemake_measures_a_job_is_still_its_own_setting() -> None:
     """rules/common.smk sets it by its name, which is no public one."""
     rules = (ROOT / "rules" / "common.smk").read_text(encoding="utf-8")
@@ -265,10 +336,7 @@ def test_snakemakes_own_report_holds_the_report_tables_and_figures(finished: Pat
 def test_the_command_that_the_report_gives_for_overlap_plans_that_alone(finished: Path) -> None:
     page = (finished / "artifacts/results/small/report.html").read_text(encoding="utf-8")
     (command,) = re.findall(r"snakemake ([\w/.]+overlap\.md [-\w ]+ --configfile) FILE,", page)
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", *command.split(), *SMALL_STUDY, "-n"],
-        cwd=finished, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    result = run_snakemake(finished, *command.split(), *SMALL_STUDY, "-n")
     assert result.returncode == 0, result.stdout
     assert re.findall(r"^check_overlap +1$", result.stdout, re.M)
 
@@ -580,20 +648,16 @@ def test_weights_that_a_study_does_not_keep_are_not_made_again(finished: Path) -
     assert jobs == {}
 
 
-def test_two_runs_from_scratch_give_the_same_weights_and_completions(
-    finished: Path, workspace: Path
+def test_weights_that_a_study_does_not_keep_are_dropped_after_their_last_use(
+    workspace: Path,
 ) -> None:
-    # Of rft and grpo, and of the comparison, the killed study of test_killed.py shows it.
-    runs = [f"{CELLS}/{method}/seed0" for method in ("sft", "dpo")]
-    made = [
-        str(path.relative_to(finished))
-        for path in (finished / runs[1] / "completions").glob("*.jsonl")
-    ]
-    assert made
-    result = snakemake(workspace, *made, PYTHONHASHSEED="7")
-    assert result.returncode == 0, result.stdout
-    for path in [*made, *(f"{run}/model/model.safetensors" for run in runs)]:
-        assert (workspace / path).read_bytes() == (finished / path).read_bytes(), path
+    cells = [f"{CELLS}/{method}/seed0" for method in SMALL_METHODS if method != "base"]
+    rounds = [f"{CELLS}/expert_iteration/seed0/round{number}" for number in (1, 2)]
+    for keep, dropped in (("none", [*cells, *rounds]), ("final", rounds), ("all", [])):
+        kept = overlay(workspace, "keep.yaml", {"study": {"keep_models": keep}})
+        shown = snakemake(workspace, "-n", overlays=(*SMALL_STUDY, kept)).stdout
+        removed = re.findall(r"Would remove temporary output (\S+)", shown)
+        assert sorted(removed) == sorted(f"{folder}/model" for folder in dropped)
 
 
 def test_a_bad_config_is_refused_before_any_job_without_a_traceback(workspace: Path) -> None:
