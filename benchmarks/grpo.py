@@ -139,7 +139,8 @@ def our_side(args: argparse.Namespace) -> None:
     import torch
 
     from gsm8k_core.config import dump
-    from gsm8k_core.training import TrainingRun, peak_memory_mb
+    from gsm8k_core.models import peak_memory_mb
+    from gsm8k_core.training import TrainingRun
     from scripts import train_grpo
 
     torch.set_num_threads(args.threads)
@@ -179,11 +180,11 @@ def trl_side(args: argparse.Namespace) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from gsm8k_core.files import seed_from
-    from gsm8k_core.models import load_tokenizer
+    from gsm8k_core.models import load_tokenizer, peak_memory_mb
     from gsm8k_core.problems import read_problems
     from gsm8k_core.prompts import render_prompt
     from gsm8k_core.rewards import build_reward_fn
-    from gsm8k_core.training import endless_order, peak_memory_mb, take
+    from gsm8k_core.training import endless_order, take
 
     torch.set_num_threads(args.threads)
     turns = Turns()

@@ -13,7 +13,7 @@ Two ways to find the answer:
   used for intermediate results. A box that is never closed was cut short and is no answer. Any
   other marker (`The answer is`) is text, read as `####` is. A thought is not the answer: of a text
   with `</think>` only what follows the last one is read, and a `<think>` that is never closed has
-  no answer behind it.
+  no answer behind it. (Where the prompt opens it, a text that is cut before its end shows no tag.)
 - `flexible` is the last number of the text.
 
 What surrounds the number must leave it what it is. `18 dollars`, `18%`, `18.00`, `18 cm²` and
@@ -281,10 +281,7 @@ def parse_gold(gold: str | int | Fraction) -> Fraction:
 
 def _without_thought(text: str) -> str:
     """What comes after the thought of a reasoning model; all of a text without one."""
-    _, closed, answer = text.rpartition("</think>")
-    if closed:
-        return answer
-    return text.partition("<think>")[0]
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _after_marker(text: str, marker: str) -> Fraction | None:

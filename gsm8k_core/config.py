@@ -212,7 +212,8 @@ DatasetSettings = Annotated[
 
 # Parameters of transformers' apply_chat_template itself: how it is called, not what it writes.
 OF_APPLY_CHAT_TEMPLATE = {
-    "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "conversation", "conversations", "messages", "tools", "documents", "chat_template",
+    "add_generation_prompt", "tokenize",
     "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
@@ -636,7 +637,8 @@ class GrpoMethod(TrainSettings):
     """How per-token losses become one number; `constant` divides by `max_new_tokens` (Dr. GRPO)."""
 
     kl_coefficient: NonNegativeFloat = 0.0
-    """β of the KL to the reference; 0 loads no reference model."""
+    """β of the KL to the reference; 0 loads no reference model, unless `log_kl_every_steps` asks
+    for one."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation, so k2
     or k3 go there; in the reward k1 alone has that of the KL."""
@@ -1300,7 +1302,8 @@ def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[st
     sampled = [
         stage
         for stage in stages
-        if not isinstance(config.methods[stage], SftMethod)
+        if getattr(config.methods[stage], "grading", "").endswith("strict")
+        and not isinstance(config.methods[stage], SftMethod)
         and not any(
             isinstance(config.methods[before], SftMethod) for before in config.method_chain(stage)
         )
@@ -1308,7 +1311,8 @@ def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[st
     shown = [
         name
         for name in config.study.models
-        if config.prompts[config.models[name].prompt].examples == "wei2022"
+        if (prompt := config.prompts[config.models[name].prompt]).examples == "wei2022"
+        and not prompt.chat
     ]
     if sampled and shown:
         yield (
@@ -1699,6 +1703,13 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
     for name in section("traces"):
         if name in section("datasets"):
             problems.append(f"traces.{name}: the name is taken by a dataset")
+    for name, body in section("traces").items():
+        prompt = section("prompts").get(str(body.get("prompt"))) if isinstance(body, dict) else None
+        if isinstance(prompt, dict) and prompt.get("chat_arguments"):
+            problems.append(
+                f"traces.{name}.prompt: '{body['prompt']}' has chat_arguments, which reach no "
+                f"server: take another prompt, and set traces.{name}.api.parameters"
+            )
     return problems + _check_examples(*map(section, ("prompts", "models", "suites", "datasets")))
 
 

@@ -110,7 +110,7 @@ def render_prompt(
             "needs; take a prompt with chat: false (models.<name>.prompt, suites.<name>.prompt)"
         )
     for name in prompt.chat_arguments:
-        if name not in str(tokenizer.chat_template):
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
             raise ModelError(
                 f"{tokenizer.name_or_path}: the chat template knows no {name!r}, which "
                 "chat_arguments of this prompt set; mend its name or leave it out"

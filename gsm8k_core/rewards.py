@@ -189,9 +189,10 @@ def _not_a_reward(node: ast.AST, function: str, source: Path) -> str:
     taken = node.args
     places = [*taken.posonlyargs, *taken.args]
     needed = [argument.arg for argument in places[2 : len(places) - len(taken.defaults)]]
+    by_place_alone = {argument.arg for argument in taken.posonlyargs}
     by_name = zip(taken.kwonlyargs, taken.kw_defaults, strict=True)
     needed += [argument.arg for argument, default in by_name if default is None]
-    if (len(places) >= 2 or taken.vararg) and {*needed} <= {*CONTEXT}:
+    if (len(places) >= 2 or taken.vararg) and {*needed} <= {*CONTEXT} - by_place_alone:
         return ""
     return (
         f"{where} takes ({ast.unparse(taken)}); a reward is called as fn(completion, gold): give "
@@ -202,12 +203,15 @@ def _not_a_reward(node: ast.AST, function: str, source: Path) -> str:
 def _context_of(function: CustomRewardFn) -> set[str]:
     """What of `CONTEXT` a function has arguments for, beside the first two."""
     try:
-        others = list(inspect.signature(function).parameters.values())[2:]
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of some callables Python knows no signature
         return set()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in others):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return set(CONTEXT)
-    return {p.name for p in others if p.kind is not p.POSITIONAL_ONLY} & set(CONTEXT)
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    by_name += [p for p in by_place[2:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {parameter.name for parameter in by_name} & set(CONTEXT)
 
 
 def reward_code(method: object, folders: Sequence[str] | None = None) -> dict[str, str] | None:

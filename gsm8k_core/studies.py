@@ -153,6 +153,8 @@ def compare_studies(
             left_out.append(f"{name}: {reason}")
         if row is None:
             continue
+        if measure == "pass_at_1" and row.get("p_value_pass_at_1") is None:
+            left_out.append(f"{name}: not sampled in both studies, so pass@1 has no verdict")
         if len(seeds) <= 2 and _is_trained(new_dir, key, seeds[0]):
             row["caution"] = ONE_SEED if len(seeds) == 1 else TWO_SEEDS
         for line in _facts_of_row(row, old_dir, new_dir, key, seeds):

@@ -1,9 +1,10 @@
 """How a training run is followed: train/metrics.jsonl always, W&B when asked.
 
-metrics.jsonl has one JSON object a step, appended and flushed, and is cut back exactly on resume.
-W&B gets the same rows, the run's settings and samples of completions (and of a study its
-comparison), from a thread of its own behind a bounded queue: where W&B fails, hangs or is slow,
-rows are dropped with one warning and training goes on. Only rank 0 has a tracker.
+metrics.jsonl has one JSON object a step (and one of step 0 where a run validates), appended and
+flushed, and is cut back exactly on resume. W&B gets the same rows, the run's settings and samples
+of completions (and of a study its comparison), from a thread of its own behind a bounded queue:
+where W&B fails, hangs or is slow, rows are dropped with one warning and training goes on. Only rank
+0 has a tracker.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The loops themselves stand in `scripts/train_*.py`. A run's folder:
 
     settings.json        all that decides the run
     model/               the trained weights and tokenizer
-    train/metrics.jsonl  one row a step
+    train/metrics.jsonl  one row a step, and one of step 0 where the run validates
     train/completions.jsonl  what the model wrote now and then (`tracking`): GRPO a sample of its
                          rollouts, SFT and DPO greedy completions of some problems of `val`
     train/summary.json   seconds, tokens, peak memory, provenance
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import random
@@ -401,10 +400,8 @@ class TrainingRun:
                 "reward_code": self.progress.get("reward_code"),
                 "provenance": provenance(),
             },
-            # As many as there are now, one a step; W&B may take them when the run has ended.
-            rows_before=list(
-                itertools.islice(iter_jsonl(metrics.path), self.progress.get("step", 0))
-            ),
+            # Those there are now, up to the checkpoint; W&B may take them when the run has ended.
+            rows_before=list(iter_jsonl(metrics.path)),
         )
 
     # -------------------------------------------------------------------------------------- steps

@@ -32,7 +32,7 @@ SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
 def steps_of(rounds: list[Path]) -> Iterator[Json]:
     """The training logs of all rounds as one: steps are counted through.
 
-    Where a round starts is where the one before it ended (or the first began), and logged there.
+    The start of a later round would be a second row of the step at which the one before it ended.
     """
     num_before = 0
     for number, folder in enumerate(rounds, start=1):

@@ -367,6 +367,7 @@ def test_strict_with_a_configured_marker_reads_after_the_first_that_a_number_fol
         ("<think>\n#### 18\nHmm, let me check again", None),  # cut short before any answer
         ("<think>#### 18</think>She sells 18.", None),
         ("#### 18\n<think>Was that right? #### 9", 18),
+        ("<think>#### 9</think>Hm. <think>#### 7", None),
     ],
 )
 @pytest.mark.parametrize("marker", ["####", "boxed", "The answer is"])

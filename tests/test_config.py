@@ -958,6 +958,15 @@ def test_rollouts_in_bfloat16_without_a_correction_are_doubted_unless_that_is_me
         assert said({}, **exact) == ""
 
 
+def test_chat_arguments_of_a_prompt_that_a_server_is_asked_with_are_refused() -> None:
+    told = {"chat_hash": {"chat_arguments": {"enable_thinking": False}}}
+    found = mistakes({"prompts": told, "traces": {"r1_traces": {"prompt": "chat_hash"}}})
+    assert found == [
+        "traces.r1_traces.prompt: 'chat_hash' has chat_arguments, which reach no server: take "
+        "another prompt, and set traces.r1_traces.api.parameters"
+    ]
+
+
 def test_keep_best_that_has_only_start_and_end_to_choose_from_is_said_to_have() -> None:
     shipped = load_config(ROOT / "config.yaml")
 

@@ -87,10 +87,12 @@ def test_the_chat_template_is_told_what_the_prompt_sets() -> None:
     assert rendered[0] == rendered[1] + "<think></think>"
 
 
-def test_what_a_chat_template_does_not_know_is_an_error_that_names_it() -> None:
-    prompt = PromptSettings(template="{question}", chat=True, chat_arguments={"thnks": False})
-    with pytest.raises(ModelError, match="the chat template knows no 'thnks'"):
-        render_prompt("2 + 2?", prompt, tokenizer(ONE_BOS_CHAT))
+@pytest.mark.parametrize("name", ["thnks", "thin", "thinks_"])
+def test_what_a_chat_template_does_not_know_is_an_error_that_names_it(name: str) -> None:
+    template = ONE_BOS_CHAT + "{% if not thinks %}<think></think>{% endif %}"
+    prompt = PromptSettings(template="{question}", chat=True, chat_arguments={name: False})
+    with pytest.raises(ModelError, match=f"the chat template knows no '{name}'"):
+        render_prompt("2 + 2?", prompt, tokenizer(template))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ def test_what_a_chat_template_does_not_know_is_an_error_that_names_it() -> None:
     [
         ({"chat_arguments": {"thinks": True}}, "chat_arguments needs chat: true"),
         ({"chat": True, "chat_arguments": {"tokenize": True}}, "tokenize is not for the template"),
+        ({"chat": True, "chat_arguments": {"messages": []}}, "messages is not for the template"),
     ],
 )
 def test_chat_arguments_that_reach_no_template_are_refused(

@@ -119,6 +119,7 @@ def custom_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def length(completion, gold, num_tokens=0): return num_tokens\n"
         "def all_of_it(completion, gold, **context): return len(context)\n"
         "def question_first(question, gold): return question == '#### 18'\n"
+        "def gathered(*texts, question): return len(texts) + len(question)\n"
         "NUMBER = 3\n",
         encoding="utf-8",
     )
@@ -139,7 +140,14 @@ def test_a_custom_reward_adds_its_weighted_value() -> None:
 
 @pytest.mark.usefixtures("custom_module")
 @pytest.mark.parametrize(
-    ("name", "value"), [("told", 1.0), ("length", 7.0), ("all_of_it", 3.0), ("question_first", 1.0)]
+    ("name", "value"),
+    [
+        ("told", 1.0),
+        ("length", 7.0),
+        ("all_of_it", 3.0),
+        ("question_first", 1.0),
+        ("gathered", 11.0),
+    ],
 )
 def test_a_custom_reward_is_told_what_it_has_arguments_for(name: str, value: float) -> None:
     reward_fn = build_reward_fn(RewardSettings(answer=0.0, custom=f"my_rewards:{name}"), "####")
@@ -214,6 +222,7 @@ def of_one(completion): return "\\d"
 def of_three(completion, gold, scale): return 0
 def named(completion, gold, *, scale): return 0
 def judged(completion, gold, question, *, truncated, num_tokens=0): return 0
+def by_place(completion, gold, question, /): return 0
 async def later(completion, gold): return 0
 NUMBER = 3
 def outer(completion, gold):
@@ -262,9 +271,10 @@ def test_a_name_that_is_made_up_when_the_module_is_executed_is_left_to_the_job(
         ("of_one", ", line 23: 'of_one' takes (completion); a reward is called as "
          "fn(completion, gold): give it two arguments, and others only of the names question, "),
         ("of_three", ", line 24: 'of_three' takes (completion, gold, scale); a reward is "),
+        ("by_place", ", line 27: 'by_place' takes (completion, gold, question, /); a reward is "),
         ("named", ", line 25: 'named' takes (completion, gold, *, scale); a reward is called as "),
-        ("later", ", line 27: 'later' is async; a reward is called as fn(completion, gold)"),
-        ("NUMBER", ", line 28: 'NUMBER' is no function; name one"),
+        ("later", ", line 28: 'later' is async; a reward is called as fn(completion, gold)"),
+        ("NUMBER", ", line 29: 'NUMBER' is no function; name one"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_called_as_a_reward_is_told_without_executing_it(

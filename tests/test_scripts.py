@@ -787,7 +787,7 @@ def test_rounds_of_an_earlier_study_are_not_taken_along(
     assert (folder / "model" / "model.safetensors").read_text(encoding="utf-8") == "weights 2"
 
 
-def test_the_start_of_a_round_is_the_end_of_the_one_before_it(
+def test_of_the_starts_of_rounds_only_the_first_has_a_row(
     rounds: Callable[..., Path], script: Script
 ) -> None:
     folder = rounds()

@@ -232,6 +232,7 @@ def test_without_samples_pass_at_1_decides_nothing(make: Maker, tmp_path: Path) 
     found = compare_studies(old, new, measure="pass_at_1")
     assert found.rows["verdict"].to_list() == [None, None]
     assert found.rows["p_value_pass_at_1_holm"].null_count() == 2
+    assert sum("not sampled in both studies" in line for line in found.left_out) == 2
     assert "pass@1 new − old" not in studies.to_markdown(found, old, new, 0.95)
     arguments = ["--old", str(old), "--new", str(new), "--output-dir", str(tmp_path / "out")]
     with pytest.raises(DataError, match="nothing in common with samples"):

@@ -512,11 +512,12 @@ def test_a_run_that_is_killed_and_resumed_goes_on_in_the_same_wandb_run(
     output = tmp_path / "run"
     settings = run_json(
         "grpo", num_steps=6, prompts_per_step=4, group_size=2, minibatches=1, max_new_tokens=8,
-        checkpoint_every_steps=2,
+        checkpoint_every_steps=2, validate_every_steps=3, num_validation_problems=2,
     )  # fmt: skip
     words = [
         "--settings", settings, "--starting-model", str(tiny_folder),
-        "--data", str(arithmetic_folder / "train.jsonl"), "--output-dir",
+        "--data", str(arithmetic_folder / "train.jsonl"),
+        "--val-data", str(arithmetic_folder / "val.jsonl"), "--output-dir",
     ]  # fmt: skip
     killer = (
         "import os, signal, sys, time\n"
@@ -546,12 +547,13 @@ def test_a_run_that_is_killed_and_resumed_goes_on_in_the_same_wandb_run(
 
     runs = sorted(output.glob("wandb/offline-run-*/*.wandb"))
     found = read_wandb(runs[-1])
-    assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
-    names = [path.parent.name.rpartition("-")[2] for path in runs]
-    assert len(names) == 2 and set(names) == {found["id"]}
+    assert [row["step"] for row in found["rows"]] == [0, 1, 2, 3, 4, 5, 6]
+    # offline-run-SECOND-ID, and a number where two have begun in the same second
+    ids = [path.parent.name.split("-")[3] for path in runs]
+    assert len(ids) == 2 and set(ids) == {found["id"]}
     assert found["config"]["method_settings"]["num_steps"] == 6
     rows = read_jsonl(output / "train" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     logged = found["rows"][-1]
     assert {key: logged[key] for key in ("reward_mean", "loss")} == {
         key: rows[-1][key] for key in ("reward_mean", "loss")
