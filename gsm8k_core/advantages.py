@@ -12,20 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from gsm8k_core.config import AdvantageEstimator
 from gsm8k_core.errors import TrainingError
 
-AdvantageEstimator = Literal[
-    "group_zscore",
-    "group_centered",
-    "group_centered_batch_std",
-    "leave_one_out",
-    "batch_zscore",
-    "raw",
-]
 RewardFunction = Callable[[str, str], dict[str, float]]
 
 

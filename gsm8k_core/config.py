@@ -92,6 +92,14 @@ Confidence = Annotated[float, Field(gt=0.5, lt=1.0), NoBool]
 RewardGrade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible"]
 Grade = Literal["strict", "flexible", "lm_eval_strict", "lm_eval_flexible", "math_verify"]
 AnswerMarker = Annotated[str, Field(min_length=1), AfterValidator(check_marker)]
+AdvantageEstimator = Literal[
+    "group_zscore",
+    "group_centered",
+    "group_centered_batch_std",
+    "leave_one_out",
+    "batch_zscore",
+    "raw",
+]
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -611,14 +619,7 @@ class GrpoMethod(TrainSettings):
     reward: RewardSettings = RewardSettings()
     """What a completion is worth."""
 
-    advantage: Literal[
-        "group_zscore",
-        "group_centered",
-        "group_centered_batch_std",
-        "leave_one_out",
-        "batch_zscore",
-        "raw",
-    ] = "group_zscore"
+    advantage: AdvantageEstimator = "group_zscore"
     """What a reward is compared with: see `gsm8k_core.advantages`."""
     advantage_epsilon: NonNegativeFloat = 1e-6
     """Added to the standard deviation that z-scores divide by."""

@@ -941,6 +941,20 @@ IDENTITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     "suite": lambda row: row["suite"],
     "method": lambda row: row["method"],
 }
+
+
+def _differences(of: str) -> dict[str, Callable[[Json], str]]:
+    """Columns on one of `MEASURES`, by what the names of its columns have for it."""
+    return {
+        "parent": lambda row: row["parent"] or "",
+        "vs parent, points": lambda row: with_interval(row, f"delta{of}_vs_parent", "+.1f"),
+        "p parent": lambda row: p_text(row[f"p_value{of}_vs_parent_holm"]),
+        "detectable": lambda row: _detectable(row[f"smallest_detectable_delta{of}"]),
+        "vs base, points": lambda row: with_interval(row, f"delta{of}_vs_base", "+.1f"),
+        "p base": lambda row: p_text(row[f"p_value{of}_vs_base_holm"]),
+    }
+
+
 QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "seeds": lambda row: str(row["num_seeds"]),
@@ -948,12 +962,7 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     "accuracy %": lambda row: with_interval(row, "accuracy", ".1f"),
     "flexible %": lambda row: percent(row["accuracy_flexible"], ".1f"),
     "format %": lambda row: percent(row["format_fraction"], ".1f"),
-    "parent": lambda row: row["parent"] or "",
-    "vs parent, points": lambda row: with_interval(row, "delta_vs_parent", "+.1f"),
-    "p parent": lambda row: p_text(row["p_value_vs_parent_holm"]),
-    "detectable": lambda row: _detectable(row["smallest_detectable_delta"]),
-    "vs base, points": lambda row: with_interval(row, "delta_vs_base", "+.1f"),
-    "p base": lambda row: p_text(row["p_value_vs_base_holm"]),
+    **_differences(MEASURES["accuracy"]),
     "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
     "flags": lambda row: row["flags"] or "",
 }
@@ -961,12 +970,7 @@ PASS_AT_1_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "samples": lambda row: str(row["num_samples"]),
     "pass@1 %": lambda row: percent(row["pass_at_1"], ".1f"),
-    "parent": lambda row: row["parent"] or "",
-    "vs parent, points": lambda row: with_interval(row, "delta_pass_at_1_vs_parent", "+.1f"),
-    "p parent": lambda row: p_text(row["p_value_pass_at_1_vs_parent_holm"]),
-    "detectable": lambda row: _detectable(row["smallest_detectable_delta_pass_at_1"]),
-    "vs base, points": lambda row: with_interval(row, "delta_pass_at_1_vs_base", "+.1f"),
-    "p base": lambda row: p_text(row["p_value_pass_at_1_vs_base_holm"]),
+    **_differences(MEASURES["pass_at_1"]),
 }
 SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsm8k_core.advantages import (
-    AdvantageEstimator,
     compute_advantages,
     compute_group_normalized_rewards,
     equal_reward_groups,
 )
+from gsm8k_core.config import AdvantageEstimator
 from gsm8k_core.errors import TrainingError
 
 RELATIVE_TO_GROUP: list[AdvantageEstimator] = [
