@@ -262,7 +262,7 @@ class PromptSettings(Settings):
             yield "system needs chat: true"
         if self.chat_arguments and not self.chat:
             yield "chat_arguments needs chat: true"
-        for name in self.chat_arguments.keys() & OF_APPLY_CHAT_TEMPLATE:
+        for name in sorted(self.chat_arguments.keys() & OF_APPLY_CHAT_TEMPLATE):
             yield f"chat_arguments: {name} is not for the template to know: leave it out"
 
 
@@ -1226,7 +1226,8 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
         )
     found += _doubtful_dataset(config, overlays)
     found += _practised_templates(config)
-    found += _rollouts_unlike_the_trainer(config, real)
+    found += _unrewarded_examples(config)
+    found += _uncorrected_rollouts(config, real)
     slow = [
         f"models.{name}.dtype"
         for name in real
@@ -1297,16 +1298,15 @@ def _practised_templates(config: Config) -> list[str]:
     ]
 
 
-def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[str]:
-    """Rollouts that end elsewhere than the reward expects, or are of other probabilities."""
-    stages = [stage for stage in config.stages() if config.methods[stage].trains]
+def _unrewarded_examples(config: Config) -> Iterator[str]:
+    """A prompt whose examples end in another mark than is rewarded, where no SFT has taught it."""
     sampled = [
         stage
-        for stage in stages
-        if getattr(config.methods[stage], "grading", "").endswith("strict")
-        and not isinstance(config.methods[stage], SftMethod)
+        for stage in config.stages()
+        if config.methods[stage].trains
+        and config.trained(stage).grading.endswith("strict")
         and not any(
-            isinstance(config.methods[before], SftMethod) for before in config.method_chain(stage)
+            isinstance(config.methods[one], SftMethod) for one in config.method_chain(stage)
         )
     ]
     shown = [
@@ -1322,9 +1322,13 @@ def _rollouts_unlike_the_trainer(config: Config, real: list[str]) -> Iterator[st
             "mark and does not stop where the next example would begin. Train with another prompt, "
             "and name this one in a suite."
         )
+
+
+def _uncorrected_rollouts(config: Config, real: list[str]) -> Iterator[str]:
+    """GRPO on vLLM's rollouts in bfloat16 whose correction was left at its default."""
     uncorrected = [
         stage
-        for stage in stages
+        for stage in config.stages()
         if isinstance(settings := config.methods[stage], GrpoMethod)
         and "importance_correction" not in settings.model_fields_set
     ]

@@ -81,8 +81,8 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
 
     Sources in order: `settings.path` or $GSM8K_DIR (if either is set, it alone is used), the hub at
     the pinned revision, GitHub at the pinned commit; for a `hub_id` other than GSM8K's, the hub
-    alone. Raises DataError when none can be had, when
-    rows are no problems (all of them are named), or when a split is not the pinned one.
+    alone. Raises DataError when none can be had, when rows are no problems (all of them are named),
+    or when a split is not the pinned one.
     """
     if local := local_folder(settings):
         folder = Path(local).expanduser()
@@ -96,7 +96,7 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         }
     else:
         splits, source = _download(settings)
-        name = settings.hub_id if settings.is_on_hub_alone else "GSM8K"
+        name = _name(settings)
         names, where = {split: f"{name} {split}" for split in SPLITS}, f" (source: {source})"
         faults = {
             split: _faults(dict(enumerate(rows, start=1)), names[split], split)
@@ -109,6 +109,11 @@ def fetch_gsm8k(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
         raise DataError(f"{'; '.join(listed)}. Mend these; then the digests are compared")
     _verify(splits, names, settings.digests, where)
     return splits, source
+
+
+def _name(settings: Gsm8kDataset) -> str:
+    """What is downloaded, as errors call it."""
+    return settings.hub_id if settings.is_on_hub_alone else "GSM8K"
 
 
 def local_folder(settings: Gsm8kDataset) -> str | None:
@@ -171,25 +176,22 @@ def _verify(
 
 
 def _download(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
-    sources = {"hub": _from_hub, "GitHub": _from_github}
-    if settings.is_on_hub_alone:
-        del sources["GitHub"]
+    sources = [("hub", _from_hub)]
+    remedy = "datasets.<name>.path"
+    if not settings.is_on_hub_alone:
+        sources.append(("GitHub", _from_github))
+        remedy = "GSM8K_DIR (or datasets.gsm8k.path)"
     faults = []
-    for name, fetch in sources.items():
+    for name, fetch in sources:
         try:
             return fetch(settings)
         except (OSError, ValueError, DataError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            log.info("GSM8K: %s cannot serve it: %s", name, reason)
+            log.info("%s: %s cannot serve it: %s", _name(settings), name, reason)
             faults.append(f"{name}: {reason}")
-    if settings.is_on_hub_alone:
-        raise DataError(
-            f"{settings.hub_id} could not be fetched ({'; '.join(faults)}). Without a network, set "
-            "datasets.<name>.path to a folder with its train.jsonl and test.jsonl."
-        )
     raise DataError(
-        "GSM8K could not be fetched (" + "; ".join(faults) + "). Without a network, set GSM8K_DIR "
-        "(or datasets.gsm8k.path) to a folder with its train.jsonl and test.jsonl."
+        f"{_name(settings)} could not be fetched ({'; '.join(faults)}). Without a network, set "
+        f"{remedy} to a folder with its train.jsonl and test.jsonl."
     )
 
 

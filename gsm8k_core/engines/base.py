@@ -105,9 +105,9 @@ def check_requests(
     """Raise ModelError for a request that is empty or longer than the model can be asked for.
 
     Raises ValueError for a temperature below 0 or not finite, a top_p or top_k that leaves no
-    token, no new tokens, an empty stop text, a
-    seed that is no integer from 0 on, and a prompt id that the model does not know; TypeError for
-    prompt ids that are no integers, and for one stop text in place of a list of them.
+    token, no new tokens, an empty stop text, a seed that is no integer from 0 on, and a prompt id
+    that the model does not know; TypeError for prompt ids that are no integers, and for one stop
+    text in place of a list of them.
     """
     for request in requests:
         if isinstance(request.prompt_ids, str):
