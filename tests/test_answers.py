@@ -556,6 +556,7 @@ def other_numbers(draw: st.DrawFn, value: Fraction) -> Fraction:
     return other
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(MODES))
 @settings(max_examples=800, deadline=None)
 def test_any_number_in_any_accepted_form_is_right_and_any_other_wrong(
@@ -669,6 +670,7 @@ PIECES = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.lists(PIECES, max_size=3), st.lists(PIECES, min_size=1, max_size=3), PIECES)
 @settings(max_examples=150, deadline=None)
 def test_no_repetition_costs_more_than_its_length(

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from report_study import make_study
 
 from gsm8k_core.files import read_json, sha256_file, write_json, write_jsonl
@@ -69,6 +70,7 @@ def test_a_grading_call_leaves_a_record_beside_the_grades(tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.slow
 def test_who_graded_and_when_does_not_change_what_the_grades_are(tmp_path: Path) -> None:
     outputs = [tmp_path / "metrics" / "test.json", tmp_path / "grades" / "test.parquet"]
     grade(tmp_path, GSM8K_INVOCATION=INVOCATION)
@@ -89,6 +91,7 @@ def test_a_secret_on_the_command_line_is_in_no_record(tmp_path: Path) -> None:
     assert "planted" not in text and "***" in text
 
 
+@pytest.mark.slow
 def test_compare_plot_and_report_record_themselves_where_they_are_told_to(
     script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

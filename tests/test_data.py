@@ -368,6 +368,7 @@ def check_no_network(result: subprocess.CompletedProcess[str], tmp_path: Path) -
     assert not (tmp_path / "gsm8k").exists()
 
 
+@pytest.mark.slow
 def test_no_network_is_one_line_that_names_gsm8k_dir(tmp_path: Path) -> None:
     proxy = f"http://127.0.0.1:{closed_port()}"
     result = prepare_gsm8k(tmp_path, HF_HUB_OFFLINE="1", HTTPS_PROXY=proxy, https_proxy=proxy)
@@ -375,6 +376,7 @@ def test_no_network_is_one_line_that_names_gsm8k_dir(tmp_path: Path) -> None:
     assert "Connection refused" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_proxy_that_refuses_is_one_line_that_names_gsm8k_dir(tmp_path: Path) -> None:
     # The hub's client raises its ProxyError here, which is no OSError.
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Refuse)

@@ -203,6 +203,7 @@ def test_flags_go_before_what_a_run_s_own_settings_say(
         assert settings.prompt == config.prompts["chat_boxed"]
 
 
+@pytest.mark.slow
 def test_what_was_prepared_from_other_settings_or_is_damaged_is_prepared_anew(
     ask: Callable[..., dict[str, Json]], tmp_path: Path
 ) -> None:

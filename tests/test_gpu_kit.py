@@ -261,6 +261,7 @@ def test_what_is_left_for_another_call_comes_before_what_was_cut(
     assert check({"tests": stop("box"), "grpo": stop("call")})[0] == kit.UNFINISHED
 
 
+@pytest.mark.slow
 def test_tests_that_are_stopped_have_still_told_what_failed(tmp_path: Path) -> None:
     began, tests = tmp_path / "began", tmp_path / "test_endless.py"
     tests.write_text(

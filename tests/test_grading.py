@@ -355,6 +355,7 @@ def test_a_missing_package_is_one_line_on_the_command_line(job: Job, tmp_path: P
     assert not (tmp_path / "m.json").exists()
 
 
+@pytest.mark.slow
 def test_a_study_of_1319_problems_and_8_samples_is_graded_in_seconds(
     script: Script, tmp_path: Path
 ) -> None:

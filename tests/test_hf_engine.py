@@ -156,6 +156,7 @@ def test_log_probs_are_those_of_a_full_forward_at_the_sampling_temperature(
 # Seeds
 
 
+@pytest.mark.slow
 def test_what_is_sampled_does_not_depend_on_the_batch(
     model: Qwen2ForCausalLM, tokenizer: Any
 ) -> None:

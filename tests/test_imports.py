@@ -120,6 +120,7 @@ def test_scripts_that_need_no_model_import_no_torch() -> None:
     assert import_in_a_new_process(names, HEAVY) == ""
 
 
+@pytest.mark.slow
 def test_the_check_itself_sees_torch() -> None:
     assert import_in_a_new_process(["gsm8k_core.masking"], HEAVY) == (
         "gsm8k_core.masking imports torch"
@@ -135,6 +136,7 @@ def test_importing_the_library_imports_nothing_of_it() -> None:
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_importing_all_leaves_the_process_as_it_was_and_wandb_waits_for_a_run() -> None:
     result = subprocess.run(
         [sys.executable, "-c", STATE_AROUND_THE_IMPORT],

@@ -519,6 +519,7 @@ def check(
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RECIPES)
 def test_the_updates_of_each_preset_are_those_of_its_paper(
     check: Callable[..., Recorded], method: str
@@ -557,6 +558,7 @@ def test_kl_in_the_loss_is_to_the_starting_model(check: Callable[..., Recorded])
     assert found.rows[1]["kl"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "reinforce_pp"])
 def test_kl_in_the_reward_takes_reward_from_what_the_starting_model_would_not_say(
     check: Callable[..., Recorded], method: str
@@ -565,6 +567,7 @@ def test_kl_in_the_reward_takes_reward_from_what_the_starting_model_would_not_sa
     assert abs(found.rows[1]["kl"]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "correction"),
     [
@@ -586,6 +589,7 @@ def test_old_log_probs_are_the_trainers_and_not_those_of_a_sampler_that_differs(
     check("grpo", wrong_sampler=True, **UNCHECKED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo"])
 def test_masked_completions_count_neither_in_the_loss_nor_in_what_it_is_divided_by(
     check: Callable[..., Recorded], method: str
@@ -594,6 +598,7 @@ def test_masked_completions_count_neither_in_the_loss_nor_in_what_it_is_divided_
     assert all(0.0 < row["truncated_fraction"] < 1.0 for row in found.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"epochs_per_batch": 2}, {"temperature": 0.7, "share_prompts": False},
@@ -614,6 +619,7 @@ def seeds_of(found: Recorded) -> list[int]:
     return [seed for samples in rounds for request, _ in samples for seed in request.seeds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "dapo"])
 def test_each_completion_of_a_run_has_a_random_stream_of_its_own(
     record: Callable[..., Recorded], method: str

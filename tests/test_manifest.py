@@ -451,6 +451,7 @@ def start_and_stop(runs: Path, how: str) -> None:
     subprocess.run([sys.executable, "-c", code, str(runs)], cwd=manifest.ROOT, check=False)
 
 
+@pytest.mark.slow
 def test_the_next_call_says_killed_of_what_was_killed(tmp_path: Path, config: Config) -> None:
     start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     start_and_stop(tmp_path, "invocation.finish('failed')")
@@ -466,6 +467,7 @@ def test_the_next_call_says_killed_of_what_was_killed(tmp_path: Path, config: Co
     assert read_json(alive.folder / "run_manifest.json")["state"] == "running"
 
 
+@pytest.mark.slow
 def test_what_a_killed_call_of_the_study_wrote_counts_as_written_by_the_next(
     tmp_path: Path, config: Config
 ) -> None:
@@ -480,6 +482,7 @@ def test_what_a_killed_call_of_the_study_wrote_counts_as_written_by_the_next(
     assert third.since_ns > invocation.since_ns
 
 
+@pytest.mark.slow
 def test_what_a_killed_call_wrote_counts_until_a_call_of_its_study_comes_to_an_end(
     tmp_path: Path, config: Config
 ) -> None:

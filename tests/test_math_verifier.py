@@ -65,6 +65,7 @@ def test_grades_are_those_of_the_package(
     assert verifier.grade(text, gold) == (right, extracted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [HANGS, HANGS_IN_C])
 def test_a_completion_that_hangs_is_wrong_counted_and_does_not_hurt_the_next(
     text: str, caplog: pytest.LogCaptureFixture
@@ -132,6 +133,7 @@ def test_closing_ends_the_child() -> None:
     assert not [p for p in multiprocessing.active_children() if p.pid == child.pid]
 
 
+@pytest.mark.slow
 def test_a_child_at_work_outlives_a_killed_parent_by_seconds_only() -> None:
     code = (
         "import sys\n"

@@ -663,6 +663,7 @@ def test_intervals_of_sampled_cells_cover_the_truth_in_93_to_97_percent_of_studi
     assert 93 - slack <= found <= 97 + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize("num_seeds", [3, 5])
 def test_methods_of_equal_skill_differ_one_time_in_twenty_by_their_samples_too(
@@ -672,6 +673,7 @@ def test_methods_of_equal_skill_differ_one_time_in_twenty_by_their_samples_too(
     assert 3.5 <= false_positives_of_samples(num_seeds, 200, spread, 0.7, num_samples=4) <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", SEED_SPREADS)
 def test_two_seeds_find_differences_that_are_none_in_1_to_7_percent_of_studies(
     spread: float,

@@ -125,6 +125,7 @@ digest = digest.hexdigest()
 """
 
 
+@pytest.mark.slow
 def test_tokenizer_and_weights_are_the_same_in_every_process_and_for_every_hash_seed() -> None:
     here: dict[str, str] = {}
     exec(FINGERPRINT, here)
@@ -513,6 +514,7 @@ for keep in (False, True):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs the mallinfo2 of glibc 2.33"
 )

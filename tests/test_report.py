@@ -429,6 +429,7 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "sft: 2 seeds; parent: engine" in words
 
 
+@pytest.mark.slow
 def test_without_its_script_the_page_shows_the_answers_and_tables_of_every_view(
     script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -510,6 +511,7 @@ def test_the_headline_takes_the_corrected_p_value_of_the_comparison(
         assert wanted.format(other) in _headline(subject, leads_of(subject))
 
 
+@pytest.mark.slow
 def test_the_headline_does_not_contradict_the_finding_below_it(
     script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -601,6 +603,7 @@ def test_provenance_names_commit_command_settings_and_files(page: Page, paths: P
         assert fact in page.text
 
 
+@pytest.mark.slow
 def test_provenance_names_what_training_ran_on_where_it_is_not_what_evaluation_did(
     page: Page, script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -801,6 +804,7 @@ def test_json_cannot_end_its_script_element() -> None:
     assert "</script" not in script_text('x = "</script>"; y = "<!--"\r\n')
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(
     paths: Paths, html: str, script: Callable[[str], ModuleType], tmp_path: Path, bundle: Any
 ) -> None:

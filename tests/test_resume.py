@@ -109,6 +109,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert not (other / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_stopped_twice_ends_as_one_that_was_never_stopped(
     name: str,

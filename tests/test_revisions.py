@@ -71,6 +71,7 @@ def manifest_of(folder: Path) -> dict[str, object]:
     return manifest
 
 
+@pytest.mark.slow
 def test_a_branch_is_recorded_with_its_commit_and_said_to_move_with_the_hub_and_without(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_branch_is_recorded_with_its_commit_and_said_to_move_with_the_hub_and_
     assert manifest_of(tmp_path)["commit"] == moved != commit
 
 
+@pytest.mark.slow
 def test_a_commit_is_recorded_and_nothing_is_said_of_it(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def parquet(rows: list[dict[str, str]]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_a_dataset_is_recorded_with_its_commit(named: bool, hub: HubServer, tmp_path: Path) -> None:
     train, test = ROWS[:3], ROWS[3:]

@@ -311,6 +311,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int], None]:
 ONE_BY_ONE = {"batch_size": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", [[4], [1], [1, 1, 3], [2, 2, 2], [6]])
 def test_a_killed_job_goes_on_and_its_output_is_the_same_byte_for_byte(
     job: Callable[..., Job], kill: Callable[[Job, int], None], killed_in: list[int]
@@ -329,6 +330,7 @@ def test_a_killed_job_goes_on_and_its_output_is_the_same_byte_for_byte(
     assert {key: one[key] for key in counted} == {key: other[key] for key in counted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tear", [1, 30, 10_000])
 def test_a_torn_last_line_is_done_again(
     job: Callable[..., Job], kill: Callable[[Job, int], None], tear: int
@@ -387,6 +389,7 @@ def other_problems(this: Job, tmp_path: Path) -> None:
     this.data = tmp_path / "other.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [other_settings, other_weights, other_problems])
 def test_what_was_begun_with_something_else_is_not_gone_on_with(
     job: Callable[..., Job],

@@ -180,6 +180,7 @@ def test_a_body_that_stalls_ends_at_the_wall_deadline(tmp_path: Path) -> None:
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("waiting", ["keep_alive", "comments", "text_plain", "vllm_answer"])
 def test_what_is_odd_but_an_answer_is_taken(waiting: str, tmp_path: Path) -> None:
     with ChatServer(lambda *_: waiting) as server:
@@ -313,6 +314,7 @@ def test_a_refusal_is_said_at_once_and_not_when_the_others_have_ended(
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_an_empty_account_midway_loses_no_answer_that_is_under_way(tmp_path: Path) -> None:
     def behave(question: str, _: int) -> str:
         return "402" if question == "What is 20 + 1?" else "keep_alive"
@@ -642,6 +644,7 @@ def run(folder: Path, settings: CollectionSettings, **environment: str) -> tuple
     return process.returncode, stdout + stderr
 
 
+@pytest.mark.slow
 def test_more_failed_traces_than_the_settings_allow_fail_the_job(tmp_path: Path) -> None:
     write_problems(tmp_path / "problems.jsonl", additions(4))
     with ChatServer(lambda question, _: "500" if question == "What is 1 + 1?" else "answer") as own:
@@ -702,6 +705,7 @@ def run_in_terminal(folder: Path, settings: CollectionSettings) -> str:
     return written.decode("utf-8")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_with_the_rate_and_the_spend(tmp_path: Path) -> None:
     write_problems(tmp_path / "problems.jsonl", additions(5))
     budget = {"tokens": 10_000, "money": 1.0, "prompt_price": 1.0, "completion_price": 1000.0}
@@ -741,6 +745,7 @@ def test_a_log_has_a_line_now_and_then_instead_of_a_bar(
     assert "traces:" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_scripts_on_one_folder_do_not_corrupt_each_other(tmp_path: Path) -> None:
     write_problems(tmp_path / "problems.jsonl", additions(4))
     with ChatServer(answer, seconds_per_answer=3.0) as server:

@@ -154,6 +154,7 @@ def test_a_grpo_step_does_not_depend_on_the_microbatch_size(
     assert largest_difference(whole, cut) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -365,6 +366,7 @@ def test_kl_in_the_reward_to_an_equal_reference_is_zero_to_the_last_bit(
     assert [float(values.abs().max()) for values in computed] == [0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"minibatches": 2, "epochs_per_batch": 2}])
 def test_completions_of_groups_with_equal_rewards_count_but_go_through_no_backward_pass(
     train: Callable[..., Path],

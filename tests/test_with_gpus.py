@@ -121,6 +121,7 @@ def test_where_no_gpu_may_be_seen_none_is_waited_for(start: Start) -> None:
     assert gpus_of(start(CUDA_VISIBLE_DEVICES="")) == ""
 
 
+@pytest.mark.slow
 def test_what_a_command_gives_is_what_comes_back(tmp_path: Path) -> None:
     for words, code in (
         (["1", sys.executable, "-c", "raise SystemExit(7)"], 7),

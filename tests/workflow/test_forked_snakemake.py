@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from forked_snakemake import run_snakemake
 from workspace import make_workspace, write_overlay
 
@@ -24,6 +25,7 @@ rule all:
 OWN = re.compile(r"(?:Date|Workflow ID|Run directory): .*|\[.* \d{4}\]")
 
 
+@pytest.mark.slow
 def test_a_fork_says_and_returns_what_a_process_of_its_own_does(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     environment = {**os.environ, "HF_TOKEN": "a-secret-0123456789"}
