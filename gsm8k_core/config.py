@@ -196,7 +196,8 @@ class ArithmeticDataset(Settings):
 
 
 class GsmSymbolicDataset(Settings):
-    """GSM-Symbolic (Mirzadeh et al. 2024) by reasoning_gym; needs the extra `symbolic`."""
+    """Problems in the manner of GSM-Symbolic (Mirzadeh et al. 2024), made anew by reasoning_gym, so
+    not the published test set; needs the extra `symbolic`."""
 
     kind: Literal["gsm_symbolic"]
     seed: NonNegativeInt = 0
@@ -435,7 +436,7 @@ class TrainSettings(Settings):
     adam_epsilon: PositiveFiniteFloat = 1e-8
     """AdamW's ε."""
     max_grad_norm: PositiveFloat = 1.0
-    """A larger gradient is scaled down to this norm."""
+    """Gradient clipping: the largest norm of the whole gradient, scaled down to it if larger."""
     tokens_per_microbatch: PositiveInt = 16_384
     """Most tokens (padding included) in one forward; on a CPU at most about 2,048, which is faster.
     Does not change the gradient."""
@@ -455,7 +456,7 @@ class TrainSettings(Settings):
     num_validation_problems: PositiveInt = 100
     """Problems of `val` that are used for it: the first ones."""
     keep_best: bool = False
-    """Save the model of the best validation instead of the last one; the start is one of them."""
+    """Save the model of the best validation, the starting one included, instead of the last."""
 
     @property
     def sampling_rounds(self) -> int:
@@ -890,8 +891,8 @@ class SuiteSettings(Settings):
     temperature: PositiveFiniteFloat = 1.0
     """Sampling temperature of the samples."""
     top_p: FractionAbove0 = 1.0
-    """Sample among the likeliest tokens that have this probability together; 1: among all. Rollouts
-    and rounds of training always sample among all."""
+    """Nucleus sampling: among the fewest tokens whose probability reaches this; 1: among all.
+    Rollouts and rounds of training always sample among all."""
     top_k: NonNegativeInt = 0
     """Sample among so many of the likeliest tokens; 0: among all."""
     max_new_tokens: PositiveInt = 256
@@ -1183,7 +1184,8 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     of the `overlays` (as read) that names one of the two does not name the other. From the
     defaults: float32 on a GPU, and vLLM's rollouts in bfloat16 without a correction. Also
     `keep_best` where no validation lies between start and end, training on the templates of what is
-    asked, and worked examples that reward and rollouts do not know.
+    asked, worked examples that reward and rollouts do not know, and suites that by default cut what
+    rollouts did not.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
@@ -1228,6 +1230,7 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     found += _practised_templates(config)
     found += _unrewarded_examples(config)
     found += _uncorrected_rollouts(config, real)
+    found += _shorter_suites(config)
     slow = [
         f"models.{name}.dtype"
         for name in real
@@ -1344,6 +1347,27 @@ def _uncorrected_rollouts(config: Config, real: list[str]) -> Iterator[str]:
             f"methods.{uncorrected[0]}.importance_correction: unset, and {', '.join(rounded)} "
             "computes in bfloat16, in which vLLM's probabilities are not the trainer's: set token "
             "(as the studies of GSM8K do), or none if that is meant."
+        )
+
+
+def _shorter_suites(config: Config) -> Iterator[str]:
+    """Suites without a length of their own, shorter than the rollouts that models learned from."""
+    rollouts = {
+        stage: settings.max_new_tokens
+        for stage in config.stages()
+        if isinstance(settings := config.methods[stage], GrpoMethod)
+    }
+    if not rollouts:
+        return
+    stage = max(rollouts, key=lambda name: rollouts[name])
+    for name in config.study.suites:
+        suite = config.suites[name]
+        if "max_new_tokens" in suite.model_fields_set or suite.max_new_tokens >= rollouts[stage]:
+            continue
+        yield (
+            f"suites.{name}.max_new_tokens: unset, so completions are cut at "
+            f"{suite.max_new_tokens} tokens, where those that methods.{stage} learns from have up "
+            f"to {rollouts[stage]}: set it to as many."
         )
 
 

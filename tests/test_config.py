@@ -958,6 +958,29 @@ def test_rollouts_in_bfloat16_without_a_correction_are_doubted_unless_that_is_me
         assert said({}, **exact) == ""
 
 
+def test_a_suite_that_by_default_is_shorter_than_the_rollouts_is_doubted() -> None:
+    def said(**suite: Any) -> str:
+        suites = {"mine": {"dataset": "arithmetic", **suite}}
+        grpo = {"grpo": {"max_new_tokens": 512}}
+        study = {"suites": ["mine"], "methods": ["base", "sft", "grpo"]}
+        return said_of({"study": study, "suites": suites, "methods": grpo})
+
+    assert said() == (
+        "suites.mine.max_new_tokens: unset, so completions are cut at 256 tokens, where those that "
+        "methods.grpo learns from have up to 512: set it to as many."
+    )
+    for length in (64, 512):  # what a study says is meant
+        assert said(max_new_tokens=length) == ""
+
+
+def test_in_the_study_of_instruct_models_every_preset_starts_from_them() -> None:
+    config = load_config(ROOT / "config.yaml", [ROOT / "studies" / "qwen2.5-gsm8k.yaml"])
+    after_traces = {"sft_r1", "sft_r1_grpo"}  # of a study of their own
+    parents = {n: m.parent for n, m in config.methods.items() if n not in {"base", *after_traces}}
+    assert {name for name, parent in parents.items() if parent != "base"} == set()
+    assert len(parents) > 13
+
+
 def test_chat_arguments_of_a_prompt_that_a_server_is_asked_with_are_refused() -> None:
     told = {"chat_hash": {"chat_arguments": {"enable_thinking": False}}}
     found = mistakes({"prompts": told, "traces": {"r1_traces": {"prompt": "chat_hash"}}})
