@@ -1638,9 +1638,31 @@ def parse_config(raw: dict[str, Any]) -> Config:
                 f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, but "
                 f"gpus is only {model.gpus}"
             )
+        if model is not None:
+            problems += _without_room(config, name, model)
     if problems:
         raise config_error(problems)
     return config
+
+
+def _without_room(config: Config, name: str, model: ModelSettings) -> Iterator[str]:
+    """Completions that fill all that vLLM is told to hold, so that no prompt fits before them."""
+    room = model.vllm.max_model_length
+    if room is None or model.engine == "transformers":
+        return
+    lengths = {
+        f"suites.{suite}": config.suites[suite].max_new_tokens for suite in config.study.suites
+    }
+    for stage in config.stages():
+        if (length := getattr(config.methods[stage], "max_new_tokens", None)) is not None:
+            lengths[f"methods.{stage}"] = length
+    for where, length in lengths.items():
+        if length >= room:
+            yield (
+                f"models.{name}: vllm.max_model_length is {room}, which holds prompt and "
+                f"completion, and {where}.max_new_tokens is {length}: raise the one or lower the "
+                "other"
+            )
 
 
 def config_error(problems: list[str]) -> ConfigError:

@@ -318,6 +318,14 @@ def provenance() -> dict[str, Any]:
     return {"written": utc_now(), **_call_facts(TRACKED_PACKAGES), "gpus": list(gpus())}
 
 
+def provenance_at_end(at_start: dict[str, Any]) -> dict[str, Any]:
+    """`provenance` that was taken at the start of a long job, with the time and cost of its end.
+
+    What ran is the code and packages of the start, whatever hours later lies in their place.
+    """
+    return {**at_start, "written": utc_now(), "cpu_seconds": round(time.process_time(), 1)}
+
+
 def _call_facts(packages: Sequence[str]) -> dict[str, Any]:
     """What any call says of itself, without a word from the GPUs' driver, which may take seconds.
 

@@ -170,9 +170,15 @@ def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float
 
 
 def suite_size(config: Config, suite: SuiteSettings) -> tuple[int, int]:
-    """Problems and completions of a suite."""
+    """Problems and completions of a suite.
+
+    Rows of one's own are counted when they have been prepared; before, they count as GSM8K's.
+    """
     dataset = config.datasets[suite.dataset]
-    if not isinstance(dataset, Gsm8kDataset):
+    prepared = read_record(Path(Layout(config).data(suite.dataset), "manifest.json"))
+    if suite.split in prepared:
+        num_problems = prepared[suite.split]["num_problems"]
+    elif not isinstance(dataset, Gsm8kDataset):
         problems = {"train": dataset.num_train, "val": dataset.num_val, "test": dataset.num_test}
         num_problems = problems[suite.split]
     else:

@@ -51,7 +51,7 @@ from gsm8k_core.files import (
 )
 from gsm8k_core.generation import log_generations
 from gsm8k_core.grading import is_right
-from gsm8k_core.manifest import Attempts, provenance
+from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
 from gsm8k_core.models import (
     autocast,
     compile_layers,
@@ -212,6 +212,7 @@ class TrainingRun:
         num_steps: int,
         val_problems: list[Problem] | None = None,
     ) -> None:
+        self.made_by = provenance()
         self.run_settings = settings
         self.settings: TrainedMethod = settings.method_settings
         self.output_dir = output_dir
@@ -398,7 +399,7 @@ class TrainingRun:
                 "data_sha256": self.progress["data"],
                 "starting_weights": self.progress["starting_weights"],
                 "reward_code": self.progress.get("reward_code"),
-                "provenance": provenance(),
+                "provenance": self.made_by,
             },
             # Those there are now, up to the checkpoint; W&B may take them when the run has ended.
             rows_before=list(iter_jsonl(metrics.path)),
@@ -683,7 +684,10 @@ class TrainingRun:
         if self.progress["best_validation"] is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
-            {"peak_memory_mb": peak_memory_mb(self.device), "provenance": provenance()}
+            {
+                "peak_memory_mb": peak_memory_mb(self.device),
+                "provenance": provenance_at_end(self.made_by),
+            }
         )
         if ranks.is_main():
             self._write_results(summary, measured)

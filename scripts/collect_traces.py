@@ -32,7 +32,7 @@ from gsm8k_core.cli import leave, run_script, traces_parser, traces_settings_fro
 from gsm8k_core.config import CollectionSettings, Config, checked, merge
 from gsm8k_core.errors import ApiError
 from gsm8k_core.files import Json, iter_jsonl, sha256_file, write_json
-from gsm8k_core.manifest import Attempts, provenance
+from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
 from gsm8k_core.problems import read_problems
 from gsm8k_core.progress import progress_bar
 from gsm8k_core.trace_collection import Collection, Collector
@@ -101,7 +101,6 @@ def summary_of(collection: Collection, collector: Collector) -> Json:
         },
         "answers_sha256": sha256_file(answers),
         "settings": collection.settings.model_dump(mode="json"),
-        "provenance": provenance(),
     }
 
 
@@ -126,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     settings = settings_of(args)
+    made_by = provenance()
     client = ChatClient(settings.api)
     problems = read_problems(args.data)[: settings.num_questions]
     with closing(Collection(args.output_dir, settings, problems)) as collection:
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.output_dir / 'failed.jsonl'}; run the same command again, which asks for "
                 f"these alone, or raise traces.{settings.name}.api.max_failed_fraction"
             )
-        write_json(args.summary, {**summary, **attempts.finish()})
+        ended = {**attempts.finish(), "provenance": provenance_at_end(made_by)}
+        write_json(args.summary, {**summary, **ended})
     return 0
 
 

@@ -61,7 +61,7 @@ from gsm8k_core.files import (
     write_json,
     write_jsonl,
 )
-from gsm8k_core.manifest import Attempts, provenance, utc_now
+from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
 from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress_bar
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(args)
     problems = select_problems(args.data, settings.suite_settings)
     device = resolve_device(settings.model_settings.gpus)
-    made_by = provenance()  # of the code that runs, not of what hours later lies in its place
+    made_by = provenance()
 
     lock_path = args.output.with_name(f".{args.output.name}.lock")
     held = lock(lock_path, str(args.output))
@@ -343,11 +343,7 @@ def main(argv: list[str] | None = None) -> int:
             "peak_memory_mb": None if num_gpus > 1 else peak_memory_mb(device),
             "settings": settings.model_dump(mode="json", by_alias=True),
             **attempts.finish(),
-            "provenance": {
-                **made_by,
-                "written": utc_now(),
-                "cpu_seconds": round(time.process_time(), 1),
-            },
+            "provenance": provenance_at_end(made_by),
         },
     )
     if engine is not None:

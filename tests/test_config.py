@@ -958,6 +958,18 @@ def test_rollouts_in_bfloat16_without_a_correction_are_doubted_unless_that_is_me
         assert said({}, **exact) == ""
 
 
+def test_completions_that_leave_vllm_no_room_for_a_prompt_are_refused() -> None:
+    short = {"vllm": {"max_model_length": 48}}
+    study = {"methods": ["base", "sft", "grpo"]}
+    told = "models.tiny-qwen2: vllm.max_model_length is 48, which holds prompt and completion, and "
+    assert mistakes({"study": study, "models": {"tiny-qwen2": short}}) == [
+        f"{told}{where}.max_new_tokens is 48: raise the one or lower the other"
+        for where in ("suites.arithmetic", "methods.grpo")
+    ]
+    for model in ({"vllm": {"max_model_length": 49}}, {"engine": "transformers"}):
+        parse_config(merge(RAW, {"models": {"tiny-qwen2": {**short, **model}}}))
+
+
 def test_a_suite_that_by_default_is_shorter_than_the_rollouts_is_doubted() -> None:
     def said(**suite: Any) -> str:
         suites = {"mine": {"dataset": "arithmetic", **suite}}

@@ -128,6 +128,18 @@ def test_a_suite_has_the_problems_of_its_split_and_the_completions_that_it_asks_
         assert suite_size(config, SuiteSettings.model_validate(suite)) == expected
 
 
+def test_a_suite_of_prepared_problems_has_as_many_as_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "config.yaml")
+    suite = SuiteSettings.model_validate({"dataset": "gsm8k", "num_samples": 2})
+    assert suite_size(config, suite) == (1319, 3 * 1319)
+    Path("artifacts/gsm8k").mkdir(parents=True)
+    write_json(Path("artifacts/gsm8k/manifest.json"), {"test": {"num_problems": 200}})
+    assert suite_size(config, suite) == (200, 600)
+
+
 def test_sampling_on_a_gpu_takes_vllms_start_and_its_least_time_for_a_token() -> None:
     a = Assumptions(gpu_flops=1e12, sampling_utilisation=0.1)
     start, least = a.engine_start_seconds, a.sampling_seconds_per_token

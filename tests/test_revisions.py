@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -18,6 +19,7 @@ from hub_server import HubServer
 
 from gsm8k_core.data import content_digest
 from gsm8k_core.files import read_json
+from gsm8k_core.problems import read_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, DATASET = "somebody/tiny", "somebody/sums"
@@ -40,7 +42,7 @@ def files(tiny_folder: Path) -> dict[str, bytes]:
     }
 
 
-def run(folder: Path, hub: HubServer, *words: str) -> str:
+def run(folder: Path, hub: HubServer, *words: str, succeeds: bool = True) -> str:
     """Run a script or module in `folder`; what it said on stderr."""
     hidden = ("HF_HUB_OFFLINE", "GSM8K_DIR", "HTTPS_PROXY", "https_proxy")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -53,7 +55,7 @@ def run(folder: Path, hub: HubServer, *words: str) -> str:
         },
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode == 0) is succeeds, result.stderr
     return result.stderr
 
 
@@ -132,27 +134,58 @@ def parquet(rows: list[dict[str, str]]) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("named", [True, False])
-def test_a_dataset_is_recorded_with_its_commit(named: bool, hub: HubServer, tmp_path: Path) -> None:
-    train, test = ROWS[:3], ROWS[3:]
-    commit = hub.push(
+def push_dataset(hub: HubServer, train: list[dict[str, str]], test: list[dict[str, str]]) -> str:
+    return hub.push(
         "datasets",
         DATASET,
         {"train-0.parquet": parquet(train), "test-0.parquet": parquet(test),
          "README.md": b"---\nconfigs:\n- config_name: main\n  data_files:\n"
          b"  - split: train\n    path: train-*\n  - split: test\n    path: test-*\n---\n"},
     )  # fmt: skip
-    settings = {
-        "kind": "gsm8k", "hub_id": DATASET, "hub_config": "main", "num_val": 1,
-        "revision": "main" if named else commit,
-        "digests": {"train": content_digest(train), "test": content_digest(test)},
-    }  # fmt: skip
-    said = run(
-        tmp_path, hub, str(ROOT / "scripts" / "prepare_data.py"), "--dataset", "sums",
-        "--settings", json.dumps(settings), "--output-dir", "sums",
+
+
+def prepare_dataset(folder: Path, hub: HubServer, succeeds: bool = True, **settings: Any) -> str:
+    named = {"kind": "gsm8k", "hub_id": DATASET, "hub_config": "main", "num_val": 1, **settings}
+    return run(
+        folder, hub, str(ROOT / "scripts" / "prepare_data.py"), "--dataset", "sums",
+        "--settings", json.dumps(named), "--output-dir", "sums", succeeds=succeeds,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
+def test_a_dataset_is_recorded_with_its_commit(named: bool, hub: HubServer, tmp_path: Path) -> None:
+    train, test = ROWS[:3], ROWS[3:]
+    commit = push_dataset(hub, train, test)
+    digests = {"train": content_digest(train), "test": content_digest(test)}
+    revision = "main" if named else commit
+    said = prepare_dataset(tmp_path, hub, revision=revision, digests=digests)
     source = read_json(tmp_path / "sums" / "manifest.json")["source"]
     at = f"main = {commit}" if named else commit
     assert source == f"hub: {DATASET} (main) at {at}"
     assert ("this name can move" in said) is named
+
+
+@pytest.mark.slow
+def test_of_a_dataset_on_the_hub_all_columns_that_mean_something_are_taken(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    more = {"demonstration": "It is #### 0", "cluster": "sums"}
+    rows = [{**row, "id": f"own-{n}", **more} for n, row in enumerate(ROWS)]
+    train, test = rows[:3], rows[3:]
+    commit = push_dataset(hub, *([{**r, "level": "easy"} for r in part] for part in (train, test)))
+    digests = {"train": content_digest(train), "test": content_digest(test)}
+    prepare_dataset(tmp_path, hub, revision=commit, digests=digests)
+    (found,) = read_problems(tmp_path / "sums" / "test.jsonl")
+    assert (found.id, found.demonstration, found.cluster) == ("own-3", "It is #### 0", "sums")
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub_with_other_columns_is_refused_by_row_and_column(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    rows = [{"problem": row["question"], "answer": row["answer"]} for row in ROWS]
+    commit = push_dataset(hub, rows[:3], rows[3:])
+    said = prepare_dataset(tmp_path, hub, succeeds=False, revision=commit, digests={})
+    assert f"{DATASET} train, row 1: 'question' is missing or not a text" in said
+    assert "Traceback" not in said

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gsm8k_core import advantages, grpo, losses, scoring, shared_prompts, training
+from gsm8k_core import advantages, grpo, losses, manifest, scoring, shared_prompts, training
 from gsm8k_core.config import RunSettings
 from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
@@ -245,6 +245,22 @@ def test_validation_reads_an_answer_as_the_reward_does(
     own = {"num_steps": 1, "validate_every_steps": 1, "reward": {"grading": "flexible"}}
     train("train_grpo", "grpo", val=True, **{**SMALL, **own})
     assert asked == ["flexible", "flexible"]  # of the start and of the only step
+
+
+def test_the_commit_of_a_run_is_the_one_it_began_with(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = ["began"]
+    finish = training.TrainingRun.finish
+
+    def after_a_commit(run: training.TrainingRun, summary: Any) -> None:
+        commit[0] = "made meanwhile"
+        finish(run, summary)
+
+    monkeypatch.setattr(manifest, "git_state", lambda: {"commit": commit[0]})
+    monkeypatch.setattr(training.TrainingRun, "finish", after_a_commit)
+    summary = read_json(train("train_sft", "sft", num_steps=1) / "train" / "summary.json")
+    assert summary["provenance"]["git"] == {"commit": "began"}
 
 
 @pytest.mark.parametrize("method", GRPO_PRESETS)
