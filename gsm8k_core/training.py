@@ -354,6 +354,11 @@ class TrainingRun:
         if found:
             progress = read_json(found[-1] / "progress.json")
             if all(progress.get(key) == self.progress[key] for key in SAME_RUN):
+                if progress["step"] > self.num_steps:
+                    raise ConfigError(
+                        f"--max-steps {self.num_steps}: {found[-1]} has done more; give at least "
+                        f"{progress['step']}, or another --output-dir"
+                    )
                 self.progress, extra = checkpoints.load_checkpoint(
                     found[-1], self.model, self.optimizer
                 )
@@ -491,6 +496,11 @@ class TrainingRun:
     def _validates(self) -> bool:
         return self.settings.validate_every_steps > 0 and bool(self.val_problems)
 
+    def say_passes(self, num_examples: int, batch_size: int) -> None:
+        """Log how often each example is learned from: few that were selected, many times over."""
+        passes = self.num_steps * batch_size / num_examples
+        log.info("%d examples, %.3g passes in %d steps", num_examples, passes, self.num_steps)
+
     def _log(self, step: int, row: Json) -> None:
         """Write `row` as that of `step`, with what the run has taken so far."""
         self.progress["seconds"] = time.perf_counter() - self.started
@@ -546,11 +556,13 @@ class TrainingRun:
             self.tracker.log_completions(step, sample)
 
     def _drop_older_bests(self) -> None:
-        """Keep the best weights that a kept checkpoint names."""
+        """Keep the best weights so far, and those that a kept checkpoint names."""
+        paths = checkpoints.list_checkpoints(self.state_dir)
+        kept = [self.progress, *(read_json(path / "progress.json") for path in paths)]
         named = {
             f"best-{best['step']}"
-            for path in checkpoints.list_checkpoints(self.state_dir)
-            if (best := read_json(path / "progress.json")["best_validation"]) is not None
+            for progress in kept
+            if (best := progress["best_validation"]) is not None
         }
         for folder in self.state_dir.glob("best-*"):
             if folder.name not in named:
@@ -573,6 +585,8 @@ class TrainingRun:
             self.progress["best_validation"] = {"step": step, "accuracy": accuracy}
             # A folder for each step: a checkpoint before it may still name an earlier one.
             self._save_weights(self.state_dir / f"best-{step}")
+            if ranks.is_main():
+                self._drop_older_bests()
         return accuracy
 
     @contextlib.contextmanager

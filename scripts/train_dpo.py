@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         args.data, run_settings.prompt, run.tokenizer, config.vocab_size, max_positions(run.model)
     )
     steps_done, _ = run.resume()
+    run.say_passes(len(pairs), settings.batch_size)
     order = endless_order(len(pairs), seed_from(run_settings.seed, "pairs"))
     order = itertools.islice(order, steps_done * settings.batch_size, None)
 

@@ -387,7 +387,8 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
         settings.max_sampler_gap
         or MAX_SAMPLER_GAP[compute_dtype(run.device, run.run_settings.model_settings.dtype)]
     )
-    own = rollouts.own_rows
+    # Those that are masked for being truncated are the longest, and would come first.
+    own = [row for row in rollouts.own_rows if bool(rollouts.response_mask[row].any())]
     groups = split_by_token_budget(
         [rollouts.lengths[row] for row in own], run.tokens_per_microbatch
     )

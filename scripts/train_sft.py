@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.packing:
         check_packing(run.model)
     steps_done, _ = run.resume()
+    run.say_passes(len(examples), settings.batch_size)
     order = endless_order(
         len(examples), seed_from(run_settings.seed, run_settings.method, run_settings.round)
     )

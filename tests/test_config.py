@@ -988,7 +988,7 @@ def test_a_suite_that_by_default_is_shorter_than_the_rollouts_is_doubted() -> No
 def test_in_the_study_of_instruct_models_every_preset_starts_from_them() -> None:
     config = load_config(ROOT / "config.yaml", [ROOT / "studies" / "qwen2.5-gsm8k.yaml"])
     after_traces = {"sft_r1", "sft_r1_grpo"}  # of a study of their own
-    parents = {n: m.parent for n, m in config.methods.items() if n not in {"base", *after_traces}}
+    parents = {n: config.parent_of(n) for n in config.methods if n not in {"base", *after_traces}}
     assert {name for name, parent in parents.items() if parent != "base"} == set()
     assert len(parents) > 13
 

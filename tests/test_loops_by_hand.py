@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
+from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import read_jsonl, write_jsonl
 from gsm8k_core.training import TrainingRun
 
@@ -596,6 +597,16 @@ def test_masked_completions_count_neither_in_the_loss_nor_in_what_it_is_divided_
 ) -> None:
     found = check(method, mask_truncated=True)
     assert all(0.0 < row["truncated_fraction"] < 1.0 for row in found.rows)
+
+
+def test_a_wrong_sampler_is_found_where_the_longest_completions_are_masked(
+    record: Callable[..., Recorded],
+) -> None:
+    with pytest.raises(TrainingError, match="the sampler's log-probs differ from the trainer's"):
+        record(
+            "train_grpo", "grpo", wrong_sampler=True, mask_truncated=True, num_steps=1,
+            prompts_per_step=16, group_size=4, max_new_tokens=24, tokens_per_microbatch=128,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from gsm8k_core import training
 from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, unlock, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
 from gsm8k_core.problems import Problem
@@ -355,6 +355,20 @@ def test_an_engine_that_fails_to_shut_down_takes_no_finished_run_with_it(
     assert "vllm could not be shut down in order: NCCL error" in caplog.text
 
 
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_lost(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start(num_steps=8, checkpoint_every_steps=2)
+    run.resume()
+    for number in range(1, 5):
+        step(run, number)
+    again = start(num_steps=8, checkpoint_every_steps=2)
+    again.num_steps = 3  # by --max-steps
+    with pytest.raises(ConfigError, match=r"--max-steps 3: .*step-00000004 has done more; give at least"):
+        again.resume()
+    assert sorted(path.name for path in run.state_dir.glob("step-*"))[-1] == "step-00000004"
+
+
 def test_keep_best_saves_the_weights_of_the_best_validation(
     start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +385,22 @@ def test_keep_best_saves_the_weights_of_the_best_validation(
     assert same(saved, at_step[2]) and not same(saved, at_step[3])  # the first of equals
     summary = read_json(run.output_dir / "train" / "summary.json")
     assert summary["best_validation"] == {"step": 2, "accuracy": 0.7}
+
+
+def test_of_the_best_weights_only_the_last_and_those_of_checkpoints_lie_on_the_disk(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = iter([1, 2, 3, 4, 5])
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: next(right))
+    problems = [Problem("a", "q", "#### 1", "1")] * 10
+    own = {"num_steps": 8, "validate_every_steps": 1, "checkpoint_every_steps": 2}
+    run = start(val=problems, keep_best=True, keep_checkpoints=1, **own)
+    run.resume()
+    lying = []
+    for number in range(1, 6):
+        step(run, number)
+        lying.append(sorted(path.name for path in run.state_dir.glob("best-*")))
+    assert lying == [["best-1"], ["best-2"], ["best-2", "best-3"], ["best-4"], ["best-4", "best-5"]]
 
 
 def test_the_best_so_far_survives_a_resume(
