@@ -1184,8 +1184,8 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     of the `overlays` (as read) that names one of the two does not name the other. From the
     defaults: float32 on a GPU, and vLLM's rollouts in bfloat16 without a correction. Also
     `keep_best` where no validation lies between start and end, training on the templates of what is
-    asked, worked examples that reward and rollouts do not know, and suites that by default cut what
-    rollouts did not.
+    asked, worked examples that reward and rollouts do not know, suites that by default cut what
+    rollouts did not, validation that does, and settings that without another one do nothing.
     """
     real = [name for name in config.study.models if config.models[name].source != "embedded"]
     inherited: set[str] = set()
@@ -1231,6 +1231,7 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     found += _unrewarded_examples(config)
     found += _uncorrected_rollouts(config, real)
     found += _shorter_suites(config)
+    found += _idle_settings(config)
     slow = [
         f"models.{name}.dtype"
         for name in real
@@ -1351,12 +1352,21 @@ def _uncorrected_rollouts(config: Config, real: list[str]) -> Iterator[str]:
 
 
 def _shorter_suites(config: Config) -> Iterator[str]:
-    """Suites without a length of their own, shorter than the rollouts that models learned from."""
+    """Validation, and suites without a length of their own, shorter than rollouts are."""
     rollouts = {
         stage: settings.max_new_tokens
         for stage in config.stages()
         if isinstance(settings := config.methods[stage], GrpoMethod)
     }
+    for stage, length in rollouts.items():
+        settings = config.methods[stage]
+        assert isinstance(settings, GrpoMethod)
+        if settings.validate_every_steps and settings.validation_max_new_tokens < length:
+            yield (
+                f"methods.{stage}.validation_max_new_tokens: {settings.validation_max_new_tokens}, "
+                f"where rollouts have up to {length} tokens, so validation counts as wrong what "
+                "was only longer: set it to as many."
+            )
     if not rollouts:
         return
     stage = max(rollouts, key=lambda name: rollouts[name])
@@ -1369,6 +1379,21 @@ def _shorter_suites(config: Config) -> Iterator[str]:
             f"{suite.max_new_tokens} tokens, where those that methods.{stage} learns from have up "
             f"to {rollouts[stage]}: set it to as many."
         )
+
+
+def _idle_settings(config: Config) -> Iterator[str]:
+    """What a file sets and only another setting would put to use."""
+    for name in config.study.suites:
+        suite = config.suites[name]
+        for key in sorted({"temperature", "top_p", "top_k"} & suite.model_fields_set):
+            if suite.num_samples == 0:
+                yield (
+                    f"suites.{name}.{key}: num_samples is 0, so all completions are greedy and "
+                    "this does nothing: set num_samples."
+                )
+    if "project" not in config.tracking.model_fields_set:
+        for key in sorted({"mode", "entity"} & config.tracking.model_fields_set):
+            yield f"tracking.{key}: without tracking.project nothing is sent to W&B: name one."
 
 
 def dump(settings: BaseModel) -> str:

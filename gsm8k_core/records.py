@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_record, sha256_file, write_json, write_text
 from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
+from gsm8k_core.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -387,12 +389,15 @@ def record_study(layout: Layout, since_ns: int, has_failed: bool = False) -> Non
     provenance = study_provenance(layout)
     write_json(results / "provenance.json", provenance)
     known = read_sums(results / SUMS) if (results / SUMS).exists() else {}
-    sums = {
-        str(path): known[str(path)]
-        if str(path) in known and path.stat().st_ctime_ns < since_ns
-        else sha256_file(path)
-        for path in _study_files(layout, provenance)
-    }
+    sums, new = {}, []
+    for path in _study_files(layout, provenance):
+        if str(path) in known and path.stat().st_ctime_ns < since_ns:
+            sums[str(path)] = known[str(path)]
+        else:
+            new.append(path)
+    with ThreadPoolExecutor() as threads:
+        hashes = progress(threads.map(sha256_file, new), "hashing", len(new))
+        sums |= dict(zip(map(str, new), hashes, strict=True))
     dropped = set(provenance["dropped_weights"])
     for name in known.keys() - sums.keys():
         if str(Path(name).parent) in dropped:

@@ -70,8 +70,8 @@ RESULTS = LAYOUT.results
 
 # Jobs on a cluster need not say it again.
 if workflow.is_main_process:
-    SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
     try:
+        SHIPPED = load_config(Path(workflow.basedir, "config.yaml"))
         overlays = [*map(read_yaml, workflow.overwrite_configfiles)]
     except ConfigError as error:
         raise WorkflowError(str(error)) from None

@@ -985,6 +985,32 @@ def test_a_suite_that_by_default_is_shorter_than_the_rollouts_is_doubted() -> No
         assert said(max_new_tokens=length) == ""
 
 
+def test_validation_that_is_shorter_than_the_rollouts_is_doubted() -> None:
+    def said(**grpo: Any) -> str:
+        return said_of({"methods": {"grpo": {"validation_max_new_tokens": 40, **grpo}}})
+
+    assert said(validate_every_steps=10) == (
+        "methods.grpo.validation_max_new_tokens: 40, where rollouts have up to 48 tokens, so "
+        "validation counts as wrong what was only longer: set it to as many."
+    )
+    assert said(validate_every_steps=10, max_new_tokens=40) == ""
+    assert said(validate_every_steps=0) == ""
+
+
+def test_what_does_nothing_without_another_setting_is_doubted() -> None:
+    def said(suite: dict[str, Any], **tracking: Any) -> str:
+        suites = {"mine": {"dataset": "arithmetic", "max_new_tokens": 48, **suite}}
+        return said_of({"study": {"suites": ["mine"]}, "suites": suites, "tracking": tracking})
+
+    idle = "suites.mine.top_p: num_samples is 0, so all completions are greedy and this does "
+    assert said({"top_p": 0.9}) == f"{idle}nothing: set num_samples."
+    assert said({"top_p": 0.9, "num_samples": 2}) == ""
+    alone = "tracking.mode: without tracking.project nothing is sent to W&B: name one."
+    assert said({}, mode="online") == alone
+    assert said({}, mode="online", project=None) == ""  # switched off
+    assert said({}, mode="online", project="mine") == ""
+
+
 def test_in_the_study_of_instruct_models_every_preset_starts_from_them() -> None:
     config = load_config(ROOT / "config.yaml", [ROOT / "studies" / "qwen2.5-gsm8k.yaml"])
     after_traces = {"sft_r1", "sft_r1_grpo"}  # of a study of their own
