@@ -1,6 +1,6 @@
 """How long Snakemake takes to plan a large study: `snakemake -n`, nothing is run.
 
-    python benchmarks/plan_scale.py                                       20 × 20 × 10
+    python benchmarks/plan_scale.py                                       # 20 × 20 × 10
     python benchmarks/plan_scale.py --models 4 --methods 10 --seeds 10
 
 The study is made up: every model is the embedded one under another name, methods are copies of

@@ -1,0 +1,105 @@
+"""Training that is stopped by Ctrl-C, or fails and is tried again, in real runs of Snakemake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_snakemake import run_snakemake
+from killing import outputs, processes_in
+from workspace import make_workspace
+
+from gsm8k_core.files import read_json, read_jsonl
+
+CELLS = Path("artifacts/experiments/stopped/tiny-qwen2")
+
+pytestmark = pytest.mark.slow
+
+
+def one_training(workspace: Path, method: str, **settings: Any) -> tuple[list[str], Path]:
+    """A workspace with a study of one method; what follows `snakemake`, and the run's folder."""
+    study = {"name": "stopped", "methods": [method]}
+    make_workspace(workspace, {"study": study, "methods": {method: settings}})
+    run = CELLS / method / "seed0"
+    words = [f"{run}/train/summary.json", "--cores", "2"]
+    return [*words, "--configfile", "studies/debug.yaml", "study.yaml"], run
+
+
+def assert_whole(run: Path, num_steps: int) -> None:
+    """That a run has ended as one that nobody has stopped."""
+    assert read_json(run / "train" / "summary.json")["num_steps"] == num_steps
+    steps = [row["step"] for row in read_jsonl(run / "train" / "metrics.jsonl")]
+    assert steps == list(range(1, num_steps + 1))
+    assert (run / "model" / "model.safetensors").is_file()
+    assert not (run / "state").exists()
+
+
+def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    workspace, num_steps = tmp_path / "workspace", 60
+    words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
+    run, output = workspace / folder, tmp_path / "output.txt"
+    with (
+        output.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *words],
+            cwd=workspace, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            # A shell has what it starts with `&` ignore the signal, tests too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process,
+    ):  # fmt: skip
+        try:
+            deadline = time.monotonic() + 300
+            while not list(run.glob("state/step-*")):
+                assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            process.wait(timeout=120)
+            assert processes_in(workspace) == []
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1, output.read_text()
+    left = {path: (workspace / path).read_bytes() for path in outputs(workspace)}
+    assert not [path for path in left if path.is_relative_to(folder)]
+
+    again = run_snakemake(workspace, *words)
+    assert again.returncode == 0, again.stdout
+    log = (run / "logs" / "train_sft.log").read_text(encoding="utf-8")
+    assert "resuming after step " in log and f" of {num_steps}\n" in log
+    assert_whole(run, num_steps)
+    assert {path: (workspace / path).read_bytes() for path in left} == left
+
+
+REWARD = f"""
+from pathlib import Path
+
+
+def fails_once(completion, gold):
+    failed = Path("failed")
+    if not failed.exists() and Path("{CELLS}/grpo/seed0/state/step-00000002").exists():
+        failed.touch()
+        raise RuntimeError("as a server that cannot be reached")
+    return len(completion) / 100
+"""
+
+
+def test_with_retries_a_job_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Snakemake removes what the job has declared before it tries again."""
+    workspace = tmp_path / "workspace"
+    words, folder = one_training(
+        workspace, "grpo", **{"from": "base"}, num_steps=4, checkpoint_every_steps=1,
+        reward={"custom": "my_reward:fails_once"},
+    )  # fmt: skip
+    (workspace / "my_reward.py").write_text(REWARD, encoding="utf-8")
+    result = run_snakemake(workspace, *words, "--retries", "1")
+    assert result.returncode == 0, result.stdout
+    assert "as a server that cannot be reached" in result.stdout  # the log of the first try
+    log = (workspace / folder / "logs" / "train_grpo.log").read_text(encoding="utf-8")
+    assert "resuming after step 2 of 4\n" in log
+    assert_whole(workspace / folder, 4)
