@@ -131,7 +131,7 @@ def test_the_similarity_is_jaccards_and_the_most_similar_row_comes_first() -> No
 SENTENCES = st.lists(st.sampled_from("a b c d 1 22".split()), max_size=20).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tests=st.lists(SENTENCES, max_size=4), train=st.lists(SENTENCES, max_size=4))
 def test_the_index_finds_what_comparing_all_pairs_finds(tests: list[str], train: list[str]) -> None:
     problems = [problem(text, str(i)) for i, text in enumerate(tests)]

@@ -643,7 +643,7 @@ def test_the_entropy_and_its_gradient_are_finite_for_extreme_logits(logits: list
     assert tensor.grad.isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=6),
     shift=st.floats(-1000, 1000, width=32),
