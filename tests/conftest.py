@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 from script_modules import load_script
 
@@ -22,6 +23,9 @@ gc.disable()  # while the modules of tests and what they import are loaded
 # Two spinning OpenMP threads a test collapse on a machine with few cores; tiny models gain nothing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# An example may take long because the machine is busy: that is no failure.
+hypothesis.settings.register_profile("no deadline", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 LONGEST = (
     "slurm", "test_workflow", "workflow", "test_trace_collection", "test_report_browser",

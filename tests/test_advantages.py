@@ -74,7 +74,7 @@ def test_each_estimator_gives_its_definition(
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     estimator=st.sampled_from(EVERY_ESTIMATOR),
     group_size=st.integers(1, 5),
@@ -95,7 +95,7 @@ def test_estimators_equal_a_loop_over_the_completions(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("estimator", RELATIVE_TO_GROUP)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     reward=st.sampled_from([0.1 + 0.2, 0.1, 1 / 3, 1e-7, 12345.678, -0.7]) | st.floats(-5, 5),
     group_size=st.integers(2, 12),

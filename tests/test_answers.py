@@ -558,7 +558,7 @@ def other_numbers(draw: st.DrawFn, value: Fraction) -> Fraction:
 
 @pytest.mark.slow
 @given(st.data(), st.sampled_from(MODES))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 def test_any_number_in_any_accepted_form_is_right_and_any_other_wrong(
     data: st.DataObject, mode: tuple[Mode, str, str]
 ) -> None:
@@ -578,7 +578,7 @@ def test_any_number_in_any_accepted_form_is_right_and_any_other_wrong(
     st.sampled_from(FRACTIONS),
     st.sampled_from(MODES),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_fraction_that_can_be_reduced_is_no_answer(
     numerator: int, denominator: int, factor: int, form: str, mode: tuple[Mode, str, str]
 ) -> None:
@@ -593,7 +593,7 @@ def test_a_fraction_that_can_be_reduced_is_no_answer(
         alphabet=st.sampled_from("0123456789,./-$#\\{}=*x ½²\n\0boxedfrac\ud800m~;^"), max_size=60
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_text_makes_the_grader_raise(text: str) -> None:
     for mode, marker, _ in MODES:
         answer = extract_answer(text, mode, marker)
@@ -672,7 +672,7 @@ PIECES = st.sampled_from([
 
 @pytest.mark.slow
 @given(st.lists(PIECES, max_size=3), st.lists(PIECES, min_size=1, max_size=3), PIECES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_repetition_costs_more_than_its_length(
     before: list[str], unit: list[str], after: str
 ) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from gsm8k_core import config as config_module
 from gsm8k_core.config import (
     Comparison,
     Config,
@@ -19,6 +21,7 @@ from gsm8k_core.config import (
     ExpertIterationMethod,
     GrpoMethod,
     LoraSettings,
+    Settings,
     doubts,
     dump,
     load_config,
@@ -369,11 +372,42 @@ def test_a_comparison_knows_the_size_of_the_report() -> None:
     assert parse_config(small()).comparison().report_megabytes == 20.0
 
 
+def numbers_in(annotation: Any) -> Iterator[Any]:
+    """The parts of an annotation that take a number and no bool, with what is checked of them."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        if inner[0] in (int, float):
+            yield annotation
+        else:
+            yield from numbers_in(inner[0])
+    elif annotation in (int, float):
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        for part in inner:
+            if bool not in inner or part not in (int, float):
+                yield from numbers_in(part)
+
+
+def takes_yes(number: Any) -> bool:
+    try:
+        TypeAdapter(number).validate_python(True)
+    except ValidationError:
+        return False
+    return True
+
+
 def test_no_setting_that_is_a_number_takes_yes() -> None:
-    # A bare int or float in an annotation would: Integer and the like do not.
-    source = (ROOT / "gsm8k_core" / "config.py").read_text(encoding="utf-8")
-    settings = source[source.index("class Gsm8kDataset") :]
-    assert not re.findall(r"^    \w+: .*\b(?:int|float)\b.*$", settings, re.M)
+    sections = [kind for kind in vars(config_module).values()
+                if isinstance(kind, type) and issubclass(kind, Settings)]  # fmt: skip
+    numbers = [
+        (f"{section.__name__}.{name}", number)
+        for section in sections
+        for hints in [get_type_hints(section, include_extras=True)]
+        for name in section.model_fields
+        for number in numbers_in(hints[name])
+    ]
+    assert len({name for name, _ in numbers}) > 100
+    assert [name for name, number in numbers if takes_yes(number)] == []
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "dr_grpo", "reinforce_pp"])

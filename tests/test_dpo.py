@@ -14,7 +14,7 @@ from gsm8k_core.dpo import dpo_loss
 LOG_PROB = st.floats(-50, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     pairs=st.lists(st.tuples(LOG_PROB, LOG_PROB, LOG_PROB, LOG_PROB), min_size=1, max_size=4),
     beta=st.floats(0.01, 1.0),

@@ -172,7 +172,7 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path
 # JSON and JSONL
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=3), max_size=4))
 def test_jsonl_gives_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
@@ -314,7 +314,7 @@ def test_seeds_tell_apart_order_grouping_and_type() -> None:
     assert len({seed_from(*group) for group in parts}) == len(parts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers() | st.text(), max_size=4))
 def test_a_seed_fits_in_63_bits_and_repeats(parts: list[int | str]) -> None:
     assert 0 <= seed_from(*parts) < 2**63

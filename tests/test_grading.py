@@ -105,8 +105,6 @@ def test_boxes_contradict_nothing_and_other_markers_do() -> None:
 def test_the_grade_that_counts_decides_what_is_correct_and_what_was_extracted(
     grading: Grade, correct: bool, extracted: str
 ) -> None:
-    if grading == "math_verify":
-        pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     with Grader(GradingSettings(grading=grading)) as grader:
         graded = grader.grade("#### 18.00\nQuestion: half of 37?\nIt is 18.5", read_gold("18"))
     assert (graded["correct"], graded["extracted"]) == (correct, extracted)
@@ -156,7 +154,6 @@ def test_a_gold_answer_that_is_no_text_is_an_error_that_says_so(gold: Any) -> No
 
 
 def test_math_verify_runs_where_it_is_asked_for() -> None:
-    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     with Grader(GradingSettings(math_verify=True)) as grader:
         assert grader.grade("\\boxed{\\frac{36}{2}}", read_gold("18"))["math_verify"] is True
         assert grader.grade("#### 19", read_gold("18"))["math_verify"] is False
@@ -321,7 +318,6 @@ def test_the_suite_names_the_grade_that_counts(job: Job, grading: str) -> None:
 
 
 def test_math_verify_is_counted_beside_the_others(script: Script, tmp_path: Path) -> None:
-    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     job = Job(script("grade"), tmp_path, [completion(0, "#### 1800"), completion(1, "#### 7")])
     summary, grades = job.run(math_verify=True)
     assert grades["math_verify"].to_list() == [True, False]
@@ -332,7 +328,6 @@ def test_math_verify_is_counted_beside_the_others(script: Script, tmp_path: Path
 def test_a_majority_under_math_verify_is_not_split_by_the_form_of_its_votes(
     script: Script, tmp_path: Path
 ) -> None:
-    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     texts = ["\\boxed{1800}", "\\boxed{1800\\%}", "\\boxed{x=1800}", "#### 7", "#### 7", "#### 8"]
     rows = [completion(0, text, sample) for sample, text in enumerate([*texts, "#### 7", "#### 9"])]
     summary, grades = Job(script("grade"), tmp_path, rows).run(grading="math_verify")

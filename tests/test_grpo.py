@@ -260,7 +260,7 @@ CHOICES = st.fixed_dictionaries(
 ).filter(is_allowed)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     choices=CHOICES,
     seed=st.integers(0, 10_000),
@@ -282,7 +282,7 @@ def test_every_combination_of_parts_equals_a_loop_over_the_tokens(
     assert metrics["step_sum/loss"] == loss.item()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(choices=CHOICES, seed=st.integers(0, 10_000), size=st.sampled_from([1, 2, 3]))
 def test_loss_and_metrics_of_microbatches_add_up_to_those_of_the_step(
     choices: dict[str, Any], seed: int, size: int

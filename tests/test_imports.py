@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,14 @@ import gsm8k_core
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "gsm8k_core"
 
-# Torch takes seconds to import: what only reads, grades, compares or plots does without.
-TORCH_FREE = (
-    "errors", "files", "config", "problems", "data", "arithmetic", "prompts", "answers", "rewards",
-    "metrics", "tables", "plots", "manifest", "layout", "cli", "selection",
-    "redaction", "records", "tracking", "evaluate",
-    "differences", "studies",
-    "chat_api", "trace_collection", "traces",
-    "symbolic", "overlap", "grading", "lm_eval_grades", "math_verifier",
-    "report", "report_browser", "report_charts",
+# Torch takes seconds to import: all but these do without, what is new among them.
+WITH_TORCH = (
+    "advantages", "checkpoints", "compiling", "distributed", "dpo", "engines.base",
+    "engines.hf_engine", "engines.start", "engines.vllm_engine", "generation", "grpo", "losses",
+    "masking", "models", "onednn", "scoring", "sft", "shared_prompts", "tokenization", "training",
 )  # fmt: skip
-TORCH_FREE_SCRIPTS = (
-    "prepare_data", "grade", "compare", "plot", "select_completions", "select_pairs",
-    "collect_traces", "select_traces", "verify",
-    "compare_studies", "finish_rounds", "check_overlap", "score_completions", "report", "with_gpus",
+SCRIPTS_WITH_TORCH = (
+    "generate", "prepare_model", "train_dpo", "train_grpo", "train_sft",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "vllm", "peft")
 
@@ -106,17 +101,29 @@ def import_in_a_new_process(names: list[str], heavy: tuple[str, ...]) -> str:
     return result.stderr.strip()
 
 
-def test_the_torch_free_modules_import_no_torch() -> None:
-    assert import_in_a_new_process([f"gsm8k_core.{name}" for name in TORCH_FREE], HEAVY) == ""
+def light_modules() -> list[str]:
+    """The modules of the library that are not in WITH_TORCH, which must all be there."""
+    names = {
+        ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix("__init__")
+        for path in LIBRARY.rglob("*.py")
+    }
+    assert names >= set(WITH_TORCH)
+    return sorted(f"gsm8k_core.{name}".rstrip(".") for name in names.difference(WITH_TORCH))
+
+
+def test_only_modules_that_compute_import_torch() -> None:
+    assert import_in_a_new_process(light_modules(), HEAVY) == ""
 
 
 def test_matplotlib_waits_for_a_plot() -> None:
-    names = [f"gsm8k_core.{name}" for name in TORCH_FREE if name != "plots"]
+    names = [name for name in light_modules() if name != "gsm8k_core.plots"]
     assert import_in_a_new_process(names, ("matplotlib",)) == ""
 
 
-def test_scripts_that_need_no_model_import_no_torch() -> None:
-    names = [str(ROOT / "scripts" / f"{name}.py") for name in TORCH_FREE_SCRIPTS]
+def test_only_scripts_that_need_a_model_import_torch() -> None:
+    paths = {path.stem: str(path) for path in (ROOT / "scripts").glob("*.py")}
+    assert paths.keys() >= set(SCRIPTS_WITH_TORCH)
+    names = sorted(path for name, path in paths.items() if name not in SCRIPTS_WITH_TORCH)
     assert import_in_a_new_process(names, HEAVY) == ""
 
 
@@ -173,14 +180,23 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         _ = gsm8k_core.nothing
 
 
+def imports_of(path: Path) -> Iterator[str]:
+    """What is imported anywhere in a file: modules, and names of modules."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def importers_of(module: str) -> set[str]:
-    """The files of library and scripts with a line that imports `module` or from it."""
+    """The files of library and scripts that import `module` or from it."""
     return {
         str(path.relative_to(ROOT))
         for folder in (LIBRARY, ROOT / "scripts")
         for path in folder.rglob("*.py")
-        for line in path.read_text(encoding="utf-8").split("\n")
-        if line.strip().startswith((f"import {module}", f"from {module}"))
+        if any(f"{name}.".startswith(f"{module}.") for name in imports_of(path))
     }
 
 

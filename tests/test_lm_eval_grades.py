@@ -241,13 +241,13 @@ GOLD_NUMBERS = st.integers(-2000, 2_000_000).map(lambda n: f"so <<1+1=2>>2\n####
 
 @given(NUMBER_LIKE | TEXT | st.text(), GOLD_NUMBERS | st.sampled_from(GOLDS))
 @example("#### 18\ud800", "#### 18")
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_text_is_graded_as_the_harness_grades_it(text: str, gold: str) -> None:
     assert_equal(text, gold)
 
 
 @given(st.integers(-(10**7), 10**7), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_completion_that_states_the_gold_number_is_graded_as_the_harness_grades_it(
     n: int, data: st.DataObject
 ) -> None:
@@ -263,7 +263,7 @@ def test_a_completion_that_states_the_gold_number_is_graded_as_the_harness_grade
 
 
 @given(st.text(max_size=8), st.text(max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_gold_is_read_as_the_harness_reads_it(before: str, after: str) -> None:
     gold = f"{before}18{after}"
     prediction = lm_eval_gold(gold)

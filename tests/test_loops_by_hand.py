@@ -99,7 +99,8 @@ def record(
 ) -> Callable[..., Recorded]:
     """`record(script, method, data=, wrong_sampler=, **overrides)` runs it and writes it down.
 
-    With `wrong_sampler`, the engine's log-probs are not the trainer's, as those of vLLM are not.
+    With `wrong_sampler`, the engine's log-probs are not the trainer's, as those of vLLM are not;
+    with `wrong_from`, from that step on.
     """
     (tmp_path / "reward_by_hand.py").write_text(inspect.getsource(reward), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -111,16 +112,17 @@ def record(
         *,
         data: Path = arithmetic_folder / "train.jsonl",
         wrong_sampler: bool = False,
+        wrong_from: int = 1,
         **overrides: Any,
     ) -> Recorded:
         steps: list[Step] = [Step()]
 
         def note_samples(engine: HfEngine, requests: list[Request]) -> list[list[Completion]]:
             groups = generate(engine, requests)
-            if wrong_sampler:
-                groups = [[_with_wrong_log_probs(one) for one in group] for group in groups]
             if steps[-1].updates:
                 steps.append(Step())
+            if wrong_sampler and len(steps) >= wrong_from:
+                groups = [[_with_wrong_log_probs(one) for one in group] for group in groups]
             steps[-1].rounds.append(list(zip(requests, groups, strict=True)))
             return groups
 
@@ -588,6 +590,26 @@ def test_old_log_probs_are_the_trainers_and_not_those_of_a_sampler_that_differs(
     check: Callable[..., Recorded],
 ) -> None:
     check("grpo", wrong_sampler=True, **UNCHECKED)
+
+
+@pytest.mark.parametrize(("wrong_from", "stops_at"), [(1, 1), (2, 2), (3, 4)])
+def test_a_sampler_with_other_log_probs_stops_the_run_at_the_next_step_that_looks(
+    record: Callable[..., Recorded], tmp_path: Path, wrong_from: int, stops_at: int
+) -> None:
+    settings = {**GRPO, "num_steps": 5, "check_sampler_every_steps": 4}
+    with pytest.raises(TrainingError, match="samples from weights other than those in training"):
+        record("train_grpo", "grpo", wrong_sampler=True, wrong_from=wrong_from, **settings)
+    logged = tmp_path / "seed0" / "state" / "metrics.jsonl"
+    rows = read_jsonl(logged) if logged.exists() else []
+    assert [row["step"] for row in rows] == list(range(1, stops_at))
+
+
+def test_a_sampler_may_differ_by_as_much_as_max_sampler_gap_says(
+    record: Callable[..., Recorded],
+) -> None:
+    found = record("train_grpo", "grpo", wrong_sampler=True, **GRPO, max_sampler_gap=0.2)
+    assert [row["step"] for row in found.rows] == [1, 2]
+    assert all(row["sampler_gap_mean"] > 0.05 for row in found.rows)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_the_naive_loss_is_minus_advantage_times_log_prob() -> None:
     assert loss.tolist() == [[1.0, 2.0], [-0.25, 0.0]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @CASES
 def test_the_clip_loss_equals_a_loop_over_the_tokens(
     seed: int, num_rows: int, num_columns: int
@@ -178,7 +178,7 @@ def test_on_policy_the_ratio_is_exactly_one_and_its_gradient_is_not_zero(level: 
     assert (policy.grad == 1.0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @CASES
 def test_the_sequence_ratio_is_the_geometric_mean_of_the_tokens(
     seed: int, num_rows: int, num_columns: int
@@ -397,7 +397,7 @@ def test_each_aggregation_gives_its_mean(how: Aggregation, normalizer: float, lo
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     num_rows=st.integers(1, 6),

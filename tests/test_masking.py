@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gsm8k_core.masking import masked_mean, masked_normalize, masked_sum
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_rows=st.integers(1, 4),
     num_columns=st.integers(1, 5),

@@ -32,7 +32,7 @@ from gsm8k_core.metrics import (
 
 
 @given(st.integers(1, 8), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample(
     n: int, data: st.DataObject
 ) -> None:
@@ -75,7 +75,7 @@ def test_maj_at_k_is_the_majority_with_ties_shared(
 
 
 @given(st.integers(1, 9), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_maj_at_k_counts_votes_as_a_person_would(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, n))
     rows = st.lists(
@@ -217,7 +217,7 @@ def test_the_p_value_is_below_the_level_exactly_where_the_interval_leaves_out_ze
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.booleans(), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_the_p_value_and_the_interval_of_the_smallest_tables_say_the_same(
     num_seeds: int, num_problems: int, once: bool, data: st.DataObject
 ) -> None:
@@ -328,7 +328,7 @@ def test_the_smallest_detectable_difference_is_found_four_times_in_five(
     st.data(),
     st.sampled_from([0.8, 0.95]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_intervals_hold_their_mean_and_stay_in_range(
     num_seeds: int, num_problems: int, data: st.DataObject, confidence: float
 ) -> None:

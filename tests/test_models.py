@@ -83,7 +83,7 @@ def test_the_tiny_vocabulary_is_small(tokenizer: Any) -> None:
     assert 258 <= len(tokenizer) < 640  # 256 bytes and 2 special tokens at least
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text())
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     tokenizer = tiny_tokenizer_once()

@@ -131,7 +131,7 @@ def test_the_similarity_is_jaccards_and_the_most_similar_row_comes_first() -> No
 SENTENCES = st.lists(st.sampled_from("a b c d 1 22".split()), max_size=20).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tests=st.lists(SENTENCES, max_size=4), train=st.lists(SENTENCES, max_size=4))
 def test_the_index_finds_what_comparing_all_pairs_finds(tests: list[str], train: list[str]) -> None:
     problems = [problem(text, str(i)) for i, text in enumerate(tests)]
@@ -220,7 +220,6 @@ def test_a_similarity_out_of_range_is_refused(
 REAL = os.environ.get("GSM8K_DIR")
 
 
-@pytest.mark.slow
 def test_training_rows_may_be_lists() -> None:
     question = " ".join(f"word{n}" for n in range(20))
     problem = Problem(id="p", question=question, answer="#### 1", gold="1")
@@ -228,6 +227,7 @@ def test_training_rows_may_be_lists() -> None:
     assert test["sharing"][0]["rows"][0]["id"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="set GSM8K_DIR to a folder with GSM8K to look for its overlap")
 def test_three_of_gsm8ks_1319_test_questions_share_13_words_with_its_train_split() -> None:
     problems, _ = make_gsm8k(Gsm8kDataset(kind="gsm8k", path=REAL))

@@ -109,7 +109,7 @@ def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
         read_problems(tmp_path / "train.jsonl")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     question=st.text(),
     solution=st.text(),

@@ -55,7 +55,7 @@ def test_a_plain_prompt_is_the_template_with_the_question() -> None:
     assert render_prompt("2 + 2?", PLAIN, tokenizer()) == "Question: 2 + 2?\nAnswer:"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_any_question_survives_braces_and_all(question: str) -> None:
     rendered = render_prompt(question, PLAIN, None)

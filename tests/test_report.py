@@ -164,6 +164,10 @@ def squeezed(text: str) -> str:
     return re.sub(r"[ \n]+", " ", text)
 
 
+def number_of(problem_id: str) -> int:
+    return 0 if problem_id == HOSTILE_ID else int(problem_id.removeprefix("test-"))
+
+
 # -------------------------------------------------------------------------------------- the answer
 
 
@@ -267,7 +271,7 @@ def test_charts_and_problems_show_the_shares_of_the_comparison(page: Page, paths
     assert {row["value"] for row in values("Completions cut off")} == {10.0}
     (view,) = page.data["views"]
     for problem in view["browser"]["problems"]:
-        number = 0 if problem["id"] == HOSTILE_ID else int(problem["id"].removeprefix("test-"))
+        number = number_of(problem["id"])
         solved = [is_right(METHODS[place], number) for place, _ in view["browser"]["runs"]]
         if number >= len(HOSTILE):
             assert problem["greedy"] == list(map(int, solved))
@@ -817,6 +821,10 @@ def test_the_same_study_gives_the_same_bytes(
 # --------------------------------------------------------------------------------------- size bound
 
 
+def right_methods(number: int) -> tuple[str, ...]:
+    return tuple(method for method in METHODS if is_right(method, number))
+
+
 def test_past_its_bound_the_page_keeps_a_part_of_every_group_and_says_so(
     paths: Paths, script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -832,8 +840,9 @@ def test_past_its_bound_the_page_keeps_a_part_of_every_group_and_says_so(
     size = sum(len(text) for found, text in part.scripts if str(found.get("id"))[:3] == "rec")
     assert size <= 12_000
     # Right by: all; base, sft, grpo; sft, grpo, twin; grpo; grpo and twin; none.
-    groups = {tuple(np.mean(problem["greedy"][1:]) > 0 for _ in "x") for problem in kept}
-    assert len(groups) == 2
+    all_patterns = {right_methods(number) for number in range(NUM_PROBLEMS)}
+    assert {right_methods(number_of(problem["id"])) for problem in kept} == all_patterns
+    assert len(all_patterns) == 6
     assert "grpo is best: 87.5 %" in squeezed(part.text)  # tables are of all problems
 
 

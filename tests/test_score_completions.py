@@ -185,7 +185,6 @@ def test_marker_and_the_grade_that_counts_are_chosen(score: Score) -> None:
 
 
 def test_math_verify_stands_in_the_table_where_it_is_asked_for(score: Score) -> None:
-    pytest.importorskip("math_verify", reason="the extra math-verify is not installed")
     table, scored = score([{"completion": "\\boxed{\\frac{36}{2}}", "gold": "18"}], "--math-verify")
     assert cells(table)[0]["math_verify %"] == "100.00"
     assert scored["math_verify"].to_list() == [True]

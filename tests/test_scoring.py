@@ -269,9 +269,11 @@ def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> 
     ids, labels = torch.randint(0, SIZES["vocab_size"], (2, 2, 9))
     expected = get_response_log_probs(model, ids, labels)["log_probs"]
     in_forward, go_on = threading.Event(), threading.Event()
+    entered: list[str] = []
 
     def hold(*_: Any) -> None:
-        if threading.current_thread().name == "first":
+        entered.append(threading.current_thread().name)
+        if entered[-1] == "first":
             in_forward.set()
             go_on.wait(10)
 
@@ -287,6 +289,8 @@ def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> 
     with torch.no_grad():
         assert model(ids).logits.shape == (*ids.shape, SIZES["vocab_size"])
     threads[1].start()
+    threads[1].join(0.3)  # time in which it would have entered
+    assert threads[1].is_alive() and "second" not in entered
     go_on.set()
     for thread in threads:
         thread.join(10)
@@ -639,7 +643,7 @@ def test_the_entropy_and_its_gradient_are_finite_for_extreme_logits(logits: list
     assert tensor.grad.isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=6),
     shift=st.floats(-1000, 1000, width=32),

@@ -470,6 +470,7 @@ def test_a_model_shared_by_two_gpus_counts_the_seconds_of_both(
     this.run()
     (attempt,) = read_json(this.stats)["attempts"]
     assert attempt["num_gpus"] == 2
+    assert attempt["seconds_gpu"] == pytest.approx(2 * attempt["seconds_wall"], abs=0.11)
 
 
 def test_an_engine_that_fails_to_shut_down_takes_no_completion_with_it(

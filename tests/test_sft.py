@@ -64,7 +64,7 @@ def test_a_step_without_a_response_token_is_an_error_and_no_nan() -> None:
         sft_loss(torch.tensor(LOG_PROBS), torch.zeros_like(MASK), 0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.tuples(st.integers(2, 4), st.integers(0, 5)), min_size=4, max_size=4),
     microbatch=st.sampled_from([1, 2, 3]),

@@ -80,7 +80,7 @@ def test_padding_with_the_eos_id_leaves_the_real_eos_in_the_mask() -> None:
     assert batch["response_mask"].tolist() == [[1, 1, 0, 0], [0, 1, 1, 1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs=PAIRS)
 def test_collate_equals_a_loop_over_the_tokens(pairs: list[tuple[list[int], list[int]]]) -> None:
     batch = collate([prompt for prompt, _ in pairs], [response for _, response in pairs], 99)
@@ -128,7 +128,7 @@ def test_microbatches_hold_rows_of_similar_length_and_the_longest_come_first() -
     assert split_by_token_budget([3, 8, 1, 10, 8, 2], 16) == [[3], [1, 4], [0, 5, 2]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(lengths=LENGTHS, budget=st.integers(1, 120))
 def test_microbatches_hold_every_row_once_and_keep_to_the_budget(
     lengths: list[int], budget: int
@@ -149,7 +149,7 @@ def test_packing_puts_each_example_in_the_first_row_with_room() -> None:
     assert pack_examples([3, 7, 5, 1, 4], 10) == [[1, 0], [2, 4, 3]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(lengths=LENGTHS, max_length=st.integers(40, 80))
 def test_packed_rows_hold_every_example_once_and_never_too_many_tokens(
     lengths: list[int], max_length: int

@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-
 from small_models import SIZES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
