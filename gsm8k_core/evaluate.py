@@ -247,9 +247,10 @@ def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> 
         if (part := result[name]) is not None
     ]
     asked = problems_text(result["num_problems"], result["num_clusters"])
+    of = "over them" + ", of this one run" * (settings.method != "base")
     return (
         f"{who} on {settings.suite}: {', '.join(parts)} "
-        f"({asked}, {level_text(confidence)} interval)\n"
+        f"({asked}, {level_text(confidence)} interval {of})\n"
     )
 
 

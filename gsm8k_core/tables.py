@@ -788,15 +788,21 @@ def compared_by_pass_at_1(rows: Sequence[Json]) -> list[Json]:
     return compared if differs else []
 
 
+def _random_things(frame: pl.DataFrame) -> str:
+    """What the intervals take as random."""
+    return "problems alone" if max(frame["num_seeds"], default=1) == 1 else "seeds and problems"
+
+
 def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
     """What the columns mean, and every flag that the table holds."""
     notes = [
         "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
-        f"Brackets are {level_text(confidence)} intervals, which take both seeds and problems as "
-        "random.",
+        f"Brackets are {level_text(confidence)} intervals over {_random_things(frame)}, each for "
+        "itself: unlike p they are not corrected for their number.",
         "flexible: the last number counts, wherever it stands. format: the answer stands where the "
         "prompt asked for it. Where accuracy grows with format and flexible does not, read "
-        "completions: format alone may have been learnt, or the model writes on after its answer.",
+        "completions: format alone may have been learnt, or the model writes on after its answer. "
+        "These, lengths and truncation are of the greedy completions where there are any.",
         "Differences are in points, paired by seed and problem. p is corrected (Holm) over all "
         "methods and suites of a model, one family for parents and one for a base that is none.",
         "detectable: the smallest difference to the parent that this many problems and seeds would "

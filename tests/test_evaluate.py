@@ -271,10 +271,13 @@ def test_the_number_of_clones_has_the_interval_of_their_clusters(
     assert list(found["accuracy"].values()) == pytest.approx(list(expected))
     assert expected.high - expected.low > 1.5 * np.subtract(*mean_interval([right])[:0:-1])
     settings = config.evaluation_settings("tiny-qwen2", "base", 0, "arithmetic")
-    assert _sentence(settings, found, 0.95).endswith("(30 problems in 6 clusters, 95 % interval)\n")
-    assert _sentence(settings, found, 0.995).endswith("99.5 % interval)\n")
+    asked = "(30 problems in 6 clusters, 95 % interval over them"
+    assert _sentence(settings, found, 0.95).endswith(f"{asked})\n")
+    assert _sentence(settings, found, 0.995).endswith("99.5 % interval over them)\n")
+    trained = config.evaluation_settings("tiny-qwen2", "sft", 0, "arithmetic")
+    assert _sentence(trained, found, 0.95).endswith(f"{asked}, of this one run)\n")
     alone = {**found, "num_clusters": None}
-    assert _sentence(settings, alone, 0.95).endswith("(30 problems, 95 % interval)\n")
+    assert _sentence(settings, alone, 0.95).endswith("(30 problems, 95 % interval over them)\n")
 
 
 @pytest.mark.slow
@@ -285,7 +288,7 @@ def test_two_evaluations_at_once_do_not_meet_and_agree(
     results = [finish(process)[0].split("\n") for process in processes]
     assert results[0][0] == results[1][0]
     assert results[0][0].startswith("tiny-qwen2 on arithmetic: accuracy 0.0 % [0.0, 39.0], pass@1 ")
-    assert results[0][0].endswith("(6 problems, 95 % interval)")
+    assert results[0][0].endswith("(6 problems, 95 % interval over them)")
     folders = [tmp_path / lines[1] for lines in results]
     assert folders[0] != folders[1]
     assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["runs"]

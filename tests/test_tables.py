@@ -26,6 +26,7 @@ from gsm8k_core.tables import (
     SAMPLING_COLUMNS,
     SCHEMA,
     build_comparison,
+    notes_on,
     read_comparison,
     to_html,
     to_markdown,
@@ -919,13 +920,20 @@ def test_every_column_shows_the_number_that_its_name_says() -> None:
     assert costs.keys() <= COST_COLUMNS.keys()
 
 
+def test_where_all_ran_once_the_tables_say_that_intervals_are_over_problems_alone(
+    study_dir: Path,
+) -> None:
+    frame, _ = build_comparison(make_study(seeds=[3]), study_dir)
+    assert "95 % intervals over problems alone, each for itself" in notes_on(frame, 0.95)[0]
+
+
 def test_the_tables_say_the_level_of_their_intervals(study_dir: Path, tmp_path: Path) -> None:
     study = make_study(confidence=0.995)
     arguments = ["--study", dump(study), "--study-dir", str(study_dir)]
     assert compare.main([*arguments, "--output-dir", str(tmp_path)]) == 0
     for suffix in ("md", "html"):
         text = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
-        assert "Brackets are 99.5 % intervals, which take both seeds and problems" in text
+        assert "Brackets are 99.5 % intervals over seeds and problems, each for itself" in text
 
 
 def test_names_cannot_break_out_of_the_tables(study_dir: Path) -> None:
