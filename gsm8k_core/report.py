@@ -469,8 +469,12 @@ def _difference(subject: Subject, a: str, b: str) -> Difference:
 def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
     """Sentences, most accurate method first, each with how sure it is."""
     findings = []
-    best = subject.rows[0]
-    if leads and leads[0].other != best["parent"] and best["parent"] is not None:
+    # What one of the first two was trained from is told of with its child.
+    related = any(
+        row["parent"] == other["method"]
+        for row, other in itertools.permutations(subject.rows[:2], 2)
+    )
+    if leads and not related:
         findings.append(_lead_finding(subject, leads))
     for row in subject.rows:
         if row["parent"] is not None and row["delta_vs_parent"] is not None:

@@ -351,6 +351,29 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert "over seeds and problems; differences are paired by seed and" in _context(subject)
 
 
+@pytest.mark.parametrize(
+    ("right", "parents", "first"),
+    [
+        # The runner-up is the first one's child, its parent, or the base model's grandchild.
+        ({"sft": 60, "grpo": 50, "base": 10}, {"grpo": "sft"}, "grpo does worse than sft"),
+        ({"grpo": 60, "sft": 50, "base": 10}, {"grpo": "sft"}, "grpo beats sft"),
+        ({"base": 60, "grpo": 50, "sft": 10}, {"grpo": "sft"}, "base beats grpo"),
+    ],
+)
+def test_the_lead_over_the_runner_up_is_told_once(
+    right: dict[str, int], parents: dict[str, str], first: str
+) -> None:
+    subject = subject_of(right, **dict.fromkeys(set(right) - {"base"}, 1e-9))
+    for row in subject.rows:
+        row["parent"] = parents.get(row["method"], row["parent"])
+        if row["delta_vs_parent"] is not None and row["parent"] is not None:
+            row["delta_vs_parent"] = (right[row["method"]] - right[row["parent"]]) / 100
+    best, second, *_ = right
+    texts = [re.sub("<.*?>", "", str(one["text"])) for one in _findings(subject, leads_of(subject))]
+    told = [text for text in texts if {best, second} <= set(text.split(" by ")[0].split())]
+    assert len(told) == 1 and told[0].startswith(first)
+
+
 def test_methods_that_are_equal_are_called_so() -> None:
     for num_right, wanted in (
         ({"dpo": 50, "grpo": 50, "sft": 50}, "dpo, grpo and sft are equal: 50.0"),
