@@ -46,7 +46,9 @@ GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
 GREY = "#666666"
 
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere
+    # Ships with matplotlib; texts in an SVG are drawn by its viewer, which may lack the font.
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of about the same width
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.titlelocation": "left",
@@ -487,8 +489,8 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, look: Json, has_ban
 
 
 def _look(index: int) -> Json:
-    """Colour and dash of a line: as many combinations as anybody can tell apart."""
-    style = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+    """Colour and dash of a line: 28 combinations, and neighbours differ in both."""
+    style = LINE_STYLES[index % len(LINE_STYLES)]
     return {"color": PALETTE[index % len(PALETTE)], "linestyle": style, "linewidth": 1.8}
 
 
