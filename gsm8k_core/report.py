@@ -56,6 +56,7 @@ from gsm8k_core.tables import (
     MEASURES,
     PASS_AT_1_NOTE,
     Cell,
+    all_on_gpus,
     compared_by_pass_at_1,
     counted,
     difference,
@@ -69,7 +70,6 @@ from gsm8k_core.tables import (
     read_comparison,
     read_pass_at_k,
     read_training_logs,
-    time_unit,
 )
 
 PairPValues = dict[tuple[str, str, str], float | None]
@@ -344,7 +344,6 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
                 charts, agreement_charts(_both_ways(pairs), methods) if pairs else []
             ),
         },
-        "rows": rows,
     }
 
 
@@ -875,13 +874,14 @@ def _cost_charts(subject: Subject) -> list[Json]:
         values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
-        unit, seconds = time_unit(max(value for value in values if value is not None))
+        if name.startswith("gpu_") and not all_on_gpus(subject.rows):
+            continue
         rows = [
-            {"method": row["method"], "cost": round(row[name] / seconds, 4)}
+            {"method": row["method"], "seconds": row[name]}
             | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
             for row in subject.rows
         ]
-        charts.append(cost_chart(rows, subject.study.methods, title, f"{axis}, {unit}"))
+        charts.append(cost_chart(rows, subject.study.methods, title, axis))
     return charts
 
 

@@ -46,6 +46,7 @@ from gsm8k_core.report import (
     Lead,
     Subject,
     _context,
+    _cost_charts,
     _cost_note,
     _difference,
     _difference_point,
@@ -742,6 +743,43 @@ def test_the_axis_of_differences_has_a_zero(low: float, high: float, ticks: list
     assert axis["values"] == ticks and axis["labelOverlap"] is False
 
 
+def cost_charts_of(**costs: tuple[float, float]) -> list[Any]:
+    """Of methods with seconds of training and of GPUs, both with their parents."""
+    subject = subject_of(dict.fromkeys(costs, 50))
+    for row in subject.rows:
+        row |= {"accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6}
+        row["train_seconds_with_parents"] = costs[row["method"]][0]
+        row["gpu_seconds_training_with_parents"] = costs[row["method"]][1]
+    return _cost_charts(subject)
+
+
+def test_costs_far_apart_stand_on_a_logarithm_that_has_a_zero() -> None:
+    for longest, scale in ((600.0, None), (36_000.0, "symlog")):
+        (chart,) = cost_charts_of(base=(0.0, 0.0), sft=(60.0, 0.0), grpo=(longest, 0.0))
+        x = chart["spec"]["layer"][0]["encoding"]["x"]
+        assert x["scale"].get("type") == scale
+    # Beyond the scale's constant a tenfold time is a step of the same width.
+    assert x["scale"]["constant"] == pytest.approx(1 / 60)
+    assert x["scale"]["domain"][0] < 0 < 10 < x["scale"]["domain"][1]
+    hours = [0, *(time / 3600 for time in (60, 180, 600, 1800, 3600, 10_800, 36_000))]
+    assert x["axis"]["values"] == pytest.approx(hours)
+    for label in ("0", "1 min", "30 min", "10 h"):
+        assert f'"{label}"' in x["axis"]["labelExpr"]
+    rows = chart["spec"]["data"]["values"]
+    assert [row["cost"] for row in rows] == pytest.approx([0, 1 / 60, 10], rel=1e-4)
+
+
+def test_gpu_time_is_drawn_where_all_that_trains_has_some() -> None:
+    titles = [
+        [chart["title"] for chart in cost_charts_of(base=(0.0, 0.0), sft=sft, grpo=(90.0, 90.0))]
+        for sft in ((60.0, 60.0), (60.0, 0.0))
+    ]
+    assert titles == [
+        ["Accuracy against training time", "Accuracy against GPU time"],
+        ["Accuracy against training time"],
+    ]
+
+
 def test_a_chart_of_one_seed_a_method_has_no_layer_of_seeds() -> None:
     row = {"method": "a", "decoding": "greedy", "mean": 1.0, "low": 0.5, "high": 2.0}
     seed = {"method": "a", "decoding": "greedy", "seed": 0, "value": 1.0}
@@ -780,7 +818,8 @@ def test_a_method_is_drawn_by_its_answers_else_its_reward_its_margin_or_its_loss
         ("sft", 3.0),
         ("dpo", 2.0),
     ]
-    assert [chart["y"] for chart in charts] == [
+    ys = [chart["spec"]["layer"][1]["encoding"]["y"] for chart in charts]
+    assert [y["title"] for y in ys] == [
         "% right", "mean reward of a step", "nats a token", "margin (DPO)",
     ]  # fmt: skip
 
