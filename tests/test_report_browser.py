@@ -634,6 +634,28 @@ def test_views_of_models_and_suites_can_be_changed_and_linked_to(
     page.close()
 
 
+@pytest.mark.parametrize("way", ["link to a view", "link to this view", "select", "row", "key"])
+def test_what_the_page_does_not_hold_is_forgotten_once_something_else_is_shown(
+    chromium: Browser, report_of_two_models: Path, way: str
+) -> None:
+    page = chromium.new_page()
+    page.goto(f"{report_of_two_models.as_uri()}#p/m1/test/test-999")
+    expect(page.locator("#missing")).to_contain_text("holds no problem “test-999”")
+    match way:
+        case "link to a view":
+            page.locator("[data-show-view='1']").click()
+        case "link to this view":
+            page.locator("[data-show-view='0']").click()
+        case "select":
+            page.select_option("#view", "1")
+        case "row":
+            page.locator("#problems button").nth(3).click()
+        case "key":
+            page.keyboard.press("j")
+    expect(page.locator("#missing")).to_be_hidden()
+    page.close()
+
+
 @pytest.mark.parametrize("way", ["select", "button"])
 def test_a_view_opens_its_own_first_problem_when_a_search_in_completions_ends(
     chromium: Browser, report_of_two_models: Path, tmp_path: Path, way: str
