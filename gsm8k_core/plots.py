@@ -27,7 +27,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.report_charts import PALETTES
+from gsm8k_core.report_charts import MAX_MARKED, PALETTES
 from gsm8k_core.tables import (
     MAX_BANDS,
     all_on_gpus,
@@ -459,7 +459,7 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, look: Json, has_ban
         return 1
     if key in IN_PERCENT:
         values = 100 * values
-    marker = "o" if len(steps) <= 25 else ""
+    marker = "o" if len(steps) <= MAX_MARKED else ""
     axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
     if has_band and len(values) > 1:
         axes.fill_between(

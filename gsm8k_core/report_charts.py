@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ OPACITY = {"right": 0.6, "wrong": 0.08}
 SIGNED = "(datum.value > 0 ? '+' : '') + datum.label"
 MAX_POINTS = 120
 """Points of a learning curve; more cannot be seen."""
+MAX_MARKED = 25
+"""Points of a curve that are drawn as such, here and in the figures."""
 LINE_LENGTH = 22
 """Characters in a line of a name beside a chart."""
 MAX_SQUEEZED = 6
@@ -325,19 +328,21 @@ def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json
     present = {row["method"] for row in rows}
     shown = [method for method in methods if method in present]
     x_axis = alt.Axis(title="training step", grid=False, tickCount=6, tickMinStep=1)
-    chart = _bands("x:Q", x_axis, axis, methods, shown, 0.16)
+    chart = _bands("x:Q", x_axis, axis, methods, rows, 0.16)
     legend = _legend(methods, shown, "dash")
     return _finish(chart, rows, title, 210, legend=legend, picks=True)
 
 
 def _bands(
-    x: str, x_axis: Any, y_title: str, methods: list[str], shown: list[str], band_opacity: float
+    x: str, x_axis: Any, y_title: str, methods: list[str], rows: list[Json], band_opacity: float
 ) -> Any:
     """Lines with bands; the page's legend says which are `picked`, and so brought forward.
 
-    With many methods a band is to be seen only once its method is picked.
+    With many methods a band is to be seen only once its method is picked. Lines of few points show
+    them: of one point there is no line.
     """
-    scales, few = _methods(methods), len(shown) <= MAX_BANDS
+    num_points = Counter(row["method"] for row in rows)
+    scales, few = _methods(methods), len(num_points) <= MAX_BANDS
     picked = alt.param(name="picked", value=[])
     is_picked = "indexof(picked, datum.method) >= 0"
     is_forward = f"length(picked) == 0 || {is_picked}"
@@ -355,14 +360,21 @@ def _bands(
         ),
     )
     tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
+    opacity = alt.condition(is_forward, alt.value(1.0), alt.value(0.15))
     line = base.mark_line(strokeWidth=2.2).encode(
         y=y,
         color=alt.Color("method:N", scale=scales["colour"], legend=None),
         strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=None),
-        opacity=alt.condition(is_forward, alt.value(1.0), alt.value(0.15)),
+        opacity=opacity,
+    )
+    short = [method for method, number in num_points.items() if number <= MAX_MARKED]
+    dots = (
+        base.transform_filter(alt.FieldOneOfPredicate("method", short))
+        .mark_point(size=28, filled=True)
+        .encode(y=y, fill=fill, opacity=opacity)
     )
     hits = base.mark_point(size=120, opacity=0, filled=True).encode(y=y, fill=fill, tooltip=tooltip)
-    return (band + line + hits).add_params(picked)
+    return (band + line + dots + hits).add_params(picked)
 
 
 def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
@@ -444,7 +456,7 @@ def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     ks = sorted({*powers_up_to(largest), largest})  # every k would not fit
     axis = alt.Axis(title="samples k", values=ks, format="d", grid=False)
     shown = [method for method in methods if any(row["method"] == method for row in rows)]
-    chart = _bands("k:Q", axis, "% of problems", methods, shown, 0.09)
+    chart = _bands("k:Q", axis, "% of problems", methods, rows, 0.09)
     # Doublings of k are equal steps.
     for layer in chart.layer:
         layer.encoding.x.scale = alt.Scale(type="log", base=2, nice=False)

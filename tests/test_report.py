@@ -687,7 +687,21 @@ def test_the_axis_of_repeated_sampling_has_doublings_and_its_end(
     rows = [{"method": "grpo", "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
             for k in range(1, num_samples + 1)]  # fmt: skip
     spec = pass_at_k_chart(rows, ["grpo"], "pass@k")["spec"]
-    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 3
+    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 4
+
+
+def test_the_points_of_a_curve_of_few_are_drawn() -> None:
+    logs = {
+        method: [[{"step": step, "reward_mean": 0.5} for step in range(num_steps)]]
+        for method, num_steps in (("one", 1), ("few", 25), ("many", 26))
+    }
+    (chart,) = learning_charts(logs, list(logs))
+    spec = chart["spec"]
+    (dots,) = [layer["transform"][0]["filter"] for layer in spec["layer"] if "transform" in layer]
+    assert dots == {"field": "method", "oneOf": ["one", "few"]}
+    svg = vl_convert.vegalite_to_svg({**spec, "width": 300})
+    marks = [group.partition("</g>")[0] for group in svg.split("mark-symbol role-mark")[1:]]
+    assert [group.count("<path") for group in marks] == [26, 52]  # drawn, and to be pointed at
 
 
 @pytest.mark.parametrize(("number", "shows_all"), [(4, True), (5, False)])
