@@ -429,6 +429,68 @@ def test_everything_can_be_done_from_the_keyboard(open_page: Open) -> None:
     assert opened.said == []
 
 
+def test_keys_of_one_character_can_be_turned_off_and_stay_off(open_page: Open) -> None:
+    opened = open_page()
+    page = opened.page
+    page.keyboard.press("?")
+    expect(page.locator("#help button")).to_be_focused()
+    page.locator("#keys").uncheck()
+    page.keyboard.press("Escape")
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    shown = page.locator("#problem-id").inner_text()
+    for key in ("j", "t", "?", "/"):
+        page.keyboard.press(key)
+    expect(page.locator("#problem-id")).to_have_text(shown)
+    expect(page.locator("#theme")).to_have_value("auto")
+    expect(page.locator("#help")).to_be_hidden()
+    expect(page.locator("#search")).not_to_be_focused()
+    page.locator("#search").focus()
+    page.keyboard.press("Escape")
+    expect(page.locator("#search")).not_to_be_focused()
+    page.locator("#show-help").click()
+    page.locator("#keys").check()
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    expect(page.locator("#problem-id")).not_to_have_text(shown)
+    assert opened.said == []
+
+
+def test_what_scrolls_can_be_scrolled_from_the_keyboard(open_page: Open) -> None:
+    page = open_page(fragment="#p/m1/test/test-20").page
+    draw_all(page)
+    page.locator("#solution-part summary").click()
+    unreachable = page.evaluate(
+        """() => [...document.querySelectorAll("main *")].filter((item) => item.checkVisibility()
+            && ["auto", "scroll"].includes(getComputedStyle(item).overflowY)
+            && item.tabIndex < 0 && !item.querySelector("[tabindex='0']"))
+            .map((item) => item.outerHTML.slice(0, 100))"""
+    )
+    assert unreachable == []
+
+
+def test_marks_and_pressed_names_differ_where_the_system_sets_all_colours(
+    open_page: Open,
+) -> None:
+    page = open_page().page
+    page.emulate_media(forced_colors="active")
+    look = """item => {
+        const style = getComputedStyle(item);
+        return [style.backgroundColor, style.backgroundImage, style.borderStyle].join();
+    }"""
+    cells = [page.locator(f".legend .cell[data-state={name}]") for name in ("all", "some", "none")]
+    assert len({cell.evaluate(look) for cell in cells}) == 3
+    draw_all(page)
+    grpo, twin = (
+        page.locator(".chart", has_text="pass@k").get_by_role("button", name=name)
+        for name in ("grpo", "twin")
+    )
+    grpo.click()
+    expect(grpo).to_have_attribute("aria-pressed", "true")
+    page.mouse.move(0, 0)
+    assert grpo.evaluate(look) != twin.evaluate(look)
+
+
 def test_a_legend_wraps_and_its_names_are_buttons_that_bring_lines_forward(open_page: Open) -> None:
     opened = open_page(width=360)
     page = opened.page

@@ -683,6 +683,11 @@ function cycle(select) {
   select.dispatchEvent(new Event("change"));
 }
 
+$("keys").checked = storage((kept) => kept.getItem("gsm8k-report-keys")) !== "off";
+$("keys").addEventListener("change", () => {
+  storage((kept) => kept.setItem("gsm8k-report-keys", $("keys").checked ? "on" : "off"));
+});
+
 const KEYS = {
   "/": () => {
     $("search").focus();
@@ -698,7 +703,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   const writing = event.target.closest("input:not([type=checkbox]), select, textarea");
   if (event.key === "Escape" && writing) writing.blur();
-  if (writing || !(event.key in KEYS)) return;
+  if (writing || !(event.key in KEYS) || !$("keys").checked) return;
   event.preventDefault();
   KEYS[event.key]();
 });
