@@ -53,6 +53,7 @@ from gsm8k_core.report import (
     _findings,
     _headline,
     _leads,
+    _learning_note,
     _p_cell,
     _pair_p_values,
     _parent_finding,
@@ -408,7 +409,32 @@ def test_the_ranking_has_numbers_of_seeds_and_every_seed_stands_below_it(page: P
 @pytest.mark.parametrize("memory", [None, 700.0])
 def test_what_peak_memory_is_stands_where_it_is_shown(memory: float | None) -> None:
     row = {"peak_memory_mb_training": None, "peak_memory_mb_generating": memory}
-    assert ("of the whole process" in _cost_note([row])) == (memory is not None)
+    note = _cost_note([{**row, "parent": None, "num_seeds": 1}], has_curves=False)
+    assert ("of the whole process" in note) == (memory is not None)
+
+
+def test_notes_speak_of_what_the_page_shows_alone(
+    page: Page, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    words = squeezed(page.text)
+    told = (
+        "bands go from the smallest to the largest seed. With more",
+        "The bands of pass@k",
+        "the stages that it starts from. All are means over seeds. Generating is",
+        "over seeds and problems; differences are paired by seed and problem.",
+    )
+    for note in told:
+        assert note in words
+    made = make_study(tmp_path, script, num_samples=0)
+    assert script("report").main(report_arguments(made)) == 0
+    assert "pass@k" not in Page(made["output"].read_text(encoding="utf-8")).text
+    subject = subject_of({"base": 50})
+    assert _context(subject).endswith("over seeds and problems.")
+    subject.rows[0]["num_seeds"] = 1
+    assert _context(subject).endswith("over problems alone.")
+    assert _learning_note(subject.study) == "Lines are running means."
+    note = _cost_note(subject.rows, has_curves=False)
+    assert note.startswith("Generating is for one evaluation.") and "pass@k" not in note
 
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
@@ -1157,6 +1183,8 @@ def test_a_study_of_the_base_model_alone_has_a_report(
     assert "base gets 10.0 % of test right" in words
     assert "The study has one method only." in words and "Learning curves" not in words
     assert "p-values are two-sided" not in words
+    for note in ("starts from", "paired by", "means over seeds"):
+        assert note not in words
 
 
 def test_problems_of_a_suite_that_the_study_does_not_have_are_refused(
