@@ -480,6 +480,9 @@ def test_marks_and_pressed_names_differ_where_the_system_sets_all_colours(
     }"""
     cells = [page.locator(f".legend .cell[data-state={name}]") for name in ("all", "some", "none")]
     assert len({cell.evaluate(look) for cell in cells}) == 3
+    edge = "item => getComputedStyle(item).borderLeftWidth"
+    rows = [page.locator("#problems button").nth(place) for place in (0, 1)]
+    assert [row.evaluate(edge) for row in rows] == ["4px", "0px"]  # shown, and not
     draw_all(page)
     grpo, twin = (
         page.locator(".chart", has_text="pass@k").get_by_role("button", name=name)
