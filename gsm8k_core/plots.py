@@ -27,15 +27,19 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
-from gsm8k_core.report_charts import PALETTES
+from gsm8k_core.report_charts import MAX_MARKED, PALETTES
 from gsm8k_core.tables import (
     MAX_BANDS,
+    all_on_gpus,
+    are_far_apart,
     counted,
     has_clusters,
     level_text,
     problems_text,
     read_metrics,
     read_training_logs,
+    round_times,
+    short_time,
     time_unit,
 )
 
@@ -46,7 +50,9 @@ GREEDY, SAMPLED = "#333333", "#858585"  # no colours: these are the methods'
 GREY = "#666666"
 
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere
+    # Ships with matplotlib; texts in an SVG are drawn by its viewer, which may lack the font.
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of about the same width
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.titlelocation": "left",
@@ -244,8 +250,7 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Figure:
         for suite in study.suites
     }
     gpu_time, time = "gpu_seconds_training_with_parents", "train_seconds_with_parents"
-    on_gpus = [bool(row[gpu_time]) for row in rows.values() if row[gpu_time] or row[time]]
-    key, name = (gpu_time, "GPU time") if all(on_gpus) else (time, "Time")
+    key, name = (gpu_time, "GPU time") if all_on_gpus(rows.values()) else (time, "Time")
     trained = [
         method
         for method in study.methods
@@ -323,12 +328,12 @@ def _finish_cost_panel(axes: Axes) -> str:
     axes.yaxis.set_major_formatter(PERCENT)
     # A logarithm where costs are far apart, with room beside the outermost marks.
     costs = [float(np.max(line.get_xdata())) for line in axes.lines if line.get_marker() != "None"]
-    if costs and max(costs) > 10 * min(costs):
+    if are_far_apart(costs):
         axes.set_xscale("log")
         axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
-        axes.xaxis.set_major_locator(FixedLocator(_round_times(min(costs), max(costs))))
+        axes.xaxis.set_major_locator(FixedLocator(round_times(min(costs), max(costs))))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short_time(seconds)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: short_time(seconds)))
     elif costs:
         unit, size = time_unit(max(costs))
         axes.set_xlim(0, max(costs) * 1.15)
@@ -337,24 +342,6 @@ def _finish_cost_panel(axes: Axes) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds / size:g}"))
         return f", {unit}"
     return ""
-
-
-# What people count time in, from a second to a hundred days.
-ROUND_TIMES = (
-    1, 3, 10, 30, 60, 180, 600, 1800, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 72 * 3600,
-    240 * 3600, 720 * 3600, 2400 * 3600,
-)  # fmt: skip
-
-
-def _round_times(low: float, high: float) -> list[float]:
-    return [time for time in ROUND_TIMES if low / 1.6 <= time <= high * 1.6] or [low, high]
-
-
-def _short_time(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 # ------------------------------------------------------------------------------------------- reward
@@ -472,7 +459,7 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, look: Json, has_ban
         return 1
     if key in IN_PERCENT:
         values = 100 * values
-    marker = "o" if len(steps) <= 25 else ""
+    marker = "o" if len(steps) <= MAX_MARKED else ""
     axes.plot(steps, values.mean(axis=0), marker=marker, markersize=3.5, **look)
     if has_band and len(values) > 1:
         axes.fill_between(
@@ -487,8 +474,8 @@ def _curve(axes: Axes, runs: Sequence[list[Json]], key: str, look: Json, has_ban
 
 
 def _look(index: int) -> Json:
-    """Colour and dash of a line: as many combinations as anybody can tell apart."""
-    style = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+    """Colour and dash of a line: 28 combinations, and neighbours differ in both."""
+    style = LINE_STYLES[index % len(LINE_STYLES)]
     return {"color": PALETTE[index % len(PALETTE)], "linestyle": style, "linewidth": 1.8}
 
 

@@ -56,6 +56,7 @@ from gsm8k_core.tables import (
     MEASURES,
     PASS_AT_1_NOTE,
     Cell,
+    all_on_gpus,
     compared_by_pass_at_1,
     counted,
     difference,
@@ -69,7 +70,6 @@ from gsm8k_core.tables import (
     read_comparison,
     read_pass_at_k,
     read_training_logs,
-    time_unit,
 )
 
 PairPValues = dict[tuple[str, str, str], float | None]
@@ -191,7 +191,7 @@ def _render(
         views=views,
         charts=charts,
         learning=learning,
-        bands_note=BANDS_NOTE,
+        learning_note=_learning_note(study),
         provenance=provenance,
         records=[(name, Markup(record)) for name, record in records],
         data=Markup(json_for_script(data)),
@@ -304,6 +304,7 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
     leads = _leads(subject, p_values)
     decoding = _compared_decoding(subject)
     pairs = _pairs(subject, graded.answers(decoding))
+    sampling = _sampling_charts(subject)
     return {
         "model": subject.model,
         "suite": subject.suite,
@@ -319,7 +320,7 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
         "table_note": _table_note(subject),
         "compared": _compared(subject),
         "ranked": [methods.index(row["method"]) for row in rows],
-        "cost_note": _cost_note(rows),
+        "cost_note": _cost_note(rows, bool(sampling)),
         "agreement_note": (
             "The answer is what the grade that counts has read, compared as an exact number. "
             "Seeds are compared with the same seed of the other method, and shares are means over "
@@ -337,14 +338,13 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
             "accuracy": _add(charts, [_accuracy_chart(subject)])[0],
             "differences": _add(charts, _difference_charts(subject)),
             "cost": _add(charts, _cost_charts(subject)),
-            "sampling": _add(charts, _sampling_charts(subject)),
+            "sampling": _add(charts, sampling),
             "length": _add(charts, [_length_chart(subject, graded)])[0],
             "truncation": _add(charts, [_truncation_chart(subject, graded)])[0],
             "agreement": _add(
                 charts, agreement_charts(_both_ways(pairs), methods) if pairs else []
             ),
         },
-        "rows": rows,
     }
 
 
@@ -401,14 +401,16 @@ def _context(subject: Subject) -> str:
     level = level_text(subject.study.confidence)
     sizes = row["num_problems"], row.get("num_clusters")
     drawn = "clusters" if has_clusters(*sizes) else "problems"
-    over = f"over seeds and {drawn}; differences are paired by seed and problem."
+    over, pairs = f"over seeds and {drawn}", "seed and problem"
     if max(seeds) == 1:
-        over = f"over {drawn} alone; differences are paired by problem."
+        over, pairs = f"over {drawn} alone", "problem"
+    if len(subject.rows) > 1:
+        over += f"; differences are paired by {pairs}"
     return (
         f"{subject.model}, {problems_text(*sizes)}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
         f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
-        + over
+        f"{over}."
     )
 
 
@@ -469,8 +471,12 @@ def _difference(subject: Subject, a: str, b: str) -> Difference:
 def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
     """Sentences, most accurate method first, each with how sure it is."""
     findings = []
-    best = subject.rows[0]
-    if leads and leads[0].other != best["parent"] and best["parent"] is not None:
+    # What one of the first two was trained from is told of with its child.
+    related = any(
+        row["parent"] == other["method"]
+        for row, other in itertools.permutations(subject.rows[:2], 2)
+    )
+    if leads and not related:
         findings.append(_lead_finding(subject, leads))
     for row in subject.rows:
         if row["parent"] is not None and row["delta_vs_parent"] is not None:
@@ -757,19 +763,39 @@ def _table_note(subject: Subject) -> str:
     return " ".join(notes)
 
 
-def _cost_note(rows: list[Json]) -> str:
-    note = (
-        "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
-        "the charts add the stages that it starts from. All are means over seeds. Generating "
-        "is for one evaluation. Times are of the machines that ran: compare them within a "
-        "study only. "
+def _learning_note(study: Comparison) -> str:
+    if len(study.seeds) == 1:
+        return "Lines are running means."
+    return (
+        "Lines are means over seeds of a running mean, bands go from the smallest to the largest "
+        f"seed. {BANDS_NOTE}"
+    )
+
+
+def _cost_note(rows: list[Json], has_curves: bool) -> str:
+    """What the table and charts of cost show; `has_curves`: those of pass@k are among them."""
+    notes = []
+    if any(row["parent"] is not None for row in rows):
+        notes.append(
+            "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
+            "the charts add the stages that it starts from."
+        )
+    if any(row["num_seeds"] > 1 for row in rows):
+        notes.append("All are means over seeds.")
+    notes.append(
+        "Generating is for one evaluation. Times are of the machines that ran: compare them within "
+        "a study only."
     )
     memory = ("peak_memory_mb_training", "peak_memory_mb_generating")
     if any(row[name] is not None for row in rows for name in memory):
-        note += (
-            "Peak memory on a CPU is that of the whole process, on a GPU what torch had allocated. "
+        notes.append(
+            "Peak memory on a CPU is that of the whole process, on a GPU what torch had allocated."
         )
-    return f"{note}The bands of pass@k and maj@k are their intervals, as in the table. {BANDS_NOTE}"
+    if has_curves:
+        notes.append(
+            f"The bands of pass@k and maj@k are their intervals, as in the table. {BANDS_NOTE}"
+        )
+    return " ".join(notes)
 
 
 def _cost_table(subject: Subject) -> Json:
@@ -872,13 +898,14 @@ def _cost_charts(subject: Subject) -> list[Json]:
         values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
-        unit, seconds = time_unit(max(value for value in values if value is not None))
+        if name.startswith("gpu_") and not all_on_gpus(subject.rows):
+            continue
         rows = [
-            {"method": row["method"], "cost": round(row[name] / seconds, 4)}
+            {"method": row["method"], "seconds": row[name]}
             | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
             for row in subject.rows
         ]
-        charts.append(cost_chart(rows, subject.study.methods, title, f"{axis}, {unit}"))
+        charts.append(cost_chart(rows, subject.study.methods, title, axis))
     return charts
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from gsm8k_core.files import Json
 from gsm8k_core.metrics import powers_up_to, smoothed_curve
-from gsm8k_core.tables import MAX_BANDS
+from gsm8k_core.tables import MAX_BANDS, are_far_apart, round_times, short_time, time_unit
 
 # From the hues of Okabe and Ito (2008), moved until each has a contrast of 3:1 or more to the page
 # and every two keep a distance of 15 or more (CIE76) under every common colour blindness (tested).
@@ -36,6 +37,8 @@ OPACITY = {"right": 0.6, "wrong": 0.08}
 SIGNED = "(datum.value > 0 ? '+' : '') + datum.label"
 MAX_POINTS = 120
 """Points of a learning curve; more cannot be seen."""
+MAX_MARKED = 25
+"""Points of a curve that are drawn as such, here and in the figures."""
 LINE_LENGTH = 22
 """Characters in a line of a name beside a chart."""
 MAX_SQUEEZED = 6
@@ -114,7 +117,6 @@ def _finish(
     rows: list[Json],
     title: str,
     height: int,
-    axes: tuple[str, str],
     step: int | None = None,
     legend: list[Json] | None = None,
     picks: bool = False,
@@ -135,8 +137,6 @@ def _finish(
     spec.pop("$schema", None)
     return {
         "title": title,
-        "x": axes[0],
-        "y": axes[1],
         "scrolls": step is not None,
         "legend": legend or [],
         "picks": picks,
@@ -230,7 +230,6 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
         rows,
         f"{title}; small ticks are single seeds" if seeds else title,
         height,
-        ("right answers", "method"),
     )
 
 
@@ -270,7 +269,7 @@ def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
         tooltip=tooltip,
     )
     height = 26 + _step(labels, 34) * len(rows)
-    return _finish(zero + intervals + points, rows, title, height, ("points", "comparison"))
+    return _finish(zero + intervals + points, rows, title, height)
 
 
 def _difference_lines(label: str) -> list[str]:
@@ -329,20 +328,21 @@ def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json
     present = {row["method"] for row in rows}
     shown = [method for method in methods if method in present]
     x_axis = alt.Axis(title="training step", grid=False, tickCount=6, tickMinStep=1)
-    chart = _bands("x:Q", x_axis, axis, methods, shown, 0.16)
+    chart = _bands("x:Q", x_axis, axis, methods, rows, 0.16)
     legend = _legend(methods, shown, "dash")
-    axes = ("training step", axis)
-    return _finish(chart, rows, title, 210, axes, legend=legend, picks=True)
+    return _finish(chart, rows, title, 210, legend=legend, picks=True)
 
 
 def _bands(
-    x: str, x_axis: Any, y_title: str, methods: list[str], shown: list[str], band_opacity: float
+    x: str, x_axis: Any, y_title: str, methods: list[str], rows: list[Json], band_opacity: float
 ) -> Any:
     """Lines with bands; the page's legend says which are `picked`, and so brought forward.
 
-    With many methods a band is to be seen only once its method is picked.
+    With many methods a band is to be seen only once its method is picked. Lines of few points show
+    them: of one point there is no line.
     """
-    scales, few = _methods(methods), len(shown) <= MAX_BANDS
+    num_points = Counter(row["method"] for row in rows)
+    scales, few = _methods(methods), len(num_points) <= MAX_BANDS
     picked = alt.param(name="picked", value=[])
     is_picked = "indexof(picked, datum.method) >= 0"
     is_forward = f"length(picked) == 0 || {is_picked}"
@@ -360,25 +360,35 @@ def _bands(
         ),
     )
     tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
+    opacity = alt.condition(is_forward, alt.value(1.0), alt.value(0.15))
     line = base.mark_line(strokeWidth=2.2).encode(
         y=y,
         color=alt.Color("method:N", scale=scales["colour"], legend=None),
         strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=None),
-        opacity=alt.condition(is_forward, alt.value(1.0), alt.value(0.15)),
+        opacity=opacity,
+    )
+    short = [method for method, number in num_points.items() if number <= MAX_MARKED]
+    dots = (
+        base.transform_filter(alt.FieldOneOfPredicate("method", short))
+        .mark_point(size=28, filled=True)
+        .encode(y=y, fill=fill, opacity=opacity)
     )
     hits = base.mark_point(size=120, opacity=0, filled=True).encode(y=y, fill=fill, tooltip=tooltip)
-    return (band + line + hits).add_params(picked)
+    return (band + line + dots + hits).add_params(picked)
 
 
 def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
-    """Accuracy against cost; `rows`: method, cost, mean, low, high."""
+    """Accuracy against training time; `rows`: method, seconds, mean, low, high."""
     scales = _methods(methods)
-    largest = max(row["cost"] for row in rows) or 1.0
-    x = alt.X(
-        "cost:Q",
-        axis=alt.Axis(title=axis, grid=False, values=_ticks(largest)),
-        scale=alt.Scale(domain=[-0.03 * largest, 1.05 * largest], nice=False),
-    )
+    seconds = [row["seconds"] for row in rows]
+    unit, size = time_unit(max(seconds))
+    rows = [
+        {"method": row["method"], "cost": float(f"{row['seconds'] / size:.5g}")}
+        | {name: row[name] for name in ("mean", "low", "high")}
+        for row in rows
+    ]
+    x = _cost_axis(seconds, axis)
+    axis = f"{axis}, {unit}"
     base = alt.Chart().encode(x=x, color=alt.Color("method:N", scale=scales["colour"], legend=None))
     y_axis = _percent("right answers")
     y_scale = alt.Scale(zero=False, padding=14)
@@ -390,13 +400,45 @@ def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> J
         shape=alt.Shape("method:N", scale=scales["shape"], legend=None),
         tooltip=[
             "method:N",
-            alt.Tooltip("cost:Q", title=axis, format=",.1f"),
+            alt.Tooltip("cost:Q", title=axis, format=",.4~r"),
             *_interval_tooltip("accuracy %"),
         ],
     )
     # Names beside the points would cover each other where methods cost and get alike.
     legend = _legend(methods, [row["method"] for row in rows], "shape")
-    return _finish(intervals + points, rows, title, 280, (axis, "right answers"), legend=legend)
+    return _finish(intervals + points, rows, title, 280, legend=legend)
+
+
+def _cost_axis(seconds: list[float], title: str) -> Any:
+    """Times, in the unit of the longest; on a logarithm that has room for 0 where far apart."""
+    unit, size = time_unit(max(seconds))
+    largest, paid = max(seconds) / size, [time / size for time in seconds if time]
+    if not are_far_apart(paid):
+        return alt.X(
+            "cost:Q",
+            axis=alt.Axis(title=f"{title}, {unit}", grid=False, values=_ticks(largest)),
+            scale=alt.Scale(domain=[-0.03 * largest, 1.05 * largest], nice=False),
+        )
+    # Such a scale shows log(1 + cost / constant): the same room beside the marks as above.
+    constant = min(paid)
+    width = np.log1p(largest / constant)
+    first, last = (constant * float(np.expm1(share * width)) for share in (0.03, 1.05))
+    times = [
+        time for time in round_times(min(paid) * size, max(paid) * size) if time <= last * size
+    ]
+    values, labels = [time / size for time in times], [short_time(time) for time in times]
+    if min(seconds) == 0:
+        values, labels = [0.0, *values], ["0", *labels]
+    return alt.X(
+        "cost:Q",
+        axis=alt.Axis(
+            title=title,
+            grid=False,
+            values=values,
+            labelExpr=f"({json.dumps(labels)})[indexof({json.dumps(values)}, datum.value)]",
+        ),
+        scale=alt.Scale(type="symlog", constant=constant, domain=[-first, last], nice=False),
+    )
 
 
 def _ticks(largest: float, smallest: float = 0.0) -> list[float]:
@@ -414,13 +456,12 @@ def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     ks = sorted({*powers_up_to(largest), largest})  # every k would not fit
     axis = alt.Axis(title="samples k", values=ks, format="d", grid=False)
     shown = [method for method in methods if any(row["method"] == method for row in rows)]
-    chart = _bands("k:Q", axis, "% of problems", methods, shown, 0.09)
+    chart = _bands("k:Q", axis, "% of problems", methods, rows, 0.09)
     # Doublings of k are equal steps.
     for layer in chart.layer:
         layer.encoding.x.scale = alt.Scale(type="log", base=2, nice=False)
     legend = _legend(methods, shown, "dash")
-    axes = ("samples k", "% of problems")
-    return _finish(chart, rows, title, 270, axes, legend=legend, picks=True)
+    return _finish(chart, rows, title, 270, legend=legend, picks=True)
 
 
 def length_chart(rows: list[Json], methods: list[str]) -> Json:
@@ -467,7 +508,7 @@ def length_chart(rows: list[Json], methods: list[str]) -> Json:
         "Length of completions that are right (filled) and wrong (hollow): 5 to 95 %, quartiles, "
         "median, and how many they are"
     )
-    return _finish(whole + middle + median + number, rows, title, height, ("tokens", "method"))
+    return _finish(whole + middle + median + number, rows, title, height)
 
 
 def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
@@ -488,7 +529,7 @@ def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
     shares = base.mark_text(align="left", dx=5).encode(text=alt.Text("label:N"))
     title = "Completions cut off at the token limit"
     height = 40 + _step(labels, 28) * len(rows)
-    return _finish(bars + shares, rows, title, height, ("share", "method"))
+    return _finish(bars + shares, rows, title, height)
 
 
 def agreement_charts(rows: list[Json], methods: list[str]) -> list[Json]:
@@ -548,4 +589,4 @@ def _pair_chart(
     text = base.mark_text(fontSize=13).encode(text=alt.Text(f"{shown}:Q", format=".1f"))
     step = None if len(methods) <= MAX_SQUEEZED else PAIR_STEP
     height = 40 + _step(labels, 40) * len(methods)
-    return _finish(cells + text, rows, title, height, ("column", "row"), step)
+    return _finish(cells + text, rows, title, height, step)

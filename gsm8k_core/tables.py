@@ -929,6 +929,39 @@ def time_unit(seconds: float) -> tuple[str, float]:
     return ("minutes", 60.0) if seconds < 10800 else ("hours", 3600.0)
 
 
+def are_far_apart(costs: Sequence[float]) -> bool:
+    """Whether costs, none of them 0, are to stand on a logarithm."""
+    return bool(costs) and max(costs) > 10 * min(costs)
+
+
+# What people count time in, from a second to a hundred days.
+ROUND_TIMES = (
+    1, 3, 10, 30, 60, 180, 600, 1800, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 72 * 3600,
+    240 * 3600, 720 * 3600, 2400 * 3600,
+)  # fmt: skip
+
+
+def round_times(low: float, high: float) -> list[float]:
+    """Ticks of a logarithm of times, in seconds."""
+    return [time for time in ROUND_TIMES if low / 1.6 <= time <= high * 1.6] or [low, high]
+
+
+def short_time(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def all_on_gpus(rows: Iterable[Json]) -> bool:
+    """Whether all that trains has GPU time: on its axis, what has none would seem to cost nothing.
+
+    `rows` are of a comparison.
+    """
+    gpu_time, time = "gpu_seconds_training_with_parents", "train_seconds_with_parents"
+    return all(row[gpu_time] for row in rows if row[gpu_time] or row[time])
+
+
 def _count(number: float | None) -> str:
     if number is None:
         return ""

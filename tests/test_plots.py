@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -460,6 +461,21 @@ def test_the_same_spot_is_the_same_accuracy_in_all_panels(tmp_path: Path) -> Non
 def test_every_row_of_accuracies_has_its_numbers_below_it(tmp_path: Path) -> None:
     texts = texts_of(plot_accuracy(STUDY, tmp_path, write_runs(tmp_path, REWARDS)))
     assert len([text for text, _ in texts if text == "40 %"]) == 4
+
+
+def test_texts_of_an_svg_are_sans_serif_where_its_viewer_lacks_the_font(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    figure = plot_accuracy(STUDY, tmp_path, write_runs(tmp_path, REWARDS))
+    save_figure(figure, tmp_path, "accuracy")
+    svg = (tmp_path / "accuracy.svg").read_text(encoding="utf-8")
+    fonts = set(re.findall(r'font-family: ([^;"]*)', svg))
+    assert fonts == {"'DejaVu Sans', 'Verdana', sans-serif"}
+    assert "findfont" not in caplog.text
+
+
+def test_lines_of_the_first_methods_differ_in_more_than_colour() -> None:
+    assert len({_look(number)["linestyle"] for number in range(4)}) == 4
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:

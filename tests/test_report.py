@@ -46,12 +46,14 @@ from gsm8k_core.report import (
     Lead,
     Subject,
     _context,
+    _cost_charts,
     _cost_note,
     _difference,
     _difference_point,
     _findings,
     _headline,
     _leads,
+    _learning_note,
     _p_cell,
     _pair_p_values,
     _parent_finding,
@@ -355,6 +357,29 @@ def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     assert "over seeds and problems; differences are paired by seed and" in _context(subject)
 
 
+@pytest.mark.parametrize(
+    ("right", "parents", "first"),
+    [
+        # The runner-up is the first one's child, its parent, or the base model's grandchild.
+        ({"sft": 60, "grpo": 50, "base": 10}, {"grpo": "sft"}, "grpo does worse than sft"),
+        ({"grpo": 60, "sft": 50, "base": 10}, {"grpo": "sft"}, "grpo beats sft"),
+        ({"base": 60, "grpo": 50, "sft": 10}, {"grpo": "sft"}, "base beats grpo"),
+    ],
+)
+def test_the_lead_over_the_runner_up_is_told_once(
+    right: dict[str, int], parents: dict[str, str], first: str
+) -> None:
+    subject = subject_of(right, **dict.fromkeys(set(right) - {"base"}, 1e-9))
+    for row in subject.rows:
+        row["parent"] = parents.get(row["method"], row["parent"])
+        if row["delta_vs_parent"] is not None and row["parent"] is not None:
+            row["delta_vs_parent"] = (right[row["method"]] - right[row["parent"]]) / 100
+    best, second, *_ = right
+    texts = [re.sub("<.*?>", "", str(one["text"])) for one in _findings(subject, leads_of(subject))]
+    told = [text for text in texts if {best, second} <= set(text.split(" by ")[0].split())]
+    assert len(told) == 1 and told[0].startswith(first)
+
+
 def test_methods_that_are_equal_are_called_so() -> None:
     for num_right, wanted in (
         ({"dpo": 50, "grpo": 50, "sft": 50}, "dpo, grpo and sft are equal: 50.0"),
@@ -388,7 +413,32 @@ def test_the_ranking_has_numbers_of_seeds_and_every_seed_stands_below_it(page: P
 @pytest.mark.parametrize("memory", [None, 700.0])
 def test_what_peak_memory_is_stands_where_it_is_shown(memory: float | None) -> None:
     row = {"peak_memory_mb_training": None, "peak_memory_mb_generating": memory}
-    assert ("of the whole process" in _cost_note([row])) == (memory is not None)
+    note = _cost_note([{**row, "parent": None, "num_seeds": 1}], has_curves=False)
+    assert ("of the whole process" in note) == (memory is not None)
+
+
+def test_notes_speak_of_what_the_page_shows_alone(
+    page: Page, script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    words = squeezed(page.text)
+    told = (
+        "bands go from the smallest to the largest seed. With more",
+        "The bands of pass@k",
+        "the stages that it starts from. All are means over seeds. Generating is",
+        "over seeds and problems; differences are paired by seed and problem.",
+    )
+    for note in told:
+        assert note in words
+    made = make_study(tmp_path, script, num_samples=0)
+    assert script("report").main(report_arguments(made)) == 0
+    assert "pass@k" not in Page(made["output"].read_text(encoding="utf-8")).text
+    subject = subject_of({"base": 50})
+    assert _context(subject).endswith("over seeds and problems.")
+    subject.rows[0]["num_seeds"] = 1
+    assert _context(subject).endswith("over problems alone.")
+    assert _learning_note(subject.study) == "Lines are running means."
+    note = _cost_note(subject.rows, has_curves=False)
+    assert note.startswith("Generating is for one evaluation.") and "pass@k" not in note
 
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
@@ -667,7 +717,21 @@ def test_the_axis_of_repeated_sampling_has_doublings_and_its_end(
     rows = [{"method": "grpo", "k": k, "mean": 1.0, "low": 0.5, "high": 2.0}
             for k in range(1, num_samples + 1)]  # fmt: skip
     spec = pass_at_k_chart(rows, ["grpo"], "pass@k")["spec"]
-    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 3
+    assert [layer["encoding"]["x"]["axis"]["values"] for layer in spec["layer"]] == [ticks] * 4
+
+
+def test_the_points_of_a_curve_of_few_are_drawn() -> None:
+    logs = {
+        method: [[{"step": step, "reward_mean": 0.5} for step in range(num_steps)]]
+        for method, num_steps in (("one", 1), ("few", 25), ("many", 26))
+    }
+    (chart,) = learning_charts(logs, list(logs))
+    spec = chart["spec"]
+    (dots,) = [layer["transform"][0]["filter"] for layer in spec["layer"] if "transform" in layer]
+    assert dots == {"field": "method", "oneOf": ["one", "few"]}
+    svg = vl_convert.vegalite_to_svg({**spec, "width": 300})
+    marks = [group.partition("</g>")[0] for group in svg.split("mark-symbol role-mark")[1:]]
+    assert [group.count("<path") for group in marks] == [26, 52]  # drawn, and to be pointed at
 
 
 @pytest.mark.parametrize(("number", "shows_all"), [(4, True), (5, False)])
@@ -723,6 +787,43 @@ def test_the_axis_of_differences_has_a_zero(low: float, high: float, ticks: list
     assert axis["values"] == ticks and axis["labelOverlap"] is False
 
 
+def cost_charts_of(**costs: tuple[float, float]) -> list[Any]:
+    """Of methods with seconds of training and of GPUs, both with their parents."""
+    subject = subject_of(dict.fromkeys(costs, 50))
+    for row in subject.rows:
+        row |= {"accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6}
+        row["train_seconds_with_parents"] = costs[row["method"]][0]
+        row["gpu_seconds_training_with_parents"] = costs[row["method"]][1]
+    return _cost_charts(subject)
+
+
+def test_costs_far_apart_stand_on_a_logarithm_that_has_a_zero() -> None:
+    for longest, scale in ((600.0, None), (36_000.0, "symlog")):
+        (chart,) = cost_charts_of(base=(0.0, 0.0), sft=(60.0, 0.0), grpo=(longest, 0.0))
+        x = chart["spec"]["layer"][0]["encoding"]["x"]
+        assert x["scale"].get("type") == scale
+    # Beyond the scale's constant a tenfold time is a step of the same width.
+    assert x["scale"]["constant"] == pytest.approx(1 / 60)
+    assert x["scale"]["domain"][0] < 0 < 10 < x["scale"]["domain"][1]
+    hours = [0, *(time / 3600 for time in (60, 180, 600, 1800, 3600, 10_800, 36_000))]
+    assert x["axis"]["values"] == pytest.approx(hours)
+    for label in ("0", "1 min", "30 min", "10 h"):
+        assert f'"{label}"' in x["axis"]["labelExpr"]
+    rows = chart["spec"]["data"]["values"]
+    assert [row["cost"] for row in rows] == pytest.approx([0, 1 / 60, 10], rel=1e-4)
+
+
+def test_gpu_time_is_drawn_where_all_that_trains_has_some() -> None:
+    titles = [
+        [chart["title"] for chart in cost_charts_of(base=(0.0, 0.0), sft=sft, grpo=(90.0, 90.0))]
+        for sft in ((60.0, 60.0), (60.0, 0.0))
+    ]
+    assert titles == [
+        ["Accuracy against training time", "Accuracy against GPU time"],
+        ["Accuracy against training time"],
+    ]
+
+
 def test_a_chart_of_one_seed_a_method_has_no_layer_of_seeds() -> None:
     row = {"method": "a", "decoding": "greedy", "mean": 1.0, "low": 0.5, "high": 2.0}
     seed = {"method": "a", "decoding": "greedy", "seed": 0, "value": 1.0}
@@ -761,7 +862,8 @@ def test_a_method_is_drawn_by_its_answers_else_its_reward_its_margin_or_its_loss
         ("sft", 3.0),
         ("dpo", 2.0),
     ]
-    assert [chart["y"] for chart in charts] == [
+    ys = [chart["spec"]["layer"][1]["encoding"]["y"] for chart in charts]
+    assert [y["title"] for y in ys] == [
         "% right", "mean reward of a step", "nats a token", "margin (DPO)",
     ]  # fmt: skip
 
@@ -1090,6 +1192,8 @@ def test_a_study_of_the_base_model_alone_has_a_report(
     assert "base gets 10.0 % of test right" in words
     assert "The study has one method only." in words and "Learning curves" not in words
     assert "p-values are two-sided" not in words
+    for note in ("starts from", "paired by", "means over seeds"):
+        assert note not in words
 
 
 def test_problems_of_a_suite_that_the_study_does_not_have_are_refused(

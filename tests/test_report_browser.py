@@ -455,6 +455,71 @@ def test_everything_can_be_done_from_the_keyboard(open_page: Open) -> None:
     assert opened.said == []
 
 
+def test_keys_of_one_character_can_be_turned_off_and_stay_off(open_page: Open) -> None:
+    opened = open_page()
+    page = opened.page
+    page.keyboard.press("?")
+    expect(page.locator("#help button")).to_be_focused()
+    page.locator("#keys").uncheck()
+    page.keyboard.press("Escape")
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    shown = page.locator("#problem-id").inner_text()
+    for key in ("j", "t", "?", "/"):
+        page.keyboard.press(key)
+    expect(page.locator("#problem-id")).to_have_text(shown)
+    expect(page.locator("#theme")).to_have_value("auto")
+    expect(page.locator("#help")).to_be_hidden()
+    expect(page.locator("#search")).not_to_be_focused()
+    page.locator("#search").focus()
+    page.keyboard.press("Escape")
+    expect(page.locator("#search")).not_to_be_focused()
+    page.locator("#show-help").click()
+    page.locator("#keys").check()
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    expect(page.locator("#problem-id")).not_to_have_text(shown)
+    assert opened.said == []
+
+
+def test_what_scrolls_can_be_scrolled_from_the_keyboard(open_page: Open) -> None:
+    page = open_page(fragment="#p/m1/test/test-20").page
+    draw_all(page)
+    page.locator("#solution-part summary").click()
+    unreachable = page.evaluate(
+        """() => [...document.querySelectorAll("main *")].filter((item) => item.checkVisibility()
+            && ["auto", "scroll"].includes(getComputedStyle(item).overflowY)
+            && item.tabIndex < 0 && !item.querySelector("[tabindex='0']"))
+            .map((item) => item.outerHTML.slice(0, 100))"""
+    )
+    assert unreachable == []
+
+
+def test_marks_and_pressed_names_differ_where_the_system_sets_all_colours(
+    open_page: Open,
+) -> None:
+    page = open_page().page
+    page.emulate_media(forced_colors="active")
+    look = """item => {
+        const style = getComputedStyle(item);
+        return [style.backgroundColor, style.backgroundImage, style.borderStyle].join();
+    }"""
+    cells = [page.locator(f".legend .cell[data-state={name}]") for name in ("all", "some", "none")]
+    assert len({cell.evaluate(look) for cell in cells}) == 3
+    edge = "item => getComputedStyle(item).borderLeftWidth"
+    rows = [page.locator("#problems button").nth(place) for place in (0, 1)]
+    assert [row.evaluate(edge) for row in rows] == ["4px", "0px"]  # shown, and not
+    draw_all(page)
+    grpo, twin = (
+        page.locator(".chart", has_text="pass@k").get_by_role("button", name=name)
+        for name in ("grpo", "twin")
+    )
+    grpo.click()
+    expect(grpo).to_have_attribute("aria-pressed", "true")
+    page.mouse.move(0, 0)
+    assert grpo.evaluate(look) != twin.evaluate(look)
+
+
 def test_a_legend_wraps_and_its_names_are_buttons_that_bring_lines_forward(open_page: Open) -> None:
     opened = open_page(width=360)
     page = opened.page
@@ -657,6 +722,28 @@ def test_views_of_models_and_suites_can_be_changed_and_linked_to(
     expect(page.locator("#missing")).to_have_text("This page holds no m3 on test.")
     page.locator("[data-show-view='0']").click()
     expect(page.locator("#answer [data-view='0'] svg").first).to_be_visible()
+    page.close()
+
+
+@pytest.mark.parametrize("way", ["link to a view", "link to this view", "select", "row", "key"])
+def test_what_the_page_does_not_hold_is_forgotten_once_something_else_is_shown(
+    chromium: Browser, report_of_two_models: Path, way: str
+) -> None:
+    page = chromium.new_page()
+    page.goto(f"{report_of_two_models.as_uri()}#p/m1/test/test-999")
+    expect(page.locator("#missing")).to_contain_text("holds no problem “test-999”")
+    match way:
+        case "link to a view":
+            page.locator("[data-show-view='1']").click()
+        case "link to this view":
+            page.locator("[data-show-view='0']").click()
+        case "select":
+            page.select_option("#view", "1")
+        case "row":
+            page.locator("#problems button").nth(3).click()
+        case "key":
+            page.keyboard.press("j")
+    expect(page.locator("#missing")).to_be_hidden()
     page.close()
 
 

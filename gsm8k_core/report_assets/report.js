@@ -190,6 +190,7 @@ let shownMethods = new Set();
 /** Show a view; `link`: the address follows to its first problem. */
 function showView(number, link = false) {
   view = number;
+  $("missing").hidden = true;
   $("view").value = String(number);
   hideOtherViews();
   for (const chosen of document.querySelectorAll("[data-show-view]")) {
@@ -201,6 +202,7 @@ function showView(number, link = false) {
 
 /** Show a view and go to its heading, to which its link leads. */
 function goToView(number) {
+  $("missing").hidden = true;
   if (number !== view) showView(number);
   const heading = document.querySelector(`#answer [data-view="${number}"] h2`);
   heading?.scrollIntoView({ behavior: "instant" });
@@ -447,6 +449,7 @@ function selectProblem(place, { link = true, focus = false } = {}) {
 
 function move(by, focus = false) {
   if (!listed.length) return;
+  $("missing").hidden = true;
   const at = listed.indexOf(current);
   const next = at < 0 ? 0 : Math.min(Math.max(at + by, 0), listed.length - 1);
   selectProblem(listed[next], { focus });
@@ -634,6 +637,7 @@ addEventListener("hashchange", followFragment);
 $("problems").addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
+  $("missing").hidden = true;
   selectProblem(Number(button.dataset.place));
   if (matchMedia("(max-width: 899px)").matches) $("detail").scrollIntoView();
 });
@@ -679,6 +683,11 @@ function cycle(select) {
   select.dispatchEvent(new Event("change"));
 }
 
+$("keys").checked = storage((kept) => kept.getItem("gsm8k-report-keys")) !== "off";
+$("keys").addEventListener("change", () => {
+  storage((kept) => kept.setItem("gsm8k-report-keys", $("keys").checked ? "on" : "off"));
+});
+
 const KEYS = {
   "/": () => {
     $("search").focus();
@@ -694,7 +703,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   const writing = event.target.closest("input:not([type=checkbox]), select, textarea");
   if (event.key === "Escape" && writing) writing.blur();
-  if (writing || !(event.key in KEYS)) return;
+  if (writing || !(event.key in KEYS) || !$("keys").checked) return;
   event.preventDefault();
   KEYS[event.key]();
 });
