@@ -109,6 +109,14 @@ def test_machine_code_of_other_gpus_becomes_zeros_and_nothing_else_changes() -> 
     assert slim.keep_architecture(bytearray(b"no code at all"), 90) == 0
 
 
+def test_a_pack_for_a_gpu_whose_files_are_left_out_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        pack.main([str(tmp_path / "pack"), "--vllm", "--architecture", "80"])
+    assert "--architecture: invalid choice: 80" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("xz") is None, reason="the environment travels compressed by xz")
 def test_an_environment_arrives_and_finds_the_machine_s_cuda_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
