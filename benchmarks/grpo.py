@@ -145,7 +145,8 @@ def our_side(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     turns = Turns()
-    of_run = TrainingRun.steps_after
+    of_run, end_step = TrainingRun.steps_after, TrainingRun.end_step
+    with_gradient = 0.0
 
     def steps_after(run: TrainingRun, steps_done: int, what: str) -> Any:
         """The loop's own steps, each begun at our turn; one ends where the next begins."""
@@ -160,9 +161,16 @@ def our_side(args: argparse.Namespace) -> None:
             turns.tell(
                 tokens=run.progress["num_tokens"] - tokens_before,
                 updates=run.progress["num_updates_done"],
+                with_gradient=with_gradient,
                 peak_mb=peak_memory_mb(torch.device(args.device)),
             )
 
+    def end_step_and_note(run: TrainingRun, step: int, row: Any, **others: Any) -> None:
+        nonlocal with_gradient
+        with_gradient = 1.0 - row["fraction_equal_reward_groups"]
+        end_step(run, step, row, **others)
+
+    TrainingRun.end_step = end_step_and_note  # type: ignore[method-assign, assignment]
     TrainingRun.steps_after = steps_after  # type: ignore[method-assign, assignment]
     train_grpo.main(
         ["--settings", dump(run_settings(args)), "--starting-model", str(args.model),
@@ -443,6 +451,11 @@ def main(argv: list[str] | None = None) -> int:
             f"| {side.name} | {spread(seconds, 3)} | {ratio} | {of_cpu} | {tokens:.0f} "
             f"| {side.turns[-1]['peak_mb']} | {side.seconds_to_start:.1f} |\n"
         )
+    with_gradient = statistics.mean(turn["with_gradient"] for turn in ours.turns)
+    sys.stdout.write(
+        f"{with_gradient:.0%} of our groups had rewards that differ; the others have no gradient, "
+        "and ours makes no backward pass for them\n"
+    )
     updates = [[turn["updates"] for turn in side.turns] for side in sides]
     tokens_of = [[turn["tokens"] for turn in side.turns] for side in sides]
     if not error <= LARGEST_ERROR[args.dtype]:

@@ -188,8 +188,8 @@ def _memory_advice(error: RuntimeError) -> str:
     return (
         f"out of memory ({said}): lower tokens_per_microbatch (or, if it was generating, "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
-        "vllm.rollout_gpu_memory_fraction. The run resumes from its last checkpoint, and finished "
-        "ones stay as they are. "
+        "vllm.rollout_gpu_memory_fraction (or vllm.kv_cache_gib, where it is set). The run resumes "
+        "from its last checkpoint, and finished ones stay as they are. "
         "Weights, gradients and AdamW's moments alone take 16 bytes per parameter: if these do "
         "not fit, set lora, or more gpus"
     )

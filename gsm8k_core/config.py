@@ -394,7 +394,7 @@ class LoraSettings(Settings):
     dropout: FractionBelow1 = 0.0
     """Dropout on the adapters' input, in SFT and expert iteration; DPO and GRPO switch it off."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Layers that get adapters."""
+    """Layers that get adapters. Embeddings and a head that share one matrix can have none."""
 
 
 class BaseMethod(Settings):

@@ -21,7 +21,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,7 +166,8 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
     """The model with low-rank adapters, which alone are trained; itself without `lora`.
 
     Raises ConfigError for `target_modules` that the model has not (peft leaves out those that it
-    does not find beside others), or that can have no adapters.
+    does not find beside others), or that can have no adapters: of a matrix that embeddings and head
+    share there is one, and an adapter of either could not be merged into it.
     """
     if settings.lora is None:
         return model
@@ -174,16 +175,24 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
 
     targets = settings.lora.target_modules
     layers = dict(model.named_modules())
-    linear = {n.rpartition(".")[2] for n in layers if isinstance(layers[n], torch.nn.Linear)}
-    lost = [
-        target
-        for target in ([] if targets == "all-linear" else targets)
-        if not any(f".{name}".endswith(f".{target}") for name in layers)
-    ]
+    tied = _layers_of_one_matrix(layers)
+    linear = {
+        name.rpartition(".")[2]
+        for name, layer in layers.items()
+        if isinstance(layer, torch.nn.Linear) and name not in tied
+    }
+    named = [] if targets == "all-linear" else targets
+    lost = [target for target in named if not _layers_named(target, layers)]
+    refused = [target for target in named if _layers_named(target, tied)]
     where = "methods.<name>.lora.target_modules"
     there_are = f"there are: {', '.join(sorted(linear))}"
     if lost:
         raise ConfigError(f"{where}: the model has no layer {', '.join(lost)}; {there_are}")
+    if refused:
+        raise ConfigError(
+            f"{where}: {' and '.join(sorted(tied))} of this model are one matrix, which an adapter "
+            f"of either would change for both: leave out {', '.join(refused)}; {there_are}"
+        )
     try:
         return get_peft_model(
             model,
@@ -197,6 +206,21 @@ def add_lora(model: PreTrainedModel, settings: TrainSettings) -> Any:
         )
     except ValueError as error:
         raise ConfigError(f"{where}: {first_line(error)}; {there_are}") from error
+
+
+def _layers_named(target: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that peft takes for `target`: it, or what ends in it after a dot."""
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _layers_of_one_matrix(layers: dict[str, torch.nn.Module]) -> set[str]:
+    """Names of layers whose weight is that of another layer, too."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 class TrainingRun:

@@ -80,6 +80,7 @@ def test_grpo_and_trl_do_the_same_work_with_the_same_loss(
     assert found is not None, written
     theirs, ours, error = map(float, found.groups())
     assert ours == pytest.approx(theirs, abs=1e-5) and error < 1e-4
+    assert re.search(r"^(0|50|100)% of our groups had rewards that differ", written, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,12 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), "lower vllm.kv_cache_gib"),
         (ValueError("No available memory for the cache blocks. Try"), "vllm.max_model_length"),
         (NotImplementedError("FP8 KV cache on CPU requires AVX-512"), "kv_cache_dtype: auto"),
+        (
+            Exception("WorkerProc initialization failed due to an exception in a background pro"),
+            "why stands above in the log; if its memory did not do, lower vllm.gpu_memory_fraction",
+        ),
+        (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "and Python's headers"),
+        (RuntimeError("Failed to find C compiler. Please specify"), "install a C compiler"),
         (ImportError("libcudart.so.13: cannot open shared object file"), "engine: transformers"),
     ],
 )
@@ -182,3 +189,29 @@ def test_what_stops_vllm_from_starting_is_one_line_with_the_remedy(
         raise error
     assert "vLLM does not start" in str(raised.value) and "\n" not in str(raised.value)
     assert remedy in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to"), "lower vllm.kv_cache_gib"),
+        (ValueError("Free memory on device (0/79 GiB) on startup"), "others hold nearly all of"),
+        (ValueError("No available memory for the cache blocks. Try"), "raise vllm.kv_cache_gib"),
+        (Exception("WorkerProc initialization failed due to"), "lower vllm.kv_cache_gib"),
+    ],
+)
+def test_where_the_cache_has_a_size_no_remedy_is_a_share_of_the_gpu(
+    error: Exception, remedy: str
+) -> None:
+    asked = settings(kv_cache_gib=2).vllm
+    with pytest.raises(ModelError) as raised, _start_errors(Path("model"), asked, None):
+        raise error
+    assert remedy in str(raised.value) and "memory_fraction" not in str(raised.value)
+
+
+def test_an_interruption_of_the_start_stays_one() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        _start_errors(Path("model"), settings().vllm, 0.4),
+    ):
+        raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,14 @@ def test_machine_code_of_other_gpus_becomes_zeros_and_nothing_else_changes() -> 
     assert content == file({**zeros, 90: code[90]}, {**code, 120: zeros[120]})
     assert zeroed == 8 * (80 + 100 + 120)
     assert slim.keep_architecture(bytearray(b"no code at all"), 90) == 0
+
+
+def test_a_pack_for_a_gpu_whose_files_are_left_out_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        pack.main([str(tmp_path / "pack"), "--vllm", "--architecture", "80"])
+    assert "--architecture: invalid choice: 80" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="the environment travels compressed by xz")
@@ -247,6 +256,22 @@ def test_benchmarks_that_are_named_run_alone_in_their_order_with_all_of_the_time
     state = json.loads((tmp_path / "state" / "kit.json").read_text("utf-8"))
     assert [one["command"].split()[-1] for one in state["commands"]] == ["three", "one"]
     assert state["phases"]["benchmarks"]["box_seconds"] > 100
+
+
+def test_grpo_is_measured_only_from_a_model_that_has_learned(
+    check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert kit.PHASES.index("sft") < kit.PHASES.index("benchmarks")
+    learned = tmp_path / "learned"
+    monkeypatch.setattr(kit, "Study", lambda _: SimpleNamespace(trained_model=lambda _: learned))
+    commands = {name: ["-c", "print('| 1 |')"] for name in ("another", kit.GRPO_BENCHMARK)}
+    monkeypatch.setattr(kit, "benchmark_commands", lambda *_: commands)
+    code, report = check({"benchmarks": kit.run_benchmarks}, "--phase", "benchmarks")
+    assert code == 0 and report.count("| 1 |") == 1
+    assert "Left out: phase sft has left no model to start from." in report
+    learned.mkdir()
+    code, report = check({"benchmarks": kit.run_benchmarks}, "--phase", "benchmarks", "--again")
+    assert code == 0 and report.count("| 1 |") == 2 and "Left out" not in report
 
 
 def test_what_is_left_for_another_call_comes_before_what_was_cut(

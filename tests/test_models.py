@@ -598,6 +598,8 @@ def test_a_process_without_a_gpu_of_its_own_says_how_many_there_are(
         (["q_prj"], "the model has no layer q_prj"),
         (["q_proj", "v_prj", "proj"], "the model has no layer v_prj, proj"),  # q_proj alone else
         (["self_attn"], "Target module Qwen2Attention"),
+        (["q_proj", "lm_head"], "lm_head and model.embed_tokens of this model are one matrix"),
+        (["model.embed_tokens"], "lm_head and model.embed_tokens of this model are one matrix"),
     ],
 )
 def test_layers_that_can_have_no_adapters_are_told_with_those_there_are(
@@ -609,9 +611,17 @@ def test_layers_that_can_have_no_adapters_are_told_with_those_there_are(
     message = str(caught.value)
     assert message.startswith(f"methods.<name>.lora.target_modules: {said}")
     assert message.endswith(
-        "; there are: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        "; there are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
     assert "\n" not in message
+
+
+def test_a_head_of_its_own_can_have_an_adapter(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    adapted = add_lora(model, TrainSettings(lora=LoraSettings(target_modules=["lm_head"])))
+    assert any(".lm_head.lora_B" in name for name, _ in adapted.named_parameters())
 
 
 def test_plain_weights_of_adapters_are_the_merged_ones_and_leave_the_model_alone(

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import subprocess
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -97,7 +98,10 @@ class VllmEngine:
         self.on_cpu = device.type == "cpu"
         self.most_at_once = settings.max_sequences
         self.prefix_caching = settings.prefix_caching
-        with _start_errors(folder, settings, memory_fraction):
+        kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if self.on_cpu else None)
+        # Where the cache has a size the share decides nothing.
+        share = memory_fraction if kv_cache_gib is None else None
+        with _start_errors(folder, settings, share):
             self.vllm = _import_vllm()
         options: dict[str, Any] = {
             "model": str(folder),
@@ -119,20 +123,17 @@ class VllmEngine:
             options["distributed_executor_backend"] = "external_launcher"
         if settings.max_model_length is not None:
             options["max_model_len"] = settings.max_model_length
-        kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if self.on_cpu else None)
         if kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = round(kv_cache_gib * 2**30)
         if self.on_cpu:
             # A prompt cut in two would have its seeded generator rewound, which a CPU's cannot be.
             options["enable_chunked_prefill"] = False
         else:
-            # Where the cache has a size the share decides nothing, but vLLM would refuse to start
-            # where others leave less of the GPU than it.
-            fraction = memory_fraction if kv_cache_gib is None else SMALLEST_FRACTION
-            options["gpu_memory_utilization"] = fraction
+            # vLLM would refuse to start where others leave less of the GPU, whatever the cache has.
+            options["gpu_memory_utilization"] = SMALLEST_FRACTION if share is None else share
         with (
             _state_of_process_kept(),
-            _start_errors(folder, settings, memory_fraction),
+            _start_errors(folder, settings, share),
             self._without_compiling(),
         ):
             self.llm = self.vllm.LLM(**options)
@@ -329,16 +330,21 @@ def _state_of_process_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _start_errors(folder: Path, settings: VllmSettings, memory_fraction: float) -> Iterator[None]:
-    """Turn what people meet when vLLM starts into one line with the remedy."""
+def _start_errors(folder: Path, settings: VllmSettings, share: float | None) -> Iterator[None]:
+    """Turn what people meet when vLLM starts into one line with the remedy.
+
+    `share` is that of the GPU that was asked for; None where the cache has a size instead.
+    """
     try:
         yield
-    except (ValueError, RuntimeError, MemoryError, ImportError, OSError, AssertionError) as error:
-        raise ModelError(_remedy(error, folder, settings, memory_fraction)) from error
+    except Exception as error:  # a failed worker's is of no class of its own
+        raise ModelError(_remedy(error, folder, settings, share)) from error
 
 
-def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fraction: float) -> str:
+def _remedy(error: Exception, folder: Path, settings: VllmSettings, share: float | None) -> str:
     """What to tell of an `error` of vLLM's start: one line, with what to change."""
+    shares = "vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
+    size = shares if share is not None else "vllm.kv_cache_gib"
     text = " ".join(str(error).split())
     if "max_model_len" in text and "greater than the derived" in text:
         return (
@@ -350,14 +356,12 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
     elif isinstance(error, MemoryError) or "can't allocate memory" in text:
         remedy = "the machine has too little memory: lower vllm.kv_cache_gib or vllm.max_sequences"
     elif "out of memory" in text:
-        remedy = (
-            "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction), or free "
-            "the GPU of other programs"
-        )
+        remedy = f"lower {size}, or free the GPU of other programs"
+    elif "Free memory on device" in text and share is None:
+        remedy = "others hold nearly all of the GPU: free it of other programs"
     elif "Free memory on device" in text:
         remedy = (
-            f"the engine needs {memory_fraction:.0%} of the GPU, but others hold part of that: "
-            "lower vllm.gpu_memory_fraction (rollouts: vllm.rollout_gpu_memory_fraction)"
+            f"the engine needs {share:.0%} of the GPU, but others hold part of that: lower {shares}"
         )
     elif "Error in memory profiling" in text:
         remedy = (
@@ -367,7 +371,19 @@ def _remedy(error: Exception, folder: Path, settings: VllmSettings, memory_fract
     elif "larger than the available KV cache" in text or "for the cache blocks" in text:
         remedy = (
             "not enough room for one sequence's key-value cache: lower vllm.max_model_length, or "
-            "raise vllm.gpu_memory_fraction or vllm.kv_cache_gib"
+            f"raise {size}"
+        )
+    elif "WorkerProc initialization failed" in text:
+        remedy = (
+            "a worker of vllm.tensor_parallel failed, why stands above in the log; if its memory "
+            f"did not do, lower {size}"
+        )
+    elif isinstance(error, subprocess.CalledProcessError) or re.search(
+        r"CalledProcessError|C compiler|Python\.h", text
+    ):
+        remedy = (
+            "it compiles kernels: install a C compiler and Python's headers, or set engine: "
+            "transformers"
         )
     elif settings.kv_cache_dtype != "auto" and re.search("fp8", text, re.IGNORECASE):
         remedy = "set vllm.kv_cache_dtype: auto, which does without fp8"

@@ -31,7 +31,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from slim import write_environment
+import slim
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
@@ -176,7 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--piece-mib", type=int, default=45, help="default: 45")
     arguments.add_argument("--vllm", action="store_true", help="the whole locked environment")
     arguments.add_argument(
-        "--architecture", type=int, default=90, help="of its GPU (default: 90, an H100 or H200)"
+        "--architecture",
+        type=int,
+        choices=[slim.ARCHITECTURE],
+        default=slim.ARCHITECTURE,
+        help="of its GPU: 90, an H100 or H200; what others need is left out",
     )
     arguments.add_argument("--gsm8k", default=os.environ.get("GSM8K_DIR"), metavar="FOLDER")
     args = arguments.parse_args(argv)
@@ -189,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         packages = [*(f"{name}=={versions[name]}" for name in LOCKED), *PEERS]
         if args.vllm:
             packages += [f"{name}=={versions[name]}" for name in TEST_TOOLS]
-            write_environment(folder, args.python, args.architecture, packages)
+            slim.write_environment(folder, args.python, args.architecture, packages)
         else:
             download_wheels(packages, args.python, folder)
         find_gsm8k(args.gsm8k, folder)

@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
 
+# Hopper's: what others need beside machine code of their own is among the surplus files.
+ARCHITECTURE = 90
 # Without FlashInfer vLLM starts only with VLLM_USE_FLASHINFER_SAMPLER=0 (kit.py sets it).
 SURPLUS_PACKAGES = frozenset(
     "altair anthropic fastsafetensors flashinfer-python fonttools grpcio "
