@@ -727,14 +727,17 @@ def test_cached_keys_have_the_dtype_that_attention_reads() -> None:
 
 
 class ReadsOfNumbers(TorchDispatchMode):
-    """Counts how often a tensor's number is asked for, for which a GPU would have to be done."""
+    """Counts how often numbers or masks of tensors are asked for: a GPU would be waited for."""
 
     count = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        aten = torch.ops.aten
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += func is aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 

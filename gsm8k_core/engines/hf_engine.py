@@ -324,7 +324,9 @@ class HfEngine:
                     tail = token_ids[active, max(0, step - longest_stop) : step + 1]
                     ends |= self._ends_in_a_stop_text([owners[i] for i in active.tolist()], tail)
                 ends &= running
-                stopped[active[ends]], lengths[active[ends]] = True, step + 1
+                # Not `active[ends]`: to pick by a mask, the GPU would be waited for.
+                stopped[active] |= ends
+                lengths[active] = torch.where(ends, step + 1, lengths[active])
                 running &= ~ends & (limits[active] > step + 1)
                 num_running = int(running.sum())
                 if not num_running:
