@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -723,3 +724,31 @@ def test_cached_keys_have_the_dtype_that_attention_reads() -> None:
         keys, values = layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).bfloat16())
         assert keys.dtype == values.dtype == torch.bfloat16
     assert keys.shape == (1, 2, 6, 4)
+
+
+class ReadsOfNumbers(TorchDispatchMode):
+    """Counts how often numbers or masks of tensors are asked for: a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += func is aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.0, 0.0), (0.0, 1.0)])
+def test_one_number_a_token_is_read_from_the_device(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch, temperatures: tuple[float, float]
+) -> None:
+    monkeypatch.setattr(engine, "stop_ids", set())
+    counts = []
+    for num_tokens in (8, 24):
+        with ReadsOfNumbers() as reads:
+            engine.generate([Request([5, 6], [0], value, num_tokens) for value in temperatures])
+        counts.append(reads.count)
+    assert counts[1] - counts[0] == 24 - 8

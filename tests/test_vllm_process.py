@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from gsm8k_core.engines.base import Request
 from gsm8k_core.engines.vllm_engine import (
     ENVIRONMENT,
     VllmEngine,
     _check_arrival,
+    _check_temperatures,
     _state_of_process_kept,
+    _warn_once,
 )
 from gsm8k_core.errors import ModelError
 
@@ -76,7 +79,30 @@ def test_a_push_that_did_not_arrive_is_told_by_one_matrix(caplog: pytest.LogCapt
         _check_arrival({"down_proj.weight": exact * 1.01}, engine)
     assert not caplog.text
     _check_arrival({"down_proj.weight": exact[:2]}, engine)
+    assert "vLLM holds down_proj.weight in another form than the trainer: push not" in caplog.text
+
+
+def test_a_push_of_which_nothing_can_be_checked_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = torch.nn.ModuleDict({"wi": torch.nn.Linear(4, 4)})
+    for _ in range(2):
+        _check_arrival({}, engine)
+    assert caplog.text.count("no weight is named *.down_proj.weight") == 1
     assert "push not checked" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_of() -> None:
+    _warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("temperature", [0.005, 2.1])
+def test_a_temperature_that_vllm_does_not_sample_at_is_refused(temperature: float) -> None:
+    fine = [Request([1], [0], value, 1) for value in (0.0, 0.01, 1.0, 2.0)]
+    _check_temperatures(fine)
+    with pytest.raises(ModelError, match=f"^temperature is {temperature}: vLLM samples at 0"):
+        _check_temperatures([*fine, Request([1], [0], temperature, 1)])
 
 
 @pytest.mark.parametrize("asleep", [True, False])

@@ -288,7 +288,10 @@ class HfEngine:
         device = self.model.device
         owners = [request for request in requests for _ in request.seeds]
         limits = torch.tensor([request.max_new_tokens for request in owners], device=device)
-        temperatures = torch.tensor([request.temperature for request in owners], device=device)
+        temperatures = torch.tensor([request.temperature for request in owners])
+        # Asked of the GPU at every token, it would wait each time.
+        greedy = (bool((temperatures == 0.0).any()), bool((temperatures == 0.0).all()))
+        temperatures = temperatures.to(device)
         nucleus = None
         if any(request.top_p < 1.0 or request.top_k for request in owners):
             nucleus = torch.tensor([(r.top_p, r.top_k) for r in owners], device=device)
@@ -314,14 +317,16 @@ class HfEngine:
             logits, mask, position = logits[expand], mask[expand], position[expand]
 
             for step in range(uniforms.shape[1]):
-                tokens, chosen = _sample(logits, temperatures, uniforms[:, step], nucleus)
+                tokens, chosen = _sample(logits, temperatures, greedy, uniforms[:, step], nucleus)
                 token_ids[active, step], log_probs[active, step] = tokens, chosen
                 ends = (tokens[:, None] == stop_ids).any(dim=-1)
                 if longest_stop:
                     tail = token_ids[active, max(0, step - longest_stop) : step + 1]
                     ends |= self._ends_in_a_stop_text([owners[i] for i in active.tolist()], tail)
                 ends &= running
-                stopped[active[ends]], lengths[active[ends]] = True, step + 1
+                # Not `active[ends]`: to pick by a mask, the GPU would be waited for.
+                stopped[active] |= ends
+                lengths[active] = torch.where(ends, step + 1, lengths[active])
                 running &= ~ends & (limits[active] > step + 1)
                 num_running = int(running.sum())
                 if not num_running:
@@ -464,6 +469,7 @@ def _likeliest(probabilities: torch.Tensor, nucleus: torch.Tensor) -> torch.Tens
 def _sample(
     logits: torch.Tensor,
     temperatures: torch.Tensor,
+    any_and_all_greedy: tuple[bool, bool],
     uniforms: torch.Tensor,
     nucleus: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -471,14 +477,16 @@ def _sample(
 
     Inverse-CDF sampling with the row's own draw: the same seed takes the same token whatever the
     batch. Greedy rows take the argmax; their log-prob is that of the unscaled distribution.
-    `nucleus` as in `_likeliest`.
+    `any_and_all_greedy`: whether any of the rows may be greedy, and whether all are. `nucleus` as
+    in `_likeliest`.
     """
+    any_greedy, all_greedy = any_and_all_greedy
     greedy = temperatures == 0.0
     scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
     probabilities = scaled.softmax(dim=-1)  # (R, V)
     if nucleus is not None:
         probabilities = _likeliest(probabilities, nucleus)
-    if bool(greedy.all()):
+    if all_greedy:
         tokens = scaled.argmax(-1)
     else:
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
@@ -486,7 +494,7 @@ def _sample(
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
         tokens = tokens.clamp(max=scaled.shape[-1] - 1)
-        if bool(greedy.any()):
+        if any_greedy:
             tokens = torch.where(greedy, scaled.argmax(-1), tokens)
     chosen = probabilities.gather(-1, tokens[:, None])[:, 0]
     return tokens, chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()

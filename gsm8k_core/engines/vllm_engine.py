@@ -50,6 +50,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # jobs side by side would be bound to the same cores
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # Else imported, and then not used for requests with a seed, as all that are sampled here are.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 CPU_KV_CACHE_GIB = 1.0
 # Tokens of prompts that a CPU computes in one step, prompts whole: more do not fit its cache, and
@@ -57,6 +59,8 @@ CPU_KV_CACHE_GIB = 1.0
 CPU_PREFILL_TOKENS = 1024
 SEED_BITS = 63  # of torch's generators
 SMALLEST_FRACTION = 0.01
+# vLLM refuses those above, and raises those below, but for 0, without a word.
+TEMPERATURES = (0.01, 2.0)
 # A matrix that vLLM does not merge with others, of any architecture that it trains here.
 WEIGHT_LOOKED_AT = ".down_proj.weight"
 
@@ -139,13 +143,15 @@ class VllmEngine:
             self.llm = self.vllm.LLM(**options)
         config = self.llm.llm_engine.model_config
         self.max_length: int | None = config.max_model_len
+        self.num_embeddings: int = config.get_vocab_size()
         self.tied = bool(getattr(config.hf_config, "tie_word_embeddings", False))
 
     def generate(
         self, requests: list[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. On a GPU, all requests are scheduled at once."""
-        check_requests(requests, self.max_length)
+        check_requests(requests, self.max_length, self.num_embeddings)
+        _check_temperatures(requests)
         engine = self.llm.llm_engine
         places: dict[str, tuple[int, int]] = {}
         waiting = deque(
@@ -268,13 +274,33 @@ class VllmEngine:
         cleanup_dist_env_and_memory()
 
 
+def _check_temperatures(requests: list[Request]) -> None:
+    """Raise ModelError for one that vLLM would refuse, or would not sample at."""
+    least, most = TEMPERATURES
+    for value in {request.temperature for request in requests}:
+        if value != 0.0 and not least <= value <= most:
+            raise ModelError(
+                f"temperature is {value}: vLLM samples at 0 (greedy) and from {least} to {most}; "
+                "take one of these, or set engine: transformers"
+            )
+
+
+@functools.cache
+def _warn_once(text: str, *values: str) -> None:
+    log.warning(text, *values)
+
+
 def _check_arrival(pushed: dict[str, torch.Tensor], model: Any) -> None:
     """Raise ModelError where a parameter of vLLM's model is not what was pushed, if it has it."""
+    if not pushed:
+        _warn_once(
+            "no weight is named *%s, by which a push is checked: push not checked", WEIGHT_LOOKED_AT
+        )
     parameters = dict(model.named_parameters())
     for name, tensor in pushed.items():
         held = parameters.get(name)
         if held is None or held.shape != tensor.shape:  # quantized, or shared over GPUs
-            log.warning("vLLM holds %s in another form than the trainer: push not checked", name)
+            _warn_once("vLLM holds %s in another form than the trainer: push not checked", name)
         elif not torch.equal(held, tensor.to(held)):
             raise ModelError(
                 f"vLLM still holds old weights after a push ({name} differs) and would sample from "

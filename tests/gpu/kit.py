@@ -185,7 +185,8 @@ class Kit:
             found["GSM8K_DIR"] = str(self.folder / "data" / "gsm8k")
             found |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
         if (self.site / "vllm").is_dir() and not (self.site / "flashinfer").is_dir():
-            found["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM imports otherwise
+            # Else vLLM imports it. Our engine sets this itself, but TRL and lm-eval do not.
+            found["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         if self.settings["device"] == "cpu":
             found["CUDA_VISIBLE_DEVICES"] = ""
         return found
@@ -580,16 +581,9 @@ def benchmark_commands(kit: Kit, study: Study) -> dict[str, list[Any]]:
             "--batch-size 2 --steps 1 --rounds 1",
             "--batch-size 64 --tokens-per-microbatch 32768 --rounds 4",
         )
+        learned = ["--model", study.trained_model("sft")]
         commands[GRPO_BENCHMARK] = (
-            [
-                "grpo",
-                "--model",
-                study.trained_model("sft"),
-                "--model-name",
-                study.model,
-                *train,
-                *device,
-            ],
+            ["grpo", *learned, "--model-name", study.model, *train, *device],
             "--prompts 2 --group-size 2 --max-new-tokens 4 --rounds 1",
             "--prompts 16 --group-size 16 --max-new-tokens 128 --trl-accumulation 4 --rounds 4"
             + with_vllm,

@@ -18,7 +18,7 @@ MIB = 2**20
 
 # Hopper's: what others need beside machine code of their own is among the surplus files.
 ARCHITECTURE = 90
-# Without FlashInfer vLLM starts only with VLLM_USE_FLASHINFER_SAMPLER=0 (kit.py sets it).
+# Without FlashInfer vLLM starts only with VLLM_USE_FLASHINFER_SAMPLER=0.
 SURPLUS_PACKAGES = frozenset(
     "altair anthropic fastsafetensors flashinfer-python fonttools grpcio "
     "hf-xet instanttensor llvmlite matplotlib nccl-extensions nccl4py numba "

@@ -313,3 +313,22 @@ def test_what_does_not_start_says_what_to_change(
 def test_a_request_longer_than_the_model_is_refused(engine: Any) -> None:
     with pytest.raises(ModelError, match="512"):
         engine.generate([Request([5] * 500, [0], 0.0, 100)])
+
+
+@pytest.mark.parametrize("temperature", [0.005, 2.1])
+def test_a_temperature_that_vllm_does_not_sample_at_is_refused(
+    engine: Any, temperature: float
+) -> None:
+    with pytest.raises(ModelError, match="temperature is"):
+        engine.generate([Request([5], [0], temperature, 1)])
+
+
+def test_a_token_that_the_model_does_not_know_is_told_as_by_the_other_engine(
+    engine: Any, twin: HfEngine
+) -> None:
+    unknown = [Request([5, 100_000], [0], 1.0, 1)]
+    for one in (engine, twin):
+        with pytest.raises(ValueError, match="prompt_ids holds 100000, but the model has"):
+            one.generate(unknown)
+    (last,) = engine.generate([Request([engine.num_embeddings - 1], [0], 1.0, 1)])[0]
+    assert len(last.token_ids) == 1
