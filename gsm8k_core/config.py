@@ -1230,6 +1230,7 @@ def doubts(config: Config, shipped: Config, overlays: Sequence[Any]) -> str:
     found += _practised_templates(config)
     found += _unrewarded_examples(config)
     found += _uncorrected_rollouts(config, real)
+    found += _shorter_validation(config)
     found += _shorter_suites(config)
     found += _idle_settings(config)
     slow = [
@@ -1328,13 +1329,18 @@ def _unrewarded_examples(config: Config) -> Iterator[str]:
         )
 
 
+def _grpo_stages(config: Config) -> dict[str, GrpoMethod]:
+    """What is trained on rollouts, by name."""
+    methods = {stage: config.methods[stage] for stage in config.stages()}
+    return {name: method for name, method in methods.items() if isinstance(method, GrpoMethod)}
+
+
 def _uncorrected_rollouts(config: Config, real: list[str]) -> Iterator[str]:
     """GRPO on vLLM's rollouts in bfloat16 whose correction was left at its default."""
     uncorrected = [
         stage
-        for stage in config.stages()
-        if isinstance(settings := config.methods[stage], GrpoMethod)
-        and "importance_correction" not in settings.model_fields_set
+        for stage, settings in _grpo_stages(config).items()
+        if "importance_correction" not in settings.model_fields_set
     ]
     rounded = [
         name
@@ -1351,46 +1357,44 @@ def _uncorrected_rollouts(config: Config, real: list[str]) -> Iterator[str]:
         )
 
 
-def _shorter_suites(config: Config) -> Iterator[str]:
-    """Validation, and suites without a length of their own, shorter than rollouts are."""
-    rollouts = {
-        stage: settings.max_new_tokens
-        for stage in config.stages()
-        if isinstance(settings := config.methods[stage], GrpoMethod)
-    }
-    for stage, length in rollouts.items():
-        settings = config.methods[stage]
-        assert isinstance(settings, GrpoMethod)
-        if settings.validate_every_steps and settings.validation_max_new_tokens < length:
+def _shorter_validation(config: Config) -> Iterator[str]:
+    """Validation that cuts what rollouts may still write."""
+    for stage, settings in _grpo_stages(config).items():
+        allowed, rollouts = settings.validation_max_new_tokens, settings.max_new_tokens
+        if settings.validate_every_steps and allowed < rollouts:
             yield (
-                f"methods.{stage}.validation_max_new_tokens: {settings.validation_max_new_tokens}, "
-                f"where rollouts have up to {length} tokens, so validation counts as wrong what "
-                "was only longer: set it to as many."
+                f"methods.{stage}.validation_max_new_tokens: {allowed}, where rollouts have up to "
+                f"{rollouts} tokens, so validation counts as wrong what was only longer: set it to "
+                "as many."
             )
-    if not rollouts:
-        return
-    stage = max(rollouts, key=lambda name: rollouts[name])
+
+
+def _shorter_suites(config: Config) -> Iterator[str]:
+    """Suites without a length of their own, shorter than the rollouts that were learned from."""
+    rollouts = {stage: method.max_new_tokens for stage, method in _grpo_stages(config).items()}
+    stage = max(rollouts, key=lambda name: rollouts[name], default="")
     for name in config.study.suites:
         suite = config.suites[name]
-        if "max_new_tokens" in suite.model_fields_set or suite.max_new_tokens >= rollouts[stage]:
+        if "max_new_tokens" in suite.model_fields_set:
             continue
-        yield (
-            f"suites.{name}.max_new_tokens: unset, so completions are cut at "
-            f"{suite.max_new_tokens} tokens, where those that methods.{stage} learns from have up "
-            f"to {rollouts[stage]}: set it to as many."
-        )
+        if suite.max_new_tokens < rollouts.get(stage, 0):
+            yield (
+                f"suites.{name}.max_new_tokens: unset, so completions are cut at "
+                f"{suite.max_new_tokens} tokens, where those that methods.{stage} learns from have "
+                f"up to {rollouts[stage]}: set it to as many."
+            )
 
 
 def _idle_settings(config: Config) -> Iterator[str]:
     """What a file sets and only another setting would put to use."""
     for name in config.study.suites:
         suite = config.suites[name]
-        for key in sorted({"temperature", "top_p", "top_k"} & suite.model_fields_set):
-            if suite.num_samples == 0:
-                yield (
-                    f"suites.{name}.{key}: num_samples is 0, so all completions are greedy and "
-                    "this does nothing: set num_samples."
-                )
+        of_samples = {"temperature", "top_p", "top_k"} & suite.model_fields_set
+        for key in sorted(of_samples) if suite.num_samples == 0 else ():
+            yield (
+                f"suites.{name}.{key}: num_samples is 0, so all completions are greedy and this "
+                "does nothing: set num_samples."
+            )
     if "project" not in config.tracking.model_fields_set:
         for key in sorted({"mode", "entity"} & config.tracking.model_fields_set):
             yield f"tracking.{key}: without tracking.project nothing is sent to W&B: name one."
