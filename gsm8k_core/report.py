@@ -494,9 +494,8 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
             {
                 "kind": "caution",
                 "text": "Trained with two seeds: intervals are wide, and of differences that are "
-                "none up to 7 in a hundred come out as significant at 5\u00a0% before correction, "
-                "and up to 15 in a hundred families of twelve after it. From three seeds on it is "
-                "6 and 8 at most.",
+                "none up to 7 in a hundred come out as significant at 5\u00a0%. From three seeds "
+                "on it is 6 at most.",
             }
         )
     # Few seeds have been told of.

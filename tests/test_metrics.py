@@ -602,8 +602,8 @@ def false_positives(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_seeds", "most"), [(2, 1.6), (3, 0.85), (5, 0.65)])
-def test_tests_that_are_corrected_for_twelve_find_what_is_not_there_as_often_as_is_said(
+@pytest.mark.parametrize(("num_seeds", "most"), [(2, 0.65), (3, 0.65), (5, 0.58)])
+def test_tests_that_are_corrected_for_twelve_find_what_is_not_there_as_seldom_as_is_said(
     num_seeds: int, most: float
 ) -> None:
     for spread in (0.3, 1.0):
