@@ -464,7 +464,9 @@ def test_the_variance_is_the_cluster_robust_one_written_out(num_seeds: int) -> N
     def quantile(upper: float) -> float:
         over_clusters = stats.t.ppf(upper, 7) ** 2
         over_seeds = stats.t.ppf(upper, max(num_seeds - 1, 1)) ** 2
-        return math.sqrt(over_clusters + (over_seeds - over_clusters) * share**1.8)
+        beyond_5_percent = max(math.log(0.05 / (2 * (1 - upper))), 0.0)
+        exponent = 1 + 0.8 / (1 + 3 / num_seeds * beyond_5_percent)
+        return math.sqrt(over_clusters + (over_seeds - over_clusters) * share**exponent)
 
     found = paired_difference(values, np.zeros((1, 30)), clusters=clusters)
     half = quantile(0.975) * error
