@@ -47,6 +47,7 @@ from gsm8k_core.files import (
     sha256_file,
     sha256_json,
 )
+from gsm8k_core.gpus import gpus_of_machine, visible_gpus
 from gsm8k_core.prompts import strip_calculator_marks
 
 log = logging.getLogger(__name__)
@@ -308,7 +309,8 @@ def resolve_device(gpus: int) -> torch.device:
     """CUDA where the model asks for GPUs and there is one; otherwise the CPU, with a warning.
 
     Of several ranks (`gsm8k_core.distributed`), each has a GPU of its own. Raises ConfigError where
-    there are fewer.
+    there are fewer, and where there is one that torch cannot use: hours on the CPU of a job that
+    holds a GPU are nobody's wish.
     """
     if gpus > 0 and torch.cuda.is_available():
         if ranks.world_size() == 1:
@@ -320,6 +322,14 @@ def resolve_device(gpus: int) -> torch.device:
             )
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
+    if gpus > 0 and gpus_of_machine() and visible_gpus():
+        cuda = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        raise ConfigError(
+            f"there is an NVIDIA GPU that torch cannot use: torch {torch.__version__} {cuda}. Is "
+            "the driver new enough (`nvidia-smi` says for which CUDA), and does a container give "
+            "its jobs the driver (apptainer's --nv)? To compute on the CPU, set "
+            "CUDA_VISIBLE_DEVICES= (empty)"
+        )
     if gpus > 0:
         log.warning("no GPU found: running on the CPU, which is slow for all but small models")
     return torch.device("cpu")

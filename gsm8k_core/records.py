@@ -376,13 +376,16 @@ def _unrecorded_since(layout: Layout, since_ns: int) -> int:
     return min(since_ns, int(path.read_text(encoding="utf-8"))) if path.exists() else since_ns
 
 
-def record_study(layout: Layout, since_ns: int, has_failed: bool = False) -> None:
+def record_study(
+    layout: Layout, since_ns: int, has_failed: bool = False, num_threads: int = 1
+) -> None:
     """Write provenance.json and SHA256SUMS of the study as it lies there.
 
     A hash that is recorded already stays unless the file was written after `since_ns` (ns since
     the epoch, by the file system's clock), that is by this call: what somebody else has changed
     in between is for `verify` to find. It also spares reading the weights of a large study anew.
     A call that `has_failed` has removed what it did not make again: that is missing.
+    `num_threads` files are hashed at a time.
     """
     results = Path(layout.results)
     since_ns = _unrecorded_since(layout, since_ns)
@@ -395,7 +398,7 @@ def record_study(layout: Layout, since_ns: int, has_failed: bool = False) -> Non
             sums[str(path)] = known[str(path)]
         else:
             new.append(path)
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(num_threads) as threads:
         hashes = progress(threads.map(sha256_file, new), "hashing", len(new))
         sums |= dict(zip(map(str, new), hashes, strict=True))
     dropped = set(provenance["dropped_weights"])

@@ -34,6 +34,10 @@ KEY_FORM = re.compile(
     r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
     r"|wandb_v1_[A-Za-z0-9_-]{16,})"
 )
+# A header in a file: curl -H "Authorization: Bearer …"; a reference to a variable is none.
+IN_A_HEADER = re.compile(
+    r"(?i)(authorization[\"']?[ \t]*[:=][ \t]*[\"']?(?:bearer|basic|token)[ \t]+)[\w.~+/=-]{8,}"
+)
 # What gives a value to a name: in a .env file, a shell, code, JSON or YAML. Upper-case names come
 # first: `command = "export DB_PASS=…"` is an assignment as a whole.
 UPPER_CASE, ANY_CASE = (
@@ -82,7 +86,7 @@ def redact(text: str) -> str:
 
 
 def redact_assignments(text: str) -> str:
-    """`text` with the values of variables whose names are a secret's replaced by `***`.
+    """`text` with the values of headers and of variables that hold a secret replaced by `***`.
 
     For files as they are; in a log it would strike out more than secrets.
     """
@@ -100,6 +104,7 @@ def redact_assignments(text: str) -> str:
         quote = match[group][0] if group == "quoted" else ""
         return before + quote + STRUCK_OUT + quote + match[0][match.end(group) - match.start() :]
 
+    text = IN_A_HEADER.sub(rf"\1{STRUCK_OUT}", text)
     return ANY_CASE.sub(strike, UPPER_CASE.sub(strike, text))
 
 

@@ -204,13 +204,20 @@ def check_gpu_limit():
 
 def end_invocation(state):
     """Write the call's manifest and, where the study is or was finished, its hashes."""
-    is_finished = state == "succeeded" or Path(RESULTS, SUMS).exists()
+    # A call for a part of it succeeds as well.
+    has_ended = state == "succeeded" and Path(RESULTS, "report.html").exists()
+    is_finished = has_ended or Path(RESULTS, SUMS).exists()
     if is_finished:
         logger.info(f"Hashing what this call has made, for {RESULTS}/{SUMS}.")
         note_unrecorded(LAYOUT, INVOCATION.since_ns)
     INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
     if is_finished:
-        record_study(LAYOUT, INVOCATION.since_ns, has_failed=state == "failed")
+        record_study(
+            LAYOUT,
+            INVOCATION.since_ns,
+            has_failed=state == "failed",
+            num_threads=workflow.cores if workflow.local_exec else 2,  # on a login node
+        )
 
 
 wildcard_constraints:

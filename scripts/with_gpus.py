@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import itertools
 import logging
 import os
 import tempfile
@@ -25,29 +24,12 @@ from pathlib import Path
 
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.errors import ConfigError
+from gsm8k_core.gpus import VISIBLE_DEVICES, visible_gpus
 
 log = logging.getLogger("with_gpus")
 
 SECONDS_BETWEEN_LOOKS = 0.5
-VARIABLE = "CUDA_VISIBLE_DEVICES"
-OF_SCHEDULERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "JOB_ID")
-
-
-def gpus_of_machine(root: Path = Path("/")) -> int:
-    """How many NVIDIA GPUs there are: device files, or what the driver lists before it made any."""
-    return len(list((root / "dev").glob("nvidia[0-9]*"))) or len(
-        list((root / "proc/driver/nvidia/gpus").glob("*"))
-    )
-
-
-def pool() -> list[str]:
-    """The GPUs that may be used, as $CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get(VARIABLE)
-    if named is None:
-        return [str(number) for number in range(gpus_of_machine())]
-    # CUDA takes the list for ended where a name is none: "" and "-1" say that there is no GPU.
-    names = [name.strip() for name in named.split(",")]
-    return list(dict.fromkeys(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
+OF_SCHEDULERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "SGE_TASK_ID")
 
 
 def locks_folder() -> Path:
@@ -95,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     count, command = args.count, args.command
     if not command:
         arguments.error("name a command")
-    if count > 0 and not any(name in os.environ for name in OF_SCHEDULERS) and (devices := pool()):
+    has_own = any(name in os.environ for name in OF_SCHEDULERS)
+    if count > 0 and not has_own and (devices := visible_gpus()):
         # Who asks for more than there are is told so by Snakemake and by the trainer.
         count = min(count, len(devices))
         taken = claim(devices, count)
@@ -104,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         while not taken:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             taken = claim(devices, count)
-        os.environ[VARIABLE] = ",".join(taken)
+        os.environ[VISIBLE_DEVICES] = ",".join(taken)
     os.execvp(command[0], command)
 
 

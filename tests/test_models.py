@@ -539,8 +539,23 @@ def test_no_gpu_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where the tests' machine has one
     assert resolve_device(1) == CPU
     assert "no GPU found" in caplog.text
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "gpus_of_machine", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("gsm8k_core.gpus.gpus_of_machine", lambda: 1)
+    with pytest.raises(ConfigError, match="GPU that torch cannot use.*CUDA_VISIBLE_DEVICES= "):
+        resolve_device(1)
+    assert resolve_device(0) == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert resolve_device(1) == CPU
 
 
 def test_bfloat16_on_the_cpu_computes_in_float32_with_a_warning(

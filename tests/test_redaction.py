@@ -141,6 +141,13 @@ def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None
         ("password: correct-horse-1", "password: ***"),
         ('db_password = "correct-horse"', 'db_password = "***"'),
         ("password=hunter2hunter2", "password=***"),
+        ('-H "Authorization: Bearer 9f3c12ab0d"', '-H "Authorization: Bearer ***"'),
+        ('{"Authorization": "Basic bWU6d29yZA=="}', '{"Authorization": "Basic ***"}'),
+        (
+            "headers={'authorization': 'Bearer 9f3c12ab0d'}",
+            "headers={'authorization': 'Bearer ***'}",
+        ),
+        ('-H "Authorization: Bearer $KEY"; f"Authorization: Bearer {key}"', None),
         # Upper-case names within the value of another.
         ('command = "export DB_PASS=hunter2 && ./run"', 'command = "export DB_PASS=*** && ./run"'),
         ("  env: DB_PASS=hunter2", "  env: DB_PASS=***"),

@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from gsm8k_core import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "scripts" / "with_gpus.py")
 # Says which GPUs it has, and ends when its standard input does.
 JOB = "import os, sys; print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); sys.stdin.read()"
+
+OWN_DEVICES = {"SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "SGE_TASK_ID", "GSM8K_SNAKEMAKE"}
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -26,11 +29,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     jobs: list[subprocess.Popen[str]] = []
 
     def run(count: int = 1, **variables: str) -> subprocess.Popen[str]:
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "JOB_ID", "GSM8K_SNAKEMAKE")
-        }
+        inherited = {name: value for name, value in os.environ.items() if name not in OWN_DEVICES}
         environment = {"CUDA_VISIBLE_DEVICES": "4,7", "PYTHONPATH": str(ROOT), **variables}
         with (tmp_path / f"job{len(jobs)}.log").open("w") as log:
             job = subprocess.Popen(
@@ -106,7 +105,7 @@ def test_more_gpus_than_there_are_means_all_of_them(start: Start) -> None:
         (1, {"SLURM_JOB_ID": "12"}),
         (1, {"LSB_JOBID": "12"}),
         (1, {"PBS_JOBID": "12"}),
-        (1, {"JOB_ID": "12"}),
+        (1, {"JOB_ID": "12", "SGE_TASK_ID": "undefined"}),
         (0, {}),
     ],
 )
@@ -147,31 +146,27 @@ def test_what_a_command_gives_is_what_comes_back(tmp_path: Path) -> None:
     [("4,7", ["4", "7"]), (" 1, 0 ,1", ["1", "0"]), ("0,-1,2", ["0"]), ("-1", []), ("", [])],
 )
 def test_the_pool_is_what_cuda_would_see(
-    script: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    named: str,
-    devices: list[str],
+    monkeypatch: pytest.MonkeyPatch, named: str, devices: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert script("with_gpus").pool() == devices
+    assert gpus.visible_gpus() == devices
 
 
 def test_without_the_variable_the_machine_tells(
-    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with_gpus = script("with_gpus")
-    assert with_gpus.gpus_of_machine(tmp_path) == 0
+    assert gpus.gpus_of_machine(tmp_path) == 0
     listed = tmp_path / "proc" / "driver" / "nvidia" / "gpus"
     for name in ("0000:07:00.0", "0000:0f:00.0", "0000:47:00.0"):
         (listed / name).mkdir(parents=True)
-    assert with_gpus.gpus_of_machine(tmp_path) == 3
+    assert gpus.gpus_of_machine(tmp_path) == 3
     (tmp_path / "dev").mkdir()
     for name in ("nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
         (tmp_path / "dev" / name).touch()
-    assert with_gpus.gpus_of_machine(tmp_path) == 2  # a container sees those alone, numbered from 0
+    assert gpus.gpus_of_machine(tmp_path) == 2  # a container sees those alone, numbered from 0
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(with_gpus, "gpus_of_machine", lambda: 2)
-    assert with_gpus.pool() == ["0", "1"]
+    monkeypatch.setattr(gpus, "gpus_of_machine", lambda: 2)
+    assert gpus.visible_gpus() == ["0", "1"]
 
 
 def test_it_starts_without_torch() -> None:

@@ -100,6 +100,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
+def test_a_call_for_a_part_of_a_study_does_not_record_it_as_finished(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace", STUDY)
+    code, output = snakemake(workspace, "--until", "prepare_model")
+    assert code == 0, output
+    assert not (workspace / RESULTS / "SHA256SUMS").exists()
+    code, output = verify(workspace)
+    assert code == 1 and "written when the study finishes" in output, output
+
+
 def test_a_row_leads_to_the_call_that_made_it(finished: Path) -> None:
     rows = read_json(finished / RESULTS / "provenance.json")["rows"]
     assert [row["method"] for row in rows] == ["base", "grpo"]
