@@ -643,7 +643,7 @@ class GrpoMethod(TrainSettings):
     for one."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation, so k2
-    or k3 go there; in the reward k1 alone has that of the KL."""
+    or k3 go there; in the reward k1 alone has that of the KL. The log's `kl` is k3 always."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion (with
     `kl_estimator: k1`)."""
