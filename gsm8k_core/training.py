@@ -269,6 +269,7 @@ class TrainingRun:
             "num_updates_done": 0,
             "num_tokens": 0,
             "seconds": 0.0,
+            "seconds_validating": 0.0,
             "best_validation": None,
         }
         self.started = time.perf_counter()
@@ -593,6 +594,7 @@ class TrainingRun:
                 remove_folder(folder)
 
     def _validate(self, step: int) -> float:
+        started = time.perf_counter()
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
             num_right = num_greedy_right(
@@ -611,6 +613,9 @@ class TrainingRun:
             self._save_weights(self.state_dir / f"best-{step}")
             if ranks.is_main():
                 self._drop_older_bests()
+        # A checkpoint of an older commit counts it as training up to there.
+        before = self.progress.get("seconds_validating", 0.0)
+        self.progress["seconds_validating"] = before + time.perf_counter() - started
         return accuracy
 
     @contextlib.contextmanager
@@ -619,8 +624,23 @@ class TrainingRun:
 
         Started at first use. Weights are copied into it where it has its own and they have moved.
         """
+        engine = self.start_engine()
+        if getattr(engine, "model", None) is not self.model:
+            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
+                engine.load_weights(plain_weights(self.model))
+                self._num_updates_sampled_with = self._num_updates
+        engine.wake()
+        yield engine
+        engine.sleep()
+
+    def start_engine(self) -> Engine:
+        """The engine, started unless it is.
+
+        To be called before `validate_start` by what samples to train: else what the start takes
+        would pass for validation.
+        """
         if self._engine is None:
-            self._engine = self._start_engine()
+            self._engine = self._make_engine()
             before = self.progress.setdefault("engine", self._engine.name)
             if before != self._engine.name:
                 log.warning(
@@ -629,14 +649,7 @@ class TrainingRun:
                     before,
                     self._engine.name,
                 )
-        engine = self._engine
-        if getattr(engine, "model", None) is not self.model:
-            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
-                engine.load_weights(plain_weights(self.model))
-                self._num_updates_sampled_with = self._num_updates
-        engine.wake()
-        yield engine
-        engine.sleep()
+        return self._engine
 
     @property
     def samples_with_itself(self) -> bool:
@@ -651,7 +664,7 @@ class TrainingRun:
     def _num_updates(self) -> int:
         return int(self.progress["num_updates_done"])
 
-    def _start_engine(self) -> Engine:
+    def _make_engine(self) -> Engine:
         model_settings = self.run_settings.model_settings
         chosen = choose_engine(model_settings, self.starting_model, self.device)
         if chosen == "transformers":
@@ -749,6 +762,9 @@ class TrainingRun:
         if self.samples.path.stat().st_size > 0:
             with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
                 shutil.copyfile(self.samples.path, temporary)
+        # Validation is no part of what a method costs: how often it is done is the study's choice.
+        validating = self.progress.get("seconds_validating", 0.0)
+        training = time.perf_counter() - self.started - validating
         settings = self.run_settings
         made = settings.model_dump(by_alias=True)
         made["method_settings"]["num_steps"] = self.num_steps  # fewer by --max-steps: another run
@@ -765,9 +781,8 @@ class TrainingRun:
             "num_updates": self.progress["num_updates_done"],
             "num_tokens": self.progress["num_tokens"],
             # What was sampled to train on is part of what training costs.
-            "seconds_training": round(
-                time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
-            ),
+            "seconds_training": round(training + summary.get("seconds_sampling", 0.0), 3),
+            "seconds_validating": round(validating, 3),
             "peak_memory_mb": max(
                 row["peak_memory_mb"]
                 for row in [*measured, *iter_jsonl(self.metrics.path)]  # these of earlier calls too

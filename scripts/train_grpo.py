@@ -602,6 +602,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run.model.train()
     if steps_done == 0:
+        run.start_engine()
         run.validate_start()
     for step in run.steps_after(steps_done, "GRPO"):
         started = time.perf_counter()

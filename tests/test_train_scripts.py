@@ -700,6 +700,24 @@ def test_a_custom_reward_is_told_the_question_and_whether_the_completion_was_cut
     assert len(asked) == 32 and set(asked) <= questions
 
 
+def test_the_start_of_the_engine_that_rolls_out_is_no_part_of_validation(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    for name in ("_make_engine", "_validate"):
+        method = getattr(TrainingRun, name)
+
+        def noted(*args: Any, method: Any = method, name: str = name) -> Any:
+            begun.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(TrainingRun, name, noted)
+    small = {**SMALL, "num_steps": 1, "validate_every_steps": 1, "num_validation_problems": 2}
+    run = train("train_grpo", "grpo", val=True, **small)
+    assert begun == ["_make_engine", "_validate", "_validate"]
+    assert read_json(run / "train" / "summary.json")["seconds_validating"] > 0
+
+
 def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:
     run = train(
         "train_sft", "sft", val=True, num_steps=6, batch_size=4, learning_rate=1e-4,

@@ -439,6 +439,41 @@ def test_validation_falls_on_the_start_on_its_steps_and_on_the_last(
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
 
 
+def test_what_validation_takes_is_no_training_and_both_go_on_after_a_resume(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def pass_by(seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        return 1
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: pass_by(100.0))
+    options: dict[str, Any] = {
+        "val": [Problem("a", "q", "#### 1", "1")],
+        "validate_every_steps": 2, "num_steps": 4,
+    }  # fmt: skip
+    run = start(**options)
+    run.resume()
+    run.validate_start()
+    for number in range(1, 4):  # the third is after the checkpoint, and is lost
+        pass_by(1.0)
+        step(run, number)
+    again = start(**options)
+    assert again.resume()[0] == 2
+    for number in (3, 4):
+        pass_by(1.0)
+        step(again, number)
+    again.finish({"seconds_sampling": 50.0})
+    summary = read_json(again.output_dir / "train" / "summary.json")
+    assert summary["seconds_validating"] == 300.0  # before step 1, after 2 and 4
+    assert summary["seconds_training"] == 4.0 + 50.0
+    rows = read_jsonl(again.output_dir / "train" / "metrics.jsonl")
+    assert rows[-1]["seconds_total"] == 304.0
+
+
 def test_a_run_without_validation_has_no_row_of_its_start(
     start: Callable[..., TrainingRun],
 ) -> None:
@@ -553,7 +588,7 @@ def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_ca
 ) -> None:
     run = start()
     monkeypatch.setattr(training.ranks, "world_size", lambda: 2)
-    engine: Any = run._start_engine()
+    engine: Any = run._make_engine()
     assert engine.model is not run.model
     assert all(parameter.requires_grad for parameter in engine.model.parameters())
 
