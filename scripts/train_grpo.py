@@ -633,7 +633,8 @@ def main(argv: list[str] | None = None) -> int:
         log_kl = settings.log_kl_every_steps
         if settings.kl_coefficient > 0 or (log_kl and (step == 1 or step % log_kl == 0)):
             assert reference is not None
-            rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
+            with run.as_reference(reference):
+                rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
         if in_reward:
             assert rollouts.old_log_probs is not None and rollouts.ref_log_probs is not None

@@ -21,7 +21,7 @@ from gsm8k_core.config import RunSettings
 from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
-from gsm8k_core.models import load_tokenizer
+from gsm8k_core.models import load_model, load_tokenizer
 from gsm8k_core.problems import read_problems
 from gsm8k_core.training import TrainingRun
 
@@ -747,6 +747,33 @@ def test_lora_is_merged_into_a_plain_model(
     assert before.keys() == after.keys()  # no adapter names
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("proj" in name for name in moved)  # linear layers only
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dpo"])
+def test_with_lora_a_reference_of_its_own_would_change_no_bit(
+    train: Callable[..., Path], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    write_jsonl(pairs, [{"question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}])
+    common: dict[str, Any] = {"lora": {"rank": 4}, "learning_rate": 1e-2}
+    if method == "dpo":
+        common |= {"data": pairs, "num_steps": 3, "batch_size": 4, "tokens_per_microbatch": 30}
+    else:
+        placements = {"grpo": ("loss", "k3"), "dr_grpo": ("reward", "k1")}
+        placement, estimator = placements[method]
+        common |= {**SMALL, "minibatches": 2, "kl_coefficient": 0.5}
+        common |= {"kl_placement": placement, "kl_estimator": estimator}
+    script_name = f"train_{'dpo' if method == 'dpo' else 'grpo'}"
+    one = train(script_name, method, name="one", **common)
+
+    def second(run: TrainingRun) -> Any:
+        return load_model(run.starting_model, run.device)
+
+    monkeypatch.setattr(TrainingRun, "load_reference", second)
+    two = train(script_name, method, name="two", **common)
+    assert largest_difference(one, two) == 0.0
+    for row, other in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert row["loss"] == other["loss"] and row.get("kl") == other.get("kl")
 
 
 def test_gradient_checkpointing_does_not_change_the_result(train: Callable[..., Path]) -> None:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import OPTConfig, OPTForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
-from gsm8k_core import training
+from gsm8k_core import checkpoints, training
 from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -23,6 +23,7 @@ from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, unlock, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
 from gsm8k_core.problems import Problem
+from gsm8k_core.scoring import score_responses
 from gsm8k_core.training import (
     TrainingRun,
     build_optimizer,
@@ -559,6 +560,53 @@ def test_saving_with_lora_merges_into_the_starting_weights_without_copying_the_m
     assert max(float((saved[name] - merged[name]).abs().max()) for name in merged) < 1e-6
     started = weights(load_model(run.starting_model, CPU))
     assert max(float((saved[name] - started[name]).abs().max()) for name in saved) > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_lora_the_reference_is_the_trained_model_without_its_adapters_to_the_bit(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    options = {"gradient_checkpointing": checkpointing, "learning_rate": 0.05}
+    run = start(lora={"rank": 4, "dropout": 0.5}, **options)
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    run.model.train()
+    scored: tuple[torch.Tensor, ...] = (IDS, IDS, torch.ones_like(IDS))
+    second = start().load_reference()
+    expected = score_responses(second, *scored)["log_probs"]
+    draws = torch.random.get_rng_state()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the weights would lie in memory twice")
+
+    monkeypatch.setattr(training, "load_model", refuse)
+    reference = run.load_reference()
+    run.model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.random.set_rng_state(draws)
+    before = {name: parameter.grad for name, parameter in run.model.named_parameters()}
+    modes = [part.training for part in run.model.modules()]
+    with run.as_reference(reference):
+        found = score_responses(reference, *scored)["log_probs"]
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.random.get_rng_state(), draws)
+    trained = checkpoints.trained_parameters(run.model)
+    assert trained.keys() == {name for name in before if "lora_" in name}
+    assert all(parameter.grad is before[name] for name, parameter in trained.items())
+    assert [part.training for part in run.model.modules()] == modes
+    policy = score_responses(run.model, *scored)["log_probs"]
+    assert policy.requires_grad and float((policy - expected).detach().abs().max()) > 1e-2
+
+
+def test_without_lora_the_reference_is_a_model_of_its_own_that_training_leaves_alone(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start()
+    run.resume()
+    reference = run.load_reference()
+    before = weights(reference)
+    step(run, 1)
+    assert same(weights(reference), before) and not same(weights(run.model), before)
 
 
 def test_lora_starts_the_same_for_the_same_seed(start: Callable[..., TrainingRun]) -> None:
