@@ -507,7 +507,16 @@ def _cut(
     )
 
 
-def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
+def rewards_differ(group: Group, settings: GrpoMethod) -> bool:
+    """Whether completions are better or worse than others of the group, as advantages have it.
+
+    Dynamic sampling takes advantages from groups that differ by the overlong penalty alone.
+    """
+    spread = len({reward["reward"] for reward in group.rewards}) > 1
+    return spread and (group.has_spread or not settings.dynamic_sampling)
+
+
+def rollout_metrics(groups: list[Group], sampled: list[Group], settings: GrpoMethod) -> Metrics:
     """What a step's completions look like: rewards by component, lengths, truncation.
 
     Over all that were sampled, so that methods which choose among their groups compare with those
@@ -521,7 +530,7 @@ def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
     correct = torch.tensor([reward["answer_reward"] == 1.0 for reward in rewards])
     of_groups = correct.reshape(len(sampled), -1)
     values = torch.tensor([reward["reward"] for reward in rewards])
-    num_equal = sum(not group.has_spread for group in groups)
+    num_equal = sum(not rewards_differ(group, settings) for group in groups)
     metrics = {
         "reward_std": float(values.std(correction=0)),
         "fraction_equal_reward_groups": num_equal / len(groups),
@@ -657,7 +666,7 @@ def main(argv: list[str] | None = None) -> int:
                 reference.load_state_dict(run.model.state_dict())
         ended = time.perf_counter()
 
-        row = rollout_metrics(groups, sampled) | updated
+        row = rollout_metrics(groups, sampled, settings) | updated
         in_a_pass = sum(rollouts.lengths) + len(rollouts.lengths)
         run.progress["num_tokens"] += in_a_pass * settings.epochs_per_batch
         run.progress["num_sampled_tokens"] += row["num_sampled_tokens"]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from gsm8k_core import advantages, grpo, losses, manifest, scoring, shared_prompts, training
-from gsm8k_core.config import RunSettings
+from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.engines.base import Completion
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
@@ -602,6 +602,29 @@ def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
         assert row["num_updates_without_gradient"] == 1 and row["grad_norm"] == 0.0
 
 
+def test_an_overlong_penalty_alone_makes_rewards_differ_where_groups_are_not_chosen(
+    train: Callable[..., Path],
+) -> None:
+    # Without dynamic sampling the same groups have advantages, so they do teach.
+    settings = {**SMALL, "reward": {"answer": 0.0}, "overlong_buffer": 20}
+    for row in metrics_of(train("train_grpo", "grpo", **settings)):
+        assert row["fraction_equal_reward_groups"] < 1.0
+        assert row["num_updates_without_gradient"] == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_group_whose_penalties_make_its_rewards_equal_teaches_nothing(
+    script: Callable[..., ModuleType], dynamic: bool
+) -> None:
+    module: Any = script("train_grpo")
+    completions = [Completion([5] * length, [0.0] * length, "stop", "") for length in (8, 4)]
+    # Right and as long as can be, wrong and short.
+    rewards = [{"reward": 0.0, "answer_reward": right} for right in (1.0, 0.0)]
+    groups = [module.Group([1], completions, rewards, True, gold="1", sampled_by=0)]
+    settings = GrpoMethod(kind="grpo", overlong_buffer=4, dynamic_sampling=dynamic)
+    assert module.rollout_metrics(groups, groups, settings)["fraction_equal_reward_groups"] == 1.0
+
+
 def test_what_dynamic_sampling_leaves_out_counts_as_sampled_but_not_as_trained_on(
     train: Callable[..., Path],
 ) -> None:
@@ -638,7 +661,8 @@ def test_correct_and_incorrect_completions_are_told_apart(
 
     all_correct, mixed = group((1.0, 2), (1.0, 4)), group((1.0, 6), (0.0, 9))
     all_incorrect = [group((0.0, 1), (0.0, 2)) for _ in range(2)]
-    metrics = module.rollout_metrics([mixed], [mixed, all_correct, *all_incorrect])
+    sampled = [mixed, all_correct, *all_incorrect]
+    metrics = module.rollout_metrics([mixed], sampled, GrpoMethod(kind="grpo"))
     assert metrics["fraction_all_correct_groups"] == 1 / 4
     assert metrics["fraction_all_incorrect_groups"] == 2 / 4
     assert metrics["fraction_equal_reward_groups"] == 0.0  # of those trained on
