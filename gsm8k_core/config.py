@@ -422,7 +422,8 @@ class TrainSettings(Settings):
     learning_rate: PositiveFiniteFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the rate does after the warm-up."""
+    """What the rate does after the warm-up. It goes by planned updates, also those that are skipped
+    where all completions are masked (`mask_truncated`)."""
     warmup_fraction: Fraction01 = 0.0
     """Share of the optimizer steps during which the rate climbs linearly from 0."""
     min_learning_rate_fraction: Fraction01 = 0.0

@@ -268,6 +268,7 @@ class TrainingRun:
             "data": sha256_file(data),
             "reward_code": reward_code(settings.method_settings),
             "num_updates_done": 0,
+            "num_updates_skipped": 0,
             "num_tokens": 0,
             "seconds": 0.0,
             "seconds_validating": 0.0,
@@ -480,7 +481,8 @@ class TrainingRun:
 
         Raises TrainingError on a gradient that is not finite, before it reaches the weights.
         """
-        rate = learning_rate_at(self.progress["num_updates_done"], self.num_updates, self.settings)
+        planned = self.progress["num_updates_done"] + self.progress.get("num_updates_skipped", 0)
+        rate = learning_rate_at(planned, self.num_updates, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(checkpoints.trained_parameters(self.model).values())
@@ -495,6 +497,11 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress["num_updates_done"] += 1
         return {"learning_rate": rate, "grad_norm": norm}
+
+    def skip_update(self) -> None:
+        """Leave one out that has nothing to learn from: the learning rate goes on all the same."""
+        skipped = self.progress.get("num_updates_skipped", 0)  # in no checkpoint of an older commit
+        self.progress["num_updates_skipped"] = skipped + 1
 
     def end_step(
         self,

@@ -441,6 +441,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             )
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
+                run.skip_update()
                 continue
             for packs, backward in update_microbatches(run, rollouts, minibatch, with_gradient):
                 with torch.set_grad_enabled(backward):

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from gsm8k_core import advantages, grpo, losses, manifest, scoring, shared_prompts, training
 from gsm8k_core.config import GrpoMethod, RunSettings
 from gsm8k_core.engines.base import Completion
+from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ConfigError, DataError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.models import load_model, load_tokenizer
@@ -679,6 +681,25 @@ def test_completions_that_are_all_truncated_and_masked_give_no_update(
     before = load_file(sft_folder / "model.safetensors")
     after = weights_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_learning_rate_falls_to_its_end_although_an_update_is_skipped(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = HfEngine.generate
+    reasons: Any = iter(["length", "stop", "stop"])  # in the first step all completions are cut
+
+    def ended(*args: Any) -> list[list[Completion]]:
+        reason = next(reasons)
+        groups = generate(*args)
+        return [[replace(one, finish_reason=reason) for one in group] for group in groups]
+
+    monkeypatch.setattr(HfEngine, "generate", ended)
+    settings = {**SMALL, "num_steps": 3, "mask_truncated": True, "learning_rate": 0.03}
+    schedule = {"schedule": "linear", "warmup_fraction": 0.0, "min_learning_rate_fraction": 0.0}
+    rows = metrics_of(train("train_grpo", "grpo", **settings, **schedule))
+    rates = [row.get("learning_rate") for row in rows]
+    assert rates == [None, pytest.approx(0.02), pytest.approx(0.01)]  # of 0.03, 0.02, 0.01
 
 
 def test_the_overlong_penalty_is_logged_and_lowers_the_reward(train: Callable[..., Path]) -> None:

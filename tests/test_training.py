@@ -251,6 +251,23 @@ def test_nothing_to_resume_starts_at_zero(start: Callable[..., TrainingRun]) -> 
     assert start().resume() == (0, {})
 
 
+def test_a_skipped_update_has_its_place_in_the_schedule_before_and_after_a_resume(
+    start: Callable[..., TrainingRun],
+) -> None:
+    options = {"schedule": "linear", "min_learning_rate_fraction": 0.0, "learning_rate": 1.0}
+    run = start(**options, checkpoint_every_steps=1)
+    run.resume()
+    run.skip_update()
+    step(run, 1)
+    again = start(**options, checkpoint_every_steps=1)
+    again.resume()
+    again.skip_update()
+    step(again, 2)
+    rows = read_jsonl(again.state_dir / "metrics.jsonl")
+    assert [row["learning_rate"] for row in rows] == [0.75, 0.25]  # the second and fourth of four
+    assert again.progress["num_updates_done"] == 2
+
+
 def test_seconds_go_on_and_checkpoints_fall_on_their_steps(
     start: Callable[..., TrainingRun],
 ) -> None:
