@@ -210,7 +210,14 @@ def end_invocation(state):
         note_unrecorded(LAYOUT, INVOCATION.since_ns)
     INVOCATION.finish(state, **invocation_facts(LAYOUT, INVOCATION.name))
     if is_finished:
-        record_study(LAYOUT, INVOCATION.since_ns, has_failed=state == "failed")
+        record_study(LAYOUT, INVOCATION.since_ns, has_failed=state != "succeeded")
+
+
+def state_of_error():
+    """Whether a job has failed, or Ctrl-C or SIGTERM has ended this call: Snakemake calls both errors."""
+    scheduler = workflow.scheduler
+    has_failed = scheduler.failed or getattr(scheduler, "_executor_error", None)
+    return "failed" if has_failed else "interrupted"
 
 
 wildcard_constraints:
