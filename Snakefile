@@ -34,7 +34,7 @@ onsuccess:
 
 
 onerror:
-    end_invocation("failed")
+    end_invocation(state_of_error())
 
 
 rule all:

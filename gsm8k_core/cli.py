@@ -115,6 +115,8 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         sys.stderr.write(redact(f"{_rank_prefix()}error: {where}{error.strerror or error}\n"))
         return 1
     except KeyboardInterrupt:
+        if "gsm8k_core.manifest" in sys.modules:
+            sys.modules["gsm8k_core.manifest"].Attempts.interrupted = True
         sys.stderr.write(f"{_rank_prefix()}interrupted\n")
         return 130
     except RuntimeError as error:

@@ -422,7 +422,8 @@ class TrainSettings(Settings):
     learning_rate: PositiveFiniteFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the rate does after the warm-up."""
+    """What the rate does after the warm-up. It goes by planned updates, also those that are skipped
+    where all completions are masked (`mask_truncated`)."""
     warmup_fraction: Fraction01 = 0.0
     """Share of the optimizer steps during which the rate climbs linearly from 0."""
     min_learning_rate_fraction: Fraction01 = 0.0
@@ -643,7 +644,7 @@ class GrpoMethod(TrainSettings):
     for one."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators; k3 is non-negative. As a loss k1 has no gradient in expectation, so k2
-    or k3 go there; in the reward k1 alone has that of the KL."""
+    or k3 go there; in the reward k1 alone has that of the KL. The log's `kl` is k3 always."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """`loss`: a term of the loss; `reward`: subtracted from the reward of the completion (with
     `kl_estimator: k1`)."""

@@ -17,6 +17,7 @@ import torch
 
 from gsm8k_core.config import GrpoMethod
 from gsm8k_core.losses import (
+    KlEstimator,
     LossType,
     aggregate,
     check_accumulation,
@@ -32,6 +33,8 @@ from gsm8k_core.losses import (
 )
 from gsm8k_core.masking import masked, masked_mean, masked_sum
 
+LOGGED_KL: KlEstimator = "k3"
+"""Whatever the method's own estimator is, so that logs compare: unbiased and never negative."""
 Metrics = dict[str, float]
 """`num_tokens`, `num_completions`; `token_sum/x`, to be divided by num_tokens; `step_sum/x`, a sum
 by itself; `max/x`."""
@@ -115,7 +118,8 @@ def policy_loss(
     settings ask for something that is not given, or for an entropy bonus of an entropy without
     gradient, and for tensors of other shapes.
 
-    Among the metrics, `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r.
+    Among the metrics, `kl` is that to the reference by k3, whatever `kl_estimator` is, and
+    `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r, which is k3 too.
     """
     mask = batch.response_mask
     check_shapes(
@@ -139,7 +143,7 @@ def policy_loss(
     metrics = _count(mask)
     if settings.objective != "reinforce":  # which uses no ratio
         metrics |= _ratio_metrics(ratio, advantages, mask, settings)
-        moved = kl_estimate(masked(old, mask), masked(policy_log_probs.detach(), mask), "k3")
+        moved = kl_estimate(masked(old, mask), masked(policy_log_probs.detach(), mask), LOGGED_KL)
         metrics |= _token_sum("approx_kl", moved, mask)
 
     if settings.importance_correction != "none":
@@ -150,18 +154,19 @@ def policy_loss(
         metrics |= _token_sum("importance_weight", weight, mask)
         unbounded = importance_weights(old, sampler, mask, level, "truncate", math.inf)
         metrics |= _token_sum("importance_bounded_fraction", unbounded > bound, mask)
-    if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
+    kl_in_loss = settings.kl_coefficient > 0 and settings.kl_placement == "loss"
+    if kl_in_loss:
         _given(batch.ref_log_probs, "kl_coefficient", "ref_log_probs")
     if batch.ref_log_probs is not None:
         # A NaN outside the mask would reach the gradient through the estimate, as 0·NaN.
-        kl = kl_estimate(
-            masked(policy_log_probs, mask),
-            masked(batch.ref_log_probs.detach(), mask),
-            settings.kl_estimator,
-        )
+        policy = masked(policy_log_probs, mask)
+        ref = masked(batch.ref_log_probs.detach(), mask)
         # One that is given for the log alone adds nothing, not even 0·∞.
-        if settings.kl_coefficient > 0 and settings.kl_placement == "loss":
+        if kl_in_loss:
+            kl = kl_estimate(policy, ref, settings.kl_estimator)
             per_token_loss = per_token_loss + settings.kl_coefficient * kl
+        if not kl_in_loss or settings.kl_estimator != LOGGED_KL:
+            kl = kl_estimate(policy.detach(), ref, LOGGED_KL)
         metrics |= _token_sum("kl", kl, mask)
     if settings.entropy_coefficient > 0:
         entropy = _given(token_entropy, "entropy_coefficient", "token_entropy")

@@ -412,15 +412,19 @@ class Attempts:
 
     A row has the call's command line, host, commit and start, and a `state`:
 
-        running    it is at work, or was when `path` was written
-        finished   it came to the end of the job
-        failed     it was ended by an error, or by Ctrl-C
-        killed     it ended without a word: a signal, a crash, an error in one of several ranks
+        running      it is at work, or was when `path` was written
+        finished     it came to the end of the job
+        failed       it was ended by an error
+        interrupted  it was ended by Ctrl-C
+        killed       it ended without a word: a signal, a crash, an error in one of several ranks
 
     and the seconds (wall, CPU, and wall for each GPU that it held) from the start of its process to
     `last_sign`: its end, or where it was killed the last time that it wrote anything down. What it
     did after that is not counted.
     """
+
+    interrupted = False
+    """Set by `cli.run_script` where Ctrl-C ends the process: at its exit nobody can tell."""
 
     def __init__(self, path: Path, job: str, num_gpus: int = 0) -> None:
         known = read_json(path) if path.exists() else {}
@@ -470,7 +474,7 @@ class Attempts:
 
     def _end(self) -> None:
         if self._path.exists():
-            self.note("failed")
+            self.note("interrupted" if self.interrupted else "failed")
 
 
 def attempts_record(attempts: Sequence[Json]) -> Json:
@@ -595,7 +599,7 @@ def _unrecorded(runs_dir: Path, study: str) -> list[Path]:
     for path in sorted(runs_dir.glob("*/run_manifest.json"), reverse=True):
         manifest = read_record(path)
         if manifest.get("study") == study:
-            if manifest["state"] in ("succeeded", "failed"):
+            if manifest["state"] in ("succeeded", "failed", "interrupted"):
                 break
             folders.append(path.parent)
     return folders

@@ -29,7 +29,7 @@ from gsm8k_core.config import (
 )
 from gsm8k_core.files import Json, read_record
 from gsm8k_core.layout import ARTIFACTS, Layout
-from gsm8k_core.records import num_gpus
+from gsm8k_core.records import num_gpus, seconds_of_training_job
 
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
 # A model is config.json, generation_config.json, tokenizer (2), weights and Snakemake's time stamp.
@@ -228,7 +228,7 @@ def _training_seconds(
     if measured := records.training.get((model, method)):
         gpus = config.models[model].gpus
         scaled = [
-            one["seconds_training"]
+            seconds_of_training_job(one)
             * (num_steps / one["num_steps"])
             * (max(1, one.get("num_ranks", gpus)) / max(1, gpus))
             for one in measured

@@ -271,9 +271,14 @@ def sampling_cost(stats: Sequence[Json]) -> Json:
     }
 
 
+def seconds_of_training_job(record: Json) -> float:
+    """What a run took, by its summary: training and validation."""
+    return float(record.get("seconds_training", 0.0) + record.get("seconds_validating", 0.0))
+
+
 def _gpu_seconds(record: Json) -> float:
     # A round's or DPO's sampling is a job of its own, whose stats tell its seconds.
-    training = record.get("seconds_training", 0.0) - record.get("seconds_sampling", 0.0)
+    training = seconds_of_training_job(record) - record.get("seconds_sampling", 0.0)
     generating = record.get("seconds_loading", 0.0) + record.get("seconds_generating", 0.0)
     return (num_gpus(record) or 0) * (training + generating)
 

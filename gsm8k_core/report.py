@@ -776,8 +776,8 @@ def _cost_note(rows: list[Json], has_curves: bool) -> str:
     notes = []
     if any(row["parent"] is not None for row in rows):
         notes.append(
-            "“Training”, tokens and peak memory are of the method's own stage; “with parents” and "
-            "the charts add the stages that it starts from."
+            "“Training”, which is without validation, tokens and peak memory are of the method's "
+            "own stage; “with parents” and the charts add the stages that it starts from."
         )
     if any(row["num_seeds"] > 1 for row in rows):
         notes.append("All are means over seeds.")

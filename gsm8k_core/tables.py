@@ -419,9 +419,10 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     `smallest_detectable_delta` is the difference that a study of this size and spread finds four
     times in five, at the uncorrected level.
 
-    Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage, null
-    where nothing is trained; `…_with_parents` adds the stages before it. `flags` says what makes a
-    row's comparison doubtful (see `gsm8k_core.differences`).
+    Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage
+    with what it sampled and without validation, null where nothing is trained; `…_with_parents`
+    adds the stages before it. `flags` says what makes a row's comparison doubtful (see
+    `gsm8k_core.differences`).
 
     Raises DataError when a file is missing or malformed and when two runs of a suite graded
     different problems.
@@ -808,7 +809,7 @@ def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
         "detectable: the smallest difference to the parent that this many problems and seeds would "
         "have found four times in five, before correction.",
         "with parents: own training and that of the stages before it. Times, tokens and memory are "
-        "means over seeds.",
+        "means over seeds; times of training are without validation.",
     ]
     notes += notes_on_clusters(frame.iter_rows(named=True))
     if frame["gpu_seconds_training"].max():

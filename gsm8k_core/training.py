@@ -58,6 +58,7 @@ from gsm8k_core.models import (
     compute_dtype,
     device_name,
     empty_model,
+    in_eval_mode,
     load_model,
     load_plain_weights,
     load_tokenizer,
@@ -267,8 +268,10 @@ class TrainingRun:
             "data": sha256_file(data),
             "reward_code": reward_code(settings.method_settings),
             "num_updates_done": 0,
+            "num_updates_skipped": 0,
             "num_tokens": 0,
             "seconds": 0.0,
+            "seconds_validating": 0.0,
             "best_validation": None,
         }
         self.started = time.perf_counter()
@@ -347,10 +350,32 @@ class TrainingRun:
             return load_model(self.starting_model, torch.device("cpu"))
         return empty_model(self.starting_model)
 
-    def load_reference(self) -> PreTrainedModel:
-        """The starting model, not to be trained, spread over the ranks as the trained one is."""
+    def load_reference(self) -> Any:
+        """The starting model, not to be trained, spread over the ranks as the trained one is.
+
+        To be used within `as_reference`: with LoRA it is the trained model itself, whose adapters
+        are off there. Not so with several ranks: FSDP2 keeps of the first forward which gathered
+        weights have a gradient, and those of adapters that are off have none.
+        """
+        if self.settings.lora is not None and ranks.world_size() == 1:
+            return self.model
         reference = self._load_starting_model().requires_grad_(False)
         return distributed.shard(reference, self.device)
+
+    @contextlib.contextmanager
+    def as_reference(self, reference: Any) -> Iterator[None]:
+        """Within the block what `load_reference` gave computes as the starting model does.
+
+        No gradient may be on its way through the model meanwhile.
+        """
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(torch.no_grad())
+            if reference is self.model:
+                contexts.enter_context(in_eval_mode(reference))
+                # What PEFT's own `disable_adapter` does, but for asking each layer first: 45 ms.
+                reference.base_model.disable_adapter_layers()
+                contexts.callback(reference.base_model.enable_adapter_layers)
+            yield
 
     # ------------------------------------------------------------------------------------ resume
 
@@ -456,7 +481,8 @@ class TrainingRun:
 
         Raises TrainingError on a gradient that is not finite, before it reaches the weights.
         """
-        rate = learning_rate_at(self.progress["num_updates_done"], self.num_updates, self.settings)
+        planned = self.progress["num_updates_done"] + self.progress.get("num_updates_skipped", 0)
+        rate = learning_rate_at(planned, self.num_updates, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(checkpoints.trained_parameters(self.model).values())
@@ -471,6 +497,11 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress["num_updates_done"] += 1
         return {"learning_rate": rate, "grad_norm": norm}
+
+    def skip_update(self) -> None:
+        """Leave one out that has nothing to learn from: the learning rate goes on all the same."""
+        skipped = self.progress.get("num_updates_skipped", 0)  # in no checkpoint of an older commit
+        self.progress["num_updates_skipped"] = skipped + 1
 
     def end_step(
         self,
@@ -593,6 +624,7 @@ class TrainingRun:
                 remove_folder(folder)
 
     def _validate(self, step: int) -> float:
+        started = time.perf_counter()
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
             num_right = num_greedy_right(
@@ -611,6 +643,9 @@ class TrainingRun:
             self._save_weights(self.state_dir / f"best-{step}")
             if ranks.is_main():
                 self._drop_older_bests()
+        # A checkpoint of an older commit counts it as training up to there.
+        before = self.progress.get("seconds_validating", 0.0)
+        self.progress["seconds_validating"] = before + time.perf_counter() - started
         return accuracy
 
     @contextlib.contextmanager
@@ -619,8 +654,23 @@ class TrainingRun:
 
         Started at first use. Weights are copied into it where it has its own and they have moved.
         """
+        engine = self.start_engine()
+        if getattr(engine, "model", None) is not self.model:
+            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
+                engine.load_weights(plain_weights(self.model))
+                self._num_updates_sampled_with = self._num_updates
+        engine.wake()
+        yield engine
+        engine.sleep()
+
+    def start_engine(self) -> Engine:
+        """The engine, started unless it is.
+
+        To be called before `validate_start` by what samples to train: else what the start takes
+        would pass for validation.
+        """
         if self._engine is None:
-            self._engine = self._start_engine()
+            self._engine = self._make_engine()
             before = self.progress.setdefault("engine", self._engine.name)
             if before != self._engine.name:
                 log.warning(
@@ -629,14 +679,7 @@ class TrainingRun:
                     before,
                     self._engine.name,
                 )
-        engine = self._engine
-        if getattr(engine, "model", None) is not self.model:
-            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
-                engine.load_weights(plain_weights(self.model))
-                self._num_updates_sampled_with = self._num_updates
-        engine.wake()
-        yield engine
-        engine.sleep()
+        return self._engine
 
     @property
     def samples_with_itself(self) -> bool:
@@ -651,7 +694,7 @@ class TrainingRun:
     def _num_updates(self) -> int:
         return int(self.progress["num_updates_done"])
 
-    def _start_engine(self) -> Engine:
+    def _make_engine(self) -> Engine:
         model_settings = self.run_settings.model_settings
         chosen = choose_engine(model_settings, self.starting_model, self.device)
         if chosen == "transformers":
@@ -749,6 +792,9 @@ class TrainingRun:
         if self.samples.path.stat().st_size > 0:
             with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
                 shutil.copyfile(self.samples.path, temporary)
+        # Validation is no part of what a method costs: how often it is done is the study's choice.
+        validating = self.progress.get("seconds_validating", 0.0)
+        training = time.perf_counter() - self.started - validating
         settings = self.run_settings
         made = settings.model_dump(by_alias=True)
         made["method_settings"]["num_steps"] = self.num_steps  # fewer by --max-steps: another run
@@ -765,9 +811,8 @@ class TrainingRun:
             "num_updates": self.progress["num_updates_done"],
             "num_tokens": self.progress["num_tokens"],
             # What was sampled to train on is part of what training costs.
-            "seconds_training": round(
-                time.perf_counter() - self.started + summary.get("seconds_sampling", 0.0), 3
-            ),
+            "seconds_training": round(training + summary.get("seconds_sampling", 0.0), 3),
+            "seconds_validating": round(validating, 3),
             "peak_memory_mb": max(
                 row["peak_memory_mb"]
                 for row in [*measured, *iter_jsonl(self.metrics.path)]  # these of earlier calls too

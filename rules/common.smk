@@ -215,9 +215,16 @@ def end_invocation(state):
         record_study(
             LAYOUT,
             INVOCATION.since_ns,
-            has_failed=state == "failed",
+            has_failed=state != "succeeded",
             num_threads=workflow.cores if workflow.local_exec else 2,  # on a login node
         )
+
+
+def state_of_error():
+    """Whether a job has failed, or Ctrl-C or SIGTERM has ended this call: Snakemake calls both errors."""
+    scheduler = workflow.scheduler
+    has_failed = scheduler.failed or getattr(scheduler, "_executor_error", None)
+    return "failed" if has_failed else "interrupted"
 
 
 wildcard_constraints:

@@ -27,6 +27,7 @@ from gsm8k_core.records import sampling_cost
 
 log = logging.getLogger("finish_rounds")
 SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
+VALIDATING = "seconds_validating"
 
 
 def steps_of(rounds: list[Path]) -> Iterator[Json]:
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     summary = {
         **summaries[-1],
         **{key: sum(one[key] for one in summaries) for key in SUMMED},
+        # Rounds of older commits counted it among the seconds of training.
+        VALIDATING: sum(one.get(VALIDATING, 0.0) for one in summaries),
         "round": 0,
         "num_rounds": len(rounds),
         "num_examples": sum(one["num_examples"] for one in summaries),

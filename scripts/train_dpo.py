@@ -149,10 +149,14 @@ def main(argv: list[str] | None = None) -> int:
         chosen_pairs = take(pairs, order, settings.batch_size)
         sums: dict[str, float] = {}
         lengths = [pair.length for pair in chosen_pairs]
-        for group in own_microbatches(lengths, run.tokens_per_microbatch):
-            part = [chosen_pairs[index] for index in group or [lengths.index(min(lengths))]]
-            with torch.no_grad():
-                ref_chosen, ref_rejected = sequence_log_probs(run, reference, part, pad_id)
+        groups = own_microbatches(lengths, run.tokens_per_microbatch)
+        parts = [
+            [chosen_pairs[index] for index in group or [lengths.index(min(lengths))]]
+            for group in groups
+        ]
+        with run.as_reference(reference):
+            ref_sums = [sequence_log_probs(run, reference, part, pad_id) for part in parts]
+        for group, part, (ref_chosen, ref_rejected) in zip(groups, parts, ref_sums, strict=True):
             chosen, rejected = sequence_log_probs(run, run.model, part, pad_id)
             losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.beta)
             nll = -chosen / torch.tensor([len(pair.chosen_ids) for pair in part], device=run.device)

@@ -441,6 +441,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             )
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
+                run.skip_update()
                 continue
             for packs, backward in update_microbatches(run, rollouts, minibatch, with_gradient):
                 with torch.set_grad_enabled(backward):
@@ -507,7 +508,16 @@ def _cut(
     )
 
 
-def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
+def rewards_differ(group: Group, settings: GrpoMethod) -> bool:
+    """Whether completions are better or worse than others of the group, as advantages have it.
+
+    Dynamic sampling takes advantages from groups that differ by the overlong penalty alone.
+    """
+    spread = len({reward["reward"] for reward in group.rewards}) > 1
+    return spread and (group.has_spread or not settings.dynamic_sampling)
+
+
+def rollout_metrics(groups: list[Group], sampled: list[Group], settings: GrpoMethod) -> Metrics:
     """What a step's completions look like: rewards by component, lengths, truncation.
 
     Over all that were sampled, so that methods which choose among their groups compare with those
@@ -521,7 +531,7 @@ def rollout_metrics(groups: list[Group], sampled: list[Group]) -> Metrics:
     correct = torch.tensor([reward["answer_reward"] == 1.0 for reward in rewards])
     of_groups = correct.reshape(len(sampled), -1)
     values = torch.tensor([reward["reward"] for reward in rewards])
-    num_equal = sum(not group.has_spread for group in groups)
+    num_equal = sum(not rewards_differ(group, settings) for group in groups)
     metrics = {
         "reward_std": float(values.std(correction=0)),
         "fraction_equal_reward_groups": num_equal / len(groups),
@@ -602,6 +612,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run.model.train()
     if steps_done == 0:
+        run.start_engine()
         run.validate_start()
     for step in run.steps_after(steps_done, "GRPO"):
         started = time.perf_counter()
@@ -632,7 +643,8 @@ def main(argv: list[str] | None = None) -> int:
         log_kl = settings.log_kl_every_steps
         if settings.kl_coefficient > 0 or (log_kl and (step == 1 or step % log_kl == 0)):
             assert reference is not None
-            rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
+            with run.as_reference(reference):
+                rollouts = replace(rollouts, ref_log_probs=score_all(run, reference, rollouts))
         rewards = rollouts.rewards
         if in_reward:
             assert rollouts.old_log_probs is not None and rollouts.ref_log_probs is not None
@@ -655,7 +667,7 @@ def main(argv: list[str] | None = None) -> int:
                 reference.load_state_dict(run.model.state_dict())
         ended = time.perf_counter()
 
-        row = rollout_metrics(groups, sampled) | updated
+        row = rollout_metrics(groups, sampled, settings) | updated
         in_a_pass = sum(rollouts.lengths) + len(rollouts.lengths)
         run.progress["num_tokens"] += in_a_pass * settings.epochs_per_batch
         run.progress["num_sampled_tokens"] += row["num_sampled_tokens"]

@@ -22,21 +22,29 @@ from gsm8k_core.files import read_json
 from gsm8k_core.manifest import Attempts, attempts_record, code_digest, git_state
 
 ROOT = Path(__file__).resolve().parent.parent
-CALLS = [f"2026112{day}T000000Z_aaaaaaaa" for day in range(3)]
+CALLS = [f"2026112{day}T000000Z_aaaaaaaa" for day in range(4)]
 WORK = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
+from gsm8k_core.cli import leave, run_script
 from gsm8k_core.files import write_json
 from gsm8k_core.manifest import Attempts
 
 path, job, end = sys.argv[1:4]
-attempts = Attempts(Path(path), job, num_gpus=2)
-if end == "failed":
-    raise RuntimeError
-if end == "hang":
-    print("begun", flush=True)
-    time.sleep(600)
-write_json(Path(path).with_name("record.json"), attempts.finish())
+
+def main():
+    attempts = Attempts(Path(path), job, num_gpus=2)
+    if end == "failed":
+        raise RuntimeError
+    if end == "interrupted":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+        os.kill(os.getpid(), signal.SIGINT)
+    if end == "hang":
+        print("begun", flush=True)
+        time.sleep(600)
+    write_json(Path(path).with_name("record.json"), attempts.finish())
+
+leave(run_script(main))
 """
 
 
@@ -62,11 +70,12 @@ def work(path: Path, end: str, call: str, job: str = "a job") -> None:
 
 def test_the_record_lists_each_call_with_how_it_ended(tmp_path: Path) -> None:
     path = tmp_path / "state" / "attempts.json"
-    for end, call in zip(("hang", "failed", "finished"), CALLS, strict=True):
+    for end, call in zip(("hang", "failed", "interrupted", "finished"), CALLS, strict=True):
         work(path, end, call)
     record = read_json(path.with_name("record.json"))
     attempts = record["attempts"]
-    assert [one["state"] for one in attempts] == ["killed", "failed", "finished"]
+    states = ["killed", "failed", "interrupted", "finished"]
+    assert [one["state"] for one in attempts] == states
     assert [one["invocation"] for one in attempts] == CALLS
     for one in attempts:
         assert (one["host"], one["code_digest"]) == (platform.node(), code_digest())

@@ -421,8 +421,21 @@ def test_entropy_and_kl_are_reported_as_means_over_the_response_tokens() -> None
     _, metrics = policy_loss(policy, entropy, batch, settings_, 2.0)
     summary = summarize_metrics(metrics)
     assert summary["entropy"] == 3.0  # (1 + 2 + 6) / 3
-    assert summary["kl"] == -2.0  # (-1 - 2 - 3) / 3
+    k3 = [math.exp(-d) + d - 1 for d in (-1.0, -2.0, -3.0)]
+    assert summary["kl"] == pytest.approx(sum(k3) / 3)
     assert math.isnan(summarize_metrics({"num_tokens": 0.0, "token_sum/kl": 0.0})["kl"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kl_coefficient": 0.5, "kl_estimator": "k2"}, KL_IN_REWARD, {}]
+)
+def test_the_kl_in_the_log_is_the_same_number_whatever_the_method_estimates_it_by(
+    changes: dict[str, Any],
+) -> None:
+    policy, batch = random_batch(3)
+    of_k3 = policy_loss(policy, None, batch, method(kl_coefficient=0.5, kl_estimator="k3"), 9.0)[1]
+    metrics = policy_loss(policy, None, batch, method(**changes), 9.0)[1]
+    assert metrics["token_sum/kl"] == of_k3["token_sum/kl"] > 0.0
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])

@@ -468,15 +468,16 @@ def test_the_next_call_says_killed_of_what_was_killed(tmp_path: Path, config: Co
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["failed", "interrupted"])
 def test_what_a_killed_call_of_the_study_wrote_counts_as_written_by_the_next(
-    tmp_path: Path, config: Config
+    tmp_path: Path, config: Config, end: str
 ) -> None:
     start_and_stop(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     (killed,) = tmp_path.iterdir()
     invocation = Invocation(tmp_path)
     invocation.start(config)
     assert invocation.since_ns == (killed / "locks" / "requirements.lock.txt").stat().st_ctime_ns
-    invocation.finish("failed")
+    invocation.finish(end)
     third = Invocation(tmp_path)
     third.start(config)
     assert third.since_ns > invocation.since_ns

@@ -176,7 +176,10 @@ def test_an_evaluation_holds_the_gpus_that_vllm_shares_a_model_over(tmp_path: Pa
 def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
     plan: Callable[..., dict], tmp_path: Path
 ) -> None:
-    summary = {"model": "tiny-qwen2", "method": "sft", "num_steps": 500, "seconds_training": 30.0}
+    summary = {
+        "model": "tiny-qwen2", "method": "sft", "num_steps": 500,
+        "seconds_training": 20.0, "seconds_validating": 10.0,
+    }  # fmt: skip
     write_json(tmp_path / SFT / "train" / "summary.json", summary)
     row = hours_of(plan(), "sft", "training")
     assert row["sources"] == ["measured, 1 runs"]

@@ -363,6 +363,7 @@ def test_a_call_tells_its_inputs_and_the_seconds_of_its_own_jobs(layout: Layout)
         ({"seconds_training": 5.0}, 0.0),
         ({"device": "NVIDIA", "seconds_training": 5.0, "seconds_sampling": 2.0}, 3.0),
         ({"device": "NVIDIA", "num_ranks": 4, "seconds_training": 5.0}, 20.0),
+        ({"device": "NVIDIA", "seconds_training": 5.0, "seconds_validating": 3.0}, 8.0),
         ({"device": "cpu", "num_ranks": 4, "seconds_training": 5.0}, 0.0),
         ({"device": "NVIDIA", "seconds_loading": 1.0, "seconds_generating": 4.0}, 5.0),
         (

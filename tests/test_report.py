@@ -424,6 +424,7 @@ def test_notes_speak_of_what_the_page_shows_alone(
     told = (
         "bands go from the smallest to the largest seed. With more",
         "The bands of pass@k",
+        "“Training”, which is without validation,",
         "the stages that it starts from. All are means over seeds. Generating is",
         "over seeds and problems; differences are paired by seed and problem.",
     )

@@ -718,7 +718,8 @@ def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
             )
             summary = {
                 "model": "tiny-qwen2", "num_steps": 3, "num_updates": 3, "num_tokens": 100 * number,
-                "seconds_training": 2.5, "num_examples": 10 * number, "round": number,
+                "seconds_training": 2.5, "seconds_validating": 1.5,
+                "num_examples": 10 * number, "round": number,
                 "peak_memory_mb": 50 - number, "loss": 1.0 / number,
             }  # fmt: skip
             write_json(folder / "train" / "summary.json", summary)
@@ -750,6 +751,7 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
         "seconds_sampling": 8.0,  # 2 × 4
         "gpu_seconds_sampling": 16.0,  # on two GPUs
         "seconds_training": 13.0,  # 2 × 2.5 of updates and 8 of sampling
+        "seconds_validating": 3.0,  # 2 × 1.5
         "peak_memory_mb": 62,  # the sampling of round 2
         "loss": 0.5,  # of the last round
     }  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import OPTConfig, OPTForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
-from gsm8k_core import training
+from gsm8k_core import checkpoints, training
 from gsm8k_core.config import RunSettings, SftMethod
 from gsm8k_core.engines.base import Completion, Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
@@ -23,6 +23,7 @@ from gsm8k_core.errors import ConfigError, TrainingError
 from gsm8k_core.files import read_json, read_jsonl, seed_from, unlock, write_text
 from gsm8k_core.models import load_model, load_tokenizer, tiny_model
 from gsm8k_core.problems import Problem
+from gsm8k_core.scoring import score_responses
 from gsm8k_core.training import (
     TrainingRun,
     build_optimizer,
@@ -250,6 +251,23 @@ def test_nothing_to_resume_starts_at_zero(start: Callable[..., TrainingRun]) -> 
     assert start().resume() == (0, {})
 
 
+def test_a_skipped_update_has_its_place_in_the_schedule_before_and_after_a_resume(
+    start: Callable[..., TrainingRun],
+) -> None:
+    options = {"schedule": "linear", "min_learning_rate_fraction": 0.0, "learning_rate": 1.0}
+    run = start(**options, checkpoint_every_steps=1)
+    run.resume()
+    run.skip_update()
+    step(run, 1)
+    again = start(**options, checkpoint_every_steps=1)
+    again.resume()
+    again.skip_update()
+    step(again, 2)
+    rows = read_jsonl(again.state_dir / "metrics.jsonl")
+    assert [row["learning_rate"] for row in rows] == [0.75, 0.25]  # the second and fourth of four
+    assert again.progress["num_updates_done"] == 2
+
+
 def test_seconds_go_on_and_checkpoints_fall_on_their_steps(
     start: Callable[..., TrainingRun],
 ) -> None:
@@ -439,6 +457,41 @@ def test_validation_falls_on_the_start_on_its_steps_and_on_the_last(
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
 
 
+def test_what_validation_takes_is_no_training_and_both_go_on_after_a_resume(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def pass_by(seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        return 1
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(training, "num_greedy_right", lambda *_a, **_k: pass_by(100.0))
+    options: dict[str, Any] = {
+        "val": [Problem("a", "q", "#### 1", "1")],
+        "validate_every_steps": 2, "num_steps": 4,
+    }  # fmt: skip
+    run = start(**options)
+    run.resume()
+    run.validate_start()
+    for number in range(1, 4):  # the third is after the checkpoint, and is lost
+        pass_by(1.0)
+        step(run, number)
+    again = start(**options)
+    assert again.resume()[0] == 2
+    for number in (3, 4):
+        pass_by(1.0)
+        step(again, number)
+    again.finish({"seconds_sampling": 50.0})
+    summary = read_json(again.output_dir / "train" / "summary.json")
+    assert summary["seconds_validating"] == 300.0  # before step 1, after 2 and 4
+    assert summary["seconds_training"] == 4.0 + 50.0
+    rows = read_jsonl(again.output_dir / "train" / "metrics.jsonl")
+    assert rows[-1]["seconds_total"] == 304.0
+
+
 def test_a_run_without_validation_has_no_row_of_its_start(
     start: Callable[..., TrainingRun],
 ) -> None:
@@ -526,6 +579,53 @@ def test_saving_with_lora_merges_into_the_starting_weights_without_copying_the_m
     assert max(float((saved[name] - started[name]).abs().max()) for name in saved) > 1e-3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_lora_the_reference_is_the_trained_model_without_its_adapters_to_the_bit(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    options = {"gradient_checkpointing": checkpointing, "learning_rate": 0.05}
+    run = start(lora={"rank": 4, "dropout": 0.5}, **options)
+    run.resume()
+    step(run, 1)
+    step(run, 2)
+    run.model.train()
+    scored: tuple[torch.Tensor, ...] = (IDS, IDS, torch.ones_like(IDS))
+    second = start().load_reference()
+    expected = score_responses(second, *scored)["log_probs"]
+    draws = torch.random.get_rng_state()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the weights would lie in memory twice")
+
+    monkeypatch.setattr(training, "load_model", refuse)
+    reference = run.load_reference()
+    run.model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.random.set_rng_state(draws)
+    before = {name: parameter.grad for name, parameter in run.model.named_parameters()}
+    modes = [part.training for part in run.model.modules()]
+    with run.as_reference(reference):
+        found = score_responses(reference, *scored)["log_probs"]
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.random.get_rng_state(), draws)
+    trained = checkpoints.trained_parameters(run.model)
+    assert trained.keys() == {name for name in before if "lora_" in name}
+    assert all(parameter.grad is before[name] for name, parameter in trained.items())
+    assert [part.training for part in run.model.modules()] == modes
+    policy = score_responses(run.model, *scored)["log_probs"]
+    assert policy.requires_grad and float((policy - expected).detach().abs().max()) > 1e-2
+
+
+def test_without_lora_the_reference_is_a_model_of_its_own_that_training_leaves_alone(
+    start: Callable[..., TrainingRun],
+) -> None:
+    run = start()
+    run.resume()
+    reference = run.load_reference()
+    before = weights(reference)
+    step(run, 1)
+    assert same(weights(reference), before) and not same(weights(run.model), before)
+
+
 def test_lora_starts_the_same_for_the_same_seed(start: Callable[..., TrainingRun]) -> None:
     assert same(weights(start(lora={}).model), weights(start(lora={}).model))
 
@@ -553,7 +653,7 @@ def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_ca
 ) -> None:
     run = start()
     monkeypatch.setattr(training.ranks, "world_size", lambda: 2)
-    engine: Any = run._start_engine()
+    engine: Any = run._make_engine()
     assert engine.model is not run.model
     assert all(parameter.requires_grad for parameter in engine.model.parameters())
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def one_training(workspace: Path, method: str, **settings: Any) -> tuple[list[st
     return [*words, "--configfile", "studies/debug.yaml", "study.yaml"], run
 
 
+def states_of_calls(workspace: Path) -> list[str]:
+    """How the calls of snakemake ended, by their manifests, in their order."""
+    manifests = sorted((workspace / "artifacts" / "runs").glob("*/run_manifest.json"))
+    return [read_json(path)["state"] for path in manifests]
+
+
 def assert_whole(run: Path, num_steps: int) -> None:
     """That a run has ended as one that nobody has stopped."""
     assert read_json(run / "train" / "summary.json")["num_steps"] == num_steps
@@ -40,10 +47,11 @@ def assert_whole(run: Path, num_steps: int) -> None:
     assert not (run / "state").exists()
 
 
-def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    workspace, num_steps = tmp_path / "workspace", 60
-    words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
-    run, output = workspace / folder, tmp_path / "output.txt"
+def stopped(
+    workspace: Path, folder: Path, words: list[str], stop: Callable[[subprocess.Popen[bytes]], None]
+) -> None:
+    """Call snakemake, and `stop` it once the run in `folder` has a checkpoint; wait for its end."""
+    output = workspace.with_name("output.txt")
     with (
         output.open("w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -55,16 +63,25 @@ def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_pat
     ):  # fmt: skip
         try:
             deadline = time.monotonic() + 300
-            while not list(run.glob("state/step-*")):
+            while not list((workspace / folder).glob("state/step-*")):
                 assert process.poll() is None and time.monotonic() < deadline, output.read_text()
                 time.sleep(0.02)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            stop(process)
             process.wait(timeout=120)
             assert processes_in(workspace) == []
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1, output.read_text()
+    assert states_of_calls(workspace) == ["interrupted"]
+
+
+def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    workspace, num_steps = tmp_path / "workspace", 60
+    words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
+    run = workspace / folder
+    # As a terminal does.
+    stopped(workspace, folder, words, lambda process: os.killpg(process.pid, signal.SIGINT))
     left = {path: (workspace / path).read_bytes() for path in outputs(workspace)}
     assert not [path for path in left if path.is_relative_to(folder)]
 
@@ -73,7 +90,19 @@ def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_pat
     log = (run / "logs" / "train_sft.log").read_text(encoding="utf-8")
     assert "resuming after step " in log and f" of {num_steps}\n" in log
     assert_whole(run, num_steps)
+    assert states_of_calls(workspace) == ["interrupted", "succeeded"]
+    attempts = read_json(run / "train" / "summary.json")["attempts"]
+    assert [one["state"] for one in attempts] == ["interrupted", "finished"]
     assert {path: (workspace / path).read_bytes() for path in left} == left
+
+
+def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    words, folder = one_training(workspace, "sft", num_steps=60, checkpoint_every_steps=5)
+    words[0] = f"{folder}/completions/arithmetic.jsonl"
+    stopped(workspace, folder, words, lambda process: process.terminate())
+    assert_whole(workspace / folder, 60)
+    assert not (workspace / words[0]).exists()
 
 
 REWARD = f"""
