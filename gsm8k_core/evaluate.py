@@ -223,7 +223,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
 
     `problems` are what `tables.read_grades` gives.
     """
-    clusters = clusters_of([problems])
+    clusters = clusters_of(problems)
     result: Json = {
         "num_problems": problems.height,
         "num_clusters": None if clusters is None else clusters.n_unique(),
@@ -234,7 +234,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
         result[name] = None
         if decoded.height:
             values = decoded["grade"].to_numpy()[None, :]
-            found = mean_interval(values, confidence, clusters_of([decoded]))
+            found = mean_interval(values, confidence, clusters_of(decoded))
             result[name] = {"mean": found.mean, "low": found.low, "high": found.high}
     return result
 

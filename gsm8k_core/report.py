@@ -268,7 +268,7 @@ def _browser(
     max_bytes: int,
 ) -> Browser:
     summary = subject.cells[subject.study.methods[0]].metrics[0]
-    grading = (summary.get("grading", "strict"), summary.get("marker", "####"))
+    grading = (summary["grading"], summary["marker"])
     return build_browser(
         subject.study,
         study_dir,
@@ -399,7 +399,7 @@ def _context(subject: Subject) -> str:
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = level_text(subject.study.confidence)
-    sizes = row["num_problems"], row.get("num_clusters")
+    sizes = row["num_problems"], row["num_clusters"]
     drawn = "clusters" if has_clusters(*sizes) else "problems"
     over, pairs = f"over seeds and {drawn}", "seed and problem"
     if max(seeds) == 1:
@@ -409,7 +409,7 @@ def _context(subject: Subject) -> str:
     return (
         f"{subject.model}, {problems_text(*sizes)}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
-        f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
+        f"{decoding}, graded {summary['grading']}. Intervals are {level}, "
         f"{over}."
     )
 
@@ -556,7 +556,7 @@ def _difference_words(
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
     num_seeds = max(len(subject.study.seeds_of(name)) for name in (method, other))
-    sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
+    sizes = subject.rows[0]["num_problems"], subject.rows[0]["num_clusters"]
     evidence = (
         f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
         f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "

@@ -196,10 +196,9 @@ def _compare_cell(
         sides["accuracy"] = sides["pass_at_1"]
     else:
         return None, "one study decoded greedily and the other sampled"
-    renamed = {"cluster_new": "cluster"}
-    clusters = clusters_of(
-        one for table in kept for one in (table.drop("cluster").rename(renamed), table)
-    )
+    # Rows of one's own may have been given clusters between the two studies.
+    named = kept[0].with_columns(pl.coalesce("cluster_new", "cluster").alias("cluster"))
+    clusters = clusters_of(named)
     row: Json = {
         "model": model,
         "method": method,

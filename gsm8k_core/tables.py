@@ -31,7 +31,7 @@ from gsm8k_core.differences import (
     training_facts,
     training_settings,
 )
-from gsm8k_core.errors import DataError
+from gsm8k_core.errors import DataError, first_line
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -146,7 +146,14 @@ MEANS_OVER_SEEDS = (
     "mean_completion_tokens",
     "truncated_fraction",
 )
-METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
+METRIC_KEYS = (
+    "accuracy",
+    "pass_at_1",
+    *MEANS_OVER_SEEDS,
+    "contradicted_fraction",
+    "grading",
+    "marker",
+)
 
 MAX_BANDS = 4
 """Methods whose bands can be told apart in a figure; those of more cover each other."""
@@ -215,7 +222,7 @@ def read_metrics(path: Path) -> Json:
     metrics = read_json(path)
     wrong = [key for key in METRIC_KEYS if not isinstance(metrics, dict) or key not in metrics]
     if wrong:
-        raise DataError(f"{path}: {', '.join(wrong)} missing; run grade.py again")
+        raise DataError(f"{path}: {', '.join(wrong)} missing; {_once_more('grade.py')}")
     return dict(metrics)
 
 
@@ -232,7 +239,12 @@ def reading(path: Path, what: str, script: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run {script} for it") from error
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not {what} ({error}); run {script} again") from error
+        said = first_line(error)
+        raise DataError(f"{path}: not {what} ({said}); {_once_more(script)}") from error
+
+
+def _once_more(script: str) -> str:
+    return f"run {script} again, or snakemake with `--forcerun {script.removesuffix('.py')}`"
 
 
 def reading_grades(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -243,19 +255,16 @@ def reading_grades(path: Path) -> contextlib.AbstractContextManager[None]:
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
-    `cluster` is null for problems that belong to none and in grades of before there were any.
+    `cluster` is null for problems that belong to none.
     `with_majority` adds `maj_at_{k}` for k = 1, 2, 4, … up to the samples that all problems have.
     Raises DataError when the file is missing, is no grades file, or is empty.
     """
     sampled = pl.col("decoding") == "sample"
-    names = ["problem_id", "decoding", "correct"]
+    names = ["problem_id", "cluster", "decoding", "correct"]
     if with_majority:
         names += ["sample_index", "extracted"]
     with reading_grades(path):
-        knows_clusters = "cluster" in pl.read_parquet_schema(path)
-        rows = pl.read_parquet(path, columns=[*names, "cluster"] if knows_clusters else names)
-        if not knows_clusters:
-            rows = rows.with_columns(cluster=pl.lit(None, pl.String))
+        rows = pl.read_parquet(path, columns=names)
         grades = (
             rows.lazy()
             .group_by("problem_id")
@@ -270,21 +279,16 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
         )
         samples = rows.filter(sampled).sort("problem_id", "sample_index") if with_majority else None
     if grades.is_empty():
-        raise DataError(f"{path}: holds no grades; run grade.py again")
+        raise DataError(f"{path}: holds no grades; {_once_more('grade.py')}")
     return grades if samples is None else grades.hstack(_majorities(samples, grades.height))
 
 
-def clusters_of(runs: Iterable[pl.DataFrame]) -> pl.Series | None:
-    """A name for the cluster of each problem, or None where no run knows of any.
-
-    `runs` have the same `problem_id` and a `cluster` each; some may have been graded before there
-    were clusters. A problem that belongs to none is its own.
-    """
-    for problems in runs:
-        if problems["cluster"].null_count() < problems.height:
-            names = (pl.lit(f"{name}: ") + pl.col(name) for name in ("cluster", "problem_id"))
-            return problems.select(pl.coalesce(*names)).to_series()
-    return None
+def clusters_of(problems: pl.DataFrame) -> pl.Series | None:
+    """A name for the cluster of each problem, which is its own if of none; None if all are."""
+    if problems["cluster"].null_count() == problems.height:
+        return None
+    names = (pl.lit(f"{name}: ") + pl.col(name) for name in ("cluster", "problem_id"))
+    return problems.select(pl.coalesce(*names)).to_series()
 
 
 def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
@@ -355,7 +359,7 @@ def _read_cell(
         metrics=metrics,
         stats=stats,
         facts=facts,
-        clusters=clusters_of(table for _, table in tables),
+        clusters=clusters_of(tables[0][1]),
     )
 
 
@@ -539,8 +543,8 @@ def _doubts(cell: Cell) -> list[str]:
         num_cut = {**metrics, **stats}.get("num_prompts_truncated") or 0
         cut.append(num_cut / cell.accuracy.shape[1])
         # A flexible grade does not read the number that is contradicted.
-        reads_it = metrics.get("grading", "strict") in ("strict", "lm_eval_strict")
-        contradicted.append((metrics.get("contradicted_fraction") or 0.0) if reads_it else 0.0)
+        reads_it = metrics["grading"] in ("strict", "lm_eval_strict")
+        contradicted.append(metrics["contradicted_fraction"] if reads_it else 0.0)
     shares = {PROMPTS_CUT: np.mean(cut), CONTRADICTED: np.mean(contradicted)}
     return [
         f"{name}: {100 * share:.3g} %"
@@ -562,8 +566,7 @@ def difference(a: Cell, b: Cell, confidence: float, measure: str = "accuracy") -
     left, right = a.measured(measure), b.measured(measure)
     if left is None or right is None:
         return None
-    clusters = b.clusters if a.clusters is None else a.clusters
-    return paired_difference(left, right, confidence, clusters)
+    return paired_difference(left, right, confidence, a.clusters)
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
@@ -851,7 +854,7 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
     """
     texts: list[str] = []
     for row in rows:
-        sizes = row["num_problems"], row.get("num_clusters")
+        sizes = row["num_problems"], row["num_clusters"]
         if has_clusters(*sizes):
             texts.append(f"{row['suite']}: {problems_text(*sizes)}")
     if not texts:
@@ -864,7 +867,7 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
 
 
 def has_clusters(num_problems: int, num_clusters: int | None) -> bool:
-    """Whether problems share clusters; None where nothing is known of any."""
+    """Whether problems share clusters; None where no problem is of any."""
     return num_clusters is not None and num_clusters != num_problems
 
 

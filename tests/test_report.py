@@ -223,7 +223,7 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
 def cell_of(right: np.ndarray[Any, Any]) -> Cell:
     """Greedy completions alone, (S, P)."""
-    metrics = [{"accuracy": float(share)} for share in right.mean(axis=1)]
+    metrics = [{"accuracy": float(share), "grading": "strict"} for share in right.mean(axis=1)]
     return Cell(right.astype(np.float64), None, 0, {}, metrics, [], [], None)
 
 
@@ -445,7 +445,8 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
     assert _headline(plain, leads_of(plain)).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
-    clones.cells["dpo"] = replace(clones.cells["dpo"], clusters=names)
+    for method, cell in clones.cells.items():
+        clones.cells[method] = replace(cell, clusters=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
     assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster

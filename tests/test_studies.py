@@ -31,6 +31,7 @@ def write_run(
     frame = pl.DataFrame(
         {
             "problem_id": np.repeat(names, num_samples),
+            "cluster": pl.Series([None] * rows.size, dtype=pl.String),
             "decoding": [decoding] * rows.size,
             "correct": rows.ravel().astype(bool),
         }

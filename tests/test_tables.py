@@ -808,24 +808,20 @@ def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) 
         assert [found[f"{name}{end}"] for end in ends] == pytest.approx(list(expected))
 
 
-def test_grades_of_before_there_were_clusters_are_read_and_those_beside_them_tell(
+def test_grades_that_do_not_tell_clusters_are_refused_with_what_makes_them_again(
     study_dir: Path,
 ) -> None:
-    plain = build(make_study(), study_dir)
-    for path in study_dir.glob("*/*/*/grades/test.parquet"):
-        pl.read_parquet(path).drop("cluster").write_parquet(path)
-    assert build(make_study(), study_dir).equals(plain)
-    with_clusters(study_dir / "m1" / "sft" / "seed5" / "grades" / "test.parquet", 4)
-    frame = build(make_study(), study_dir)
-    numbers = [row_of(frame, method)["num_clusters"] for method in ("base", "sft", "grpo")]
-    assert numbers == [None, 10, None]
-    wide, narrow = row_of(frame, "grpo"), row_of(plain, "grpo")  # its parent knows
-    assert wide["p_value_vs_parent"] > narrow["p_value_vs_parent"]
-    assert wide["p_value_vs_base"] == narrow["p_value_vs_base"]
+    path = study_dir / "m1" / "sft" / "seed5" / "grades" / "test.parquet"
+    pl.read_parquet(path).drop("cluster").write_parquet(path)
+    with pytest.raises(DataError) as refused:
+        build(make_study(), study_dir)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"{path}: not a grades file") and '"cluster"' in line
+    assert line.endswith("run grade.py again, or snakemake with `--forcerun grade`")
 
 
 def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
-    for path in study_dir.glob("m1/base/*/grades/test.parquet"):
+    for path in study_dir.glob("m1/*/*/grades/test.parquet"):
         grades = pl.read_parquet(path)
         cluster = pl.when(pl.col("problem_id") < "p04").then(pl.lit("p07")).otherwise(None)
         grades.with_columns(cluster=cluster).write_parquet(path)
