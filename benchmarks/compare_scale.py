@@ -84,6 +84,8 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
             "mean_completion_tokens": 175.0,
             "truncated_fraction": 0.0,
             "contradicted_fraction": 0.0,
+            "num_prompts_truncated": 0,
+            "math_verify_killed": None,
             "seconds_generating": 60.0,
             "grading": "strict",
             "marker": "####",

@@ -54,6 +54,7 @@ from gsm8k_core.config import (
     settings_from,
 )
 from gsm8k_core.errors import ConfigError, Gsm8kError
+from gsm8k_core.extras import missing_for
 from gsm8k_core.files import Json, link_or_copy, read_json, read_record, sha256_file
 from gsm8k_core.layout import ARTIFACTS, RUNS, is_prepared
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
@@ -103,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
     suite_name = args.suite or config.study.suites[0]
     check_known("--suite", suite_name, config.suites)
     suite = _limited(config.suites[suite_name], args.limit)
+    # Grading comes last: it would say so when all has been generated.
+    if missing := missing_for(config, "grade", suite=suite_name):
+        raise ConfigError(missing)
     model = args.model or config.study.models[0]
     subject = find_subject(model, args.prompt or suite.prompt, config)
     settings = EvaluationSettings(

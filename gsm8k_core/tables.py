@@ -151,6 +151,8 @@ METRIC_KEYS = (
     "pass_at_1",
     *MEANS_OVER_SEEDS,
     "contradicted_fraction",
+    "num_prompts_truncated",
+    "math_verify_killed",
     "grading",
     "marker",
 )
@@ -160,7 +162,8 @@ MAX_BANDS = 4
 
 # Flags of single rows, with their share after a colon.
 PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
-LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
+KILLED = "not graded in time"
+LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01, KILLED: 0.0}
 PASS_AT_1_NOTE = (
     "Differences of accuracy and of pass@1 are two measures of one training, and p of each is "
     "corrected by itself. Decide before the study which of them is the question: whoever takes the "
@@ -170,6 +173,7 @@ DOUBTS = {
     PROMPTS_CUT: "so many prompts were too long for the model and lost their beginning",
     CONTRADICTED: "so many completions are right by the first marker, and state another number "
     "after a later one",
+    KILLED: "so many completions took math-verify to a limit of time or memory, and count as wrong",
 }
 
 
@@ -538,14 +542,17 @@ def _few_seeds(method: str, cell: Cell, base: str) -> str:
 
 def _doubts(cell: Cell) -> list[str]:
     """`prompts cut: 93 %` and the like: shares of problems or completions, means over seeds."""
-    cut, contradicted = [], []
-    for metrics, stats in zip(cell.metrics, cell.stats, strict=True):
-        num_cut = {**metrics, **stats}.get("num_prompts_truncated") or 0
-        cut.append(num_cut / cell.accuracy.shape[1])
+    num_problems = cell.accuracy.shape[1]
+    num_completions = num_problems * (cell.num_samples + (cell.greedy is not None))
+    found: dict[str, list[float]] = {name: [] for name in DOUBTS}
+    for metrics in cell.metrics:
+        found[PROMPTS_CUT].append((metrics["num_prompts_truncated"] or 0) / num_problems)
         # A flexible grade does not read the number that is contradicted.
         reads_it = metrics["grading"] in ("strict", "lm_eval_strict")
-        contradicted.append(metrics["contradicted_fraction"] if reads_it else 0.0)
-    shares = {PROMPTS_CUT: np.mean(cut), CONTRADICTED: np.mean(contradicted)}
+        found[CONTRADICTED].append(metrics["contradicted_fraction"] if reads_it else 0.0)
+        killed = metrics["math_verify_killed"] if metrics["grading"] == "math_verify" else 0
+        found[KILLED].append(killed / num_completions)
+    shares = {name: np.mean(of_runs) for name, of_runs in found.items()}
     return [
         f"{name}: {100 * share:.3g} %"
         for name, share in shares.items()

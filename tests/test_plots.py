@@ -66,6 +66,8 @@ def write_runs(folder: Path, log: list[dict[str, Any]], study: Comparison = STUD
         "format_fraction",
         "mean_completion_tokens",
         "contradicted_fraction",
+        "num_prompts_truncated",
+        "math_verify_killed",
         "grading",
         "marker",
     )

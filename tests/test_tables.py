@@ -641,11 +641,8 @@ def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: 
     for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "prompts cut: 92.5 %" in text
         assert "flag “prompts cut”: so many prompts were too long for the model" in text
-    set_stats(study_dir, "sft", num_prompts_truncated=1)  # metrics of an older version
-    set_stats(study_dir, "base", num_prompts_truncated=0)
-    frame = build(make_study(), study_dir)
-    assert row_of(frame, "base")["flags"] is None
-    assert row_of(frame, "sft")["flags"] == "2 seeds; prompts cut: 2.5 %"
+    run_grade(run, rows, model="m1", num_prompts_truncated=0)
+    assert row_of(build(make_study(), study_dir), "base")["flags"] is None
 
 
 @pytest.mark.parametrize(
@@ -670,6 +667,22 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
         assert row_of(frame, "base")["flags"] == (expected if flagged else None)
         if flagged and expected:
             assert "flag “right and then contradicted”: so many" in to_markdown(frame, 0.95)
+
+
+def test_completions_that_math_verify_was_killed_on_are_flagged_where_its_grade_counts(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "m" / "base" / "seed0"
+    rows = [completion("a", text, "sample", i) for i, text in enumerate([RIGHT, RIGHT, WRONG])]
+    rows.append(completion("a", "$9^{9^{9^{9}}}$"))
+    summary = run_grade(run, rows, '{"grading": "math_verify", "marker": "####"}')
+    assert summary["math_verify_killed"] == 1
+    study = make_study(models=["m"], methods=["base"])
+    frame = build(study, tmp_path)
+    assert frame["flags"].to_list() == ["not graded in time: 25 %"]
+    assert "flag “not graded in time”: so many completions took" in to_markdown(frame, 0.95)
+    write_json(run / "metrics" / "test.json", {**summary, "grading": "strict"})
+    assert build(study, tmp_path)["flags"].to_list() == [None]
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
