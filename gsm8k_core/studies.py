@@ -120,11 +120,11 @@ def compare_studies(
 
     `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples, and
     `delta_pass_at_1` of that mean, null where not both have samples. The p-values of each are
-    corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where the corrected
-    one of `measure`, `accuracy` or `pass_at_1`, is below 1 − `confidence`; a trained cell of which
-    only one seed can be paired has none, since another seed of the same settings may differ by
-    more, and `caution` says so. Raises DataError when either folder has no grades or a malformed
-    file.
+    corrected (Holm) over the cells of a model that can have a verdict. `verdict` is `better` or
+    `worse` where the corrected one of `measure`, `accuracy` or `pass_at_1`, is below
+    1 − `confidence`; a trained cell of which only one seed can be paired has neither, since another
+    seed of the same settings may differ by more, and `caution` says so. Raises DataError when
+    either folder has no grades or a malformed file.
     """
     old_cells, new_cells = find_cells(old_dir), find_cells(new_dir)
     left_out = [
@@ -274,14 +274,15 @@ def _shown(value: Any) -> str:
 
 
 def _judge(rows: list[Json], confidence: float, measure: str = "accuracy") -> None:
+    tested = [{} if row.get("caution") == ONE_SEED else row for row in rows]
     for of in MEASURES.values():
-        adjusted = holm([row.get(f"p_value{of}") for row in rows])
+        adjusted = holm([row.get(f"p_value{of}") for row in tested])
         for row, p_value in zip(rows, adjusted, strict=True):
             row[f"p_value{of}_holm"] = p_value
     of = MEASURES[measure]
     for row in rows:
         row["verdict"] = None
-        if is_significant(row[f"p_value{of}_holm"], confidence) and row.get("caution") != ONE_SEED:
+        if is_significant(row[f"p_value{of}_holm"], confidence):
             row["verdict"] = "better" if row[f"delta{of}"] > 0 else "worse"
 
 
@@ -321,9 +322,10 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
         parts.append(markdown_table(TextTable("", list(columns), texts)))
         parts.append(
             f"Differences are paired by seed and problem, with {level_text(confidence)} intervals "
-            "over both; p is corrected (Holm) over all rows of a model. One seed: problems only, "
-            "and of what was trained no verdict, as another seed of the same settings may differ "
-            "by more. Flags name few seeds, and what is not the same in both studies.\n"
+            "over both; p is corrected (Holm) over the rows of a model that have one. One seed: "
+            "problems only, and of what was trained neither p nor verdict, as another seed of the "
+            "same settings may differ by more. Flags name few seeds, and what is not the same in "
+            "both studies.\n"
         )
         if has_pass_at_1 or found.measure != "accuracy":
             name = "accuracy" if found.measure == "accuracy" else "pass@1"
