@@ -60,7 +60,14 @@ from gsm8k_core.layout import ARTIFACTS, RUNS, is_prepared
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
-from gsm8k_core.tables import clusters_of, level_text, problems_text, read_grades
+from gsm8k_core.tables import (
+    bounds,
+    clusters_of,
+    level_text,
+    percent,
+    problems_text,
+    read_grades,
+)
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +253,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
 def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> str:
     who = settings.model if settings.method == "base" else f"{settings.model} {settings.method}"
     parts = [
-        f"{label} {100 * part['mean']:.1f} % [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+        f"{label} {percent(part['mean'])} % {bounds(part['low'], part['high'])}"
         for name, label in (("accuracy", "accuracy"), ("pass_at_1", "pass@1"))
         if (part := result[name]) is not None
     ]

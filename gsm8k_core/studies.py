@@ -42,6 +42,7 @@ from gsm8k_core.tables import (
     notes_on_clusters,
     p_text,
     percent,
+    points,
     read_grades,
     with_interval,
 )
@@ -295,9 +296,9 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
         "method": lambda row: row["method"],
         "seeds": lambda row: str(row["num_seeds"]),
         "problems": lambda row: str(row["num_problems"]),
-        "old %": lambda row: percent(row["accuracy_old"], ".1f"),
-        "new %": lambda row: percent(row["accuracy_new"], ".1f"),
-        "new − old, points": lambda row: with_interval(row, "delta", "+.1f"),
+        "old %": lambda row: percent(row["accuracy_old"]),
+        "new %": lambda row: percent(row["accuracy_new"]),
+        "new − old, points": lambda row: with_interval(row, "delta", points),
         "p": lambda row: p_text(row["p_value_holm"]),
     }
     has_pass_at_1 = any(
@@ -307,9 +308,9 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
     )
     if has_pass_at_1:
         columns |= {
-            "old pass@1 %": lambda row: percent(row["pass_at_1_old"], ".1f"),
-            "new pass@1 %": lambda row: percent(row["pass_at_1_new"], ".1f"),
-            "pass@1 new − old, points": lambda row: with_interval(row, "delta_pass_at_1", "+.1f"),
+            "old pass@1 %": lambda row: percent(row["pass_at_1_old"]),
+            "new pass@1 %": lambda row: percent(row["pass_at_1_new"]),
+            "pass@1 new − old, points": lambda row: with_interval(row, "delta_pass_at_1", points),
             "p pass@1": lambda row: p_text(row["p_value_pass_at_1_holm"]),
         }
     columns |= {

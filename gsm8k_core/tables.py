@@ -594,14 +594,14 @@ def _correct_for_multiplicity(rows: list[Json]) -> None:
 
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
     """A row for every k; maj@k is null where k is no power of two."""
-    points = []
+    curve = []
     for k in range(1, cell.num_samples + 1):
         point = {"num_samples": cell.num_samples, "k": k}
         point |= _with_bounds("pass_at_k", cell.pass_at_k(k), study.confidence, cell.clusters)
         if k in cell.maj_at_k:
             point |= _with_bounds("maj_at_k", cell.maj_at_k[k], study.confidence, cell.clusters)
-        points.append(point)
-    return points
+        curve.append(point)
+    return curve
 
 
 # -------------------------------------------------------------------------------------------- cost
@@ -901,27 +901,37 @@ def p_text(p_value: float | None) -> str:
     return "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def percent(value: float | None, form: str) -> str:
-    """A share in per cent, to one digit and written as `form` says; nothing for None."""
+def percent(value: float | None, form: str = ".1f") -> str:
+    """A share in per cent, to one digit and without a negative zero; nothing for None."""
     return "" if value is None else f"{round(100 * value, 1) + 0.0:{form}}"
 
 
-def _detectable(value: float | None) -> str:
-    return ">100" if value is not None and value > 1 else percent(value, ".1f")
+def points(value: float | None) -> str:
+    """A difference of shares in points: `+2.5`, or `−2.5` with a minus sign."""
+    return percent(value, "+.1f").replace("-", "\N{MINUS SIGN}")
 
 
-def with_interval(row: Json, name: str, form: str) -> str:
+def detectable(value: float | None) -> str:
+    """The smallest detectable difference in points."""
+    return ">100" if value is not None and value > 1 else percent(value)
+
+
+def bounds(low: float, high: float, text: Callable[[float], str] = percent) -> str:
+    """`[30.0, 50.0]`."""
+    return f"[{text(low)}, {text(high)}]"
+
+
+def with_interval(row: Json, name: str, text: Callable[[float], str] = percent) -> str:
     """`40.0 [30.0, 50.0]` of a share and its bounds; nothing where it is null."""
     if row[name] is None:
         return ""
-    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
-    return f"{percent(row[name], form)} [{percent(low, form)}, {percent(high, form)}]"
+    return f"{text(row[name])} {bounds(row[f'{name}_ci_low'], row[f'{name}_ci_high'], text)}"
 
 
 def _seeds_text(by_seed: str | None) -> str:
     """`0: 87.5, 1: 91.3` of a column `…_by_seed`."""
     pairs = [pair.split(":") for pair in by_seed.split(";")] if by_seed else []
-    return ", ".join(f"{seed}: {percent(float(share), '.1f')}" for seed, share in pairs)
+    return ", ".join(f"{seed}: {percent(float(share))}" for seed, share in pairs)
 
 
 def _duration(seconds: float | None) -> str:
@@ -996,10 +1006,10 @@ def _differences(of: str) -> dict[str, Callable[[Json], str]]:
     """Columns on one of `MEASURES`, by what the names of its columns have for it."""
     return {
         "parent": lambda row: row["parent"] or "",
-        "vs parent, points": lambda row: with_interval(row, f"delta{of}_vs_parent", "+.1f"),
+        "vs parent, points": lambda row: with_interval(row, f"delta{of}_vs_parent", points),
         "p parent": lambda row: p_text(row[f"p_value{of}_vs_parent_holm"]),
-        "detectable": lambda row: _detectable(row[f"smallest_detectable_delta{of}"]),
-        "vs base, points": lambda row: with_interval(row, f"delta{of}_vs_base", "+.1f"),
+        "detectable": lambda row: detectable(row[f"smallest_detectable_delta{of}"]),
+        "vs base, points": lambda row: with_interval(row, f"delta{of}_vs_base", points),
         "p base": lambda row: p_text(row[f"p_value{of}_vs_base_holm"]),
     }
 
@@ -1008,26 +1018,26 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "seeds": lambda row: str(row["num_seeds"]),
     "problems": lambda row: str(row["num_problems"]),
-    "accuracy %": lambda row: with_interval(row, "accuracy", ".1f"),
-    "flexible %": lambda row: percent(row["accuracy_flexible"], ".1f"),
-    "format %": lambda row: percent(row["format_fraction"], ".1f"),
+    "accuracy %": lambda row: with_interval(row, "accuracy"),
+    "flexible %": lambda row: percent(row["accuracy_flexible"]),
+    "format %": lambda row: percent(row["format_fraction"]),
     **_differences(MEASURES["accuracy"]),
-    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1") if row["num_samples"] else "",
     "flags": lambda row: row["flags"] or "",
 }
 PASS_AT_1_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "samples": lambda row: str(row["num_samples"]),
-    "pass@1 %": lambda row: percent(row["pass_at_1"], ".1f"),
+    "pass@1 %": lambda row: percent(row["pass_at_1"]),
     **_differences(MEASURES["pass_at_1"]),
 }
 SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "samples": lambda row: str(row["num_samples"]),
     "n": lambda row: str(powers_up_to(row["num_samples"])[-1]),
-    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f"),
-    "pass@n %": lambda row: with_interval(row, "pass_at_n", ".1f"),
-    "maj@n %": lambda row: with_interval(row, "maj_at_n", ".1f"),
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1"),
+    "pass@n %": lambda row: with_interval(row, "pass_at_n"),
+    "maj@n %": lambda row: with_interval(row, "maj_at_n"),
 }
 SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
@@ -1038,7 +1048,7 @@ SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
 }
 COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
-    "accuracy %": lambda row: percent(row["accuracy"], ".1f"),
+    "accuracy %": lambda row: percent(row["accuracy"]),
     "training": lambda row: _duration(row["train_seconds"]),
     "with parents": lambda row: _duration(row["train_seconds_with_parents"] or None),
     "GPU with parents": lambda row: _duration(row["gpu_seconds_training_with_parents"] or None),
@@ -1050,7 +1060,7 @@ COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     "tokens a completion": lambda row: (
         "" if row["mean_completion_tokens"] is None else f"{row['mean_completion_tokens']:.0f}"
     ),
-    "truncated %": lambda row: percent(row["truncated_fraction"], ".1f"),
+    "truncated %": lambda row: percent(row["truncated_fraction"]),
 }
 
 PAGE = """<!doctype html>

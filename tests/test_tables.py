@@ -27,9 +27,11 @@ from gsm8k_core.tables import (
     SCHEMA,
     build_comparison,
     notes_on,
+    points,
     read_comparison,
     to_html,
     to_markdown,
+    with_interval,
     write_comparison,
 )
 
@@ -848,6 +850,12 @@ def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: 
         assert read_comparison(tmp_path / "results" / f"comparison.{suffix}").equals(frame)
     with pytest.raises(DataError, match="no such file"):
         read_comparison(tmp_path / "comparison.csv")
+
+
+def test_differences_have_a_sign_which_below_0_is_a_minus_and_no_hyphen() -> None:
+    row = {"delta": -0.0254, "delta_ci_low": -0.0501, "delta_ci_high": -0.0001}
+    assert with_interval(row, "delta", points) == "\u22122.5 [\u22125.0, +0.0]"
+    assert with_interval({"delta": None}, "delta", points) == ""
 
 
 def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None:
