@@ -1037,6 +1037,8 @@ FACTS = (
     ("platform", ("provenance", "platform")),
     ("processor", ("provenance", "processor")),
 )
+# A study gives each model and suite its own.
+CHOSEN = {"engine", "data type", "grading", "answer marker"}
 FACTS_OF_TRAINING = tuple(
     (name, path) for name, path in FACTS if name == "device" or path[0] == "provenance"
 )
@@ -1051,15 +1053,21 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         for method in study.methods
         for seed in study.seeds_of(method)
     ]
+    evaluations = [(run, suite) for run in runs for suite in study.suites]
+    cells = [(model, suite) for (model, _, _), suite in evaluations]
     metrics = [
         read_json(run_dir(sources.study_dir, *run) / "metrics" / f"{suite}.json")
-        for run in runs
-        for suite in study.suites
+        for run, suite in evaluations
     ]
     paths = {run: run_dir(sources.study_dir, *run) / "train" / "summary.json" for run in runs}
     summaries = {run: read_json(path) for run, path in paths.items() if path.exists()}
     facts = [
-        _fact(name, [_dig(row, path) for row in metrics], "evaluation")
+        _fact(
+            name,
+            [_dig(row, path) for row in metrics],
+            "evaluation",
+            cells if name in CHOSEN else None,
+        )
         for name, path in FACTS
         if any(_dig(row, path) is not None for row in metrics)
     ]
@@ -1101,8 +1109,13 @@ def _dig(row: Json, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _fact(name: str, values: list[Any], noun: str) -> Json:
-    """Distinct values of a fact, with how many of what they are of have each where they differ."""
+def _fact(
+    name: str, values: list[Any], noun: str, cells: list[tuple[str, str]] | None = None
+) -> Json:
+    """Distinct values of a fact, with how many of what they are of have each where they differ.
+
+    With `cells`, the model and suite of each, values of different ones may differ: chosen so.
+    """
     texts = ["" if value is None else _fact_text(value) for value in values]
     counts = {text: texts.count(text) for text in dict.fromkeys(texts)}
     if len(counts) == 1:
@@ -1111,7 +1124,8 @@ def _fact(name: str, values: list[Any], noun: str) -> Json:
     shown = [f"{text or 'none'} ({counted(n, noun)})" for text, n in ordered[:MAX_VALUES]]
     if len(ordered) > MAX_VALUES:
         shown.append(f"and {len(ordered) - MAX_VALUES} more")
-    return {"name": name, "shown": shown, "differs": True}
+    differs = cells is None or len(set(zip(cells, texts, strict=True))) > len(set(cells))
+    return {"name": name, "shown": shown, "differs": differs}
 
 
 def _fact_text(value: Any) -> str:
