@@ -20,8 +20,8 @@ include: "rules/common.smk"
 include: "rules/data.smk"
 include: "rules/traces.smk"
 include: "rules/models.smk"
-include: "rules/train.smk"
 include: "rules/evaluate.smk"
+include: "rules/train.smk"
 include: "rules/compare.smk"
 
 

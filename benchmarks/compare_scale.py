@@ -55,6 +55,7 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
             "problem_id": np.repeat(
                 [f"gsm8k-test-{i:04d}" for i in range(num_problems)], num_samples
             ),
+            "cluster": pl.Series([None] * num_rows, dtype=pl.String),
             "decoding": ["sample"] * num_rows,
             "sample_index": np.tile(np.arange(num_samples), num_problems),
             "correct": correct,
@@ -82,6 +83,9 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
             "format_fraction": 1.0,
             "mean_completion_tokens": 175.0,
             "truncated_fraction": 0.0,
+            "contradicted_fraction": 0.0,
+            "num_prompts_truncated": 0,
+            "math_verify_killed": None,
             "seconds_generating": 60.0,
             "grading": "strict",
             "marker": "####",

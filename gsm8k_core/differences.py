@@ -1,8 +1,8 @@
 """What differs between runs that are compared: settings, engine, code, environment.
 
 Facts are read from what every stage wrote beside its results (`completions/{suite}.stats.json`,
-`train/summary.json`, `settings.json`). A fact that a file does not tell is not compared: a study of
-an older version, or one scored by other tools, is still a study.
+`train/summary.json`, `settings.json`). A fact that a file does not tell is not compared: a study
+whose completions other tools wrote is still a study.
 """
 
 from __future__ import annotations

@@ -54,12 +54,20 @@ from gsm8k_core.config import (
     settings_from,
 )
 from gsm8k_core.errors import ConfigError, Gsm8kError
+from gsm8k_core.extras import missing_for
 from gsm8k_core.files import Json, link_or_copy, read_json, read_record, sha256_file
 from gsm8k_core.layout import ARTIFACTS, RUNS, is_prepared
 from gsm8k_core.manifest import INVOCATION_VARIABLE, ROOT, Invocation
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.records import hash_folder, job_seconds, split_digests, weights_origin
-from gsm8k_core.tables import clusters_of, level_text, problems_text, read_grades
+from gsm8k_core.tables import (
+    bounds,
+    clusters_of,
+    level_text,
+    percent,
+    problems_text,
+    read_grades,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
     suite_name = args.suite or config.study.suites[0]
     check_known("--suite", suite_name, config.suites)
     suite = _limited(config.suites[suite_name], args.limit)
+    # Grading comes last: it would say so when all has been generated.
+    if missing := missing_for(config, "grade", suite=suite_name):
+        raise ConfigError(missing)
     model = args.model or config.study.models[0]
     subject = find_subject(model, args.prompt or suite.prompt, config)
     settings = EvaluationSettings(
@@ -223,7 +234,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
 
     `problems` are what `tables.read_grades` gives.
     """
-    clusters = clusters_of([problems])
+    clusters = clusters_of(problems)
     result: Json = {
         "num_problems": problems.height,
         "num_clusters": None if clusters is None else clusters.n_unique(),
@@ -234,7 +245,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
         result[name] = None
         if decoded.height:
             values = decoded["grade"].to_numpy()[None, :]
-            found = mean_interval(values, confidence, clusters_of([decoded]))
+            found = mean_interval(values, confidence, clusters_of(decoded))
             result[name] = {"mean": found.mean, "low": found.low, "high": found.high}
     return result
 
@@ -242,7 +253,7 @@ def summarize(problems: pl.DataFrame, confidence: float) -> Json:
 def _sentence(settings: EvaluationSettings, result: Json, confidence: float) -> str:
     who = settings.model if settings.method == "base" else f"{settings.model} {settings.method}"
     parts = [
-        f"{label} {100 * part['mean']:.1f} % [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+        f"{label} {percent(part['mean'])} % {bounds(part['low'], part['high'])}"
         for name, label in (("accuracy", "accuracy"), ("pass_at_1", "pass@1"))
         if (part := result[name]) is not None
     ]

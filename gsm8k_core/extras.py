@@ -46,8 +46,10 @@ def missing_for(
         if config.models[model].source == "gguf_wheel" and wheel is not None:
             return _missing_wheel(f"models.{model}.wheel", wheel)
     elif rule == "grade" and suite is not None:
-        if config.suites[suite].grading == "math_verify":
-            return _missing(f"suites.{suite}.grading", "math_verify")
+        settings = config.suites[suite]
+        key = "grading" if settings.grading == "math_verify" else "math_verify"
+        if key == "grading" or settings.math_verify:
+            return _missing(f"suites.{suite}.{key}", "math_verify")
     elif model is not None and method is not None and config.models[model].engine == "vllm":
         samples = rule.startswith("generate") or rule == "train_grpo"
         validates = getattr(config.methods[method], "validate_every_steps", 0)

@@ -15,7 +15,6 @@ process; it is taken where the settings ask for it or make it the grade that cou
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -28,8 +27,6 @@ from gsm8k_core.extras import HOW_TO_INSTALL, is_installed
 from gsm8k_core.files import Json
 from gsm8k_core.lm_eval_grades import lm_eval_answer, lm_eval_gold
 from gsm8k_core.math_verifier import MathVerifier
-
-log = logging.getLogger(__name__)
 
 GRADES: tuple[Grade, ...] = get_args(Grade)
 
@@ -70,27 +67,20 @@ def is_right(text: str, gold: str, grade: RewardGrade, marker: Marker) -> bool:
 class Grader:
     """Grades completions; a context manager, for math-verify runs in a process of its own.
 
-    Raises ConfigError when the settings make `math_verify` the grade that counts and the package is
-    missing; where they only ask for it besides, a warning says so and its grade stays null.
+    Raises ConfigError when the settings ask for `math_verify` and the package is missing.
     """
 
     def __init__(self, settings: GradingSettings) -> None:
         self.settings = settings
         self._verifier: MathVerifier | None = None
-        primary = settings.grading == "math_verify"
-        if not primary and not settings.math_verify:
+        if settings.grading != "math_verify" and not settings.math_verify:
             return
-        if is_installed("math_verify"):
-            self._verifier = MathVerifier()
-        elif primary:
+        if not is_installed("math_verify"):
             raise ConfigError(
-                "grading: math_verify needs the package math-verify: "
-                f"{HOW_TO_INSTALL['math_verify']}, or choose another grade"
+                "the grade math_verify needs the package math-verify: "
+                f"{HOW_TO_INSTALL['math_verify']}, or do without this grade"
             )
-        else:
-            log.warning(
-                "math-verify is missing, its grade is left empty: %s", HOW_TO_INSTALL["math_verify"]
-            )
+        self._verifier = MathVerifier()
 
     def __enter__(self) -> Grader:
         return self

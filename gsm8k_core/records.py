@@ -238,10 +238,7 @@ def job_seconds(records: Iterable[Json]) -> Json:
 
 
 def _cpu_seconds(record: Json) -> float:
-    of_attempts = record.get("attempts_total")
-    if of_attempts is not None:
-        return float(of_attempts["seconds_cpu"])
-    return float((record.get("provenance") or {}).get("cpu_seconds") or 0.0)
+    return float(record.get("attempts_total", {}).get("seconds_cpu", 0.0))  # one may be damaged
 
 
 def num_gpus(record: Json) -> int | None:

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,18 @@ from gsm8k_core.tables import (
     PASS_AT_1_NOTE,
     Cell,
     all_on_gpus,
+    bounds,
     compared_by_pass_at_1,
     counted,
+    detectable,
     difference,
     has_clusters,
     level_text,
     notes_on,
     notes_on_clusters,
     p_text,
+    percent,
+    points,
     problems_text,
     read_cells,
     read_comparison,
@@ -268,7 +272,7 @@ def _browser(
     max_bytes: int,
 ) -> Browser:
     summary = subject.cells[subject.study.methods[0]].metrics[0]
-    grading = (summary.get("grading", "strict"), summary.get("marker", "####"))
+    grading = (summary["grading"], summary["marker"])
     return build_browser(
         subject.study,
         study_dir,
@@ -350,7 +354,7 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
 
 def _headline(subject: Subject, leads: list[Lead]) -> str:
     best = subject.rows[0]
-    name, score = best["method"], _percent(best["accuracy"])
+    name, score = best["method"], _share(best["accuracy"])
     if len(subject.rows) == 1:
         return f"{name} gets {score} of {subject.suite} right"
     unsure = [
@@ -399,7 +403,7 @@ def _context(subject: Subject) -> str:
     decoding = "sampled completions" if summary["accuracy"] is None else "greedy completions"
     seeds = sorted({entry["num_seeds"] for entry in subject.rows})
     level = level_text(subject.study.confidence)
-    sizes = row["num_problems"], row.get("num_clusters")
+    sizes = row["num_problems"], row["num_clusters"]
     drawn = "clusters" if has_clusters(*sizes) else "problems"
     over, pairs = f"over seeds and {drawn}", "seed and problem"
     if max(seeds) == 1:
@@ -409,7 +413,7 @@ def _context(subject: Subject) -> str:
     return (
         f"{subject.model}, {problems_text(*sizes)}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} a method, "
-        f"{decoding}, graded {summary.get('grading', 'as configured')}. Intervals are {level}, "
+        f"{decoding}, graded {summary['grading']}. Intervals are {level}, "
         f"{over}."
     )
 
@@ -555,23 +559,23 @@ def _difference_words(
 ) -> Json:
     """One difference in words; `kind` is `better`, `worse` or `open`."""
     num_seeds = max(len(subject.study.seeds_of(name)) for name in (method, other))
-    sizes = subject.rows[0]["num_problems"], subject.rows[0].get("num_clusters")
+    sizes = subject.rows[0]["num_problems"], subject.rows[0]["num_clusters"]
     evidence = (
-        f"{_points(numbers['delta'])} points [{_points(numbers['low'])},{SPACE}"
-        f"{_points(numbers['high'])}], {_p_text(numbers['p'])} ({correction}), "
+        f"{points(numbers['delta'])} points {_bounds(numbers['low'], numbers['high'], points)}, "
+        f"{_p(numbers['p'])} ({correction}), "
         f"n = {problems_text(*sizes)} × {counted(num_seeds, 'seed')}"
     )
     name, reference = (Markup("<strong>{}</strong>").format(text) for text in (method, other))
     if not _is_significant(numbers["p"], subject.study):
         text = Markup("{} against {}: not significant, {}.").format(name, reference, evidence)
         if _is_significant(numbers["p_alone"], subject.study):
-            text += f" Alone, without the correction, it would be: {_p_text(numbers['p_alone'])}."
+            text += f" Alone, without the correction, it would be: {_p(numbers['p_alone'])}."
         if smallest is not None:
             text += (
                 " So few seeds and problems show no difference reliably."
                 if smallest > 1
-                else f" A true one of {_plain(smallest)} points would be found four times in five, "
-                "before the correction."
+                else f" A true one of {percent(smallest)} points would be found four times in "
+                "five, before the correction."
             )
         return {"kind": "open", "text": text}
     better = numbers["delta"] > 0
@@ -653,8 +657,9 @@ def _seed_table(subject: Subject) -> Json:
         runs = dict(zip(seeds_of(method), subject.cells[method].metrics, strict=True))
         for decoding, name in _decodings(subject, row):
             shares = [runs[seed][name] if seed in runs else None for seed in seeds]
-            cells = ["" if share is None else _percent(share) for share in shares]
-            rows.append({"method": method, "decoding": decoding, "cells": cells})
+            rows.append(
+                {"method": method, "decoding": decoding, "cells": list(map(_share, shares))}
+            )
     return {"seeds": seeds, "rows": rows}
 
 
@@ -676,21 +681,21 @@ def _seeds_cell(row: Json) -> Json:
 
 
 def _accuracy_cell(row: Json) -> Json:
-    return _cell(_percent(row["accuracy"]), _interval(row, "accuracy", _plain))
+    return _cell(_share(row["accuracy"]), _interval(row, "accuracy"))
 
 
 def _sampled_cell(name: str) -> Any:
     def make(row: Json) -> Json:
         if not row["num_samples"]:
             return _cell("")
-        return _cell(_percent(row[name]), _interval(row, name, _plain))
+        return _cell(_share(row[name]), _interval(row, name))
 
     return make
 
 
 def _share_cell(name: str) -> Any:
     def make(row: Json) -> Json:
-        return _cell("" if row[name] is None else _percent(row[name]))
+        return _cell(_share(row[name]))
 
     return make
 
@@ -711,7 +716,7 @@ def _difference_cell(reference: str, of: str) -> Any:
         if row[name] is None:
             return _cell("")
         against = row["parent"] if reference == "parent" else ""
-        return _cell(_points(row[name]), _interval(row, name, _points), against)
+        return _cell(points(row[name]), _interval(row, name, points), against)
 
     return make
 
@@ -725,10 +730,7 @@ def _p_cell(reference: str, of: str = "") -> Any:
 
 def _detectable_cell(of: str) -> Any:
     def make(row: Json) -> Json:
-        value = row[f"smallest_detectable_delta{of}"]
-        if value is None:
-            return _cell("")
-        return _cell("over 100" if value > 1 else _plain(value))
+        return _cell(detectable(row[f"smallest_detectable_delta{of}"]))
 
     return make
 
@@ -870,7 +872,7 @@ def _difference_point(subject: Subject, row: Json, reference: str) -> Json:
         "label": f"{row['method']} {MINUS} {row[reference]}",
         "method": row["method"],
         "significant": significant,
-        "significance": f"{words}, {_p_text(p_value)}",
+        "significance": f"{words}, {_p(p_value)}",
     } | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
 
 
@@ -916,14 +918,14 @@ def _sampling_charts(subject: Subject) -> list[Json]:
     }
     charts = []
     for name, title in titles.items():
-        points = [
+        rows = [
             {"method": row["method"], "k": row["k"]}
             | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
             for row in subject.pass_at_k
             if row[name] is not None
         ]
-        if len({point["k"] for point in points}) > 1:
-            charts.append(pass_at_k_chart(points, methods, title))
+        if len({row["k"] for row in rows}) > 1:
+            charts.append(pass_at_k_chart(rows, methods, title))
     return charts
 
 
@@ -957,7 +959,7 @@ def _truncation_chart(subject: Subject, graded: Graded) -> Json:
         share = float(
             _main_completions(graded, method)["truncated"].cast(pl.Float64).to_numpy().mean()
         )
-        rows.append({"method": method, "value": round(100 * share, 3), "label": _percent(share)})
+        rows.append({"method": method, "value": round(100 * share, 3), "label": _share(share)})
     return truncation_chart(rows, subject.study.methods)
 
 
@@ -999,10 +1001,10 @@ def _pair_cells(pair: Json) -> Json:
     return {
         "a": pair["a"],
         "b": pair["b"],
-        "same_answer": _percent(shares.same_answer),
-        **{name: _percent(share) for name, share in shares._asdict().items()},
-        "difference": _points(difference.delta),
-        "interval": f"[{_points(difference.low)}, {_points(difference.high)}]",
+        "same_answer": _share(shares.same_answer),
+        **{name: _share(share) for name, share in shares._asdict().items()},
+        "difference": points(difference.delta),
+        "interval": bounds(difference.low, difference.high, points),
     }
 
 
@@ -1011,9 +1013,9 @@ def _both_ways(pairs: Sequence[Json]) -> list[Json]:
     for pair in pairs:
         shares = {"same_answer": pair["shares"].same_answer, **pair["shares"]._asdict()}
         # As in the table: left to themselves, charts round 1.25 to 1.3.
-        percent = {name: round(100 * share, 1) for name, share in shares.items()}
-        swapped = {**percent, "only_a": percent["only_b"], "only_b": percent["only_a"]}
-        rows.append({"a": pair["a"], "b": pair["b"], **percent})
+        shown = {name: round(100 * share, 1) for name, share in shares.items()}
+        swapped = {**shown, "only_a": shown["only_b"], "only_b": shown["only_a"]}
+        rows.append({"a": pair["a"], "b": pair["b"], **shown})
         rows.append({"a": pair["b"], "b": pair["a"], **swapped})
     return rows
 
@@ -1034,6 +1036,8 @@ FACTS = (
     ("platform", ("provenance", "platform")),
     ("processor", ("provenance", "processor")),
 )
+# A study gives each model and suite its own.
+CHOSEN = {"engine", "data type", "grading", "answer marker"}
 FACTS_OF_TRAINING = tuple(
     (name, path) for name, path in FACTS if name == "device" or path[0] == "provenance"
 )
@@ -1048,15 +1052,21 @@ def _provenance(study: Comparison, sources: Sources) -> Json:
         for method in study.methods
         for seed in study.seeds_of(method)
     ]
+    evaluations = [(run, suite) for run in runs for suite in study.suites]
+    cells = [(model, suite) for (model, _, _), suite in evaluations]
     metrics = [
         read_json(run_dir(sources.study_dir, *run) / "metrics" / f"{suite}.json")
-        for run in runs
-        for suite in study.suites
+        for run, suite in evaluations
     ]
     paths = {run: run_dir(sources.study_dir, *run) / "train" / "summary.json" for run in runs}
     summaries = {run: read_json(path) for run, path in paths.items() if path.exists()}
     facts = [
-        _fact(name, [_dig(row, path) for row in metrics], "evaluation")
+        _fact(
+            name,
+            [_dig(row, path) for row in metrics],
+            "evaluation",
+            cells if name in CHOSEN else None,
+        )
         for name, path in FACTS
         if any(_dig(row, path) is not None for row in metrics)
     ]
@@ -1098,8 +1108,13 @@ def _dig(row: Json, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _fact(name: str, values: list[Any], noun: str) -> Json:
-    """Distinct values of a fact, with how many of what they are of have each where they differ."""
+def _fact(
+    name: str, values: list[Any], noun: str, cells: list[tuple[str, str]] | None = None
+) -> Json:
+    """Distinct values of a fact, with how many of what they are of have each where they differ.
+
+    With `cells`, the model and suite of each, values of different ones may differ: chosen so.
+    """
     texts = ["" if value is None else _fact_text(value) for value in values]
     counts = {text: texts.count(text) for text in dict.fromkeys(texts)}
     if len(counts) == 1:
@@ -1108,7 +1123,8 @@ def _fact(name: str, values: list[Any], noun: str) -> Json:
     shown = [f"{text or 'none'} ({counted(n, noun)})" for text, n in ordered[:MAX_VALUES]]
     if len(ordered) > MAX_VALUES:
         shown.append(f"and {len(ordered) - MAX_VALUES} more")
-    return {"name": name, "shown": shown, "differs": True}
+    differs = cells is None or len(set(zip(cells, texts, strict=True))) > len(set(cells))
+    return {"name": name, "shown": shown, "differs": differs}
 
 
 def _fact_text(value: Any) -> str:
@@ -1214,26 +1230,23 @@ def _pretty(value: Any) -> str:
 # ------------------------------------------------------------------------------------------ wording
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}{SPACE}%"
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{percent(value)}{SPACE}%"
 
 
-def _plain(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _interval(row: Json, name: str, text: Callable[[float], str] = percent) -> str:
+    return _bounds(row[f"{name}_ci_low"], row[f"{name}_ci_high"], text)
 
 
-def _points(value: float) -> str:
-    """Signed percentage points, with a minus sign and no negative zero."""
-    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", MINUS)
+def _bounds(low: float, high: float, text: Callable[[float], str]) -> str:
+    return bounds(low, high, text).replace(" ", SPACE)
 
 
-def _interval(row: Json, name: str, form: Any) -> str:
-    return f"[{form(row[f'{name}_ci_low'])},{SPACE}{form(row[f'{name}_ci_high'])}]"
-
-
-def _p_text(p_value: float) -> str:
-    text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-    return text.replace(" ", SPACE)
+def _p(p_value: float) -> str:
+    """`p = 0.034` or `p < 0.001`."""
+    text = p_text(p_value)
+    sign = "<" if text.startswith("<") else "="
+    return SPACE.join(("p", sign, text.removeprefix("<")))
 
 
 def _list(names: Sequence[str]) -> str:

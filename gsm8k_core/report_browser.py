@@ -18,16 +18,17 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from gsm8k_core.answers import parse_number
-from gsm8k_core.config import Comparison, Grade
+from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl
+from gsm8k_core.grading import GRADES
 from gsm8k_core.layout import run_dir
 from gsm8k_core.lm_eval_grades import GSM8K_COT_MARKER
 from gsm8k_core.metrics import Floats
@@ -55,7 +56,7 @@ class Graded:
     runs: list[tuple[str, int]]  # (method, seed)
     tables: list[pl.DataFrame]
     problem_ids: list[str]
-    gradings: list[str]  # `strict`, `flexible`, …: every grade that was taken
+    gradings: Sequence[str]  # `strict`, `flexible`, …: every grade that was taken
 
     def tables_of(self, method: str) -> list[pl.DataFrame]:
         """Those of a method, in the order of its seeds."""
@@ -94,22 +95,13 @@ def read_graded(study: Comparison, study_dir: Path, model: str, suite: str) -> G
         _read_table(run_dir(study_dir, model, *run) / "grades" / f"{suite}.parquet") for run in runs
     ]
     problem_ids = tables[0]["problem_id"].unique(maintain_order=True).to_list()
-    common = set.intersection(*(set(table.columns) for table in tables))
-    gradings = [
-        name
-        for name in get_args(Grade)
-        if name in common and any(table[name].count() for table in tables)
-    ]
+    gradings = [name for name in GRADES if any(table[name].count() for table in tables)]
     return Graded(runs, tables, problem_ids, gradings)
 
 
 def _read_table(path: Path) -> pl.DataFrame:
     with reading_grades(path):
-        table = pl.read_parquet(path)
-    missing = [name for name in (*GRADE_COLUMNS, *COUNTED) if name not in table.columns]
-    if missing or table.is_empty():
-        what = f"{', '.join(missing)} missing" if missing else "holds no grades"
-        raise DataError(f"{path}: {what}; run grade.py again")
+        table = pl.read_parquet(path, columns=[*GRADE_COLUMNS, *COUNTED, *GRADES])
     return table.sort("problem_id", "decoding", "sample_index")
 
 
@@ -269,7 +261,7 @@ def _read_completions(
 
 
 def _by_problem(
-    table: pl.DataFrame, gradings: list[str], wanted: set[str]
+    table: pl.DataFrame, gradings: Sequence[str], wanted: set[str]
 ) -> dict[str, list[tuple[object, ...]]]:
     """Problem → rows (decoding, sample_index, correct, extracted, tokens, truncated, grades …)."""
     columns = ["decoding", "sample_index", "correct", "extracted", *COUNTED]

@@ -42,6 +42,7 @@ from gsm8k_core.tables import (
     notes_on_clusters,
     p_text,
     percent,
+    points,
     read_grades,
     with_interval,
 )
@@ -120,11 +121,11 @@ def compare_studies(
 
     `delta` is of greedy accuracy where both decoded greedily, else of the mean over samples, and
     `delta_pass_at_1` of that mean, null where not both have samples. The p-values of each are
-    corrected (Holm) over all cells of a model. `verdict` is `better` or `worse` where the corrected
-    one of `measure`, `accuracy` or `pass_at_1`, is below 1 − `confidence`; a trained cell of which
-    only one seed can be paired has none, since another seed of the same settings may differ by
-    more, and `caution` says so. Raises DataError when either folder has no grades or a malformed
-    file.
+    corrected (Holm) over the cells of a model that can have a verdict. `verdict` is `better` or
+    `worse` where the corrected one of `measure`, `accuracy` or `pass_at_1`, is below
+    1 − `confidence`; a trained cell of which only one seed can be paired has neither, since another
+    seed of the same settings may differ by more, and `caution` says so. Raises DataError when
+    either folder has no grades or a malformed file.
     """
     old_cells, new_cells = find_cells(old_dir), find_cells(new_dir)
     left_out = [
@@ -196,10 +197,9 @@ def _compare_cell(
         sides["accuracy"] = sides["pass_at_1"]
     else:
         return None, "one study decoded greedily and the other sampled"
-    renamed = {"cluster_new": "cluster"}
-    clusters = clusters_of(
-        one for table in kept for one in (table.drop("cluster").rename(renamed), table)
-    )
+    # Rows of one's own may have been given clusters between the two studies.
+    named = kept[0].with_columns(pl.coalesce("cluster_new", "cluster").alias("cluster"))
+    clusters = clusters_of(named)
     row: Json = {
         "model": model,
         "method": method,
@@ -275,14 +275,15 @@ def _shown(value: Any) -> str:
 
 
 def _judge(rows: list[Json], confidence: float, measure: str = "accuracy") -> None:
+    tested = [{} if row.get("caution") == ONE_SEED else row for row in rows]
     for of in MEASURES.values():
-        adjusted = holm([row.get(f"p_value{of}") for row in rows])
+        adjusted = holm([row.get(f"p_value{of}") for row in tested])
         for row, p_value in zip(rows, adjusted, strict=True):
             row[f"p_value{of}_holm"] = p_value
     of = MEASURES[measure]
     for row in rows:
         row["verdict"] = None
-        if is_significant(row[f"p_value{of}_holm"], confidence) and row.get("caution") != ONE_SEED:
+        if is_significant(row[f"p_value{of}_holm"], confidence):
             row["verdict"] = "better" if row[f"delta{of}"] > 0 else "worse"
 
 
@@ -295,9 +296,9 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
         "method": lambda row: row["method"],
         "seeds": lambda row: str(row["num_seeds"]),
         "problems": lambda row: str(row["num_problems"]),
-        "old %": lambda row: percent(row["accuracy_old"], ".1f"),
-        "new %": lambda row: percent(row["accuracy_new"], ".1f"),
-        "new − old, points": lambda row: with_interval(row, "delta", "+.1f"),
+        "old %": lambda row: percent(row["accuracy_old"]),
+        "new %": lambda row: percent(row["accuracy_new"]),
+        "new − old, points": lambda row: with_interval(row, "delta", points),
         "p": lambda row: p_text(row["p_value_holm"]),
     }
     has_pass_at_1 = any(
@@ -307,9 +308,9 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
     )
     if has_pass_at_1:
         columns |= {
-            "old pass@1 %": lambda row: percent(row["pass_at_1_old"], ".1f"),
-            "new pass@1 %": lambda row: percent(row["pass_at_1_new"], ".1f"),
-            "pass@1 new − old, points": lambda row: with_interval(row, "delta_pass_at_1", "+.1f"),
+            "old pass@1 %": lambda row: percent(row["pass_at_1_old"]),
+            "new pass@1 %": lambda row: percent(row["pass_at_1_new"]),
+            "pass@1 new − old, points": lambda row: with_interval(row, "delta_pass_at_1", points),
             "p pass@1": lambda row: p_text(row["p_value_pass_at_1_holm"]),
         }
     columns |= {
@@ -322,9 +323,10 @@ def to_markdown(found: StudyComparison, old_dir: Path, new_dir: Path, confidence
         parts.append(markdown_table(TextTable("", list(columns), texts)))
         parts.append(
             f"Differences are paired by seed and problem, with {level_text(confidence)} intervals "
-            "over both; p is corrected (Holm) over all rows of a model. One seed: problems only, "
-            "and of what was trained no verdict, as another seed of the same settings may differ "
-            "by more. Flags name few seeds, and what is not the same in both studies.\n"
+            "over both; p is corrected (Holm) over the rows of a model that have one. One seed: "
+            "problems only, and of what was trained neither p nor verdict, as another seed of the "
+            "same settings may differ by more. Flags name few seeds, and what is not the same in "
+            "both studies.\n"
         )
         if has_pass_at_1 or found.measure != "accuracy":
             name = "accuracy" if found.measure == "accuracy" else "pass@1"

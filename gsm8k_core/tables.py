@@ -31,7 +31,7 @@ from gsm8k_core.differences import (
     training_facts,
     training_settings,
 )
-from gsm8k_core.errors import DataError
+from gsm8k_core.errors import DataError, first_line
 from gsm8k_core.files import (
     Json,
     atomic_path,
@@ -146,14 +146,24 @@ MEANS_OVER_SEEDS = (
     "mean_completion_tokens",
     "truncated_fraction",
 )
-METRIC_KEYS = ("accuracy", "pass_at_1", *MEANS_OVER_SEEDS)
+METRIC_KEYS = (
+    "accuracy",
+    "pass_at_1",
+    *MEANS_OVER_SEEDS,
+    "contradicted_fraction",
+    "num_prompts_truncated",
+    "math_verify_killed",
+    "grading",
+    "marker",
+)
 
 MAX_BANDS = 4
 """Methods whose bands can be told apart in a figure; those of more cover each other."""
 
 # Flags of single rows, with their share after a colon.
 PROMPTS_CUT, CONTRADICTED = "prompts cut", "right and then contradicted"
-LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01}
+KILLED = "not graded in time"
+LEAST_TOLD = {PROMPTS_CUT: 0.0, CONTRADICTED: 0.01, KILLED: 0.0}
 PASS_AT_1_NOTE = (
     "Differences of accuracy and of pass@1 are two measures of one training, and p of each is "
     "corrected by itself. Decide before the study which of them is the question: whoever takes the "
@@ -163,6 +173,7 @@ DOUBTS = {
     PROMPTS_CUT: "so many prompts were too long for the model and lost their beginning",
     CONTRADICTED: "so many completions are right by the first marker, and state another number "
     "after a later one",
+    KILLED: "so many completions took math-verify to a limit of time or memory, and count as wrong",
 }
 
 
@@ -215,7 +226,7 @@ def read_metrics(path: Path) -> Json:
     metrics = read_json(path)
     wrong = [key for key in METRIC_KEYS if not isinstance(metrics, dict) or key not in metrics]
     if wrong:
-        raise DataError(f"{path}: {', '.join(wrong)} missing; run grade.py again")
+        raise DataError(f"{path}: {', '.join(wrong)} missing; {_once_more('grade.py')}")
     return dict(metrics)
 
 
@@ -232,7 +243,12 @@ def reading(path: Path, what: str, script: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run {script} for it") from error
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: not {what} ({error}); run {script} again") from error
+        said = first_line(error)
+        raise DataError(f"{path}: not {what} ({said}); {_once_more(script)}") from error
+
+
+def _once_more(script: str) -> str:
+    return f"run {script} again, or snakemake with `--forcerun {script.removesuffix('.py')}`"
 
 
 def reading_grades(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -243,19 +259,16 @@ def reading_grades(path: Path) -> contextlib.AbstractContextManager[None]:
 def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
     """Per problem, sorted by it: `greedy` (1 or 0, null without), `num_correct`, `num_samples`.
 
-    `cluster` is null for problems that belong to none and in grades of before there were any.
+    `cluster` is null for problems that belong to none.
     `with_majority` adds `maj_at_{k}` for k = 1, 2, 4, … up to the samples that all problems have.
     Raises DataError when the file is missing, is no grades file, or is empty.
     """
     sampled = pl.col("decoding") == "sample"
-    names = ["problem_id", "decoding", "correct"]
+    names = ["problem_id", "cluster", "decoding", "correct"]
     if with_majority:
         names += ["sample_index", "extracted"]
     with reading_grades(path):
-        knows_clusters = "cluster" in pl.read_parquet_schema(path)
-        rows = pl.read_parquet(path, columns=[*names, "cluster"] if knows_clusters else names)
-        if not knows_clusters:
-            rows = rows.with_columns(cluster=pl.lit(None, pl.String))
+        rows = pl.read_parquet(path, columns=names)
         grades = (
             rows.lazy()
             .group_by("problem_id")
@@ -270,21 +283,16 @@ def read_grades(path: Path, with_majority: bool = False) -> pl.DataFrame:
         )
         samples = rows.filter(sampled).sort("problem_id", "sample_index") if with_majority else None
     if grades.is_empty():
-        raise DataError(f"{path}: holds no grades; run grade.py again")
+        raise DataError(f"{path}: holds no grades; {_once_more('grade.py')}")
     return grades if samples is None else grades.hstack(_majorities(samples, grades.height))
 
 
-def clusters_of(runs: Iterable[pl.DataFrame]) -> pl.Series | None:
-    """A name for the cluster of each problem, or None where no run knows of any.
-
-    `runs` have the same `problem_id` and a `cluster` each; some may have been graded before there
-    were clusters. A problem that belongs to none is its own.
-    """
-    for problems in runs:
-        if problems["cluster"].null_count() < problems.height:
-            names = (pl.lit(f"{name}: ") + pl.col(name) for name in ("cluster", "problem_id"))
-            return problems.select(pl.coalesce(*names)).to_series()
-    return None
+def clusters_of(problems: pl.DataFrame) -> pl.Series | None:
+    """A name for the cluster of each problem, which is its own if of none; None if all are."""
+    if problems["cluster"].null_count() == problems.height:
+        return None
+    names = (pl.lit(f"{name}: ") + pl.col(name) for name in ("cluster", "problem_id"))
+    return problems.select(pl.coalesce(*names)).to_series()
 
 
 def _majorities(samples: pl.DataFrame, num_problems: int) -> list[pl.Series]:
@@ -355,7 +363,7 @@ def _read_cell(
         metrics=metrics,
         stats=stats,
         facts=facts,
-        clusters=clusters_of(table for _, table in tables),
+        clusters=clusters_of(tables[0][1]),
     )
 
 
@@ -535,14 +543,17 @@ def _few_seeds(method: str, cell: Cell, base: str) -> str:
 
 def _doubts(cell: Cell) -> list[str]:
     """`prompts cut: 93 %` and the like: shares of problems or completions, means over seeds."""
-    cut, contradicted = [], []
-    for metrics, stats in zip(cell.metrics, cell.stats, strict=True):
-        num_cut = {**metrics, **stats}.get("num_prompts_truncated") or 0
-        cut.append(num_cut / cell.accuracy.shape[1])
+    num_problems = cell.accuracy.shape[1]
+    num_completions = num_problems * (cell.num_samples + (cell.greedy is not None))
+    found: dict[str, list[float]] = {name: [] for name in DOUBTS}
+    for metrics in cell.metrics:
+        found[PROMPTS_CUT].append((metrics["num_prompts_truncated"] or 0) / num_problems)
         # A flexible grade does not read the number that is contradicted.
-        reads_it = metrics.get("grading", "strict") in ("strict", "lm_eval_strict")
-        contradicted.append((metrics.get("contradicted_fraction") or 0.0) if reads_it else 0.0)
-    shares = {PROMPTS_CUT: np.mean(cut), CONTRADICTED: np.mean(contradicted)}
+        reads_it = metrics["grading"] in ("strict", "lm_eval_strict")
+        found[CONTRADICTED].append(metrics["contradicted_fraction"] if reads_it else 0.0)
+        killed = metrics["math_verify_killed"] if metrics["grading"] == "math_verify" else 0
+        found[KILLED].append(killed / num_completions)
+    shares = {name: np.mean(of_runs) for name, of_runs in found.items()}
     return [
         f"{name}: {100 * share:.3g} %"
         for name, share in shares.items()
@@ -563,8 +574,7 @@ def difference(a: Cell, b: Cell, confidence: float, measure: str = "accuracy") -
     left, right = a.measured(measure), b.measured(measure)
     if left is None or right is None:
         return None
-    clusters = b.clusters if a.clusters is None else a.clusters
-    return paired_difference(left, right, confidence, clusters)
+    return paired_difference(left, right, confidence, a.clusters)
 
 
 def _correct_for_multiplicity(rows: list[Json]) -> None:
@@ -585,14 +595,14 @@ def _correct_for_multiplicity(rows: list[Json]) -> None:
 
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
     """A row for every k; maj@k is null where k is no power of two."""
-    points = []
+    curve = []
     for k in range(1, cell.num_samples + 1):
         point = {"num_samples": cell.num_samples, "k": k}
         point |= _with_bounds("pass_at_k", cell.pass_at_k(k), study.confidence, cell.clusters)
         if k in cell.maj_at_k:
             point |= _with_bounds("maj_at_k", cell.maj_at_k[k], study.confidence, cell.clusters)
-        points.append(point)
-    return points
+        curve.append(point)
+    return curve
 
 
 # -------------------------------------------------------------------------------------------- cost
@@ -852,7 +862,7 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
     """
     texts: list[str] = []
     for row in rows:
-        sizes = row["num_problems"], row.get("num_clusters")
+        sizes = row["num_problems"], row["num_clusters"]
         if has_clusters(*sizes):
             texts.append(f"{row['suite']}: {problems_text(*sizes)}")
     if not texts:
@@ -865,7 +875,7 @@ def notes_on_clusters(rows: Iterable[Json]) -> list[str]:
 
 
 def has_clusters(num_problems: int, num_clusters: int | None) -> bool:
-    """Whether problems share clusters; None where nothing is known of any."""
+    """Whether problems share clusters; None where no problem is of any."""
     return num_clusters is not None and num_clusters != num_problems
 
 
@@ -892,27 +902,37 @@ def p_text(p_value: float | None) -> str:
     return "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def percent(value: float | None, form: str) -> str:
-    """A share in per cent, to one digit and written as `form` says; nothing for None."""
+def percent(value: float | None, form: str = ".1f") -> str:
+    """A share in per cent, to one digit and without a negative zero; nothing for None."""
     return "" if value is None else f"{round(100 * value, 1) + 0.0:{form}}"
 
 
-def _detectable(value: float | None) -> str:
-    return ">100" if value is not None and value > 1 else percent(value, ".1f")
+def points(value: float | None) -> str:
+    """A difference of shares in points: `+2.5`, or `−2.5` with a minus sign."""
+    return percent(value, "+.1f").replace("-", "\N{MINUS SIGN}")
 
 
-def with_interval(row: Json, name: str, form: str) -> str:
+def detectable(value: float | None) -> str:
+    """The smallest detectable difference in points."""
+    return ">100" if value is not None and value > 1 else percent(value)
+
+
+def bounds(low: float, high: float, text: Callable[[float], str] = percent) -> str:
+    """`[30.0, 50.0]`."""
+    return f"[{text(low)}, {text(high)}]"
+
+
+def with_interval(row: Json, name: str, text: Callable[[float], str] = percent) -> str:
     """`40.0 [30.0, 50.0]` of a share and its bounds; nothing where it is null."""
     if row[name] is None:
         return ""
-    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
-    return f"{percent(row[name], form)} [{percent(low, form)}, {percent(high, form)}]"
+    return f"{text(row[name])} {bounds(row[f'{name}_ci_low'], row[f'{name}_ci_high'], text)}"
 
 
 def _seeds_text(by_seed: str | None) -> str:
     """`0: 87.5, 1: 91.3` of a column `…_by_seed`."""
     pairs = [pair.split(":") for pair in by_seed.split(";")] if by_seed else []
-    return ", ".join(f"{seed}: {percent(float(share), '.1f')}" for seed, share in pairs)
+    return ", ".join(f"{seed}: {percent(float(share))}" for seed, share in pairs)
 
 
 def _duration(seconds: float | None) -> str:
@@ -987,10 +1007,10 @@ def _differences(of: str) -> dict[str, Callable[[Json], str]]:
     """Columns on one of `MEASURES`, by what the names of its columns have for it."""
     return {
         "parent": lambda row: row["parent"] or "",
-        "vs parent, points": lambda row: with_interval(row, f"delta{of}_vs_parent", "+.1f"),
+        "vs parent, points": lambda row: with_interval(row, f"delta{of}_vs_parent", points),
         "p parent": lambda row: p_text(row[f"p_value{of}_vs_parent_holm"]),
-        "detectable": lambda row: _detectable(row[f"smallest_detectable_delta{of}"]),
-        "vs base, points": lambda row: with_interval(row, f"delta{of}_vs_base", "+.1f"),
+        "detectable": lambda row: detectable(row[f"smallest_detectable_delta{of}"]),
+        "vs base, points": lambda row: with_interval(row, f"delta{of}_vs_base", points),
         "p base": lambda row: p_text(row[f"p_value{of}_vs_base_holm"]),
     }
 
@@ -999,26 +1019,26 @@ QUALITY_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "seeds": lambda row: str(row["num_seeds"]),
     "problems": lambda row: str(row["num_problems"]),
-    "accuracy %": lambda row: with_interval(row, "accuracy", ".1f"),
-    "flexible %": lambda row: percent(row["accuracy_flexible"], ".1f"),
-    "format %": lambda row: percent(row["format_fraction"], ".1f"),
+    "accuracy %": lambda row: with_interval(row, "accuracy"),
+    "flexible %": lambda row: percent(row["accuracy_flexible"]),
+    "format %": lambda row: percent(row["format_fraction"]),
     **_differences(MEASURES["accuracy"]),
-    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f") if row["num_samples"] else "",
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1") if row["num_samples"] else "",
     "flags": lambda row: row["flags"] or "",
 }
 PASS_AT_1_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "samples": lambda row: str(row["num_samples"]),
-    "pass@1 %": lambda row: percent(row["pass_at_1"], ".1f"),
+    "pass@1 %": lambda row: percent(row["pass_at_1"]),
     **_differences(MEASURES["pass_at_1"]),
 }
 SAMPLING_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
     "samples": lambda row: str(row["num_samples"]),
     "n": lambda row: str(powers_up_to(row["num_samples"])[-1]),
-    "pass@1 %": lambda row: with_interval(row, "pass_at_1", ".1f"),
-    "pass@n %": lambda row: with_interval(row, "pass_at_n", ".1f"),
-    "maj@n %": lambda row: with_interval(row, "maj_at_n", ".1f"),
+    "pass@1 %": lambda row: with_interval(row, "pass_at_1"),
+    "pass@n %": lambda row: with_interval(row, "pass_at_n"),
+    "maj@n %": lambda row: with_interval(row, "maj_at_n"),
 }
 SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
@@ -1029,7 +1049,7 @@ SEED_COLUMNS: dict[str, Callable[[Json], str]] = {
 }
 COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     **IDENTITY_COLUMNS,
-    "accuracy %": lambda row: percent(row["accuracy"], ".1f"),
+    "accuracy %": lambda row: percent(row["accuracy"]),
     "training": lambda row: _duration(row["train_seconds"]),
     "with parents": lambda row: _duration(row["train_seconds_with_parents"] or None),
     "GPU with parents": lambda row: _duration(row["gpu_seconds_training_with_parents"] or None),
@@ -1041,7 +1061,7 @@ COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     "tokens a completion": lambda row: (
         "" if row["mean_completion_tokens"] is None else f"{row['mean_completion_tokens']:.0f}"
     ),
-    "truncated %": lambda row: percent(row["truncated_fraction"], ".1f"),
+    "truncated %": lambda row: percent(row["truncated_fraction"]),
 }
 
 PAGE = """<!doctype html>

@@ -288,11 +288,14 @@ def training_python(wildcards, resources, threads):
     return f"OMP_NUM_THREADS={max(1, threads // gpus)} {torchrun}"
 
 
-def training_script(wildcards, resources):
-    """What trains a method; a round of expert iteration is an SFT."""
+def training_script(wildcards, resources, input):
+    """What trains a method; a round of expert iteration is an SFT. DPO is told what its pairs cost."""
     del resources
     kind = CONFIG.methods[wildcards.method].kind
-    return f"scripts/train_{'sft' if kind == 'expert_iteration' else kind}.py"
+    script = f"scripts/train_{'sft' if kind == 'expert_iteration' else kind}.py"
+    if kind != "dpo":
+        return script
+    return f"{script} --sampling-stats {shlex.quote(input.stats)}"
 
 
 def _flags(resources):

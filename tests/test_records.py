@@ -35,11 +35,13 @@ FIRST, SECOND = "20261123T000000Z_aaaaaaaa", "20261124T000000Z_bbbbbbbb"
 EXPERIMENTS = Path("artifacts/experiments/small/tiny-qwen2")
 RESULTS = Path("artifacts/results/small")
 
+ATTEMPTS = {"attempts_total": {"seconds_cpu": 1.0}}
+
 pytestmark = pytest.mark.usefixtures("study")
 
 
-def provenance(invocation: str | None, cpu_seconds: float = 1.0) -> dict[str, Any]:
-    return {"invocation": invocation, "cpu_seconds": cpu_seconds}
+def provenance(invocation: str | None) -> dict[str, Any]:
+    return {"invocation": invocation}
 
 
 @pytest.fixture
@@ -58,12 +60,12 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Pa
         if method != "base":
             write_json(
                 run / "train" / "summary.json",
-                {"device": "NVIDIA", "seconds_training": 10.0, "provenance": made},
+                {"device": "NVIDIA", "seconds_training": 10.0, "provenance": made, **ATTEMPTS},
             )
             write_text(run / "model" / "model.safetensors", f"weights of {method} {seed}")
             write_text(run / "state" / "progress.json", "{}")
             write_text(run / "wandb" / "run.wandb", "w")
-        stats = {"device": "NVIDIA", "seconds_generating": 2.0, "provenance": made}
+        stats = {"device": "NVIDIA", "seconds_generating": 2.0, "provenance": made, **ATTEMPTS}
         write_json(run / "completions" / "arithmetic.stats.json", stats)
         write_text(run / "completions" / "arithmetic.jsonl", "{}\n")
         write_json(run / "metrics" / "arithmetic.json", {"accuracy": 0.5, "provenance": made})

@@ -44,6 +44,7 @@ from gsm8k_core.metrics import paired_difference
 from gsm8k_core.plots import _cost_look, _look
 from gsm8k_core.report import (
     Lead,
+    Sources,
     Subject,
     _context,
     _cost_charts,
@@ -57,6 +58,7 @@ from gsm8k_core.report import (
     _p_cell,
     _pair_p_values,
     _parent_finding,
+    _provenance,
     _rank,
     _table_note,
     json_for_script,
@@ -223,7 +225,7 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
 
 def cell_of(right: np.ndarray[Any, Any]) -> Cell:
     """Greedy completions alone, (S, P)."""
-    metrics = [{"accuracy": float(share)} for share in right.mean(axis=1)]
+    metrics = [{"accuracy": float(share), "grading": "strict"} for share in right.mean(axis=1)]
     return Cell(right.astype(np.float64), None, 0, {}, metrics, [], [], None)
 
 
@@ -446,7 +448,8 @@ def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_man
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
     assert _headline(plain, leads_of(plain)).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
-    clones.cells["dpo"] = replace(clones.cells["dpo"], clusters=names)
+    for method, cell in clones.cells.items():
+        clones.cells[method] = replace(cell, clusters=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
     assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
@@ -656,6 +659,30 @@ def test_provenance_names_commit_command_settings_and_files(page: Page, paths: P
     digest = hashlib.sha256(paths["comparison"].read_bytes()).hexdigest()
     for fact in ("abc123", "snakemake --cores 1", '"learning_rate": 0.1', digest, "transformers"):
         assert fact in page.text
+
+
+def test_what_the_study_chose_for_each_suite_is_no_warning_and_what_it_did_not_is(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    paths = make_study(tmp_path, script)
+    study = Comparison.model_validate({**read_json(paths["study"]), "suites": ["test", "other"]})
+    sources = Sources(paths["study_dir"], paths["comparison"], {})
+    runs = sorted(paths["study_dir"].glob("*/*/seed*"))
+
+    def write(suite: str, run: Path, **facts: Any) -> None:
+        metrics = read_json(run / "metrics" / "test.json")
+        write_json(run / "metrics" / f"{suite}.json", {**metrics, **facts})
+
+    def warned_of() -> list[str]:
+        return [fact["name"] for fact in _provenance(study, sources)["facts"] if fact["differs"]]
+
+    for run in runs:
+        shutil.copy(run / "grades" / "test.parquet", run / "grades" / "other.parquet")
+        write("other", run, marker="boxed", grading="flexible", engine="vllm")
+    assert warned_of() == []
+    write("other", runs[0], marker="####", grading="flexible", engine="vllm")
+    write("test", runs[1], provenance={"git": {"commit": "other"}})
+    assert warned_of() == ["answer marker", "commit"]
 
 
 @pytest.mark.slow

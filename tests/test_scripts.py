@@ -720,7 +720,7 @@ def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
                 "model": "tiny-qwen2", "num_steps": 3, "num_updates": 3, "num_tokens": 100 * number,
                 "seconds_training": 2.5, "seconds_validating": 1.5,
                 "num_examples": 10 * number, "round": number,
-                "peak_memory_mb": 50 - number, "loss": 1.0 / number,
+                "peak_memory_mb": 50 - number, "loss": 1.0 / number, "attempts": [],
             }  # fmt: skip
             write_json(folder / "train" / "summary.json", summary)
             stats = {

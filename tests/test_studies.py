@@ -31,6 +31,7 @@ def write_run(
     frame = pl.DataFrame(
         {
             "problem_id": np.repeat(names, num_samples),
+            "cluster": pl.Series([None] * rows.size, dtype=pl.String),
             "decoding": [decoding] * rows.size,
             "correct": rows.ravel().astype(bool),
         }
@@ -55,6 +56,8 @@ def make(tmp_path: Path) -> Maker:
         for method, seed in RUNS:
             run = tmp_path / name / "m" / method / f"seed{seed}"
             write_run(run, outcomes(chance if method == "sft" else 0.2, seed))
+            parent = None if method == "base" else "base"
+            write_json(run / "metrics" / "test.json", {"parent": parent})
         return tmp_path / name
 
     return write
@@ -304,10 +307,10 @@ def test_one_seed_of_a_trained_cell_is_no_verdict_and_no_failure(
         assert compare_studies_script.main(arguments) == 0
     row = pl.read_csv(out / "studies.csv", schema=SCHEMA).row(1, named=True)
     assert (row["num_seeds"], row["verdict"], row["caution"]) == (1, None, "1 seed: no verdict")
-    assert row["p_value_holm"] < 0.01
+    assert row["p_value"] < 0.01 and row["p_value_holm"] is None
     text = (out / "studies.md").read_text(encoding="utf-8")
-    assert "| 1 seed: no verdict |" in text and "of what was trained no verdict" in text
-    assert "rows without a verdict: 2; one seed says nothing of another" in caplog.text
+    assert "| 1 seed: no verdict |" in text and "of what was trained neither p nor" in text
+    assert "rows without a verdict: 1; one seed says nothing of another" in caplog.text
 
 
 def test_a_cell_that_was_not_trained_has_a_verdict_of_its_one_run(make: Maker) -> None:
@@ -315,12 +318,19 @@ def test_a_cell_that_was_not_trained_has_a_verdict_of_its_one_run(make: Maker) -
     for folder, chance in ((old, 0.6), (new, 0.3)):
         run = folder / "m" / "base" / "seed0"
         write_run(run, outcomes(chance, 0))
-        write_json(run / "metrics" / "test.json", {"parent": None})
     row = compare_studies(old, new).rows.row(0, named=True)
     assert (row["method"], row["verdict"], row["caution"]) == ("base", "worse", None)
     # Without a word of it the run may have been trained.
     (new / "m" / "base" / "seed0" / "metrics" / "test.json").unlink()
     assert compare_studies(old, new).rows["verdict"].to_list()[0] is None
+
+
+def test_what_can_have_no_verdict_takes_none_from_the_others() -> None:
+    rows: list[Json] = [{"p_value": 0.03, "delta": -0.1}, {"p_value": 0.04, "delta": 0.1}]
+    rows[1]["caution"] = studies.ONE_SEED
+    studies._judge(rows, 0.95)
+    assert [row["p_value_holm"] for row in rows] == [0.03, None]
+    assert [row["verdict"] for row in rows] == ["worse", None]
 
 
 def test_two_seeds_have_a_verdict_and_a_flag(make: Maker) -> None:

@@ -27,9 +27,11 @@ from gsm8k_core.tables import (
     SCHEMA,
     build_comparison,
     notes_on,
+    points,
     read_comparison,
     to_html,
     to_markdown,
+    with_interval,
     write_comparison,
 )
 
@@ -641,11 +643,8 @@ def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: 
     for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
         assert "prompts cut: 92.5 %" in text
         assert "flag “prompts cut”: so many prompts were too long for the model" in text
-    set_stats(study_dir, "sft", num_prompts_truncated=1)  # metrics of an older version
-    set_stats(study_dir, "base", num_prompts_truncated=0)
-    frame = build(make_study(), study_dir)
-    assert row_of(frame, "base")["flags"] is None
-    assert row_of(frame, "sft")["flags"] == "2 seeds; prompts cut: 2.5 %"
+    run_grade(run, rows, model="m1", num_prompts_truncated=0)
+    assert row_of(build(make_study(), study_dir), "base")["flags"] is None
 
 
 @pytest.mark.parametrize(
@@ -670,6 +669,22 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
         assert row_of(frame, "base")["flags"] == (expected if flagged else None)
         if flagged and expected:
             assert "flag “right and then contradicted”: so many" in to_markdown(frame, 0.95)
+
+
+def test_completions_that_math_verify_was_killed_on_are_flagged_where_its_grade_counts(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "m" / "base" / "seed0"
+    rows = [completion("a", text, "sample", i) for i, text in enumerate([RIGHT, RIGHT, WRONG])]
+    rows.append(completion("a", "$9^{9^{9^{9}}}$"))
+    summary = run_grade(run, rows, '{"grading": "math_verify", "marker": "####"}')
+    assert summary["math_verify_killed"] == 1
+    study = make_study(models=["m"], methods=["base"])
+    frame = build(study, tmp_path)
+    assert frame["flags"].to_list() == ["not graded in time: 25 %"]
+    assert "flag “not graded in time”: so many completions took" in to_markdown(frame, 0.95)
+    write_json(run / "metrics" / "test.json", {**summary, "grading": "strict"})
+    assert build(study, tmp_path)["flags"].to_list() == [None]
 
 
 def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir: Path) -> None:
@@ -808,24 +823,20 @@ def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) 
         assert [found[f"{name}{end}"] for end in ends] == pytest.approx(list(expected))
 
 
-def test_grades_of_before_there_were_clusters_are_read_and_those_beside_them_tell(
+def test_grades_that_do_not_tell_clusters_are_refused_with_what_makes_them_again(
     study_dir: Path,
 ) -> None:
-    plain = build(make_study(), study_dir)
-    for path in study_dir.glob("*/*/*/grades/test.parquet"):
-        pl.read_parquet(path).drop("cluster").write_parquet(path)
-    assert build(make_study(), study_dir).equals(plain)
-    with_clusters(study_dir / "m1" / "sft" / "seed5" / "grades" / "test.parquet", 4)
-    frame = build(make_study(), study_dir)
-    numbers = [row_of(frame, method)["num_clusters"] for method in ("base", "sft", "grpo")]
-    assert numbers == [None, 10, None]
-    wide, narrow = row_of(frame, "grpo"), row_of(plain, "grpo")  # its parent knows
-    assert wide["p_value_vs_parent"] > narrow["p_value_vs_parent"]
-    assert wide["p_value_vs_base"] == narrow["p_value_vs_base"]
+    path = study_dir / "m1" / "sft" / "seed5" / "grades" / "test.parquet"
+    pl.read_parquet(path).drop("cluster").write_parquet(path)
+    with pytest.raises(DataError) as refused:
+        build(make_study(), study_dir)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"{path}: not a grades file") and '"cluster"' in line
+    assert line.endswith("run grade.py again, or snakemake with `--forcerun grade`")
 
 
 def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
-    for path in study_dir.glob("m1/base/*/grades/test.parquet"):
+    for path in study_dir.glob("m1/*/*/grades/test.parquet"):
         grades = pl.read_parquet(path)
         cluster = pl.when(pl.col("problem_id") < "p04").then(pl.lit("p07")).otherwise(None)
         grades.with_columns(cluster=cluster).write_parquet(path)
@@ -839,6 +850,12 @@ def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: 
         assert read_comparison(tmp_path / "results" / f"comparison.{suffix}").equals(frame)
     with pytest.raises(DataError, match="no such file"):
         read_comparison(tmp_path / "comparison.csv")
+
+
+def test_differences_have_a_sign_which_below_0_is_a_minus_and_no_hyphen() -> None:
+    row = {"delta": -0.0254, "delta_ci_low": -0.0501, "delta_ci_high": -0.0001}
+    assert with_interval(row, "delta", points) == "\u22122.5 [\u22125.0, +0.0]"
+    assert with_interval({"delta": None}, "delta", points) == ""
 
 
 def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None:

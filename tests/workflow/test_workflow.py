@@ -198,6 +198,9 @@ def test_each_job_is_given_the_weights_and_problems_that_its_settings_name(
     ):
         found = given(f"{log}.log", "starting-model", "data", "val-data")
         assert found == [start, data, val]
+    # What its pairs cost.
+    stats = given("dpo/seed0/logs/train_dpo.log", "sampling-stats")
+    assert stats == ["dpo/seed0/round1/completions.stats.json"]
     for log, model, data in (
         ("again/seed0/round2/logs/generate", "again/seed0/round1/model", train),
         ("dpo/seed0/round1/logs/generate", sft, train),
