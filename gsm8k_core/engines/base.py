@@ -70,7 +70,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, requests: list[Request], on_done: OnDone | None = None
+        self, requests: Iterable[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """Completions in the order of the requests and of their seeds.
 
@@ -100,15 +100,18 @@ class Engine(Protocol):
 
 
 def check_requests(
-    requests: list[Request], max_length: int | None, num_embeddings: int | None = None
-) -> None:
-    """Raise ModelError for a request that is empty or longer than the model can be asked for.
+    requests: Iterable[Request], max_length: int | None, num_embeddings: int | None = None
+) -> list[Request]:
+    """The requests as a list. Raises ModelError for an empty one and one too long for the model.
 
     Raises ValueError for a temperature below 0 or not finite, a top_p or top_k that leaves no
     token, no new tokens, an empty stop text, a seed that is no integer from 0 on, and a prompt id
     that the model does not know; TypeError for prompt ids that are no integers, and for one stop
-    text in place of a list of them.
+    text or one request in place of a list of them.
     """
+    if isinstance(requests, Request):
+        raise TypeError("requests is one Request: give a list of them")
+    requests = list(requests)
     for request in requests:
         if isinstance(request.prompt_ids, str):
             raise TypeError(f"prompt_ids is the text {request.prompt_ids[:40]!r}: tokenize it")
@@ -150,6 +153,7 @@ def check_requests(
                 f"new ones need {needed} positions, but the model has {max_length}: "
                 "lower max_new_tokens"
             )
+    return requests
 
 
 def in_order(completions: dict[int, Completion]) -> list[Completion]:
