@@ -597,8 +597,19 @@ class RewardSettings(Settings):
     def _contradictions(self) -> Iterator[str]:
         if self.length != 0.0 and self.length_shaping is None:
             yield "a length weight needs length_shaping: {start, end}"
-        if self.custom is not None and self.custom.count(":") != 1:
-            yield "custom must be 'module:function'"
+        if self.length == 0.0 and self.length_shaping is not None:
+            yield "length_shaping needs a length weight other than 0, such as length: 1"
+        if self.custom_weight != 1.0 and self.custom is None:
+            yield "custom_weight needs custom: 'module:function'"
+        if not (self.answer or self.format or self.length or (self.custom and self.custom_weight)):
+            yield "every part has weight 0, and nothing would be learned: set answer: 1, or custom"
+        if self.custom is not None:
+            module, _, function = self.custom.partition(":")
+            if not module or not function or ":" in function:
+                yield "custom must be 'module:function'"
+            elif module.endswith(".py"):
+                name = module.removesuffix(".py").replace("/", ".")
+                yield f"custom names a module, not its file: write '{name}:{function}'"
 
 
 class GrpoMethod(TrainSettings):
