@@ -1648,8 +1648,14 @@ def checked(raw: Any, schema: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
+        fields = getattr(schema, "model_fields", {})
         lines = [
             f"{'.'.join(map(str, item['loc']))}: {line}".removeprefix(": ")
+            + (
+                _suggest(str(item["loc"][0]), fields)
+                if item["type"] == "extra_forbidden" and len(item["loc"]) == 1 and fields
+                else ""
+            )
             for item in error.errors()
             for line in item["msg"].removeprefix("Value error, ").split("\n")
         ]
@@ -1925,6 +1931,8 @@ def _explain_value(item: Any, raw: dict[str, Any]) -> str:
         return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
     if item["type"] == "missing":
         meant = _meant(location, raw) if location[-1] == "source" else ""
+        if location in (["prompts"], ["models"]):
+            meant = "; is this an overlay? then give config.yaml first: config.yaml mine.yaml"
         return f"{key}: missing, and it has no default{meant}"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         of_methods = location[0] == "methods"

@@ -457,6 +457,11 @@ def test_a_missing_section_is_named() -> None:
         parse_config(raw)
 
 
+def test_an_overlay_alone_is_told_what_it_lies_over() -> None:
+    with pytest.raises(ConfigError, match=r"models: missing, .*; is this an overlay\? then"):
+        parse_config({"study": RAW["study"]})
+
+
 @pytest.mark.parametrize(
     "overlay",
     [

@@ -871,3 +871,10 @@ def test_weights_of_another_run_than_the_completions_are_kept_for_are_named(
         write_json(tmp_path / "settings.json", made)
         generate.warn_of_other_run(model, settings)
         assert "\n".join(caplog.messages) == said
+
+
+def test_verify_says_of_an_eval_that_is_not_there_what_writes_its_record(
+    script: Script, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"nowhere/.*: no such file; an eval writes it when it fin"):
+        script("verify").main(["--run", str(tmp_path / "nowhere")])

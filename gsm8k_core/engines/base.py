@@ -17,33 +17,42 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and a seed for each completion that is wanted of it."""
+    """One prompt, and a seed for each completion that is wanted of it.
+
+    - `prompt_ids`: of its tokens;
+    - `seeds`: one completion a seed; what is sampled depends on the seed, not on the batch;
+    - `temperature`: logits are divided by it; 0 is greedy;
+    - `max_new_tokens`: most tokens of a completion;
+    - `stop`: texts at which it ends; its text is cut before them, its tokens are kept;
+    - `top_p`: sample among the likeliest tokens that have this probability together (Holtzman et
+      al. 2020); 1: among all;
+    - `top_k`: sample among so many of the likeliest tokens, before `top_p` applies; 0: among all.
+    """
 
     prompt_ids: list[int]
     seeds: list[int]
-    """One completion a seed; what is sampled depends on the seed, not on the batch."""
     temperature: float
-    """Logits are divided by it; 0 is greedy."""
     max_new_tokens: int
     stop: list[str] = field(default_factory=list)
-    """Texts at which the completion ends; its text is cut before them, its tokens are kept."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that have this probability together (Holtzman et al. 2020);
-    1: among all."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens, before `top_p` applies; 0: among all."""
 
 
 @dataclass(frozen=True)
 class Completion:
+    """What was sampled of a prompt with a seed.
+
+    - `token_ids`: sampled ids, with the EOS that ended them. Train on these: never on re-tokenized
+      text;
+    - `log_probs`: of each of them, in nats, of the distribution that it was sampled from;
+    - `finish_reason`: `stop`, an EOS or a stop text; `length`, cut at max_new_tokens;
+    - `text`: decoded, without special tokens, cut before the stop text.
+    """
+
     token_ids: list[int]
-    """Sampled ids, with the EOS that ended them. Train on these: never on re-tokenized text."""
     log_probs: list[float]
-    """Of each sampled token, in nats, of the distribution that it was sampled from."""
     finish_reason: FinishReason
-    """`stop`: an EOS or a stop text. `length`: cut at max_new_tokens."""
     text: str
-    """Decoded, without special tokens, cut before the stop text."""
 
 
 OnDone = Callable[[int, list[Completion]], None]
