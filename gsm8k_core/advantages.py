@@ -10,14 +10,16 @@ gradient out of it. `batch_zscore` does so where all N are equal; `raw` compares
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from gsm8k_core.config import AdvantageEstimator
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.errors import DataError, TrainingError
 
 RewardFunction = Callable[[str, str], dict[str, float]]
 
@@ -41,9 +43,24 @@ def compute_advantages(
     The std is the unbiased one (divided by the count less one). A group of one has nothing to be
     compared with: its advantage is 0 where the group's mean is taken off, and `leave_one_out` is
     not defined. Raises TrainingError that names completion and prompt if a reward is NaN or
-    infinite, ValueError if rewards are no tensor of floats or N is no multiple of the group size.
+    infinite, or if rewards are too large to compute with, ValueError if they are no tensor of
+    floats, N is no multiple of the group size or `epsilon` is below 0.
     """
     _check_rewards(rewards, group_size)
+    if not 0.0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}: take 0 or above")
+    advantages = _estimated(rewards, group_size, estimator, epsilon)
+    if not torch.isfinite(advantages).all():
+        raise TrainingError(
+            f"rewards up to {rewards.abs().max().item():g} have no finite advantages in "
+            f"{rewards.dtype}: scale them down"
+        )
+    return advantages
+
+
+def _estimated(
+    rewards: torch.Tensor, group_size: int, estimator: AdvantageEstimator, epsilon: float
+) -> torch.Tensor:
     if estimator == "raw":
         return rewards.clone()
     if estimator == "batch_zscore":
@@ -61,13 +78,14 @@ def compute_advantages(
             raise ValueError("leave_one_out needs a group size of 2 or more")
         # r_i - (S - r_i)/(G - 1) = (r_i - S/G)·G/(G - 1), with S the sum of the group
         return (_centered(groups) * (group_size / (group_size - 1))).reshape(-1)
-    raise ValueError(f"unknown advantage estimator '{estimator}'")
+    known = ", ".join(get_args(AdvantageEstimator))
+    raise ValueError(f"unknown advantage estimator '{estimator}': expected {known}")
 
 
 def compute_group_normalized_rewards(
     reward_fn: RewardFunction,
-    rollout_responses: Sequence[str],
-    repeated_ground_truths: Sequence[str],
+    rollout_responses: Iterable[str],
+    repeated_ground_truths: Iterable[str],
     group_size: int,
     advantage_eps: float,
     normalize_by_std: bool,
@@ -80,20 +98,20 @@ def compute_group_normalized_rewards(
     `reward_fn` returns, and the share of groups whose rewards are all equal. With
     `normalize_by_std` this is `group_zscore`, without it `group_centered`.
     Raises what `compute_advantages` raises, and ValueError if the lists differ in length or are
-    texts, or the reward function returns no `reward` or other entries than before.
+    texts, or the reward function returns no `reward` or other entries than before. What the reward
+    function raises, or returns wrongly, is told with the completion that it was called for.
     """
     if isinstance(rollout_responses, str) or isinstance(repeated_ground_truths, str):
         raise ValueError("responses and ground truths are lists of texts, found one text")
-    if len(rollout_responses) != len(repeated_ground_truths):
-        raise ValueError(
-            f"{len(rollout_responses)} responses but {len(repeated_ground_truths)} ground truths"
-        )
-    graded = [
-        reward_fn(response, ground_truth)
-        for response, ground_truth in zip(rollout_responses, repeated_ground_truths, strict=True)
-    ]
-    for response, grade in zip(rollout_responses, graded, strict=True):
-        check_reward(grade, response, graded[0])
+    _check_group_size(group_size)
+    responses, truths = list(rollout_responses), list(repeated_ground_truths)
+    if len(responses) != len(truths):
+        raise ValueError(f"{len(responses)} responses but {len(truths)} ground truths")
+    graded: list[dict[str, float]] = []
+    for index, (response, ground_truth) in enumerate(zip(responses, truths, strict=True)):
+        with named_in_errors(_name(index, group_size)):
+            graded.append(reward_fn(response, ground_truth))
+            check_reward(graded[-1], response, graded[0])
     raw_rewards = torch.tensor([grade["reward"] for grade in graded], dtype=torch.float32)
     estimator: AdvantageEstimator = "group_zscore" if normalize_by_std else "group_centered"
     advantages = compute_advantages(raw_rewards, group_size, estimator, advantage_eps)
@@ -112,6 +130,21 @@ def compute_group_normalized_rewards(
         "equal_reward_groups": equal.item(),
     }
     return advantages, raw_rewards, metadata
+
+
+@contextlib.contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """Say in an error of the block what `name` it is about: first, or in a note to others' errors.
+
+    Only of DataError (a gold answer that is no number) is it known how to make one like it.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:
+        error.add_note(name)
+        raise
 
 
 def check_reward(grade: Any, response: str, first: Any) -> None:
@@ -169,8 +202,7 @@ def _check_rewards(rewards: torch.Tensor, group_size: int) -> None:
             f"rewards are {found}, expected a tensor of floats: "
             "torch.tensor(rewards, dtype=torch.float32)"
         )
-    if group_size < 1:
-        raise ValueError(f"group size must be 1 or more, found {group_size}")
+    _check_group_size(group_size)
     if rewards.dim() != 1 or rewards.numel() == 0 or rewards.numel() % group_size:
         raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}: expected (N,) with N a multiple of the "
@@ -180,7 +212,15 @@ def _check_rewards(rewards: torch.Tensor, group_size: int) -> None:
     if len(wrong):
         index = int(wrong[0])
         raise TrainingError(
-            f"reward of completion {index} (prompt {index // group_size}, sample "
-            f"{index % group_size}) is {rewards[index].item()}: the reward function must return a "
-            "finite number"
+            f"reward of {_name(index, group_size)} is {rewards[index].item()}: the reward function "
+            "must return a finite number"
         )
+
+
+def _check_group_size(group_size: int) -> None:
+    if group_size < 1:
+        raise ValueError(f"group size must be 1 or more, found {group_size}")
+
+
+def _name(index: int, group_size: int) -> str:
+    return f"completion {index} (prompt {index // group_size}, sample {index % group_size})"

@@ -215,8 +215,9 @@ def check_marker(marker: str) -> str:
 def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fraction | None:
     """The answer that a completion gives, or None where it gives none.
 
-    Never raises for any `text`. `marker` matters to `strict` alone; see the top of this module.
-    Raises ValueError for an unknown mode, and for a marker as `check_marker` does.
+    Never raises for any text. `marker` matters to `strict` alone; see the top of this module.
+    Raises ValueError for an unknown mode, and for a marker as `check_marker` does; TypeError for a
+    `text` that is none, such as the NaN of a table's empty cell.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is unknown: take {' or '.join(map(repr, get_args(Mode)))}")
@@ -224,6 +225,8 @@ def extract_answer(text: str | None, mode: Mode, marker: Marker = "####") -> Fra
         check_marker(marker)
     if text is None:
         return None
+    if not isinstance(text, str):
+        raise TypeError(f"a completion should be text or None, found {type(text).__name__}")
     if mode == "flexible":
         return _last_number(_clean(text))
     answer = _without_thought(text)

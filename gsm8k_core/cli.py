@@ -251,6 +251,14 @@ def positive(text: str) -> int:
     return number
 
 
+def non_negative(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {number}")
+    return number
+
+
 def add_config_argument(arguments: argparse._ActionsContainer) -> None:
     """`--config FILE…`, as `load_config` reads them: the first, and overlays."""
     arguments.add_argument(
@@ -258,7 +266,7 @@ def add_config_argument(arguments: argparse._ActionsContainer) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="config.yaml and overlays (default: config.yaml)",
+        help="config.yaml first, then overlays (default: config.yaml)",
     )
 
 
@@ -314,7 +322,7 @@ def add_run_arguments(arguments: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--round", type=positive, help="round of expert iteration (default: 1); others have none"
     )
-    group.add_argument("--seed", type=int, help="seed of the run (default: 0)")
+    group.add_argument("--seed", type=non_negative, help="seed of the run (default: 0)")
 
 
 def add_engine_arguments(arguments: argparse.ArgumentParser, *, rollouts: bool = False) -> None:

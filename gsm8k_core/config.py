@@ -598,8 +598,19 @@ class RewardSettings(Settings):
     def _contradictions(self) -> Iterator[str]:
         if self.length != 0.0 and self.length_shaping is None:
             yield "a length weight needs length_shaping: {start, end}"
-        if self.custom is not None and self.custom.count(":") != 1:
-            yield "custom must be 'module:function'"
+        if self.length == 0.0 and self.length_shaping is not None:
+            yield "length_shaping needs a length weight other than 0, such as length: 1"
+        if self.custom_weight != 1.0 and self.custom is None:
+            yield "custom_weight needs custom: 'module:function'"
+        if not (self.answer or self.format or self.length or (self.custom and self.custom_weight)):
+            yield "every part has weight 0, and nothing would be learned: set answer: 1, or custom"
+        if self.custom is not None:
+            module, _, function = self.custom.partition(":")
+            if not module or not function or ":" in function:
+                yield "custom must be 'module:function'"
+            elif module.endswith(".py"):
+                name = module.removesuffix(".py").replace("/", ".")
+                yield f"custom names a module, not its file: write '{name}:{function}'"
 
 
 class GrpoMethod(TrainSettings):
@@ -1638,8 +1649,14 @@ def checked(raw: Any, schema: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
+        fields = getattr(schema, "model_fields", {})
         lines = [
             f"{'.'.join(map(str, item['loc']))}: {line}".removeprefix(": ")
+            + (
+                _suggest(str(item["loc"][0]), fields)
+                if item["type"] == "extra_forbidden" and len(item["loc"]) == 1 and fields
+                else ""
+            )
             for item in error.errors()
             for line in item["msg"].removeprefix("Value error, ").split("\n")
         ]
@@ -1915,6 +1932,8 @@ def _explain_value(item: Any, raw: dict[str, Any]) -> str:
         return f"{key}: unknown key{_suggest(str(location[-1]), known) if known else ''}"
     if item["type"] == "missing":
         meant = _meant(location, raw) if location[-1] == "source" else ""
+        if location in (["prompts"], ["models"]):
+            meant = "; is this an overlay? then give config.yaml first: config.yaml mine.yaml"
         return f"{key}: missing, and it has no default{meant}"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         of_methods = location[0] == "methods"

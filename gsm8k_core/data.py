@@ -26,7 +26,7 @@ from pathlib import Path
 from gsm8k_core.config import Gsm8kDataset
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, packaged_json, parse_jsonl, read_lines
-from gsm8k_core.problems import Problem, WorkedExample, problem_from_row
+from gsm8k_core.problems import Problem, WorkedExample, problem_from_row, warn_of_misspelt
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ def _read_rows(path: str) -> tuple[dict[int, Json], list[str]]:
 def _faults(rows: dict[int, Json], name: str, split: str) -> list[str]:
     """What makes numbered rows no problems, each with its place; `name` is that of their file."""
     faults = [] if rows else [f"{name}: holds no problem"]
+    warn_of_misspelt(set[str]().union(*rows.values()), name)
     row_of: dict[str, int] = {}
     for number, row in rows.items():
         where = f"{name}, row {number}"
@@ -146,8 +147,6 @@ def _faults(rows: dict[int, Json], name: str, split: str) -> list[str]:
         except DataError as error:
             faults.append(str(error))
             continue
-        if not problem.question.strip():
-            faults.append(f"{where}: 'question' is empty")
         first = row_of.setdefault(problem.id, number)
         if first != number:
             faults.append(f"{where}: id {problem.id!r} is that of row {first} too")

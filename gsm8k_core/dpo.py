@@ -5,6 +5,8 @@ Shapes: `B` pairs; log-probs are summed over the tokens of a response.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -20,8 +22,10 @@ def dpo_loss(
     All four inputs are (B,): log-probs of whole responses, in nats. Returns the losses and metrics
     per pair, detached: the implicit rewards `chosen_reward` and `rejected_reward` (β·log π/π_ref),
     their difference `margin`, and `accuracy`, 1 where the margin is above 0. Raises ValueError for
-    inputs that are not (B,), such as log-probs of tokens.
+    inputs that are not (B,), such as log-probs of tokens, and a `beta` that is not above 0.
     """
+    if not 0.0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}: take a number above 0")
     inputs = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     shapes = [tuple(log_probs.shape) for log_probs in inputs]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1:

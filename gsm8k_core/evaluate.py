@@ -39,6 +39,7 @@ from gsm8k_core.cli import (
     add_engine_arguments,
     check_known,
     config_from,
+    non_negative,
     this_process,
     with_engine_arguments,
 )
@@ -82,7 +83,9 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--suite", help="a suite of the config (default: the study's first)")
     arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     arguments.add_argument("--prompt", help="prompt of the config; a folder of weights may need it")
-    arguments.add_argument("--seed", type=int, help="sampling seed (default: the run's, or 0)")
+    arguments.add_argument(
+        "--seed", type=non_negative, help="sampling seed (default: the run's, or 0)"
+    )
     add_config_argument(arguments)
     add_engine_arguments(arguments)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gsm8k_core.advantages import RewardFunction, check_reward
+from gsm8k_core.advantages import RewardFunction, check_reward, named_in_errors
 from gsm8k_core.engines.base import Request, check_requests
 from gsm8k_core.models import in_eval_mode, max_positions, num_embeddings, stop_token_ids
 from gsm8k_core.scoring import compute_entropy
@@ -28,8 +28,8 @@ NOT_OF_SAMPLING = {
 def log_generations(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
-    ground_truths: Sequence[str] | None = None,
+    prompts: Iterable[str],
+    ground_truths: Iterable[str] | None = None,
     reward_fn: RewardFunction | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -50,13 +50,16 @@ def log_generations(
     them. A `temperature` of 0 is greedy. Top-p, top-k and a repetition penalty that the model's
     generation config holds (Qwen2.5's does) are not used. `on_all_ranks`: all ranks call this with
     the same prompts, as a model that is spread over them needs; none is done before the others.
-    The model is put in eval mode meanwhile. Raises ValueError if there are no prompts, or one text
+    The model is put in eval mode meanwhile. Samples come from torch's global generator: seed it for
+    the same ones again. Raises ValueError if there are no prompts, or one text
     instead of a list, or a reward function comes without one ground truth per prompt or returns an
     entry that the row has already, or ids are not of as many prompts; and ValueError and ModelError
     as an engine does for its requests.
     """
     if isinstance(prompts, str) or isinstance(ground_truths, str):
         raise ValueError("prompts and ground truths are lists of texts, found one text")
+    prompts = list(prompts)
+    ground_truths = None if ground_truths is None else list(ground_truths)
     if not prompts:
         raise ValueError("no prompts to generate from")
     if ground_truths is not None and len(ground_truths) != len(prompts):
@@ -92,8 +95,9 @@ def log_generations(
             "mean_entropy": entropies[index, : len(response_ids)].mean().item(),
         }
         if reward_fn is not None and ground_truths is not None:
-            given = reward_fn(row["response"], ground_truths[index])
-            check_reward(given, row["response"], rewards or given)
+            with named_in_errors(f"completion {index}"):
+                given = reward_fn(row["response"], ground_truths[index])
+                check_reward(given, row["response"], rewards or given)
             rewards = given
             if taken := sorted(rewards.keys() & row.keys()):
                 raise ValueError(f"reward_fn returns {', '.join(taken)}, which a row has already")

@@ -85,20 +85,18 @@ def grpo_microbatch_train_step(
 class PolicyBatch:
     """What a microbatch's loss needs beside the policy's own log-probs; nothing has a gradient.
 
-    `response_mask` (B, T) is without completions that are left out (`losses.mask_truncated`).
+    `advantages` are (B,), all else (B, T): `response_mask`, bool, without completions that are left
+    out (`losses.mask_truncated`), and log-probs in nats. `old_log_probs` are the trainer's before
+    the first update on these rollouts; None on policy, where they are the policy's own.
+    `sampler_log_probs` are as the engine that sampled the tokens gave them, `ref_log_probs` the
+    reference model's.
     """
 
     advantages: torch.Tensor
-    """(B,)"""
     response_mask: torch.Tensor
-    """(B, T), bool"""
     old_log_probs: torch.Tensor | None = None
-    """(B, T), the trainer's before the first update on these rollouts; None on policy, where they
-    are the policy's own."""
     sampler_log_probs: torch.Tensor | None = None
-    """(B, T), as the engine that sampled the tokens gave them."""
     ref_log_probs: torch.Tensor | None = None
-    """(B, T), the reference model's."""
 
 
 def policy_loss(
@@ -133,7 +131,8 @@ def policy_loss(
     if batch.advantages.shape != policy_log_probs.shape[:1]:
         raise ValueError(
             f"advantages have shape {tuple(batch.advantages.shape)}, expected "
-            f"{tuple(policy_log_probs.shape[:1])} for log-probs {tuple(policy_log_probs.shape)}"
+            f"{tuple(policy_log_probs.shape[:1])} for log-probs {tuple(policy_log_probs.shape)}: "
+            "advantages[:, 0] of (B, 1)"
         )
     advantages = batch.advantages[:, None]
     # On policy the old log-probs are the new ones: the ratio is exactly 1 (its gradient is not 0).

@@ -8,6 +8,7 @@ smaller. A named method is a choice of these parts: ratio, objective, KL, aggreg
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -304,10 +305,11 @@ def importance_weights(
 
 
 def check_accumulation(gradient_accumulation_steps: int) -> None:
-    """Raise ValueError for less than one step."""
-    if gradient_accumulation_steps < 1:
+    """Raise ValueError unless it is a whole number from 1 on."""
+    if not isinstance(gradient_accumulation_steps, Integral) or gradient_accumulation_steps < 1:
         raise ValueError(
-            f"gradient_accumulation_steps is {gradient_accumulation_steps}: take 1 or more"
+            f"gradient_accumulation_steps is {gradient_accumulation_steps}: take a whole number, "
+            "1 or more"
         )
 
 

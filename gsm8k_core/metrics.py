@@ -113,7 +113,8 @@ class Difference(NamedTuple):
     smallest_detectable: float | None
     """The difference that so many problems and seeds would have found (p below 1 − confidence) in
     four of five such studies: (c + c_power)·√Var (Bloom 1995, "Minimum detectable effects"), where
-    c_power is the quantile of 80 %. None where nothing varies."""
+    c_power is the quantile of 80 %. Above 1, which no difference is, so few seeds and problems
+    would hardly find any. None where nothing varies."""
 
 
 class Units(NamedTuple):
@@ -279,10 +280,11 @@ def mean_interval(
     """Mean of `values (S, P)` in [0, 1] and its interval over seeds and problems.
 
     `clusters (P,)`: names or numbers, the same for problems that are no independent draws; without
-    them every problem is its own. One seed: problems are the only randomness (0/1 values without
-    clusters get the plain Wilson interval). Values that do not vary at all get the Wilson interval
-    of as many values as there are clusters. Raises ValueError when there are no values, one is
-    outside [0, 1], or there is not one cluster for each problem.
+    them every problem is its own, as is one whose cluster is None or NaN. One seed: problems are
+    the only randomness (0/1 values without clusters get the plain Wilson interval). Values that do
+    not vary at all get the Wilson interval of as many values as there are clusters. Raises
+    ValueError when there are no values, one is outside [0, 1], or there is not one cluster for each
+    problem.
     """
     return Interval(*map(float, mean_intervals(_batch(values), confidence, clusters)[0]))
 
@@ -313,11 +315,11 @@ def paired_difference(
     """Mean of `a − b`, its interval and two-sided p-value, paired by seed and problem.
 
     `a` and `b (S, P)`, or `(1, P)` where one was run once and stands for every seed. The
-    randomness and the `clusters (P,)` are those of `mean_interval`; the p-value is below
-    1 − confidence exactly where the interval leaves out 0. Differences that do not vary from
-    cluster to cluster get a sign test over clusters with its exact interval (Clopper and Pearson
-    1934); where all are 0, one as wide as Wilson's at 0 of as many. Raises ValueError when shapes
-    do not fit or values leave [0, 1].
+    randomness and the `clusters (P,)`, with None or NaN for none, are those of `mean_interval`; the
+    p-value is below 1 − confidence exactly where the interval leaves out 0. Differences that do not
+    vary from cluster to cluster get a sign test over clusters with its exact interval (Clopper and
+    Pearson 1934); where all are 0, one as wide as Wilson's at 0 of as many. Raises ValueError when
+    shapes do not fit or values leave [0, 1].
     """
     delta, low, high, p_value, detectable = paired_differences(
         _batch(a), _batch(b), confidence, clusters
@@ -398,7 +400,8 @@ def _constant_half(mean: Floats, num_problems: int, confidence: float) -> Floats
 def _batch(values: ArrayLike) -> Floats:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:
-        raise ValueError(f"expected values of shape (seeds, problems), found {table.shape}")
+        remedy = "; give one run as [values]" if table.ndim == 1 else ""
+        raise ValueError(f"expected values of shape (seeds, problems), found {table.shape}{remedy}")
     return table[None]
 
 
@@ -411,8 +414,13 @@ def _check(values: ArrayLike) -> Floats:
     tables = np.asarray(values, dtype=np.float64)
     if tables.ndim != 3 or tables.size == 0:
         raise ValueError(f"expected values of shape (…, seeds, problems), found {tables.shape}")
-    if not ((tables >= 0.0) & (tables <= 1.0)).all():
-        raise ValueError("values must lie from 0 to 1")
+    outside = np.argwhere(~((tables >= 0.0) & (tables <= 1.0)))
+    if len(outside):
+        place = tuple(outside[0])
+        raise ValueError(
+            f"values must lie from 0 to 1, found {tables[place]} at seed {place[-2]}, problem "
+            f"{place[-1]}"
+        )
     return tables
 
 
@@ -426,9 +434,14 @@ def _units(tables: Floats, clusters: ArrayLike | None) -> Units:
     num_problems = tables.shape[2]
     codes = np.arange(num_problems)
     if clusters is not None:
-        codes = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    if codes.shape != (num_problems,):
-        raise ValueError(f"expected clusters of {num_problems} problems, found {codes.shape}")
+        names = np.asarray(clusters, dtype=object)  # where a NaN among texts stays one
+        if names.shape != (num_problems,):
+            raise ValueError(f"expected clusters of {num_problems} problems, found {names.shape}")
+        missing = np.array([name is None or name != name for name in names])
+        known = np.array(names[~missing].tolist())
+        codes[~missing] = np.unique(known, return_inverse=True)[1]
+        codes[missing] += num_problems
+        codes = np.unique(codes, return_inverse=True)[1]
     sizes = np.bincount(codes)
     by_seed = tables.mean(axis=2)
     if len(sizes) == num_problems:

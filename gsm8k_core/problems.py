@@ -11,13 +11,18 @@ intervals take them as one (gsm8k_core/metrics.py).
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, iter_jsonl, write_jsonl
+
+log = logging.getLogger(__name__)
 
 GOLD = re.compile(r"####[ \t]*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\s*$")
 
@@ -59,6 +64,9 @@ class Problem:
         return row
 
 
+KEYS = {field.name for field in fields(Problem)}
+
+
 def gold_answer(answer: str, where: str = "answer") -> str:
     """The number after the final `####`, without thousands separators.
 
@@ -73,19 +81,18 @@ def gold_answer(answer: str, where: str = "answer") -> str:
 
 def problem_from_row(row: Json, where: str, default_id: str | None = None) -> Problem:
     """Build a Problem from a JSONL row; `where` (file and row) begins every error."""
-    question, answer = (
-        checked_text(row.get(key), f"{where}: '{key}'") for key in ("question", "answer")
-    )
+    question = _filled_text(row.get("question"), f"{where}: 'question'")
+    answer = checked_text(row.get("answer"), f"{where}: 'answer'")
     if "id" not in row and default_id is None:
         raise DataError(
             f"{where}: 'id' is missing; use the file that scripts/prepare_data.py makes of this one"
         )
-    problem_id = checked_text(row.get("id", default_id), f"{where}: 'id'")
+    problem_id = _filled_text(row.get("id", default_id), f"{where}: 'id'")
     gold = gold_answer(answer, where)
     if row.get("gold", gold) != gold:
         raise DataError(f"{where}: 'gold' is {row['gold']!r} but the answer ends in {gold!r}")
     demonstration, cluster = (
-        None if row.get(key) is None else checked_text(row[key], f"{where}: '{key}'")
+        None if row.get(key) is None else _filled_text(row[key], f"{where}: '{key}'")
         for key in ("demonstration", "cluster")
     )
     examples = worked_examples(row.get("examples", []), f"{where}: 'examples'")
@@ -118,11 +125,27 @@ def checked_text(value: Any, what: str) -> str:
     return value
 
 
+def _filled_text(value: Any, what: str) -> str:
+    text = checked_text(value, what)
+    if not text.strip():
+        raise DataError(f"{what} is empty")
+    return text
+
+
+def warn_of_misspelt(keys: Iterable[str], where: Path | str) -> None:
+    """Warn of keys that look like one that a row may have, mistyped; others are the user's own."""
+    for key in sorted({*keys} - KEYS):
+        if close := difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85):
+            log.warning("%s: '%s' is not read; did you mean '%s'?", where, key, close[0])
+
+
 def read_problems(path: Path | str) -> list[Problem]:
-    """Read a problems JSONL. Raises DataError that names file and row for every fault."""
+    """Read a problems JSONL. Raises DataError that names file and row of the first fault."""
     problems: list[Problem] = []
     seen: set[str] = set()
+    keys: set[str] = set()
     for number, row in enumerate(iter_jsonl(path), start=1):
+        keys |= row.keys()
         problem = problem_from_row(row, f"{path}, row {number}")
         if problem.id in seen:
             raise DataError(f"{path}, row {number}: id {problem.id!r} occurs twice")
@@ -130,6 +153,7 @@ def read_problems(path: Path | str) -> list[Problem]:
         problems.append(problem)
     if not problems:
         raise DataError(f"{path}: holds no problem")
+    warn_of_misspelt(keys, path)
     return problems
 
 

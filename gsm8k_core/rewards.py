@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gsm8k_core.answers import Marker, extract_answer
 from gsm8k_core.config import GrpoMethod, RewardGrade, RewardSettings
@@ -38,7 +38,8 @@ def gsm8k_reward(
 
     Returns `reward` (equal to `answer_reward`), `format_reward` (1 where a number follows the
     marker, right or wrong) and `answer_reward`. `ground_truth` is text: a number, or a worked
-    answer that ends in `#### 18`. Raises DataError when it is neither.
+    answer that ends in `#### 18`. Raises DataError when it is neither, ValueError for an unknown
+    `grading`.
     """
     components = answer_components(response, ground_truth, grading, marker)
     return {"reward": components["answer_reward"], **components}
@@ -48,6 +49,9 @@ def answer_components(
     completion: str, gold: str, grading: RewardGrade, marker: Marker
 ) -> dict[str, float]:
     """`format_reward` (a number follows the marker) and `answer_reward` (right by `grading`)."""
+    if grading not in get_args(RewardGrade):
+        known = ", ".join(get_args(RewardGrade))
+        raise ValueError(f"grading {grading!r} is unknown: take one of {known}")
     number = extract_answer(completion, "strict", marker)
     if grading == "strict":
         right = number == read_gold(gold).value  # as `is_right` does, without reading twice

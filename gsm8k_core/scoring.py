@@ -129,6 +129,11 @@ def score_responses(
     avoid_cudnn_attention(input_ids.device)
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, found {temperature}")
+    if input_ids.ndim != 2 or len(input_ids) == 0:
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)}: expected (B, T) with B of 1 or more; "
+            "input_ids[None] for one row"
+        )
     for name, tensor in (("labels", labels), ("response_mask", response_mask)):
         if tensor.shape != input_ids.shape:
             raise ValueError(

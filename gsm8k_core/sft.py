@@ -5,6 +5,8 @@ Shapes: `B` examples of a microbatch, `T` positions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gsm8k_core.errors import ConfigError, TrainingError
@@ -25,8 +27,10 @@ def sft_loss(
 
     `log_probs` and `response_mask` (B, T); `num_tokens_in_step` counts the response tokens of all
     microbatches and ranks, so that the gradient depends on neither. Raises TrainingError where that
-    is not above 0: a step with nothing to learn from.
+    is not above 0: a step with nothing to learn from. Raises ValueError where it is no number.
     """
+    if not num_tokens_in_step < math.inf:
+        raise ValueError(f"num_tokens_in_step is {num_tokens_in_step}: take a finite number")
     if num_tokens_in_step <= 0:
         raise TrainingError("no response token counts in this optimizer step: skip it")
     return -masked_normalize(log_probs, response_mask, normalize_constant=num_tokens_in_step)
@@ -44,9 +48,12 @@ def sft_microbatch_train_step(
     examples, divided by the accumulation steps. Returns the loss (a detached scalar) and metadata:
     `nll_sum` and `num_response_tokens`. Since it counts every example the same, its gradient is
     that of the whole batch only if all microbatches have the same size; `sft_loss` has no such
-    condition. Raises ValueError for less than one accumulation step.
+    condition. Raises ValueError unless the accumulation steps are a whole number from 1 on and the
+    constant is above 0.
     """
     check_accumulation(gradient_accumulation_steps)
+    if not 0.0 < normalize_constant < math.inf:
+        raise ValueError(f"normalize_constant is {normalize_constant}: take a number above 0")
     per_example = -masked_normalize(policy_log_probs, response_mask, -1, normalize_constant)
     loss = per_example.mean() / gradient_accumulation_steps
     loss.backward()

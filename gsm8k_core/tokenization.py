@@ -9,7 +9,7 @@ the ones it needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def pad_token_id(tokenizer: Any, num_embeddings: int | None = None) -> int:
 
 
 def tokenize_prompt_and_output(
-    prompt_strs: list[str], output_strs: list[str], tokenizer: Any
+    prompt_strs: Iterable[str], output_strs: Iterable[str], tokenizer: Any
 ) -> Batch:
     """Tokenize prompts and outputs separately, join each pair, pad on the right and shift.
 
@@ -62,6 +62,7 @@ def tokenize_prompt_and_output(
     """
     if isinstance(prompt_strs, str) or isinstance(output_strs, str):
         raise ValueError("prompts and outputs are lists of texts, found one text")
+    prompt_strs, output_strs = list(prompt_strs), list(output_strs)
     if len(prompt_strs) != len(output_strs):
         raise ValueError(f"{len(prompt_strs)} prompts but {len(output_strs)} outputs")
     prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_strs]

@@ -30,7 +30,7 @@ import psutil
 
 from gsm8k_core import ranks
 from gsm8k_core.config import TrackingSettings, settings_from
-from gsm8k_core.files import Json, iter_jsonl, required, write_jsonl
+from gsm8k_core.files import Json, cut_torn_line, iter_jsonl, required, write_jsonl
 from gsm8k_core.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,13 @@ class MetricsLog:
 
 
 def _rows_until(path: Path, last_step: int) -> Iterator[Json]:
-    """Rows of steps up to `last_step`; a line torn by a kill can only come after them."""
+    """Rows of steps up to `last_step`; a line torn by a kill can only come after them.
+
+    Where not every step has a row, that line may be the next one.
+    """
     if last_step == 0 or not path.exists():
         return
+    cut_torn_line(path)
     for number, row in enumerate(iter_jsonl(path), start=1):
         step = required(row, "step", int, f"{path}, row {number}")
         if step > last_step:

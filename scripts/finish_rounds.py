@@ -26,23 +26,25 @@ from gsm8k_core.manifest import attempts_record
 from gsm8k_core.records import sampling_cost
 
 log = logging.getLogger("finish_rounds")
+CUMULATIVE = ("step", "num_tokens_total", "seconds_total")
 SUMMED = ("num_steps", "num_updates", "num_tokens", "seconds_training")
 VALIDATING = "seconds_validating"
 
 
 def steps_of(rounds: list[Path]) -> Iterator[Json]:
-    """The training logs of all rounds as one: steps are counted through.
+    """The training logs of all rounds as one: steps, tokens and seconds are counted through.
 
     The start of a later round would be a second row of the step at which the one before it ended.
     """
-    num_before = 0
+    before = dict.fromkeys(CUMULATIVE, 0)
     for number, folder in enumerate(rounds, start=1):
-        step = 0
+        so_far = before
         for row in iter_jsonl(folder / "train" / "metrics.jsonl"):
-            step = row["step"]
-            if step > 0 or number == 1:
-                yield {**row, "step": num_before + step, "round": number}
-        num_before += step
+            counted = {key: round(before[key] + row[key], 3) for key in CUMULATIVE if key in row}
+            so_far = so_far | counted
+            if row["step"] > 0 or number == 1:
+                yield {**row, **counted, "round": number}
+        before = so_far
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         **sampling_cost(sampled),
         **attempts_record([row for one in summaries for row in one["attempts"]]),
     }
+    if best := summary.get("best_validation"):
+        steps_before = sum(one["num_steps"] for one in summaries[:-1])
+        summary["best_validation"] = {**best, "step": steps_before + best["step"]}
     # What a round samples is part of what training costs, as GRPO's rollouts are.
     summary["seconds_training"] = round(
         summary["seconds_training"] + summary["seconds_sampling"], 3

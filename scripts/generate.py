@@ -38,6 +38,7 @@ from gsm8k_core.cli import (
     config_from,
     given_settings,
     leave,
+    non_negative,
     parser,
     positive,
     run_script,
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         type=positive,
         help="instead of a suite: a round of expert iteration or DPO (1), from train problems",
     )
-    arguments.add_argument("--seed", type=int, help="seed of the run (default: 0)")
+    arguments.add_argument("--seed", type=non_negative, help="seed of the run (default: 0)")
     arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     arguments.add_argument("--data", type=Path, required=True, help="problems, JSONL")
     arguments.add_argument("--output", type=Path, required=True, help="completions, JSONL")

@@ -1,8 +1,8 @@
 """Keep the correct completions of a round: the demonstrations of expert iteration.
 
 Keeps at most `max_kept_per_prompt` distinct completions of each problem that are right by the
-strict grade and ended by themselves, in the order they were sampled. The sampled token ids are
-kept: SFT trains on them, not on re-tokenized text.
+method's `grading` and ended by themselves, in the order they were sampled. The sampled token ids
+are kept: SFT trains on them, not on re-tokenized text.
 
     python scripts/select_completions.py --model-name tiny-qwen2 --method rft --seed 0 \\
         --completions /tmp/rft/round1/completions.jsonl --data artifacts/arithmetic/train.jsonl \\

@@ -1,8 +1,8 @@
 """Pair correct with incorrect completions of the same problem: the preferences of offline DPO.
 
 Makes at most `max_pairs_per_prompt` pairs of distinct completions per problem, in the order they
-were sampled. The chosen one is right by the strict grade and ended by itself; the rejected one is
-wrong.
+were sampled. The chosen one is right by the method's `grading` and ended by itself; the rejected
+one is wrong.
 
     python scripts/select_pairs.py --model-name tiny-qwen2 --method dpo --seed 0 \\
         --completions /tmp/dpo/round1/completions.jsonl --data artifacts/arithmetic/train.jsonl \\

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from gsm8k_core.cli import leave, parser, run_script
+from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json
 from gsm8k_core.layout import ARTIFACTS
 from gsm8k_core.progress import progress
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     folder = args.run or Path(ARTIFACTS) / "results" / args.study
+    if args.run and not (folder / SUMS).exists():
+        raise DataError(f"{folder / SUMS}: no such file; an eval writes it when it finishes")
     differences = verify_sums(folder / SUMS, lambda names: progress(list(names), "hashing"))
     for what in ("changed", "missing", "new"):
         for name in getattr(differences, what):

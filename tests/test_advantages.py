@@ -17,7 +17,7 @@ from gsm8k_core.advantages import (
     equal_reward_groups,
 )
 from gsm8k_core.config import AdvantageEstimator
-from gsm8k_core.errors import TrainingError
+from gsm8k_core.errors import DataError, TrainingError
 
 RELATIVE_TO_GROUP: list[AdvantageEstimator] = [
     "group_zscore", "group_centered", "group_centered_batch_std", "leave_one_out",
@@ -157,6 +157,23 @@ def test_a_group_of_nobody_is_refused(group_size: int) -> None:
         compute_advantages(torch.tensor([1.0, 0.0]), group_size)
 
 
+@pytest.mark.parametrize("epsilon", [-1.0, math.nan, math.inf])
+def test_an_epsilon_that_is_not_from_0_on_is_refused(epsilon: float) -> None:
+    with pytest.raises(ValueError, match=f"epsilon is {epsilon}: take 0 or above"):
+        compute_advantages(torch.tensor([1.0, 0.0]), 2, "group_zscore", epsilon)
+
+
+def test_finite_rewards_whose_advantages_overflow_are_refused() -> None:
+    rewards = torch.tensor([3e38, -3e38, -3e38, -3e38])
+    with pytest.raises(TrainingError, match=r"up to 3e\+38 have no finite .*: scale them down"):
+        compute_advantages(rewards, 4)
+
+
+def test_an_unknown_estimator_is_told_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'group_zscor': expected group_zscore, group_centered, "):
+        compute_advantages(torch.tensor([1.0, 0.0]), 2, "group_zscor")  # type: ignore[arg-type]
+
+
 def test_groups_with_nothing_to_learn_from_are_found() -> None:
     rewards = torch.tensor([0.3, 0.3, 0.0, 1.0, 0.1 + 0.2, 0.3], dtype=torch.float64)
     # 0.1 + 0.2 and 0.3 are different floats
@@ -235,6 +252,25 @@ def test_a_reward_function_that_returns_something_else_is_named_with_the_respons
         compute_group_normalized_rewards(
             lambda *_: next(answers), ["a", "b"], ["1", "1"], 2, 1e-6, True
         )
+
+
+@pytest.mark.parametrize("kind", [DataError, ValueError, KeyError])
+def test_what_a_reward_function_raises_names_the_completion(kind: type[Exception]) -> None:
+    def fails_on_b(response: str, _: str) -> dict[str, float]:
+        if response == "b":
+            raise kind("no such thing")
+        return {"reward": 0.0}
+
+    with pytest.raises(kind, match=r"completion 2 \(prompt 1, sample 0\)") as caught:
+        compute_group_normalized_rewards(fails_on_b, list("aabb"), list("1111"), 2, 1e-6, True)
+    assert "no such thing" in str(caught.value)
+
+
+def test_responses_may_come_from_generators() -> None:
+    _, rewards, _ = compute_group_normalized_rewards(
+        grade, iter(RESPONSES), iter(TRUTHS), 4, 1e-6, True
+    )
+    assert rewards.sum() == 2
 
 
 def test_one_text_is_no_list_of_responses() -> None:

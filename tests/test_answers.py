@@ -475,6 +475,12 @@ def test_an_unknown_mode_is_an_error_that_names_it(mode: Any) -> None:
             is_correct(text, "18", mode)
 
 
+@pytest.mark.parametrize("mode", ["strict", "flexible"])
+def test_a_completion_that_is_no_text_is_an_error_that_says_so(mode: Any) -> None:
+    with pytest.raises(TypeError, match="a completion should be text or None, found float"):
+        extract_answer(float("nan"), mode)  # type: ignore[arg-type]
+
+
 def test_an_empty_marker_is_an_error_that_says_what_to_take() -> None:
     for text in ("#### 18", None):
         with pytest.raises(ValueError, match="marker '' is empty: use 'boxed', or the text"):

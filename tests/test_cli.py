@@ -166,6 +166,7 @@ def test_every_mistake_in_settings_is_listed_by_key() -> None:
     message = str(caught.value)
     assert message.startswith("--settings: ")
     assert all(key in message for key in ("prompt: ", "threads: ", "thread: "))
+    assert "thread: Extra inputs are not permitted; did you mean 'threads'?" in message
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,12 @@ def run_arguments(*arguments: str) -> argparse.Namespace:
     arguments_parser = parser("what it does")
     add_run_arguments(arguments_parser)
     return arguments_parser.parse_args(arguments)
+
+
+def test_a_seed_below_0_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_arguments("--seed", "-1")
+    assert "--seed: expected 0 or more, found -1" in capsys.readouterr().err
 
 
 CONFIG = ("--config", str(ROOT / "config.yaml"))

@@ -36,6 +36,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SELECTING = (ExpertIterationMethod, DpoMethod)
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 KL_IN_REWARD = {"kl_coefficient": 0.05, "kl_placement": "reward", "kl_estimator": "k1"}
+WRONG_REWARDS = (
+    ({"answer": 0},
+     "every part has weight 0, and nothing would be learned: set answer: 1, or custom"),
+    ({"length_shaping": {"start": 8, "end": 9}},
+     "length_shaping needs a length weight other than 0, such as length: 1"),
+    ({"custom_weight": 0.5}, "custom_weight needs custom: 'module:function'"),
+    ({"custom": ":score"}, "custom must be 'module:function'"),
+    ({"custom": "my_reward:"}, "custom must be 'module:function'"),
+    ({"custom": "my/reward.py:score"},
+     "custom names a module, not its file: write 'my.reward:score'"),
+)  # fmt: skip
 
 
 def mistakes(overlay: dict[str, Any]) -> list[str]:
@@ -249,6 +260,10 @@ def test_all_mistakes_are_reported_at_once_each_by_its_key() -> None:
             "methods.grpo: kl_placement: loss does not go with kl_estimator: k1, whose gradient is "
             "0 in expectation: take k2 or k3, or kl_placement: reward",
         ),
+        *(
+            ({"methods": {"grpo": {"reward": reward}}}, f"methods.grpo.reward: {said}")
+            for reward, said in WRONG_REWARDS
+        ),
         (
             {"methods": {"reinforce": {"dynamic_sampling": True, "group_size": 1}}},
             "methods.reinforce: dynamic_sampling needs group_size of 2 or more: a group of one has "
@@ -440,6 +455,11 @@ def test_a_missing_section_is_named() -> None:
     del raw["suites"]
     with pytest.raises(ConfigError, match="suites: missing, and it has no default"):
         parse_config(raw)
+
+
+def test_an_overlay_alone_is_told_what_it_lies_over() -> None:
+    with pytest.raises(ConfigError, match=r"models: missing, .*; is this an overlay\? then"):
+        parse_config({"study": RAW["study"]})
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,15 @@ def test_bad_rows_of_one_s_own_are_all_named_by_file_and_row_before_any_digest(
     assert "\n" not in message and "digests:" not in message
 
 
+def test_a_mistyped_key_of_one_s_own_rows_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**ROWS["train"][0], "demonstraton": "#### 1"}, *ROWS["train"][1:]]
+    (folder / "train.jsonl").write_bytes(to_jsonl(rows))
+    fetch_gsm8k(settings(path=str(folder)))
+    assert "'demonstraton' is not read; did you mean 'demonstration'?" in caplog.text
+
+
 def test_of_many_bad_rows_the_first_are_listed_and_the_others_counted(folder: Path) -> None:
     (folder / "train.jsonl").write_text("{}\n" * 25)
     with pytest.raises(DataError, match=r"train\.jsonl, row 20: .*; and 5 more\. Mend"):

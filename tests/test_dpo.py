@@ -69,3 +69,10 @@ def test_log_probs_that_are_not_one_a_response_are_refused(shape: tuple[int, ...
         other = torch.zeros(shape)
         with pytest.raises(ValueError, match=r"expected \(B,\) of all four"):
             dpo_loss(other, other, other, other, 0.1)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
+def test_a_beta_that_is_not_above_0_is_refused(beta: float) -> None:
+    ones = torch.ones(2)
+    with pytest.raises(ValueError, match=f"beta is {beta}: take a number above 0"):
+        dpo_loss(ones, ones, ones, ones, beta)

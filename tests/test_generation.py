@@ -17,8 +17,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gsm8k_core.errors import ModelError
+from gsm8k_core.errors import DataError, ModelError
 from gsm8k_core.generation import log_generations
+from gsm8k_core.rewards import gsm8k_reward
 from gsm8k_core.scoring import compute_entropy
 
 WORDS = ["<eos>", "<pad>", "what", "is", "two", "plus", "four", "five", "six"]
@@ -80,6 +81,19 @@ def test_rows_hold_response_length_end_entropy_and_rewards() -> None:
     # entropies of the steps: log 1, log 2, log 4, log 8 = 0, 1, 2, 3 times log 2
     expected = [0.5 * math.log(2), 1.5 * math.log(2), 1.5 * math.log(2)]
     assert [row["mean_entropy"] for row in rows] == pytest.approx(expected)
+
+
+def test_prompts_may_come_from_generators() -> None:
+    model = ScriptedModel(SCRIPT, SPREAD)
+    truths = (truth for truth in "abc")
+    rows, _ = log_generations(model, word_tokenizer(), iter(PROMPTS), truths, grade)
+    assert [(row["prompt"], row["ground_truth"]) for row in rows] == [*zip(PROMPTS, "abc")]
+
+
+def test_an_error_of_the_reward_function_names_the_completion() -> None:
+    model = ScriptedModel(SCRIPT, SPREAD)
+    with pytest.raises(DataError, match="completion 1: gold answer 'five' is not a number"):
+        log_generations(model, word_tokenizer(), PROMPTS, ["4", "five", "4"], gsm8k_reward)
 
 
 def test_the_summary_has_the_mean_of_whatever_the_reward_function_returns() -> None:

@@ -541,7 +541,7 @@ def test_tensors_of_another_shape_are_refused_by_name_instead_of_broadcast(
 @pytest.mark.parametrize("shape", [(4, 1), (1,), (5,), (4, 5), ()])
 def test_advantages_that_are_not_one_a_completion_are_refused(shape: tuple[int, ...]) -> None:
     policy, batch = random_batch(0)
-    with pytest.raises(ValueError, match=r"advantages have shape .*, expected \(4,\) for log-p"):
+    with pytest.raises(ValueError, match=r"have shape .*, expected \(4,\) .*: advantages\[:, 0\]"):
         policy_loss(policy, None, replace(batch, advantages=torch.ones(shape)), method(), 4.0)
 
 

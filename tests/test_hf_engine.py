@@ -405,6 +405,13 @@ def test_a_batch_of_no_completions_and_a_prompt_of_text_are_refused(engine: HfEn
         engine.generate([replace(greedy([5]), stop="ab")])  # type: ignore[arg-type]
 
 
+def test_requests_may_come_from_a_generator_but_not_alone(engine: HfEngine) -> None:
+    requests = [greedy([5]), greedy([6])]
+    assert engine.generate(iter(requests)) == engine.generate(requests)
+    with pytest.raises(TypeError, match="requests is one Request: give a list of them"):
+        engine.generate(requests[0])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("wrong", [torch.tensor([5, 6]), torch.tensor([[5, 6]]), [[5, 6]], [-1]])
 def test_prompt_ids_that_are_no_list_of_whole_numbers_are_refused(
     engine: HfEngine, wrong: Any

@@ -524,10 +524,11 @@ def test_a_token_of_probability_zero_makes_no_nan_of_a_ratio(
     assert policies.grad is not None and not bool(policies.grad.isnan().any())
 
 
-def test_a_clip_range_below_zero_and_less_than_one_accumulation_step_are_refused() -> None:
+def test_a_clip_range_below_zero_and_steps_that_cannot_be_counted_are_refused() -> None:
     with pytest.raises(ValueError, match="cliprange is -0.2: take 0 or above"):
         compute_grpo_clip_loss(ONE, ONE, ONE, -0.2)
     mask = torch.ones_like(ONE).bool()
     for step in (sft_microbatch_train_step, grpo_microbatch_train_step):
-        with pytest.raises(ValueError, match="gradient_accumulation_steps is 0"):
-            step(ONE, mask, 0, cast(Any, "reinforce_with_baseline"))
+        for wrong in (0, 2.5):
+            with pytest.raises(ValueError, match=f"gradient_accumulation_steps is {wrong}: take"):
+                step(ONE, mask, cast(int, wrong), cast(Any, "reinforce_with_baseline"))

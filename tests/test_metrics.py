@@ -5,6 +5,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -490,6 +491,19 @@ def test_clusters_may_be_named_in_any_way_and_order() -> None:
     assert mean_interval(values[:, order], clusters=names) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("missing", [None, math.nan])
+@pytest.mark.parametrize("names", [("a", "b"), (1.0, 2.0)])
+def test_a_problem_without_a_cluster_is_its_own(names: tuple[Any, Any], missing: Any) -> None:
+    a, b = np.random.default_rng(0).random((2, 2, 6))
+    first, second = names
+    given = [missing, first, second, first, missing, missing]
+    expected = [4, 1, 2, 1, 5, 6]
+    assert mean_interval(a, clusters=given) == pytest.approx(mean_interval(a, clusters=expected))
+    assert paired_difference(a, b, clusters=given) == pytest.approx(
+        paired_difference(a, b, clusters=expected)
+    )
+
+
 @pytest.mark.parametrize("clusters", [[1, 1], [[1, 1, 2]], []])
 def test_clusters_that_are_not_of_the_problems_are_refused(clusters: list[int]) -> None:
     with pytest.raises(ValueError, match="expected clusters of 3 problems"):
@@ -821,6 +835,13 @@ def test_a_curve_is_the_mean_of_the_steps_before_at_steps_that_all_seeds_have() 
 def test_what_is_no_probability_is_not_corrected(value: float) -> None:
     with pytest.raises(ValueError, match="a p-value is"):
         holm([0.04, value, 0.001])
+
+
+def test_values_that_are_no_table_of_shares_are_told_where_and_how_to_mend_it() -> None:
+    with pytest.raises(ValueError, match=r"found \(3,\); give one run as \[values\]"):
+        mean_interval([1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="found nan at seed 1, problem 2"):
+        paired_difference(np.zeros((2, 3)), [[0.0, 0.0, 0.0], [1.0, 1.0, math.nan]])
 
 
 def test_samples_that_do_not_fit_together_are_refused() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsm8k_core.errors import DataError
+from gsm8k_core.files import write_jsonl
 from gsm8k_core.problems import (
     Problem,
     WorkedExample,
@@ -19,6 +20,8 @@ from gsm8k_core.problems import (
     read_problems,
     write_problems,
 )
+
+FILLED = st.text().filter(str.strip)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -61,6 +64,10 @@ def test_an_answer_without_a_gold_number_is_an_error(answer: str) -> None:
         ({"question": "\ud800?"}, "row 2: 'question' holds half a surrogate pair at character 0"),
         ({"demonstration": 1}, "row 2: 'demonstration' is missing or not a text"),
         ({"cluster": 7}, "row 2: 'cluster' is missing or not a text"),
+        ({"question": " "}, "row 2: 'question' is empty"),
+        ({"id": ""}, "row 2: 'id' is empty"),
+        ({"demonstration": ""}, "row 2: 'demonstration' is empty"),
+        ({"cluster": ""}, "row 2: 'cluster' is empty"),
         ({"examples": {}}, "row 2: 'examples' should be a list of objects"),
         ({"examples": ["a"]}, "row 2: 'examples' should be a list of objects"),
         ({"examples": [{"question": "q"}]}, r"row 2: 'examples'\[0\].answer is missing"),
@@ -73,6 +80,15 @@ def test_a_faulty_row_is_named(tmp_path: Path, changes: dict[str, Any], message:
     with pytest.raises(DataError, match=message) as caught:
         read_problems(path)
     assert str(caught.value).startswith(f"{path}, row 2: ")
+
+
+def test_a_key_that_looks_mistyped_is_told_once_and_others_are_the_users_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, [row(id=name, demonstraton="4", level="easy", source="me") for name in "ab"])
+    assert len(read_problems(path)) == 2
+    assert caplog.messages == [f"{path}: 'demonstraton' is not read; did you mean 'demonstration'?"]
 
 
 def test_a_problem_of_no_cluster_has_the_row_that_it_always_had() -> None:
@@ -111,12 +127,12 @@ def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
 
 @settings(max_examples=40)
 @given(
-    question=st.text(),
+    question=FILLED,
     solution=st.text(),
     gold=st.integers(),
-    demo=st.none() | st.text(),
+    demo=st.none() | FILLED,
     examples=st.lists(st.builds(WorkedExample, st.text(), st.text()), max_size=2).map(tuple),
-    cluster=st.none() | st.text(),
+    cluster=st.none() | FILLED,
 )
 def test_problems_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory,

@@ -43,6 +43,11 @@ def test_a_gold_that_is_no_number_is_an_error_even_where_the_response_says_the_s
         gsm8k_reward("#### eighteen", "eighteen")
 
 
+def test_an_unknown_grading_is_told_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'flex' is unknown: take one of strict, flexible, lm_ev"):
+        gsm8k_reward("18", "18", grading="flex")  # type: ignore[arg-type]
+
+
 def test_the_reward_is_the_weighted_sum_of_its_components() -> None:
     settings = RewardSettings(
         answer=2.0, format=0.5, length=0.25, length_shaping=LengthRewardSettings(start=10, end=20)

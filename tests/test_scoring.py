@@ -394,6 +394,13 @@ def test_inputs_of_different_shapes_are_refused() -> None:
         score_responses(tiny_qwen2(), **{**batch, "response_mask": batch["response_mask"][0]})
 
 
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (1, 1, 5)])
+def test_inputs_that_are_no_rows_are_refused(shape: tuple[int, ...]) -> None:
+    ids = torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"input_ids have shape .*: expected \(B, T\) with B of 1"):
+        get_response_log_probs(tiny_qwen2(), ids, ids)
+
+
 def test_tokens_outside_the_mask_have_exactly_zero() -> None:
     batch = collate(PROMPTS, RESPONSES, 0)
     found = score_responses(tiny_qwen2(), **batch, with_entropy=True)

@@ -714,13 +714,22 @@ def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
             write_json(folder / "settings.json", settings)
             write_jsonl(
                 folder / "train" / "metrics.jsonl",
-                [{"step": step, "loss": number + step / 10} for step in (1, 2, 3)],
+                [
+                    {
+                        "step": step,
+                        "loss": number + step / 10,
+                        "num_tokens_total": 10 * step,
+                        "seconds_total": 0.5 * step,
+                    }
+                    for step in (1, 2, 3)
+                ],
             )
             summary = {
                 "model": "tiny-qwen2", "num_steps": 3, "num_updates": 3, "num_tokens": 100 * number,
                 "seconds_training": 2.5, "seconds_validating": 1.5,
                 "num_examples": 10 * number, "round": number,
                 "peak_memory_mb": 50 - number, "loss": 1.0 / number, "attempts": [],
+                "best_validation": {"step": 2, "accuracy": 0.5},
             }  # fmt: skip
             write_json(folder / "train" / "summary.json", summary)
             stats = {
@@ -754,6 +763,7 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
         "seconds_validating": 3.0,  # 2 × 1.5
         "peak_memory_mb": 62,  # the sampling of round 2
         "loss": 0.5,  # of the last round
+        "best_validation": {"step": 5, "accuracy": 0.5},  # step 2 after the 3 of round 1
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
     rows = read_jsonl(folder / "train" / "metrics.jsonl")
@@ -761,6 +771,8 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
     assert rows[4]["loss"] == 2.2
+    assert [row["num_tokens_total"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert [row["seconds_total"] for row in rows] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     settings = read_json(folder / "settings.json")
     assert (settings["round"], settings["method_settings"]["rounds"]) == (2, 2)
     assert [path.name for path in (folder / "model").iterdir()] == ["model.safetensors"]
@@ -861,3 +873,10 @@ def test_weights_of_another_run_than_the_completions_are_kept_for_are_named(
         write_json(tmp_path / "settings.json", made)
         generate.warn_of_other_run(model, settings)
         assert "\n".join(caplog.messages) == said
+
+
+def test_verify_says_of_an_eval_that_is_not_there_what_writes_its_record(
+    script: Script, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"nowhere/.*: no such file; an eval writes it when it fin"):
+        script("verify").main(["--run", str(tmp_path / "nowhere")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -62,6 +63,16 @@ def test_the_loss_of_a_step_is_its_mean_nll_per_response_token() -> None:
 def test_a_step_without_a_response_token_is_an_error_and_no_nan() -> None:
     with pytest.raises(TrainingError, match="no response token counts in this optimizer step"):
         sft_loss(torch.tensor(LOG_PROBS), torch.zeros_like(MASK), 0)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_a_divisor_that_is_no_number_above_0_is_refused_before_the_gradient(wrong: float) -> None:
+    log_probs = torch.tensor(LOG_PROBS, requires_grad=True)
+    with pytest.raises(ValueError, match=f"normalize_constant is {wrong}: take a number above 0"):
+        sft_microbatch_train_step(log_probs, MASK, 1, wrong)
+    assert log_probs.grad is None
+    with pytest.raises((ValueError, TrainingError)):
+        sft_loss(log_probs, MASK, wrong)
 
 
 @settings(max_examples=20)

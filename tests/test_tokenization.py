@@ -117,7 +117,13 @@ def test_lists_that_do_not_match_or_hold_nothing_are_refused(
 def test_one_text_in_place_of_a_list_is_refused_and_not_read_letter_by_letter() -> None:
     for prompts, outputs in (("two", "six"), (["two"], "s"), ("t", ["six"])):
         with pytest.raises(ValueError, match="lists of texts, found one text"):
-            tokenize_prompt_and_output(prompts, outputs, word_tokenizer())  # type: ignore[arg-type]
+            tokenize_prompt_and_output(prompts, outputs, word_tokenizer())
+
+
+def test_texts_may_come_from_generators() -> None:
+    texts = ["two", "four"]
+    batch = tokenize_prompt_and_output(iter(texts), iter(texts), word_tokenizer())
+    assert batch["response_mask"].tolist() == [[True], [True]]
 
 
 # ------------------------------------------------------------------------------------ microbatches

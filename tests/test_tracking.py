@@ -98,6 +98,15 @@ def test_a_last_line_torn_by_a_kill_is_dropped(tmp_path: Path, num_whole: int) -
     assert steps_of(path) == list(range(1, num_whole + 2))
 
 
+def test_a_torn_last_line_is_dropped_where_not_every_step_has_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "completions.jsonl"
+    write(path, range(1, 6, 4))  # 1, 5
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write('{"step": 10, "prom')
+    write(path, range(10, 11), last_step=8)
+    assert steps_of(path) == [1, 5, 10]
+
+
 def test_a_torn_row_before_the_checkpoint_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n', encoding="utf-8")

@@ -17,33 +17,42 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and a seed for each completion that is wanted of it."""
+    """One prompt, and a seed for each completion that is wanted of it.
+
+    - `prompt_ids`: of its tokens;
+    - `seeds`: one completion a seed; what is sampled depends on the seed, not on the batch;
+    - `temperature`: logits are divided by it; 0 is greedy;
+    - `max_new_tokens`: most tokens of a completion;
+    - `stop`: texts at which it ends; its text is cut before them, its tokens are kept;
+    - `top_p`: sample among the likeliest tokens that have this probability together (Holtzman et
+      al. 2020); 1: among all;
+    - `top_k`: sample among so many of the likeliest tokens, before `top_p` applies; 0: among all.
+    """
 
     prompt_ids: list[int]
     seeds: list[int]
-    """One completion a seed; what is sampled depends on the seed, not on the batch."""
     temperature: float
-    """Logits are divided by it; 0 is greedy."""
     max_new_tokens: int
     stop: list[str] = field(default_factory=list)
-    """Texts at which the completion ends; its text is cut before them, its tokens are kept."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that have this probability together (Holtzman et al. 2020);
-    1: among all."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens, before `top_p` applies; 0: among all."""
 
 
 @dataclass(frozen=True)
 class Completion:
+    """What was sampled of a prompt with a seed.
+
+    - `token_ids`: sampled ids, with the EOS that ended them. Train on these: never on re-tokenized
+      text;
+    - `log_probs`: of each of them, in nats, of the distribution that it was sampled from;
+    - `finish_reason`: `stop`, an EOS or a stop text; `length`, cut at max_new_tokens;
+    - `text`: decoded, without special tokens, cut before the stop text.
+    """
+
     token_ids: list[int]
-    """Sampled ids, with the EOS that ended them. Train on these: never on re-tokenized text."""
     log_probs: list[float]
-    """Of each sampled token, in nats, of the distribution that it was sampled from."""
     finish_reason: FinishReason
-    """`stop`: an EOS or a stop text. `length`: cut at max_new_tokens."""
     text: str
-    """Decoded, without special tokens, cut before the stop text."""
 
 
 OnDone = Callable[[int, list[Completion]], None]
@@ -70,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, requests: list[Request], on_done: OnDone | None = None
+        self, requests: Iterable[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """Completions in the order of the requests and of their seeds.
 
@@ -100,15 +109,18 @@ class Engine(Protocol):
 
 
 def check_requests(
-    requests: list[Request], max_length: int | None, num_embeddings: int | None = None
-) -> None:
-    """Raise ModelError for a request that is empty or longer than the model can be asked for.
+    requests: Iterable[Request], max_length: int | None, num_embeddings: int | None = None
+) -> list[Request]:
+    """The requests as a list. Raises ModelError for an empty one and one too long for the model.
 
     Raises ValueError for a temperature below 0 or not finite, a top_p or top_k that leaves no
     token, no new tokens, an empty stop text, a seed that is no integer from 0 on, and a prompt id
     that the model does not know; TypeError for prompt ids that are no integers, and for one stop
-    text in place of a list of them.
+    text or one request in place of a list of them.
     """
+    if isinstance(requests, Request):
+        raise TypeError("requests is one Request: give a list of them")
+    requests = list(requests)
     for request in requests:
         if isinstance(request.prompt_ids, str):
             raise TypeError(f"prompt_ids is the text {request.prompt_ids[:40]!r}: tokenize it")
@@ -150,6 +162,7 @@ def check_requests(
                 f"new ones need {needed} positions, but the model has {max_length}: "
                 "lower max_new_tokens"
             )
+    return requests
 
 
 def in_order(completions: dict[int, Completion]) -> list[Completion]:

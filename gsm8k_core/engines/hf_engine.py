@@ -234,10 +234,10 @@ class HfEngine:
         self.max_length = max_positions(model)
 
     def generate(
-        self, requests: list[Request], on_done: OnDone | None = None
+        self, requests: Iterable[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. Dropout is off meanwhile; each part has its mode back after."""
-        check_requests(requests, self.max_length, num_embeddings(self.model))
+        requests = check_requests(requests, self.max_length, num_embeddings(self.model))
         done: list[dict[int, Completion]] = [{} for _ in requests]
         with in_eval_mode(self.model):
             for batch in self._batches(requests):

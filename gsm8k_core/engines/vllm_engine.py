@@ -147,10 +147,10 @@ class VllmEngine:
         self.tied = bool(getattr(config.hf_config, "tie_word_embeddings", False))
 
     def generate(
-        self, requests: list[Request], on_done: OnDone | None = None
+        self, requests: Iterable[Request], on_done: OnDone | None = None
     ) -> list[list[Completion]]:
         """See `Engine.generate`. On a GPU, all requests are scheduled at once."""
-        check_requests(requests, self.max_length, self.num_embeddings)
+        requests = check_requests(requests, self.max_length, self.num_embeddings)
         _check_temperatures(requests)
         engine = self.llm.llm_engine
         places: dict[str, tuple[int, int]] = {}
