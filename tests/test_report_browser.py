@@ -16,8 +16,8 @@ from urllib.parse import quote
 import numpy as np
 import polars as pl
 import pytest
-from matplotlib.image import imread
 from numpy.typing import NDArray
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from report_study import (
     HOSTILE,
@@ -175,7 +175,8 @@ PAPER = {"light": (255, 255, 255), "dark": (18, 22, 27)}
 
 def picture(shown: Locator) -> NDArray[np.int64]:
     """A screenshot (height, width, 3), 0 to 255."""
-    return np.rint(255 * imread(io.BytesIO(shown.screenshot()))[..., :3]).astype(np.int64)
+    with Image.open(io.BytesIO(shown.screenshot())) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int64)
 
 
 def ink(image: NDArray[np.int64], theme: str) -> NDArray[np.bool_]:
