@@ -20,11 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
+import vl_convert
 
 from benchmarks.common import Json, Side, Turns, environment_line, run_turns
 from benchmarks.scoring import ExtraMemory
+from gsm8k_core.charts import PALETTES
 from gsm8k_core.cli import leave, parser, run_script
+from gsm8k_core.figures import CONFIG
 
 SIZES = {
     "scoring": [1024, 2048, 4096, 10_240],
@@ -202,45 +206,54 @@ def grows(mib: np.ndarray) -> bool:
     return bool(mib.max() >= LEAST_MIB)
 
 
-def plot(found: dict[str, tuple[list[int], np.ndarray, np.ndarray]], path: Path) -> None:
-    """Seconds above, MiB below, one column a kind, both axes logarithmic.
+def panel(name: str, numbers: list[int], values: np.ndarray, label: str) -> Any:
+    """One kind's seconds or MiB, both axes logarithmic.
 
     Memory that cannot be said to grow is drawn as points, from zero on and without an exponent.
     """
-    import matplotlib
+    trend = label != "MiB" or grows(values)
+    told = f"exponent {exponent(numbers, values):.2f}" if trend else f"less than {LEAST_MIB:g} MiB"
+    scale, ticks = alt.Scale(domain=[0, 4 * LEAST_MIB]), np.arange(0, 5) * LEAST_MIB
+    if trend:
+        values = np.maximum(values, 1e-3)  # a logarithm has no zero
+        scale = alt.Scale(type="log", nice=False, padding=10)
+        ticks = np.geomspace(values.min(), values.max(), 3)
+    rows = [
+        {"number": number, "value": float(value)}
+        for number, value in zip(numbers, values, strict=True)
+    ]
+    axis = alt.Axis(title=label, values=ticks.tolist(), format=".3~g")
+    marks = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X(
+            "number:Q",
+            axis=alt.Axis(
+                title=UNITS.get(name, "completions"), values=numbers, format=",", grid=False
+            ),
+            scale=alt.Scale(type="log", nice=False, padding=10),
+        ),
+        y=alt.Y("value:Q", axis=axis, scale=scale),
+        color=alt.value(PALETTES["light"][0]),
+    )
+    drawn = marks.mark_point(filled=True, opacity=1)
+    layers = alt.layer(marks.mark_line(), drawn) if trend else alt.layer(drawn)
+    return layers.properties(title=f"{name}: {told}", width=210, height=180)
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "growth"
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(3 * len(found), 5.5), squeeze=False)
-    for column, (name, (numbers, seconds, mib)) in enumerate(found.items()):
-        for row, (values, label) in enumerate(((seconds, "processor seconds"), (mib, "MiB"))):
-            axis = axes[row][column]
-            trend = row == 0 or grows(values)
-            axis.loglog(numbers, values, "o-" if trend else "o", color="#1f5fa8")
-            title = f"exponent {exponent(numbers, values):.2f}"
-            axis.set_title(
-                f"{name}: {title if trend else f'less than {LEAST_MIB:g} MiB'}", fontsize=10
-            )
-            axis.set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize=8)
-            axis.minorticks_off()
-            if not trend:
-                axis.set_yscale("linear")
-                axis.set_ylim(0, 4 * LEAST_MIB)
-                ticks = np.arange(0, 5) * LEAST_MIB
-                axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-            elif values.min() > 0:
-                ticks = np.geomspace(values.min(), values.max(), 3)
-                axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
-                axis.minorticks_off()
-            axis.set_xlabel(UNITS.get(name, "completions"), fontsize=9)
-            axis.grid(alpha=0.3)
-            if column == 0:
-                axis.set_ylabel(label)
-    figure.tight_layout()
+def plot(found: dict[str, tuple[list[int], np.ndarray, np.ndarray]], path: Path) -> Any:
+    """Write and return the figure: seconds above, MiB below, one column a kind."""
+    panels = [
+        panel(name, numbers, measured[place], label)
+        for place, label in enumerate(("processor seconds", "MiB"))
+        for name, (numbers, *measured) in found.items()
+    ]
+    figure = alt.concat(*panels, columns=len(found), spacing=24).configure(**CONFIG)
+    svg = vl_convert.vegalite_to_svg(figure.to_dict(validate=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        path.write_text(svg, encoding="utf-8")
+    else:
+        path.write_bytes(vl_convert.svg_to_png(svg, scale=2))
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:

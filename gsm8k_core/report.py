@@ -24,6 +24,23 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from gsm8k_core.charts import (
+    COSTS,
+    MINUS,
+    accuracy_chart,
+    accuracy_rows,
+    agreement_charts,
+    cost_chart,
+    cost_rows,
+    decodings,
+    difference_chart,
+    learning_charts,
+    length_chart,
+    pass_at_k_chart,
+    scaled,
+    themes,
+    truncation_chart,
+)
 from gsm8k_core.config import Comparison
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_record, sha256_file
@@ -37,18 +54,6 @@ from gsm8k_core.metrics import (
 )
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.report_browser import Browser, Codes, Graded, build_browser, read_graded
-from gsm8k_core.report_charts import (
-    MINUS,
-    accuracy_chart,
-    agreement_charts,
-    cost_chart,
-    difference_chart,
-    learning_charts,
-    length_chart,
-    pass_at_k_chart,
-    themes,
-    truncation_chart,
-)
 from gsm8k_core.tables import (
     COST_COLUMNS,
     DOUBTS,
@@ -664,12 +669,7 @@ def _seed_table(subject: Subject) -> Json:
 
 
 def _decodings(subject: Subject, row: Json) -> list[tuple[str, str]]:
-    """What a row has accuracies of: in words, and by its column."""
-    greedy = subject.cells[subject.rows[0]["method"]].greedy
-    shown = [("greedy", "accuracy")] if greedy is not None else []
-    if row["num_samples"]:
-        shown.append(("sampled, pass@1", "pass_at_1"))
-    return shown
+    return decodings(row, subject.cells[row["method"]].metrics)
 
 
 def _cell(main: str, detail: str = "", against: str = "") -> Json:
@@ -818,25 +818,12 @@ def _cost_table(subject: Subject) -> Json:
 
 
 def _accuracy_chart(subject: Subject) -> Json:
-    rows, seeds = [], []
-    for row in subject.rows:
-        for decoding, name in _decodings(subject, row):
-            rows.append(
-                {"method": row["method"], "decoding": decoding}
-                | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
-            )
-            runs = subject.cells[row["method"]].metrics
-            for seed, run in zip(subject.study.seeds_of(row["method"]), runs, strict=True):
-                if len(runs) > 1 and run[name] is not None:
-                    seeds.append(
-                        {
-                            "method": row["method"],
-                            "decoding": decoding,
-                            "seed": seed,
-                            "value": round(100 * run[name], 3),
-                        }
-                    )
-    return accuracy_chart(rows, seeds, subject.study.methods)
+    methods = subject.study.methods
+    runs = {
+        method: dict(zip(subject.study.seeds_of(method), cell.metrics, strict=True))
+        for method, cell in subject.cells.items()
+    }
+    return accuracy_chart(*accuracy_rows(subject.rows, runs), methods)
 
 
 def _difference_charts(subject: Subject) -> list[Json]:
@@ -873,40 +860,18 @@ def _difference_point(subject: Subject, row: Json, reference: str) -> Json:
         "method": row["method"],
         "significant": significant,
         "significance": f"{words}, {_p(p_value)}",
-    } | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
-
-
-def _scaled(mean: float, low: float, high: float) -> Json:
-    return {
-        name: round(100 * value, 3)
-        for name, value in (("mean", mean), ("low", low), ("high", high))
-    }
-
-
-COSTS = (
-    ("train_seconds_with_parents", "Accuracy against training time", "training with its parents"),
-    (
-        "gpu_seconds_training_with_parents",
-        "Accuracy against GPU time",
-        "training with its parents, all GPUs",
-    ),
-)
+    } | scaled(row, name)
 
 
 def _cost_charts(subject: Subject) -> list[Json]:
     charts = []
-    for name, title, axis in COSTS:
+    for name in COSTS:
         values = [row[name] for row in subject.rows]
         if any(value is None for value in values) or not any(values):
             continue
         if name.startswith("gpu_") and not all_on_gpus(subject.rows):
             continue
-        rows = [
-            {"method": row["method"], "seconds": row[name]}
-            | _scaled(row["accuracy"], row["accuracy_ci_low"], row["accuracy_ci_high"])
-            for row in subject.rows
-        ]
-        charts.append(cost_chart(rows, subject.study.methods, title, axis))
+        charts.append(cost_chart(cost_rows(subject.rows, name), subject.study.methods, name))
     return charts
 
 
@@ -919,8 +884,7 @@ def _sampling_charts(subject: Subject) -> list[Json]:
     charts = []
     for name, title in titles.items():
         rows = [
-            {"method": row["method"], "k": row["k"]}
-            | _scaled(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+            {"method": row["method"], "k": row["k"]} | scaled(row, name)
             for row in subject.pass_at_k
             if row[name] is not None
         ]

@@ -16,11 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from gsm8k_core.cli import leave, run_script, study_from, study_parser
+from gsm8k_core.figures import plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.manifest import CallRecord
-from gsm8k_core.plots import plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.tables import read_comparison
 
-PACKAGES = ("numpy", "scipy", "polars", "matplotlib")
+PACKAGES = ("numpy", "scipy", "polars", "altair", "vl-convert-python")
 
 
 def main(argv: list[str] | None = None) -> int:

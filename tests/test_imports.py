@@ -115,9 +115,10 @@ def test_only_modules_that_compute_import_torch() -> None:
     assert import_in_a_new_process(light_modules(), HEAVY) == ""
 
 
-def test_matplotlib_waits_for_a_plot() -> None:
-    names = [name for name in light_modules() if name != "gsm8k_core.plots"]
-    assert import_in_a_new_process(names, ("matplotlib",)) == ""
+def test_the_libraries_of_charts_wait_for_one() -> None:
+    drawing = {"gsm8k_core.charts", "gsm8k_core.figures", "gsm8k_core.report"}
+    names = [name for name in light_modules() if name not in drawing]
+    assert import_in_a_new_process(names, ("altair", "vl_convert")) == ""
 
 
 def test_only_scripts_that_need_a_model_import_torch() -> None:

@@ -16,8 +16,8 @@ from urllib.parse import quote
 import numpy as np
 import polars as pl
 import pytest
-from matplotlib.image import imread
 from numpy.typing import NDArray
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from report_study import (
     HOSTILE,
@@ -29,7 +29,7 @@ from report_study import (
     report_arguments,
 )
 
-from gsm8k_core import report_charts
+from gsm8k_core import charts
 from gsm8k_core.report import json_for_script
 from gsm8k_core.tables import SCHEMA, to_html
 
@@ -175,7 +175,8 @@ PAPER = {"light": (255, 255, 255), "dark": (18, 22, 27)}
 
 def picture(shown: Locator) -> NDArray[np.int64]:
     """A screenshot (height, width, 3), 0 to 255."""
-    return np.rint(255 * imread(io.BytesIO(shown.screenshot()))[..., :3]).astype(np.int64)
+    with Image.open(io.BytesIO(shown.screenshot())) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int64)
 
 
 def ink(image: NDArray[np.int64], theme: str) -> NDArray[np.bool_]:
@@ -286,7 +287,7 @@ def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
         "hidden": 0,
         "flags": 2,
         "page": "rgb(255, 255, 255)",
-        "inks": [report_charts.SURFACES["light"]["quiet"]],
+        "inks": [charts.SURFACES["light"]["quiet"]],
     }
     after = page.evaluate(LOOK)
     assert after["hidden"] == before["hidden"] and after["flags"] == 0
@@ -294,7 +295,7 @@ def test_paper_has_every_chart_view_and_flag_in_the_light_theme(
     # A view that only paper has shown is drawn anew, as wide as its place.
     page.select_option("#view", "1")
     drawn = page.locator("#answer [data-view='1'] svg.marks").first
-    dark = report_charts.SURFACES["dark"]["quiet"]
+    dark = charts.SURFACES["dark"]["quiet"]
     expect(drawn.locator(".role-axis-label text").first).to_have_attribute("fill", dark)
     assert drawn.evaluate("svg => svg.clientWidth") > 300
     context.close()
@@ -669,8 +670,8 @@ def wide_report(
     names = tuple(f"deepseek-r1-distill-qwen-1.5b-with-a-long-name-{n}" for n in (1, 2))
     paths = make_study(tmp_path_factory.mktemp("wide"), script, num_samples=0, models=names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_charts, "MAX_SQUEEZED", 2)  # as with more methods
-        patch.setattr(report_charts, "PAIR_STEP", 400)
+        patch.setattr(charts, "MAX_SQUEEZED", 2)  # as with more methods
+        patch.setattr(charts, "PAIR_STEP", 400)
         assert script("report").main(report_arguments(paths)) == 0
     html = paths["output"].read_text(encoding="utf-8").replace("twin", "twin_of_a_method" * 3)
     html = html.replace(">demo</a>", f">{'a-study-with-a-long-name-' * 3}</a>")

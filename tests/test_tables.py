@@ -229,10 +229,10 @@ def test_no_completions_is_an_error_and_not_an_accuracy(tmp_path: Path) -> None:
         run_grade(tmp_path, [])
 
 
-def test_grading_imports_no_torch_and_comparing_no_matplotlib() -> None:
+def test_grading_imports_no_torch_and_comparing_no_altair() -> None:
     code = (
         "import sys; sys.path.insert(0, 'scripts'); import grade, compare\n"
-        "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)"
+        "assert not {'torch', 'altair', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS.parent, timeout=60)
 

@@ -1,7 +1,9 @@
-"""The report's charts as Vega-Lite, and the looks that they take on in light and in dark.
+"""The charts of the report and of the figures as Vega-Lite, and how they look in light and in dark.
 
-A chart holds no colours of its own: the page hands it one of `THEMES`, and again when the theme
+A chart holds no colours of its own: the page hands it one of `themes`, and again when the theme
 changes. Methods differ in colour and in shape or dash, for those who cannot tell the colours apart.
+What the figures draw too comes in two steps: `*_layers` is the picture, and the `*_chart` of it is
+as wide as its place on the page, whose legend is its own.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ SURFACES = {
 }
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 DASHES = [[1, 0], [7, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3, 2, 3, 2, 3], [1, 3]]
+DECODINGS = {"greedy": "circle", "sampled, pass@1": "diamond"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 MINUS = "\u2212"
 OPACITY = {"right": 0.6, "wrong": 0.08}
@@ -46,16 +49,17 @@ MAX_SQUEEZED = 6
 PAIR_STEP = 46
 """Width of a field of a wider table of pairs, which scrolls in its place."""
 
-# What a training log may hold, in the order of the page: key, title, axis, factor.
-CURVES = (
-    ("answer_reward_mean", "Correct completions while training", "% right", 100.0),
-    ("reward_mean", "Reward", "mean reward of a step", 1.0),
-    ("validation_accuracy", "Validation accuracy", "% right", 100.0),
-    ("loss", "Loss of methods without a reward", "nats a token", 1.0),
-    ("margin", "Pairs: implicit reward of the chosen less the rejected", "margin (DPO)", 1.0),
-    ("completion_length_mean", "Length of sampled completions", "tokens", 1.0),
-    ("entropy", "Entropy of tokens in the batch that is trained on", "nats", 1.0),
-)
+# What a training log may hold, in the order of the page: title, axis.
+CURVES = {
+    "answer_reward_mean": ("Correct completions while training", "% right"),
+    "reward_mean": ("Reward", "mean reward of a step"),
+    "validation_accuracy": ("Validation accuracy", "% right"),
+    "loss": ("Loss of methods without a reward", "nats a token"),
+    "margin": ("Pairs: implicit reward of the chosen less the rejected", "margin (DPO)"),
+    "completion_length_mean": ("Length of sampled completions", "tokens"),
+    "entropy": ("Entropy of tokens in the batch that is trained on", "nats"),
+}
+IN_PERCENT = ("answer_reward_mean", "validation_accuracy")
 # Not drawn of a method that logs one of the others: penalties differ between methods, answers
 # compare; and the loss of pairs is in other units than that of tokens.
 PREFERRED = {"reward_mean": ("answer_reward_mean",), "loss": ("reward_mean", "margin")}
@@ -112,11 +116,13 @@ def _methods(methods: Sequence[str]) -> dict[str, alt.Scale]:
     }
 
 
+def _layer(rows: list[Json], *marks: Any) -> Any:
+    return alt.layer(*marks, data=alt.Data(values=rows))
+
+
 def _finish(
     chart: Any,
-    rows: list[Json],
     title: str,
-    height: int,
     step: int | None = None,
     legend: list[Json] | None = None,
     picks: bool = False,
@@ -127,9 +133,7 @@ def _finish(
     page draws a `legend` of methods: its names wrap, and are buttons where the chart `picks`.
     """
     spec = chart.properties(
-        data=alt.Data(values=rows),
         width="container" if step is None else alt.Step(step),
-        height=height,
         description=title,
         autosize=alt.AutoSizeParams(type="fit-x" if step is None else "pad", contains="padding"),
     ).to_dict(validate=False)
@@ -185,18 +189,55 @@ def _percent(title: str) -> Any:
     return alt.Axis(title=title, labelExpr=label, tickCount=6)
 
 
-def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> Json:
-    """Accuracy with its interval by method, best first; small ticks are single seeds.
+def scaled(row: Json, name: str) -> Json:
+    """A share of a row, with its interval, in percent."""
+    ends = {"mean": "", "low": "_ci_low", "high": "_ci_high"}
+    return {end: round(100 * row[f"{name}{suffix}"], 3) for end, suffix in ends.items()}
 
-    `rows`: method, decoding, mean, low, high in percent, best method first; `seeds`: method,
-    decoding, value.
+
+def decodings_of(rows: list[Json]) -> list[str]:
+    present = {row["decoding"] for row in rows}
+    return [decoding for decoding in DECODINGS if decoding in present]
+
+
+def decodings(row: Json, runs: Sequence[Json]) -> list[tuple[str, str]]:
+    """What a row has accuracies of: in words, and by its column. `runs`: its summaries."""
+    shown = [("greedy", "accuracy")] if runs[0]["accuracy"] is not None else []
+    return shown + ([("sampled, pass@1", "pass_at_1")] if row["num_samples"] else [])
+
+
+def accuracy_rows(
+    rows: list[Json], runs: dict[str, dict[int, Json]]
+) -> tuple[list[Json], list[Json]]:
+    """What `accuracy_layers` takes; `runs`: summaries by method and seed."""
+    means, seeds = [], []
+    for row in rows:
+        summaries = runs[row["method"]]
+        for decoding, name in decodings(row, list(summaries.values())):
+            place = {"method": row["method"], "decoding": decoding}
+            means.append(place | scaled(row, name))
+            seeds += [
+                place | {"seed": seed, "value": round(100 * run[name], 3)}
+                for seed, run in summaries.items()
+                if len(summaries) > 1 and run[name] is not None
+            ]
+    return means, seeds
+
+
+def accuracy_layers(
+    rows: list[Json], seeds: list[Json], methods: list[str], legend: Any = None
+) -> Any:
+    """Accuracy with its interval by method; small ticks are single seeds.
+
+    `rows`: method, decoding, mean, low, high in percent, the methods from the top; `seeds`:
+    method, decoding, seed, value.
     """
     ranked = list(dict.fromkeys(row["method"] for row in rows))
     scales = _methods(methods)
     labels = {method: _lines(method) for method in ranked}
     y = alt.Y("method:N", sort=ranked, axis=_names(labels, labelFontSize=13))
-    decodings = sorted({row["decoding"] for row in rows})
-    offset = alt.YOffset("decoding:N", scale=alt.Scale(domain=decodings))
+    shown = decodings_of(rows)
+    offset = alt.YOffset("decoding:N", scale=alt.Scale(domain=shown))
     colour = alt.Color("method:N", scale=scales["colour"], legend=None)
     base = alt.Chart().encode(y=y, yOffset=offset, color=colour)
     intervals = base.mark_rule(strokeWidth=3, strokeCap="round").encode(
@@ -207,8 +248,8 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
         x="mean:Q",
         shape=alt.Shape(
             "decoding:N",
-            scale=alt.Scale(domain=decodings, range=["circle", "diamond"][: len(decodings)]),
-            legend=alt.Legend(title=None) if len(decodings) > 1 else None,
+            scale=alt.Scale(domain=list(DECODINGS), range=list(DECODINGS.values())),
+            legend=legend,
         ),
         tooltip=["method:N", "decoding:N", *_interval_tooltip("accuracy %")],
     )
@@ -223,14 +264,18 @@ def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> J
             tooltip=["method:N", "decoding:N", "seed:N", alt.Tooltip("value:Q", format=".1f")],
         )
     )
-    height = 26 + len(ranked) * _step(labels, 22 + 14 * len(decodings))
+    height = 26 + len(ranked) * _step(labels, 22 + 14 * len(shown))
+    marks = (intervals, dots, points) if seeds else (intervals, points)
+    return _layer(rows, *marks).properties(height=height)
+
+
+def accuracy_chart(rows: list[Json], seeds: list[Json], methods: list[str]) -> Json:
+    """`accuracy_layers`, best first: `rows` are in that order."""
+    shown = decodings_of(rows)
+    legend = alt.Legend(values=shown) if len(shown) > 1 else None
+    chart = accuracy_layers(rows, seeds, methods, legend)
     title = "Accuracy by method, with intervals"
-    return _finish(
-        intervals + dots + points if seeds else intervals + points,
-        rows,
-        f"{title}; small ticks are single seeds" if seeds else title,
-        height,
-    )
+    return _finish(chart, f"{title}; small ticks are single seeds" if seeds else title)
 
 
 def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
@@ -269,7 +314,8 @@ def difference_chart(rows: list[Json], methods: list[str], title: str) -> Json:
         tooltip=tooltip,
     )
     height = 26 + _step(labels, 34) * len(rows)
-    return _finish(zero + intervals + points, rows, title, height)
+    chart = _layer(rows, zero, intervals, points)
+    return _finish(chart.properties(height=height), title)
 
 
 def _difference_lines(label: str) -> list[str]:
@@ -291,17 +337,25 @@ def _interval_tooltip(name: str, form: str = ".1f") -> list[Any]:
 def learning_charts(logs: dict[str, list[list[Json]]], methods: list[str]) -> list[Json]:
     """A chart for everything that a training log may hold and one does; `logs`: a list per seed."""
     charts = []
-    for key, title, axis, factor in CURVES:
-        rows = []
-        for method in methods:
-            runs = logs.get(method, [])
-            better = PREFERRED.get(key, ())
-            if any(name in row for name in better for run in runs for row in run):
-                continue
-            rows += learning_curve(runs, key, method, factor)
-        if rows:
-            charts.append(_curves(rows, methods, title, axis))
+    for key, (title, _) in CURVES.items():
+        if rows := learning_rows(logs, methods, key):
+            present = {row["method"] for row in rows}
+            shown = [method for method in methods if method in present]
+            chart = _pointed_at(learning_layers(rows, methods, key))
+            legend = _legend(methods, shown, "dash")
+            charts.append(_finish(chart, title, legend=legend, picks=True))
     return charts
+
+
+def learning_rows(logs: dict[str, list[list[Json]]], methods: list[str], key: str) -> list[Json]:
+    """Curves of the methods that log `key`, and nothing that is preferred to it."""
+    rows = []
+    for method in methods:
+        runs = logs.get(method, [])
+        better = PREFERRED.get(key, ())
+        if not any(name in row for name in better for run in runs for row in run):
+            rows += learning_curve(runs, key, method, 100.0 if key in IN_PERCENT else 1.0)
+    return rows
 
 
 def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float) -> list[Json]:
@@ -324,17 +378,21 @@ def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float)
     ]
 
 
-def _curves(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
-    present = {row["method"] for row in rows}
-    shown = [method for method in methods if method in present]
+def learning_layers(rows: list[Json], methods: list[str], key: str, legend: Any = None) -> Any:
+    """`rows` of `learning_rows`."""
     x_axis = alt.Axis(title="training step", grid=False, tickCount=6, tickMinStep=1)
-    chart = _bands("x:Q", x_axis, axis, methods, rows, 0.16)
-    legend = _legend(methods, shown, "dash")
-    return _finish(chart, rows, title, 210, legend=legend, picks=True)
+    chart = _bands("x:Q", x_axis, CURVES[key][1], methods, rows, 0.16, legend)
+    return chart.properties(height=210)
 
 
 def _bands(
-    x: str, x_axis: Any, y_title: str, methods: list[str], rows: list[Json], band_opacity: float
+    x: str,
+    x_axis: Any,
+    y_title: str,
+    methods: list[str],
+    rows: list[Json],
+    band_opacity: float,
+    legend: Any = None,
 ) -> Any:
     """Lines with bands; the page's legend says which are `picked`, and so brought forward.
 
@@ -346,39 +404,72 @@ def _bands(
     picked = alt.param(name="picked", value=[])
     is_picked = "indexof(picked, datum.method) >= 0"
     is_forward = f"length(picked) == 0 || {is_picked}"
-    fill = alt.Fill("method:N", scale=scales["colour"], legend=None)
+    colour = alt.Color("method:N", scale=scales["colour"], legend=legend)
     base = alt.Chart().encode(x=alt.X(x, axis=x_axis, scale=alt.Scale(nice=False)))
     y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(zero=False))
-    band = base.mark_area(clip=True).encode(
+    band = base.mark_area().encode(
         y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)),
         y2="high:Q",
-        fill=fill,
+        color=colour,
         opacity=alt.condition(
             is_forward if few else is_picked,
             alt.value(band_opacity),
             alt.value(0.02 if few else 0.0),
         ),
     )
-    tooltip = ["method:N", alt.Tooltip(x, title="at"), *_interval_tooltip(y_title, ".4~g")]
     opacity = alt.condition(is_forward, alt.value(1.0), alt.value(0.15))
     line = base.mark_line(strokeWidth=2.2).encode(
         y=y,
-        color=alt.Color("method:N", scale=scales["colour"], legend=None),
-        strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=None),
+        color=colour,
+        strokeDash=alt.StrokeDash("method:N", scale=scales["dash"], legend=legend),
         opacity=opacity,
     )
     short = [method for method, number in num_points.items() if number <= MAX_MARKED]
     dots = (
         base.transform_filter(alt.FieldOneOfPredicate("method", short))
         .mark_point(size=28, filled=True)
-        .encode(y=y, fill=fill, opacity=opacity)
+        .encode(y=y, color=colour, opacity=opacity)
     )
-    hits = base.mark_point(size=120, opacity=0, filled=True).encode(y=y, fill=fill, tooltip=tooltip)
-    return (band + line + dots + hits).add_params(picked)
+    return _layer(rows, band, line, dots).add_params(picked)
 
 
-def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> Json:
-    """Accuracy against training time; `rows`: method, seconds, mean, low, high."""
+def _pointed_at(chart: Any) -> Any:
+    """`_bands` that tell the numbers of the point that the mouse is near."""
+    x, y = chart.layer[1].encoding.x, chart.layer[1].encoding.y
+    tooltip = [
+        "method:N",
+        alt.Tooltip(x["shorthand"], title="at"),
+        *_interval_tooltip(y["title"], ".4~g"),
+    ]
+    return chart + alt.Chart().mark_point(size=120, opacity=0, filled=True).encode(
+        x=x, y=y, tooltip=tooltip
+    )
+
+
+COSTS = {
+    "train_seconds_with_parents": (
+        "Accuracy against training time",
+        "time of training with parents",
+    ),
+    "gpu_seconds_training_with_parents": (
+        "Accuracy against GPU time",
+        "GPU time of training with parents",
+    ),
+}
+
+
+def cost_rows(rows: list[Json], name: str) -> list[Json]:
+    """What `cost_layers` takes; `name`: one of COSTS."""
+    return [
+        {"method": row["method"], "seconds": row[name]} | scaled(row, "accuracy") for row in rows
+    ]
+
+
+def cost_layers(rows: list[Json], methods: list[str], axis: str, legend: Any = None) -> Any:
+    """Accuracy against training time; `rows`: method, seconds, mean, low, high.
+
+    From what costs nothing a dashed line leads to the others.
+    """
     scales = _methods(methods)
     seconds = [row["seconds"] for row in rows]
     unit, size = time_unit(max(seconds))
@@ -389,24 +480,36 @@ def cost_chart(rows: list[Json], methods: list[str], title: str, axis: str) -> J
     ]
     x = _cost_axis(seconds, axis)
     axis = f"{axis}, {unit}"
-    base = alt.Chart().encode(x=x, color=alt.Color("method:N", scale=scales["colour"], legend=None))
     y_axis = _percent("right answers")
     y_scale = alt.Scale(zero=False, padding=14)
+    y = alt.Y("mean:Q", axis=y_axis, scale=y_scale)
+    base = alt.Chart().encode(
+        x=x, color=alt.Color("method:N", scale=scales["colour"], legend=legend)
+    )
     intervals = base.mark_rule(strokeWidth=2, opacity=0.8).encode(
         y=alt.Y("low:Q", axis=y_axis, scale=y_scale), y2="high:Q"
     )
+    untrained = alt.Chart().transform_filter("datum.cost == 0").mark_rule(strokeDash=[4, 3])
     points = base.mark_point(size=130, filled=True, opacity=1).encode(
-        y=alt.Y("mean:Q", axis=y_axis, scale=y_scale),
-        shape=alt.Shape("method:N", scale=scales["shape"], legend=None),
+        y=y,
+        shape=alt.Shape("method:N", scale=scales["shape"], legend=legend),
         tooltip=[
             "method:N",
             alt.Tooltip("cost:Q", title=axis, format=",.4~r"),
             *_interval_tooltip("accuracy %"),
         ],
     )
+    return _layer(rows, intervals, untrained.encode(y=y), points).properties(height=280)
+
+
+def cost_chart(rows: list[Json], methods: list[str], name: str) -> Json:
+    """`cost_layers` of one of COSTS."""
+    title, axis = COSTS[name]
+    if any(row["seconds"] == 0 for row in rows):
+        title = f"{title}; dashed: no training"
     # Names beside the points would cover each other where methods cost and get alike.
     legend = _legend(methods, [row["method"] for row in rows], "shape")
-    return _finish(intervals + points, rows, title, 280, legend=legend)
+    return _finish(cost_layers(rows, methods, axis), title, legend=legend)
 
 
 def _cost_axis(seconds: list[float], title: str) -> Any:
@@ -435,6 +538,7 @@ def _cost_axis(seconds: list[float], title: str) -> Any:
             title=title,
             grid=False,
             values=values,
+            labelSeparation=8,
             labelExpr=f"({json.dumps(labels)})[indexof({json.dumps(values)}, datum.value)]",
         ),
         scale=alt.Scale(type="symlog", constant=constant, domain=[-first, last], nice=False),
@@ -456,12 +560,12 @@ def pass_at_k_chart(rows: list[Json], methods: list[str], title: str) -> Json:
     ks = sorted({*powers_up_to(largest), largest})  # every k would not fit
     axis = alt.Axis(title="samples k", values=ks, format="d", grid=False)
     shown = [method for method in methods if any(row["method"] == method for row in rows)]
-    chart = _bands("k:Q", axis, "% of problems", methods, rows, 0.09)
+    chart = _pointed_at(_bands("k:Q", axis, "% of problems", methods, rows, 0.09))
     # Doublings of k are equal steps.
     for layer in chart.layer:
         layer.encoding.x.scale = alt.Scale(type="log", base=2, nice=False)
     legend = _legend(methods, shown, "dash")
-    return _finish(chart, rows, title, 270, legend=legend, picks=True)
+    return _finish(chart.properties(height=270), title, legend=legend, picks=True)
 
 
 def length_chart(rows: list[Json], methods: list[str]) -> Json:
@@ -508,7 +612,8 @@ def length_chart(rows: list[Json], methods: list[str]) -> Json:
         "Length of completions that are right (filled) and wrong (hollow): 5 to 95 %, quartiles, "
         "median, and how many they are"
     )
-    return _finish(whole + middle + median + number, rows, title, height)
+    chart = _layer(rows, whole, middle, median, number)
+    return _finish(chart.properties(height=height), title)
 
 
 def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
@@ -529,7 +634,7 @@ def truncation_chart(rows: list[Json], methods: list[str]) -> Json:
     shares = base.mark_text(align="left", dx=5).encode(text=alt.Text("label:N"))
     title = "Completions cut off at the token limit"
     height = 40 + _step(labels, 28) * len(rows)
-    return _finish(bars + shares, rows, title, height)
+    return _finish(_layer(rows, bars, shares).properties(height=height), title)
 
 
 def agreement_charts(rows: list[Json], methods: list[str]) -> list[Json]:
@@ -589,4 +694,4 @@ def _pair_chart(
     text = base.mark_text(fontSize=13).encode(text=alt.Text(f"{shown}:Q", format=".1f"))
     step = None if len(methods) <= MAX_SQUEEZED else PAIR_STEP
     height = 40 + _step(labels, 40) * len(methods)
-    return _finish(cells + text, rows, title, height, step)
+    return _finish(_layer(rows, cells, text).properties(height=height), title, step)
