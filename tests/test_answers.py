@@ -381,6 +381,23 @@ def test_strict_reads_the_answer_of_a_reasoning_model_behind_its_thought(
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#### 18\n#### 19", True),
+        ("#### 18\nNo, wait.\n#### 18\n#### 19", True),
+        ("#### 18\n#### 18.00", False),
+        ("#### 18\n#### that is it", False),
+        ("#### 18\n\nQuestion: And two more?\n#### 20", False),
+        ("#### 18 or 19", False),
+    ],
+)
+def test_a_later_mark_with_another_number_contradicts_the_answer(text: str, expected: bool) -> None:
+    assert contradicts_itself(text) == expected
+    assert contradicts_itself(text.replace("####", "The answer is"), "The answer is") == expected
+    assert not contradicts_itself(re.sub(r"#### (\d+)", r"\\boxed{\1}", text), "boxed")
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("She has 3 eggs and sells 18.", 18),

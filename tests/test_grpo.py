@@ -370,7 +370,7 @@ def test_clip_fractions_count_the_tokens_below_and_above_the_range() -> None:
 def test_tokens_that_the_dual_clip_holds_are_counted_by_themselves() -> None:
     policy = torch.tensor([[5.0, 1.0], [5.0, 2.0]]).log()
     batch = PolicyBatch(
-        torch.tensor([1.0, -1.0]), torch.ones(2, 2).bool(), old_log_probs=torch.zeros(2, 2)
+        torch.tensor([0.5, -0.5]), torch.ones(2, 2).bool(), old_log_probs=torch.zeros(2, 2)
     )
     summary = summarize_metrics(policy_loss(policy, None, batch, method(dual_clip=3.0), 2.0)[1])
     assert summary["clip_fraction_dual"] == pytest.approx(1 / 4)  # the bad row's 5.0
@@ -653,6 +653,12 @@ def test_no_gap_means_an_effective_sample_of_everything() -> None:
         "sampler_gap_max": 0.0,
         "effective_sample_fraction": pytest.approx(1.0),
     }
+
+
+def test_the_largest_gap_is_told_beside_the_mean_one() -> None:
+    gap = sampler_gap(torch.tensor([[0.5, -1.5]]), torch.zeros(1, 2), torch.ones(1, 2).bool())
+    assert gap["sampler_gap_mean"] == pytest.approx(1.0)
+    assert gap["sampler_gap_max"] == pytest.approx(1.5)
 
 
 def test_the_gap_is_measured_per_token_and_the_sample_size_per_completion() -> None:

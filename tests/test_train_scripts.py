@@ -362,13 +362,19 @@ def test_a_first_minibatch_that_is_masked_as_a_whole_leaves_the_others_to_be_lea
         assert row["grad_norm"] > 0 and "sampler_gap_mean" not in row
 
 
-def test_kl_in_the_reward_to_an_equal_reference_is_zero_to_the_last_bit(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def same_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a reward that is 1 for every completion."""
     (tmp_path / "same.py").write_text(
         "def reward(completion, gold):\n    return 1.0\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    return {"answer": 0.0, "custom": "same:reward"}
+
+
+def test_kl_in_the_reward_to_an_equal_reference_is_zero_to_the_last_bit(
+    train: Callable[..., Path], same_reward: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     computed: list[torch.Tensor] = []
     compute_advantages = advantages.compute_advantages
 
@@ -378,8 +384,7 @@ def test_kl_in_the_reward_to_an_equal_reference_is_zero_to_the_last_bit(
 
     monkeypatch.setattr(advantages, "compute_advantages", note)
     kl = {"kl_coefficient": 0.1, "kl_placement": "reward", "kl_estimator": "k1"}
-    reward = {"answer": 0.0, "custom": "same:reward"}
-    changes = {**SMALL, **kl, "num_steps": 1, "minibatches": 2, "reward": reward}
+    changes = {**SMALL, **kl, "num_steps": 1, "minibatches": 2, "reward": same_reward}
     train("train_grpo", "reinforce_pp", **changes)
     assert [float(values.abs().max()) for values in computed] == [0.0]
 
@@ -591,10 +596,10 @@ def test_groups_that_fill_empty_places_are_dealt_out_to_the_minibatches(
 
 
 def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
-    train: Callable[..., Path],
+    train: Callable[..., Path], same_reward: dict[str, Any]
 ) -> None:
-    # DAPO asks whether answers differ (eq. 11). Here none counts, but lengths, so penalties, do.
-    settings = {**SMALL, "reward": {"answer": 0.0}, "overlong_buffer": 20}
+    # DAPO asks whether answers differ (eq. 11). Here all are alike, but lengths, so penalties, do.
+    settings = {**SMALL, "reward": same_reward, "overlong_buffer": 20}
     rows = metrics_of(train("train_grpo", "grpo", **settings, dynamic_sampling=True, max_refills=2))
     for row in rows:
         assert row["reward_std"] > 0.0
@@ -605,10 +610,10 @@ def test_an_overlong_penalty_alone_is_no_spread_for_dynamic_sampling(
 
 
 def test_an_overlong_penalty_alone_makes_rewards_differ_where_groups_are_not_chosen(
-    train: Callable[..., Path],
+    train: Callable[..., Path], same_reward: dict[str, Any]
 ) -> None:
     # Without dynamic sampling the same groups have advantages, so they do teach.
-    settings = {**SMALL, "reward": {"answer": 0.0}, "overlong_buffer": 20}
+    settings = {**SMALL, "reward": same_reward, "overlong_buffer": 20}
     for row in metrics_of(train("train_grpo", "grpo", **settings)):
         assert row["fraction_equal_reward_groups"] < 1.0
         assert row["num_updates_without_gradient"] == 0
@@ -628,9 +633,9 @@ def test_a_group_whose_penalties_make_its_rewards_equal_teaches_nothing(
 
 
 def test_what_dynamic_sampling_leaves_out_counts_as_sampled_but_not_as_trained_on(
-    train: Callable[..., Path],
+    train: Callable[..., Path], same_reward: dict[str, Any]
 ) -> None:
-    settings = {**SMALL, "reward": {"answer": 0.0}, "dynamic_sampling": True, "max_refills": 2}
+    settings = {**SMALL, "reward": same_reward, "dynamic_sampling": True, "max_refills": 2}
     run = train("train_grpo", "grpo", **settings)  # equal rewards: 24 groups of 4, 8 trained on
     rows = metrics_of(run)
     for row in rows:
