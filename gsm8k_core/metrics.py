@@ -32,7 +32,7 @@ false positives would be up to 3.2, 1.9 and 1.3 times α. Below 5 % it is
     γ(α) = 1 + 0.8 / (1 + (3/S)·ln(5 % / α))
 
 which keeps them, from 5 % down to 5 %/500, within 1.4 α with two seeds, 1.3 α with three and 1.1 α
-with five: a family of twelve tests corrected to 5 % has up to 6.6, 5.6 and 5.1 %. The price: where
+with five: a family of twelve tests corrected to 5 % has up to 6.7, 5.7 and 5.1 %. The price: where
 seeds and problems both count, tests are cautious there (a fifth of α and less with three seeds).
 
 The sum is not let below MS_error, which it exceeds but for chance: three runs with 250 of 500 right
