@@ -22,13 +22,12 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-import vl_convert
 
 from benchmarks.common import Json, Side, Turns, environment_line, run_turns
 from benchmarks.scoring import ExtraMemory
 from gsm8k_core.charts import PALETTES
 from gsm8k_core.cli import leave, parser, run_script
-from gsm8k_core.figures import CONFIG
+from gsm8k_core.figures import CONFIG, save_figure
 
 SIZES = {
     "scoring": [1024, 2048, 4096, 10_240],
@@ -247,12 +246,8 @@ def plot(found: dict[str, tuple[list[int], np.ndarray, np.ndarray]], path: Path)
         for name, (numbers, *measured) in found.items()
     ]
     figure = alt.concat(*panels, columns=len(found), spacing=24).configure(**CONFIG)
-    svg = vl_convert.vegalite_to_svg(figure.to_dict(validate=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".svg":
-        path.write_text(svg, encoding="utf-8")
-    else:
-        path.write_bytes(vl_convert.svg_to_png(svg, scale=2))
+    save_figure(figure, path)
     return figure
 
 

@@ -378,10 +378,16 @@ def learning_curve(runs: list[list[Json]], key: str, method: str, factor: float)
     ]
 
 
-def learning_layers(rows: list[Json], methods: list[str], key: str, legend: Any = None) -> Any:
-    """`rows` of `learning_rows`."""
+def learning_layers(
+    rows: list[Json],
+    methods: list[str],
+    key: str,
+    legend: Any = None,
+    has_bands: bool | None = None,
+) -> Any:
+    """`rows` of `learning_rows`; by default few methods have bands."""
     x_axis = alt.Axis(title="training step", grid=False, tickCount=6, tickMinStep=1)
-    chart = _bands("x:Q", x_axis, CURVES[key][1], methods, rows, 0.16, legend)
+    chart = _bands("x:Q", x_axis, CURVES[key][1], methods, rows, 0.16, legend, has_bands)
     return chart.properties(height=210)
 
 
@@ -393,6 +399,7 @@ def _bands(
     rows: list[Json],
     band_opacity: float,
     legend: Any = None,
+    has_bands: bool | None = None,
 ) -> Any:
     """Lines with bands; the page's legend says which are `picked`, and so brought forward.
 
@@ -400,7 +407,8 @@ def _bands(
     them: of one point there is no line.
     """
     num_points = Counter(row["method"] for row in rows)
-    scales, few = _methods(methods), len(num_points) <= MAX_BANDS
+    scales = _methods(methods)
+    few = len(num_points) <= MAX_BANDS if has_bands is None else has_bands
     picked = alt.param(name="picked", value=[])
     is_picked = "indexof(picked, datum.method) >= 0"
     is_forward = f"length(picked) == 0 || {is_picked}"
@@ -471,7 +479,7 @@ def cost_layers(rows: list[Json], methods: list[str], axis: str, legend: Any = N
     From what costs nothing a dashed line leads to the others.
     """
     scales = _methods(methods)
-    seconds = [row["seconds"] for row in rows]
+    seconds = [row["seconds"] for row in rows] or [0.0]
     unit, size = time_unit(max(seconds))
     rows = [
         {"method": row["method"], "cost": float(f"{row['seconds'] / size:.5g}")}

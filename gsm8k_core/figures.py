@@ -58,6 +58,7 @@ CONFIG: Json = {
         **LIGHT["legend"],
         "orient": "bottom",
         "labelLimit": 0,
+        "symbolLimit": 0,
         "symbolOpacity": 1,
         "columnPadding": 16,
     },
@@ -78,12 +79,15 @@ REWARDS = ("answer_reward_mean", "reward_mean")
 LOSSES = ("loss", "margin")
 
 
-def save_figure(figure: Any, output_dir: Path, name: str) -> None:
-    """Write `name`.svg, and `name`.png of twice its pixels."""
+def save_figure(figure: Any, *paths: Path) -> None:
+    """Write each of `paths`: one that ends in .svg as such, others as PNG of twice its pixels."""
     svg = vl_convert.vegalite_to_svg(figure.to_dict(validate=False))
-    write_text(output_dir / f"{name}.svg", svg)
-    with atomic_path(output_dir / f"{name}.png") as temporary:
-        temporary.write_bytes(vl_convert.svg_to_png(svg, scale=2))
+    for path in paths:
+        if path.suffix == ".svg":
+            write_text(path, svg)
+        else:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(vl_convert.svg_to_png(svg, scale=2))
 
 
 def plot_accuracy(study: Comparison, study_dir: Path, comparison: pl.DataFrame) -> Any:
@@ -187,7 +191,7 @@ def plot_reward(study: Comparison, study_dir: Path) -> Any:
         smoothed_curve(logs[model].get(method, []), key)[2]
         for key in shown for model in study.models for method in methods
     ]  # fmt: skip
-    caption = "One seed"
+    caption, has_bands = "One seed", len(methods) <= MAX_BANDS
     several = any(len(study.seeds_of(method)) > 1 for method in methods)
     if several:
         caption = f"Mean over {_seeds_text(study, methods)}"
@@ -196,7 +200,7 @@ def plot_reward(study: Comparison, study_dir: Path) -> Any:
     if several:
         caption += (
             "; band: smallest to largest seed"
-            if len(methods) <= MAX_BANDS
+            if has_bands
             else f"; no bands of seeds with more than {MAX_BANDS} methods"
         )
     panels = []
@@ -206,7 +210,7 @@ def plot_reward(study: Comparison, study_dir: Path) -> Any:
         every = [row for rows in by_model.values() for row in rows]
         values = _span(row[end] for row in every for end in ("low", "high"))
         for model, rows in by_model.items():
-            chart = learning_layers(rows, study.methods, key, legend)
+            chart = learning_layers(rows, study.methods, key, legend, has_bands)
             for layer in chart.layer:
                 layer.encoding.x.scale = alt.Scale(domain=steps, nice=False)
                 layer.encoding.y.scale = alt.Scale(domain=values, nice=True)

@@ -230,7 +230,7 @@ def _training_seconds(
         scaled = [
             seconds_of_training_job(one)
             * (num_steps / one["num_steps"])
-            * (max(1, one["num_ranks"]) / max(1, gpus))
+            * (max(1, one.get("num_ranks", 1)) / max(1, gpus))
             for one in measured
         ]
         return statistics.median(scaled), f"measured, {len(measured)} runs"

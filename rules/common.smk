@@ -205,7 +205,10 @@ def check_gpu_limit():
 def end_invocation(state):
     """Write the call's manifest and, where the study is or was finished, its hashes."""
     # A call for a part of it succeeds as well.
-    has_ended = state == "succeeded" and Path(RESULTS, "report.html").exists()
+    results = [*rules.compare.output, *rules.plot.output, *rules.report.output]
+    has_ended = state == "succeeded" and all(
+        Path(result).exists() for result in results
+    )
     is_finished = has_ended or Path(RESULTS, SUMS).exists()
     if is_finished:
         logger.info(f"Hashing what this call has made, for {RESULTS}/{SUMS}.")

@@ -82,10 +82,9 @@ rule select_completions:
     localrule: True
     params:
         settings=run_settings,
-        script="select_completions",
         code=CODE,
     shell:
-        "python scripts/{params.script}.py --settings {params.settings:q} --completions {input.completions:q} "
+        "python scripts/{rule}.py --settings {params.settings:q} --completions {input.completions:q} "
         "--data {input.data:q} --output {output:q} 2> {log:q}"
 
 
@@ -143,8 +142,6 @@ use rule select_completions as select_pairs with:
         f"{ROUND}/benchmarks/select_pairs.tsv"
     wildcard_constraints:
         method=methods_of_kind("dpo"),
-    params:
-        script="select_pairs",
 
 
 use rule train_sft as train_dpo with:

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_examples": sum(one["num_examples"] for one in summaries),
         "peak_memory_mb": max(one["peak_memory_mb"] or 0 for one in [*summaries, *sampled]),
         **sampling_cost(sampled),
-        **attempts_record([row for one in summaries for row in one["attempts"]]),
+        **attempts_record([row for one in summaries for row in one.get("attempts", [])]),
     }
     if best := summary.get("best_validation"):
         steps_before = sum(one["num_steps"] for one in summaries[:-1])

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         "reward": plot_reward(study, args.study_dir),
     }
     for name, figure in figures.items():
-        save_figure(figure, args.output_dir, name)
+        save_figure(figure, *(args.output_dir / f"{name}.{kind}" for kind in ("svg", "png")))
     if args.manifest is not None:
         files = [f"{name}.{kind}" for name in figures for kind in ("svg", "png")]
         record.write(args.manifest, PACKAGES, [args.output_dir / file for file in files])

@@ -343,6 +343,11 @@ def test_what_trains_and_has_no_time_is_not_said_to_cost_nothing(tmp_path: Path)
     figure = Drawn(plot_cost(STUDY, comparison))
     shown = [[row["method"] for row in figure.rows(panel)] for panel in range(4)]
     assert shown == [["base"], ["base", "grpo"]] * 2
+    assert figure.svg
+    without_base = STUDY.model_copy(update={"methods": ["grpo"]})
+    figure = Drawn(plot_cost(without_base, comparison.filter(pl.col("method") == "grpo")))
+    assert [figure.rows(panel) != [] for panel in range(4)] == [False, True] * 2
+    assert figure.svg
 
 
 def test_a_method_has_one_colour_in_all_figures_which_is_that_of_the_report(
@@ -429,10 +434,16 @@ def test_bands_of_many_methods_do_not_cover_each_other(
             "chains": {name: ["base", name] for name in names},
         }
     )
+    unvalidated = [
+        {key: value for key, value in row.items() if key != "validation_accuracy"}
+        for row in REWARDS
+    ]
     for name in names:
         for seed in (0, 1):
-            write_jsonl(tmp_path / "m1" / name / f"seed{seed}" / "train/metrics.jsonl", REWARDS)
+            log = unvalidated if name == "m0" else REWARDS
+            write_jsonl(tmp_path / "m1" / name / f"seed{seed}" / "train/metrics.jsonl", log)
     figure = Drawn(plot_reward(study, tmp_path))
+    assert len(figure.panels) == 2  # the second of validation, which one method less has
     opacities = re.findall(r'class="mark-area.*?opacity="([\d.]+)"', figure.svg)
     assert opacities
     assert {float(one) > 0 for one in opacities} == {has_bands}
@@ -539,7 +550,19 @@ def test_a_figure_is_on_white_and_lines_of_the_first_methods_differ_in_more_than
     tmp_path: Path,
 ) -> None:
     write_runs(tmp_path, REWARDS)
-    assert 'fill="white"' in Drawn(plot_reward(STUDY, tmp_path)).svg.partition("<g")[0]
+    methods = ["base", "grpo", "dapo"]
+    study = STUDY.model_copy(
+        update={"methods": methods, "chains": {**STUDY.chains, "dapo": ["base", "dapo"]}}
+    )
+    for model in study.models:
+        for seed in study.seeds:
+            run = tmp_path / model / "dapo" / f"seed{seed}" / "train" / "metrics.jsonl"
+            write_jsonl(run, REWARDS)
+    svg = Drawn(plot_reward(study, tmp_path)).svg
+    assert 'fill="white"' in svg.partition("<g")[0]
+    lines = re.findall(r'class="mark-line.*?</g>', svg, re.DOTALL)
+    drawn = {(re.findall(r'stroke-dasharray="([^"]*)"', line) or [""])[0] for line in lines}
+    assert len(drawn) == 2
     assert len(set(map(str, DASHES[:4]))) == 4
 
 
@@ -555,7 +578,9 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     # In another order: Vega numbers what it gives ids, in all that a process draws.
     for folder, names in (("one", list(figures)), ("two", [*figures][::-1])):
         for name in names:
-            save_figure(figures[name], tmp_path / folder, name)
+            save_figure(
+                figures[name], *(tmp_path / folder / f"{name}.{kind}" for kind in ("svg", "png"))
+            )
     for name in (f"{name}.{suffix}" for name in figures for suffix in ("svg", "png")):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
