@@ -609,7 +609,8 @@ class RewardSettings(Settings):
             if not module or not function or ":" in function:
                 yield "custom must be 'module:function'"
             elif module.endswith(".py"):
-                name = module.removesuffix(".py").replace("/", ".")
+                path = module.removesuffix(".py")
+                name = Path(path).name if path[0] in "./" else path.replace("/", ".")
                 yield f"custom names a module, not its file: write '{name}:{function}'"
 
 

@@ -21,6 +21,8 @@ def visible_gpus() -> list[str]:
     named = os.environ.get(VISIBLE_DEVICES)
     if named is None:
         return [str(number) for number in range(gpus_of_machine())]
-    # CUDA takes the list for ended where a name is none: "" and "-1" say that there is no GPU.
+    # CUDA takes the list for ended where a name is none: "" and "-1" say that there is no GPU, and
+    # so does "NoDevFiles", of older SLURMs.
     names = [name.strip() for name in named.split(",")]
-    return list(dict.fromkeys(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
+    known = itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names)
+    return list(dict.fromkeys(known))

@@ -56,8 +56,8 @@ def grpo_microbatch_train_step(
     takes it: its per-token loss (B, T), masked mean over time, mean over the B completions, divided
     by the accumulation steps. Returns the loss (a detached scalar) and, as metadata, the masked
     mean of each entry of that function's metadata. A row without response tokens has no mean: the
-    loss is NaN. Raises ValueError as that function does, for a mask of another shape, and for less
-    than one accumulation step.
+    loss is NaN. Raises ValueError as that function does, for a mask of another shape, and for
+    accumulation steps that are no whole number from 1 on.
     `policy_loss` is what the training loop uses.
     """
     check_accumulation(gradient_accumulation_steps)

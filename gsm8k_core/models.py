@@ -323,12 +323,16 @@ def resolve_device(gpus: int) -> torch.device:
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     if gpus > 0 and gpus_of_machine() and visible_gpus():
-        cuda = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        remedy = "is built without CUDA: install one with it"
+        if torch.version.cuda:
+            remedy = (
+                f"is built for CUDA {torch.version.cuda}. Is the driver new enough (`nvidia-smi` "
+                "says for which CUDA), has the scheduler given this job a GPU, and does a "
+                "container give it the driver (apptainer's --nv)?"
+            )
         raise ConfigError(
-            f"there is an NVIDIA GPU that torch cannot use: torch {torch.__version__} {cuda}. Is "
-            "the driver new enough (`nvidia-smi` says for which CUDA), and does a container give "
-            "its jobs the driver (apptainer's --nv)? To compute on the CPU, set "
-            "CUDA_VISIBLE_DEVICES= (empty)"
+            f"there is an NVIDIA GPU that torch cannot use: torch {torch.__version__} {remedy} To "
+            "compute on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
         )
     if gpus > 0:
         log.warning("no GPU found: running on the CPU, which is slow for all but small models")

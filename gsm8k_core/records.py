@@ -378,6 +378,13 @@ def _unrecorded_since(layout: Layout, since_ns: int) -> int:
     return min(since_ns, int(path.read_text(encoding="utf-8"))) if path.exists() else since_ns
 
 
+def write_provenance(layout: Layout) -> Json:
+    """Write provenance.json of what there is of the study; returns it."""
+    provenance = study_provenance(layout)
+    write_json(Path(layout.results, "provenance.json"), provenance)
+    return provenance
+
+
 def record_study(
     layout: Layout, since_ns: int, has_failed: bool = False, num_threads: int = 1
 ) -> None:
@@ -391,8 +398,7 @@ def record_study(
     """
     results = Path(layout.results)
     since_ns = _unrecorded_since(layout, since_ns)
-    provenance = study_provenance(layout)
-    write_json(results / "provenance.json", provenance)
+    provenance = write_provenance(layout)
     known = read_sums(results / SUMS) if (results / SUMS).exists() else {}
     sums, new = {}, []
     for path in _study_files(layout, provenance):

@@ -34,9 +34,11 @@ KEY_FORM = re.compile(
     r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
     r"|wandb_v1_[A-Za-z0-9_-]{16,})"
 )
-# A header in a file: curl -H "Authorization: Bearer …"; a reference to a variable is none.
+# A header in a file: curl -H "Authorization: Bearer …", headers["Authorization"] = "Bearer …"; a
+# reference to a variable is none, and a word without a digit or `=` is prose.
 IN_A_HEADER = re.compile(
-    r"(?i)(authorization[\"']?[ \t]*[:=][ \t]*[\"']?(?:bearer|basic|token)[ \t]+)[\w.~+/=-]{8,}"
+    r"(?i)(authorization[\"'\])]{0,2}[ \t]*[:=,]?[ \t]*f?[\"']?(?:bearer|basic|token)[ \t]+)"
+    r"(?=[\w.~+/-]*[\d=])[\w.~+/=-]{8,}"
 )
 # What gives a value to a name: in a .env file, a shell, code, JSON or YAML. Upper-case names come
 # first: `command = "export DB_PASS=…"` is an assignment as a whole.

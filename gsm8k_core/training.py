@@ -29,7 +29,14 @@ import torch
 from transformers import PreTrainedModel
 
 from gsm8k_core import checkpoints, distributed, ranks
-from gsm8k_core.config import PromptSettings, RewardGrade, RunSettings, TrainedMethod, TrainSettings
+from gsm8k_core.config import (
+    GrpoMethod,
+    PromptSettings,
+    RewardGrade,
+    RunSettings,
+    TrainedMethod,
+    TrainSettings,
+)
 from gsm8k_core.engines.base import Engine, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
@@ -268,7 +275,6 @@ class TrainingRun:
             "data": sha256_file(data),
             "reward_code": reward_code(settings.method_settings),
             "num_updates_done": 0,
-            "num_updates_skipped": 0,
             "num_tokens": 0,
             "seconds": 0.0,
             "seconds_validating": 0.0,
@@ -476,13 +482,14 @@ class TrainingRun:
             keep_casts = ranks.world_size() == 1
         return autocast(self.device, self.run_settings.model_settings.dtype, keep_casts)
 
-    def update(self) -> dict[str, float]:
+    def update(self, number: int) -> dict[str, float]:
         """One optimizer step on the accumulated gradient; returns learning rate and gradient norm.
 
-        Raises TrainingError on a gradient that is not finite, before it reaches the weights.
+        `number`: which of the run's planned updates it is, from 0; those that are skipped have
+        their place in the learning rate's schedule too. Raises TrainingError on a gradient that is
+        not finite, before it reaches the weights.
         """
-        planned = self.progress["num_updates_done"] + self.progress.get("num_updates_skipped", 0)
-        rate = learning_rate_at(planned, self.num_updates, self.settings)
+        rate = learning_rate_at(number, self.num_updates, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(checkpoints.trained_parameters(self.model).values())
@@ -497,11 +504,6 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress["num_updates_done"] += 1
         return {"learning_rate": rate, "grad_norm": norm}
-
-    def skip_update(self) -> None:
-        """Leave one out that has nothing to learn from: the learning rate goes on all the same."""
-        skipped = self.progress.get("num_updates_skipped", 0)  # in no checkpoint of an older commit
-        self.progress["num_updates_skipped"] = skipped + 1
 
     def end_step(
         self,
@@ -627,6 +629,8 @@ class TrainingRun:
         started = time.perf_counter()
         own = self.val_problems[ranks.rank() :: ranks.world_size()]
         with self.sampling() as engine:
+            if isinstance(self.settings, GrpoMethod):
+                started = time.perf_counter()  # its rollouts start and fill the engine as well
             num_right = num_greedy_right(
                 engine,
                 own,
@@ -654,23 +658,8 @@ class TrainingRun:
 
         Started at first use. Weights are copied into it where it has its own and they have moved.
         """
-        engine = self.start_engine()
-        if getattr(engine, "model", None) is not self.model:
-            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
-                engine.load_weights(plain_weights(self.model))
-                self._num_updates_sampled_with = self._num_updates
-        engine.wake()
-        yield engine
-        engine.sleep()
-
-    def start_engine(self) -> Engine:
-        """The engine, started unless it is.
-
-        To be called before `validate_start` by what samples to train: else what the start takes
-        would pass for validation.
-        """
         if self._engine is None:
-            self._engine = self._make_engine()
+            self._engine = self._start_engine()
             before = self.progress.setdefault("engine", self._engine.name)
             if before != self._engine.name:
                 log.warning(
@@ -679,7 +668,14 @@ class TrainingRun:
                     before,
                     self._engine.name,
                 )
-        return self._engine
+        engine = self._engine
+        if getattr(engine, "model", None) is not self.model:
+            if engine.drops_weights or self._num_updates_sampled_with != self._num_updates:
+                engine.load_weights(plain_weights(self.model))
+                self._num_updates_sampled_with = self._num_updates
+        engine.wake()
+        yield engine
+        engine.sleep()
 
     @property
     def samples_with_itself(self) -> bool:
@@ -694,7 +690,7 @@ class TrainingRun:
     def _num_updates(self) -> int:
         return int(self.progress["num_updates_done"])
 
-    def _make_engine(self) -> Engine:
+    def _start_engine(self) -> Engine:
         model_settings = self.run_settings.model_settings
         chosen = choose_engine(model_settings, self.starting_model, self.device)
         if chosen == "transformers":

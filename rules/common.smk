@@ -36,6 +36,7 @@ from gsm8k_core.records import (
     invocation_facts,
     note_unrecorded,
     record_study,
+    write_provenance,
 )
 from gsm8k_core.rewards import missing_reward, reward_code
 from gsm8k_core.tracking import TRACKING_VARIABLE
@@ -203,13 +204,10 @@ def check_gpu_limit():
 
 
 def end_invocation(state):
-    """Write the call's manifest and, where the study is or was finished, its hashes."""
-    # A call for a part of it succeeds as well.
+    """Write the call's manifest, provenance and, where the study is or was finished, its hashes."""
     results = [*rules.compare.output, *rules.plot.output, *rules.report.output]
-    has_ended = state == "succeeded" and all(
-        Path(result).exists() for result in results
-    )
-    is_finished = has_ended or Path(RESULTS, SUMS).exists()
+    is_whole = all(Path(result).exists() for result in results)
+    is_finished = (state == "succeeded" and is_whole) or Path(RESULTS, SUMS).exists()
     if is_finished:
         logger.info(f"Hashing what this call has made, for {RESULTS}/{SUMS}.")
         note_unrecorded(LAYOUT, INVOCATION.since_ns)
@@ -221,6 +219,8 @@ def end_invocation(state):
             has_failed=state != "succeeded",
             num_threads=workflow.cores if workflow.local_exec else 2,  # on a login node
         )
+    elif state == "succeeded":  # a call for a part of it
+        write_provenance(LAYOUT)
 
 
 def state_of_error():

@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach()[: len(group)].sum())
         sums = add(sums)
-        updated = run.update()
+        updated = run.update(step - 1)
         num_tokens = sum(
             2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
             for pair in chosen_pairs

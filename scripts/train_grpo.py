@@ -410,8 +410,10 @@ def check_sampler(run: TrainingRun, rollouts: Rollouts) -> None:
         )
 
 
-def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor) -> Metrics:
-    """All optimizer steps on one batch of rollouts; returns their metrics.
+def update_policy(
+    run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor, step: int
+) -> Metrics:
+    """All optimizer steps on one batch of rollouts, those of `step`; returns their metrics.
 
     The trainer's log-probs before the first update are compared with the sampler's. Completions
     without a gradient, most of them where a model solves few problems or nearly all, count in the
@@ -430,8 +432,10 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
     old_log_probs[:minibatch_size] = 0.0
     # Ranks that disagreed by a rounding would wait for each other forever.
     with_gradient = distributed.broadcast(has_gradient(advantages, settings).tolist())
+    starts = range(0, num_rows, minibatch_size)
+    numbers = itertools.count((step - 1) * settings.epochs_per_batch * len(starts))
     for epoch in range(settings.epochs_per_batch):
-        for start in range(0, num_rows, minibatch_size):
+        for start, number in zip(starts, numbers, strict=False):
             on_policy = epoch == 0 and start == 0  # no update yet: the old log-probs are its own
             minibatch = range(start, start + minibatch_size)
             normalizer = step_normalizer(
@@ -441,7 +445,6 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
             )
             if normalizer == 0:
                 log.warning("every completion of a minibatch is truncated and masked: no update")
-                run.skip_update()
                 continue
             for packs, backward in update_microbatches(run, rollouts, minibatch, with_gradient):
                 with torch.set_grad_enabled(backward):
@@ -467,7 +470,7 @@ def update_policy(run: TrainingRun, rollouts: Rollouts, advantages: torch.Tensor
                 if backward:
                     loss.backward()
                 parts.append(metrics)
-            updates.append(run.update())
+            updates.append(run.update(number))
             if on_policy:
                 distributed.add_tensor(old_log_probs[:minibatch_size])
     by_rank = distributed.gather(add_metrics(parts))
@@ -509,7 +512,7 @@ def _cut(
 
 
 def rewards_differ(group: Group, settings: GrpoMethod) -> bool:
-    """Whether completions are better or worse than others of the group, as advantages have it.
+    """Whether completions are better or worse than others of the group, so that they teach.
 
     Dynamic sampling takes advantages from groups that differ by the overlong penalty alone.
     """
@@ -612,7 +615,6 @@ def main(argv: list[str] | None = None) -> int:
 
     run.model.train()
     if steps_done == 0:
-        run.start_engine()
         run.validate_start()
     for step in run.steps_after(steps_done, "GRPO"):
         started = time.perf_counter()
@@ -661,7 +663,7 @@ def main(argv: list[str] | None = None) -> int:
             # What fills empty places teaches nothing: its rewards may differ by penalties alone.
             has_spread = torch.tensor([group.has_spread for group in groups], device=run.device)
             advantages = advantages * has_spread.repeat_interleave(settings.group_size)
-        updated = update_policy(run, rollouts, advantages)
+        updated = update_policy(run, rollouts, advantages, step)
         if reference is not None and settings.reference_refresh_steps:
             if step % settings.reference_refresh_steps == 0:
                 reference.load_state_dict(run.model.state_dict())

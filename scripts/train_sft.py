@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             share.backward()
             loss += float(share.detach())
         loss = sum(gather(loss))
-        updated = run.update()
+        updated = run.update(step - 1)
         num_tokens = sum(len(prompt) + len(response) for prompt, response in chosen)
         run.progress["num_tokens"] += num_tokens
         seconds = time.perf_counter() - started

@@ -46,6 +46,8 @@ WRONG_REWARDS = (
     ({"custom": "my_reward:"}, "custom must be 'module:function'"),
     ({"custom": "my/reward.py:score"},
      "custom names a module, not its file: write 'my.reward:score'"),
+    ({"custom": "./my_reward.py:score"},
+     "custom names a module, not its file: write 'my_reward:score'"),
 )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def record(
             steps[-1].rounds.append(list(zip(requests, groups, strict=True)))
             return groups
 
-        def note_update(run: TrainingRun) -> dict[str, float]:
+        def note_update(run: TrainingRun, number: int) -> dict[str, float]:
             parameters = dict(run.model.named_parameters())
             steps[-1].updates.append(
                 Update(
@@ -134,7 +134,7 @@ def record(
                     gradient={name: p.grad.clone() for name, p in parameters.items()},
                 )
             )
-            return update(run)
+            return update(run, number)
 
         monkeypatch.setattr(HfEngine, "generate", note_samples)
         monkeypatch.setattr(TrainingRun, "update", note_update)

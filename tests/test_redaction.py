@@ -147,6 +147,9 @@ def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None
             "headers={'authorization': 'Bearer 9f3c12ab0d'}",
             "headers={'authorization': 'Bearer ***'}",
         ),
+        ('headers["Authorization"] = "Bearer 9f3c12ab"', 'headers["Authorization"] = "Bearer ***"'),
+        ("add('Authorization', 'Bearer 9f3c12ab')", "add('Authorization', 'Bearer ***')"),
+        ("# authorization: basic authentication is used", None),
         ('-H "Authorization: Bearer $KEY"; f"Authorization: Bearer {key}"', None),
         # Upper-case names within the value of another.
         ('command = "export DB_PASS=hunter2 && ./run"', 'command = "export DB_PASS=*** && ./run"'),

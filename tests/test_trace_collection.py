@@ -320,7 +320,8 @@ def test_an_empty_account_midway_loses_no_answer_that_is_under_way(tmp_path: Pat
         return "402" if question == "What is 20 + 1?" else "keep_alive"
 
     with ChatServer(behave) as server:
-        settings = settings_for(server.url, api={"concurrency": 3})
+        # A busy machine takes its time with the 600 lines of an answer under way.
+        settings = settings_for(server.url, api={"concurrency": 3, "request_seconds": 60.0})
         with pytest.raises(ApiError, match="HTTP 402, the account has no balance left"):
             collect(tmp_path, settings, additions(40)[18:])
         assert server.asked.total() == 3  # 18 and 19 were under way, nothing came after

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -313,9 +314,9 @@ def test_old_log_probs_are_those_before_the_first_update_whoever_scored_them(
     whole: list[torch.Tensor] = []
     used: list[tuple[list[int], torch.Tensor | None]] = []
 
-    def score_and_update(run: TrainingRun, rollouts: Any, advantages: torch.Tensor) -> Any:
+    def score_and_update(run: TrainingRun, rollouts: Any, *rest: Any) -> Any:
         whole.append(score_all(run, run.model, rollouts))
-        return update_policy(run, rollouts, advantages)
+        return update_policy(run, rollouts, *rest)
 
     def note(rollouts: Any, rows: list[int], width: int, advantages: Any, old: Any) -> Any:
         used.append((rows, None if old is None else old[rows].clone()))
@@ -753,19 +754,18 @@ def test_a_custom_reward_is_told_the_question_and_whether_the_completion_was_cut
 def test_the_start_of_the_engine_that_rolls_out_is_no_part_of_validation(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = []
-    for name in ("_make_engine", "_validate"):
-        method = getattr(TrainingRun, name)
+    clock, start_engine, later = time.perf_counter, TrainingRun._start_engine, [0.0]
 
-        def noted(*args: Any, method: Any = method, name: str = name) -> Any:
-            begun.append(name)
-            return method(*args)
+    def takes_long(run: TrainingRun) -> Any:
+        later[0] += 1000.0
+        return start_engine(run)
 
-        monkeypatch.setattr(TrainingRun, name, noted)
+    monkeypatch.setattr(TrainingRun, "_start_engine", takes_long)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + later[0])
     small = {**SMALL, "num_steps": 1, "validate_every_steps": 1, "num_validation_problems": 2}
-    run = train("train_grpo", "grpo", val=True, **small)
-    assert begun == ["_make_engine", "_validate", "_validate"]
-    assert read_json(run / "train" / "summary.json")["seconds_validating"] > 0
+    summary = read_json(train("train_grpo", "grpo", val=True, **small) / "train" / "summary.json")
+    assert summary["seconds_training"] > 1000.0
+    assert 0.0 < summary["seconds_validating"] < 1000.0
 
 
 def test_validation_keeps_the_best_step(train: Callable[..., Path]) -> None:

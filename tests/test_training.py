@@ -76,7 +76,7 @@ def start(
 def step(run: TrainingRun, number: int) -> None:
     """One optimizer step on fixed tokens."""
     run.model(input_ids=IDS, labels=IDS).loss.backward()
-    run.end_step(number, run.update())
+    run.end_step(number, run.update(number - 1))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ def test_a_gradient_is_clipped_and_its_norm_from_before_is_told(
     run.optimizer.register_step_pre_hook(
         lambda *_args: clipped.append(float(parameter.grad.norm()))
     )
-    assert run.update()["grad_norm"] == pytest.approx(8.0)
+    assert run.update(0)["grad_norm"] == pytest.approx(8.0)
     assert clipped == pytest.approx([0.5], rel=1e-4)
     assert parameter.grad is None
 
@@ -197,7 +197,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
     run.model(input_ids=IDS, labels=IDS).loss.backward()
     run.model.model.norm.weight.grad[3] = value
     with pytest.raises(TrainingError, match="gradient of update 2 is not finite .*learning_rate"):
-        run.update()
+        run.update(1)
     assert same(weights(run.model), before)
 
 
@@ -257,12 +257,10 @@ def test_a_skipped_update_has_its_place_in_the_schedule_before_and_after_a_resum
     options = {"schedule": "linear", "min_learning_rate_fraction": 0.0, "learning_rate": 1.0}
     run = start(**options, checkpoint_every_steps=1)
     run.resume()
-    run.skip_update()
-    step(run, 1)
+    step(run, 2)
     again = start(**options, checkpoint_every_steps=1)
     again.resume()
-    again.skip_update()
-    step(again, 2)
+    step(again, 4)
     rows = read_jsonl(again.state_dir / "metrics.jsonl")
     assert [row["learning_rate"] for row in rows] == [0.75, 0.25]  # the second and fourth of four
     assert again.progress["num_updates_done"] == 2
@@ -653,7 +651,7 @@ def test_the_plain_copy_that_samples_for_several_ranks_lets_autocast_keep_its_ca
 ) -> None:
     run = start()
     monkeypatch.setattr(training.ranks, "world_size", lambda: 2)
-    engine: Any = run._make_engine()
+    engine: Any = run._start_engine()
     assert engine.model is not run.model
     assert all(parameter.requires_grad for parameter in engine.model.parameters())
 

@@ -116,6 +116,10 @@ def test_a_schedulers_job_and_one_without_a_gpu_keep_their_environment(
     assert not list(tmp_path.glob("gsm8k-gpus-*"))
 
 
+def test_a_job_id_that_is_no_schedulers_changes_nothing(start: Start) -> None:
+    assert gpus_of(start(1, JOB_ID="12")) == "4"
+
+
 def test_where_no_gpu_may_be_seen_none_is_waited_for(start: Start) -> None:
     assert gpus_of(start(CUDA_VISIBLE_DEVICES="")) == ""
 
@@ -143,7 +147,14 @@ def test_what_a_command_gives_is_what_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("named", "devices"),
-    [("4,7", ["4", "7"]), (" 1, 0 ,1", ["1", "0"]), ("0,-1,2", ["0"]), ("-1", []), ("", [])],
+    [
+        ("4,7", ["4", "7"]),
+        (" 1, 0 ,1", ["1", "0"]),
+        ("0,-1,2", ["0"]),
+        ("NoDevFiles", []),
+        ("-1", []),
+        ("", []),
+    ],
 )
 def test_the_pool_is_what_cuda_would_see(
     monkeypatch: pytest.MonkeyPatch, named: str, devices: list[str]

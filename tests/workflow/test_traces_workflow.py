@@ -15,11 +15,14 @@ from forked_snakemake import run_snakemake
 from workspace import make_workspace
 
 from gsm8k_core.arithmetic import make_arithmetic
-from gsm8k_core.config import ArithmeticDataset
+from gsm8k_core.config import ArithmeticDataset, load_config
 from gsm8k_core.files import read_json, read_jsonl
+from gsm8k_core.layout import Layout
 from gsm8k_core.problems import read_problems
+from gsm8k_core.records import record_study
 
 KEY = "sk-planted0123456789abcdef"
+OVERLAYS = ["studies/debug.yaml", "traces.yaml"]
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +39,7 @@ class WordProblemServer(ChatServer):
 
 
 def snakemake(workspace: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    words = [*arguments, "--cores", "1", "--configfile", "studies/debug.yaml", "traces.yaml"]
+    words = [*arguments, "--cores", "1", "--configfile", *OVERLAYS]
     result = run_snakemake(workspace, *words, environment={**os.environ, **environment})
     return result.returncode, result.stdout
 
@@ -126,6 +129,8 @@ def test_what_is_collected_outlives_a_failed_job_and_becomes_a_study(
     assert read_json(tmp_path / run / "train" / "summary.json")["num_examples"] == 12
     check_provenance(tmp_path / "artifacts" / "results" / "traced" / "provenance.json")
     monkeypatch.chdir(tmp_path)
+    # By itself it is recorded once it is whole.
+    record_study(Layout(load_config("config.yaml", OVERLAYS)), since_ns=0)
     assert any(path.name == "ledger.jsonl" for path in files_of("traced"))
     assert unnoticed_flips("traced") == []
     for path in (tmp_path / "artifacts").rglob("*"):
