@@ -301,6 +301,15 @@ def training_script(wildcards, resources, input):
     return f"{script} --sampling-stats {shlex.quote(input.stats)}"
 
 
+def selection_script(wildcards, resources):
+    """What chooses among a round's completions: pairs for DPO, else what is right."""
+    del resources
+    chosen = (
+        "pairs" if CONFIG.methods[wildcards.method].kind == "dpo" else "completions"
+    )
+    return f"scripts/select_{chosen}.py"
+
+
 def _flags(resources):
     return " ".join(
         f"--{name.replace('_', '-')} {str(value).lower()}"

@@ -82,9 +82,10 @@ rule select_completions:
     localrule: True
     params:
         settings=run_settings,
+        script=selection_script,
         code=CODE,
     shell:
-        "python scripts/{rule}.py --settings {params.settings:q} --completions {input.completions:q} "
+        "python {params.script} --settings {params.settings:q} --completions {input.completions:q} "
         "--data {input.data:q} --output {output:q} 2> {log:q}"
 
 
