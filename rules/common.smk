@@ -224,10 +224,14 @@ def end_invocation(state):
 
 
 def state_of_error():
-    """Whether a job has failed, or Ctrl-C or SIGTERM has ended this call: Snakemake calls both errors."""
+    """How a call ended that Snakemake calls an error, which it also does after Ctrl-C and SIGTERM.
+
+    SIGTERM lets running jobs end, and with the last of a call all is made that it was to make.
+    """
     scheduler = workflow.scheduler
-    has_failed = scheduler.failed or getattr(scheduler, "_executor_error", None)
-    return "failed" if has_failed else "interrupted"
+    if scheduler.failed or getattr(scheduler, "_executor_error", None):
+        return "failed"
+    return "interrupted" if scheduler.running or scheduler.remaining_jobs else "succeeded"
 
 
 wildcard_constraints:

@@ -48,9 +48,16 @@ def assert_whole(run: Path, num_steps: int) -> None:
 
 
 def stopped(
-    workspace: Path, folder: Path, words: list[str], stop: Callable[[subprocess.Popen[bytes]], None]
+    workspace: Path,
+    folder: Path,
+    words: list[str],
+    stop: Callable[[subprocess.Popen[bytes]], None],
+    state: str = "interrupted",
 ) -> None:
-    """Call snakemake, and `stop` it once the run in `folder` has a checkpoint; wait for its end."""
+    """Call snakemake, and `stop` it once the run in `folder` has a checkpoint; wait for its end.
+
+    Its manifest then says `state`.
+    """
     output = workspace.with_name("output.txt")
     with (
         output.open("w", encoding="utf-8") as file,
@@ -73,7 +80,7 @@ def stopped(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1, output.read_text()
-    assert states_of_calls(workspace) == ["interrupted"]
+    assert states_of_calls(workspace) == [state]
 
 
 def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -103,6 +110,14 @@ def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> No
     stopped(workspace, folder, words, lambda process: process.terminate())
     assert_whole(workspace / folder, 60)
     assert not (workspace / words[0]).exists()
+
+
+def test_sigterm_within_the_last_job_leaves_a_call_that_has_made_all(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    words, folder = one_training(workspace, "sft", num_steps=60, checkpoint_every_steps=5)
+    stopped(workspace, folder, words, lambda process: process.terminate(), state="succeeded")
+    assert_whole(workspace / folder, 60)
+    assert (workspace / "artifacts/results/stopped/provenance.json").is_file()
 
 
 REWARD = f"""
