@@ -51,6 +51,7 @@ STATUS_HELP = {
     402: "the account has no balance left: top it up, then run the same command again",
     403: "the key may not do this",
     404: "there is no such address or model: see api.base_url and api.model",
+    413: "the request is too long for the server: see traces.<name>.prompt",
     422: "the server does not accept a parameter: see api.parameters, temperature, max_tokens",
 }
 OF_ONE_REQUEST = (400, 403, 413, 422)
@@ -228,7 +229,7 @@ def api_key(base_url: str) -> str | None:
     Raises ConfigError, which does not quote it, when it holds what a header cannot.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key or not (base_url.startswith("https://") or is_loopback(base_url)):
+    if not key or not (urlsplit(base_url).scheme == "https" or is_loopback(base_url)):
         return None
     if re.fullmatch(r"[A-Za-z0-9._~+/=-]+", key) is None:  # RFC 6750, section 2.1
         raise ConfigError(f"{KEY_VARIABLE}: not a key: it holds spaces or other odd characters")

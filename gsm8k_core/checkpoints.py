@@ -120,7 +120,9 @@ def load_checkpoint(
     with _opened(path, "extra", num_ranks) as tensors:
         extra = {name: tensors.whole(name) for name in tensors.names()}
     if (generators := _file(path, "generators", ranks.rank())).exists():
-        _restore_generators(_load(generators))
+        with _damage_named(generators):
+            state = load_file(generators)
+        _restore_generators(state)
     version, state, gauss = progress.pop("python_generator")
     random.setstate((version, tuple(state), gauss))
     return progress, extra
@@ -136,11 +138,6 @@ def _save(tensors: Tensors, folder: Path, kind: str) -> None:
         save_file(tensors, path)
     except SafetensorError as error:
         raise TrainingError(f"{path}: cannot be written ({error}); is the disk full?") from error
-
-
-def _load(path: Path) -> Tensors:
-    with _damage_named(path):
-        return load_file(path)
 
 
 @contextmanager
@@ -184,14 +181,11 @@ class _Parts:
         return torch.cat(pieces)
 
     def whole(self, name: str) -> torch.Tensor:
-        parts = self._tensors(name)
+        parts = [file.get_tensor(name) for file in self._holding(name)]
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
     def _slices(self, name: str) -> list[Any]:
         return [file.get_slice(name) for file in self._holding(name)]
-
-    def _tensors(self, name: str) -> list[torch.Tensor]:
-        return [file.get_tensor(name) for file in self._holding(name)]
 
     def _holding(self, name: str) -> list[Any]:
         return [

@@ -39,6 +39,7 @@ from gsm8k_core.config import (
     doubts,
     load_config,
     merge,
+    parse_yaml,
     read_yaml,
     settings_from,
 )
@@ -119,7 +120,7 @@ def _exit_code(main: Callable[[], int | None]) -> int:
             sys.modules["gsm8k_core.manifest"].Attempts.interrupted = True
         sys.stderr.write(f"{_rank_prefix()}interrupted\n")
         return 130
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
             log.debug("where the memory was asked for", exc_info=True)
             sys.stderr.write(redact(f"{_rank_prefix()}error: {_memory_advice(error)}\n"))
@@ -137,11 +138,11 @@ def this_process() -> str:
     return f"{platform.node()} {os.getpid()}"
 
 
-def end_with_snakemake(seconds: float = 1.0) -> None:
+def end_with_snakemake() -> None:
     """End this process soon after the snakemake (or `eval`) that it works for, even a killed one.
 
     Nobody would learn of its result, and the job that redoes it would find it at work. Looks every
-    `seconds`, in a thread. By hand, or in a container that does not see snakemake, it does nothing.
+    second, in a thread. By hand, or in a container that does not see snakemake, it does nothing.
     """
     import psutil
 
@@ -163,7 +164,7 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
 
     def watch(snakemake: psutil.Process) -> None:
         while is_there(snakemake):
-            time.sleep(seconds)
+            time.sleep(1.0)
         end()
 
     try:
@@ -180,13 +181,17 @@ def end_with_snakemake(seconds: float = 1.0) -> None:
         end()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is torch's (which need not be imported here), of a GPU or of the CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory is short: Python's, or by torch (which need not be imported here) of a GPU or
+    of the CPU.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
 
 
-def _memory_advice(error: RuntimeError) -> str:
-    said = first_line(error)[:MEMORY_EXCERPT_CHARACTERS]
+def _memory_advice(error: RuntimeError | MemoryError) -> str:
+    said = first_line(error)[:MEMORY_EXCERPT_CHARACTERS] or type(error).__name__
     return (
         f"out of memory ({said}): lower tokens_per_microbatch (or, if it was generating, "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
@@ -307,8 +312,10 @@ def given_settings(arguments: argparse.Namespace, schema: Any, label: str = "") 
 
 
 def warn_of_toy_settings(config: Config, arguments: argparse.Namespace) -> None:
-    """Log what the study has inherited from the files of `--config` and may not have meant."""
+    """Log what the study has inherited from config.yaml and may not have meant."""
     first, *overlays = config_files(arguments)
+    if first.name != "config.yaml":
+        return  # a whole config of one's own
     if doubt := doubts(config, load_config(first), [read_yaml(path) for path in overlays]):
         log.warning("%s", doubt)
 
@@ -359,7 +366,7 @@ def _given(arguments: argparse.Namespace, names: Iterable[str], prefix: str = ""
         if text is None:
             continue
         try:
-            found[name] = yaml.safe_load(text)
+            found[name] = parse_yaml(text)
         except yaml.YAMLError as error:
             flag = f"--{prefix}{name}".replace("_", "-")
             raise ConfigError(f"{flag}: {' '.join(str(error).split())}") from None

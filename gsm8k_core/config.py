@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -378,7 +379,7 @@ class ModelSettings(WeightsSettings):
     @property
     def gpus_generating(self) -> int:
         """GPUs of a job that generates: vLLM shares a model over `tensor_parallel` of them."""
-        return min(self.gpus, self.vllm.tensor_parallel)
+        return min(self.gpus, 1 if self.engine == "transformers" else self.vllm.tensor_parallel)
 
 
 # ---------------------------------------------------------------------------------------- methods
@@ -1616,13 +1617,21 @@ def read_yaml(path: Path) -> Any:
     has a key twice or a number in another form than plain digits.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML text. Raises yaml.YAMLError as `read_yaml` raises ConfigError."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (TypeError, ValueError) as error:  # a mapping as a key, 30 February
+        raise yaml.YAMLError(str(error)) from error
 
 
 def settings_from(text: str, schema: Any, where: str = "--settings") -> Any:
@@ -1636,10 +1645,9 @@ def settings_from(text: str, schema: Any, where: str = "--settings") -> Any:
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("{"):
             raise ConfigError(f"{where}: not valid JSON ({error}): {text[:200]}") from None
-        path = Path(text)
-        if not path.is_file():
+        if not os.path.isfile(text):  # Path.is_file() raises for a text too long to be a path
             raise ConfigError(f"{where}: neither JSON nor a file: {text[:200]}") from None
-        raw, where = read_yaml(path), str(path)
+        raw, where = read_yaml(Path(text)), text
     return checked(raw, schema, where)
 
 
@@ -1681,13 +1689,14 @@ def parse_config(raw: dict[str, Any]) -> Config:
     problems = _check_references(raw)
     for name in config.study.models:
         model = config.models.get(name)
-        if model is not None and 0 < model.gpus < model.vllm.tensor_parallel:
+        if model is None:
+            continue
+        if model.engine != "transformers" and 0 < model.gpus < model.vllm.tensor_parallel:
             problems.append(
                 f"models.{name}: vllm.tensor_parallel is {model.vllm.tensor_parallel}, but "
                 f"gpus is only {model.gpus}"
             )
-        if model is not None:
-            problems += _without_room(config, name, model)
+        problems += _without_room(config, name, model)
     if problems:
         raise config_error(problems)
     return config
@@ -1791,7 +1800,7 @@ def _check_references(raw: dict[str, Any]) -> list[str]:
     problems += _find_loops(methods)
     for registry in ("datasets", "prompts", "models", "methods", "suites", "traces"):
         for name in section(registry):
-            if not isinstance(name, str) or not _is_name(name):
+            if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
                 problems.append(
                     f"{registry}.{name}: names are lower-case letters, digits, '.', '_' and '-'"
                 )
@@ -1844,10 +1853,6 @@ def _check_examples(
     return problems
 
 
-def _is_name(text: str) -> bool:
-    return re.fullmatch(NAME_PATTERN, text) is not None
-
-
 def _find_loops(methods: dict[str, Any]) -> list[str]:
     problems, seen_loops = [], set()
     for name in methods:
@@ -1897,11 +1902,6 @@ def _location(item: Any) -> list[Any]:
     return location
 
 
-def _keys_in(message: str) -> set[str]:
-    """The words of a message that may be keys."""
-    return set(re.findall(r"[a-z_]+", message))
-
-
 def _explain(item: Any, raw: dict[str, Any]) -> list[str]:
     """One pydantic error as `key: what is wrong; what would be right`, a line for each mistake."""
     if item["type"] == "value_error":
@@ -1918,7 +1918,7 @@ def _key_of_contradiction(location: list[Any], message: str, raw: dict[str, Any]
         own = raw["methods"][location[1]]
         defaults = raw.get("defaults")
         inherited = defaults.get(own["kind"]) if isinstance(defaults, dict) else None
-        named = _keys_in(message)
+        named = set(re.findall(r"[a-z_]+", message))  # its words that may be keys
         if isinstance(inherited, dict) and inherited.keys() & named and not own.keys() & named:
             return f"defaults.{own['kind']}"
     return ".".join(str(part) for part in _where_it_stands(location, raw)) or "config"

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 DOWNLOAD_TIMEOUT_SECONDS = 60
 SPLITS = ("train", "test")
 LISTED_FAULTS = 20
-KEYS_OF_ROWS = ("id", "question", "answer", "demonstration", "examples", "cluster")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GITHUB_RAW = "https://raw.githubusercontent.com"
 GITHUB_FOLDER = "grade_school_math/data"
@@ -207,7 +206,7 @@ def _from_hub(settings: Gsm8kDataset) -> tuple[dict[str, list[Json]], str]:
                 settings.hub_id, settings.hub_config, split=split, revision=commit
             )
             splits[split] = [
-                {key: row[key] for key in KEYS_OF_ROWS if row.get(key) is not None} for row in table
+                {key: value for key, value in row.items() if value is not None} for row in table
             ]
     except (HTTPError, datasets.exceptions.DatasetsError) as error:
         raise OSError(f"{type(error).__name__}: {error}") from error  # not all of them are one

@@ -44,6 +44,7 @@ from gsm8k_core.tables import (
     read_training_logs,
 )
 
+NOTHING_TRAINED = "no method of this study trains anything"
 LIGHT = themes()["light"]
 CONFIG: Json = {
     **LIGHT,
@@ -141,10 +142,9 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Any:
     everything = [row for rows in panels.values() for row in rows]
     gpu_time, time = "gpu_seconds_training_with_parents", "train_seconds_with_parents"
     key = gpu_time if all_on_gpus(everything) else time
-    costly = {row["method"] for row in everything if row[key]}
-    trained = [method for method in study.methods if method in costly]
-    if not trained:
-        return _empty_figure(study)
+    trained = [method for method in study.methods if study.parent_of(method) is not None]
+    if not any(row[key] for row in everything):
+        return _empty_figure(study, "no time of training is known" if trained else NOTHING_TRAINED)
     charts = []
     legend = _legend(study, study.methods)
     for rows in panels.values():
@@ -185,7 +185,7 @@ def plot_reward(study: Comparison, study_dir: Path) -> Any:
     drawn = {row["method"] for rows in shown.values() for one in rows.values() for row in one}
     methods = [method for method in study.methods if method in drawn]
     if not methods:
-        return _empty_figure(study)
+        return _empty_figure(study, NOTHING_TRAINED)
     shown |= curves(["validation_accuracy"], methods)
     windows = [
         smoothed_curve(logs[model].get(method, []), key)[2]
@@ -251,9 +251,8 @@ def _width(study: Comparison) -> int:
     return columns * ((WIDE if columns == 1 else NARROW) + 50)  # with the labels of the axis
 
 
-def _empty_figure(study: Comparison) -> Any:
-    text = f"{study.name}: no method of this study trains anything"
-    mark = alt.Chart(alt.Data(values=[{}])).mark_text(text=text)
+def _empty_figure(study: Comparison, why: str) -> Any:
+    mark = alt.Chart(alt.Data(values=[{}])).mark_text(text=f"{study.name}: {why}")
     return mark.properties(width=WIDE, height=60).configure(**CONFIG)
 
 

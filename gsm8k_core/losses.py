@@ -115,7 +115,7 @@ def policy_ratio(
 
     At most exp(`MAX_LOG_RATIO`), where its gradient is 0.
     """
-    log_ratio = _masked_difference(policy_log_probs, old_log_probs, mask)
+    log_ratio = masked(policy_log_probs - old_log_probs, mask)
     if level == "token":
         return _bounded_exp(log_ratio)
     if level == "sequence":
@@ -290,7 +290,7 @@ def importance_weights(
     `bound` to `bound`, `mask` to 0;
     `step_normalizer` counts such tokens all the same.
     """
-    log_weight = _masked_difference(trainer_log_probs, sampler_log_probs, mask).detach()
+    log_weight = masked(trainer_log_probs - sampler_log_probs, mask).detach()
     if level == "sequence":
         of_sequence = log_weight.sum(dim=-1, keepdim=True)
         log_weight = torch.where(mask.bool(), of_sequence, torch.zeros_like(log_weight))
@@ -330,7 +330,3 @@ def _check_advantages(advantages: torch.Tensor, policy_log_probs: torch.Tensor) 
             f"advantages (or rewards) have shape {tuple(advantages.shape)}, expected "
             f"{(*shape[:-1], 1)} for log-probs {tuple(shape)}: advantages[:, None] of (B,)"
         )
-
-
-def _masked_difference(left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return masked(left - right, mask)

@@ -116,6 +116,7 @@ def test_a_body_without_a_completion_says_what_is_missing(value: Any, error: str
     ("url", "goes"),
     [
         ("https://api.deepseek.com", True),
+        ("HTTPS://api.deepseek.com", True),
         ("http://127.0.0.1:8000/v1", True),
         ("http://[::1]:8000", True),
         ("http://localhost:8000", True),

@@ -15,8 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from gsm8k_core.cli import (
     SNAKEMAKE_VARIABLE,
@@ -104,6 +107,7 @@ REMEDIES = (
         (OutOfMemoryError("Tried to allocate 2.00 GiB.\nMore."), "Tried to allocate 2.00 GiB."),
         (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
         (RuntimeError("CUDA out of memory. " + "x" * 500), "CUDA out of memory. " + "x" * 140),
+        (MemoryError(), "MemoryError"),
     ],
 )
 def test_too_little_memory_is_one_line_with_what_helps(
@@ -118,6 +122,15 @@ def test_too_little_memory_is_one_line_with_what_helps(
     monkeypatch.setenv("RANK", "1")
     assert run_script(raising(error)) == 1
     assert capsys.readouterr().err == f"[rank 1] error: out of memory ({said}): {REMEDIES}\n"
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_more_memory_than_the_machine_has_is_one_line(
+    allocate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(lambda: allocate(2**50)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (") and "llocate" in said and REMEDIES in said
 
 
 def test_another_runtime_error_keeps_its_traceback() -> None:
@@ -175,6 +188,7 @@ def test_every_mistake_in_settings_is_listed_by_key() -> None:
         ("no/such/file.json", "--settings: neither JSON nor a file: no/such/file.json"),
         ('{"source": "embedded"', "--settings: not valid JSON"),
         ('{"source": "' + "x" * 5000, "--settings: not valid JSON"),  # longer than a path may be
+        ("'{" + "x" * 5000 + "}'", "--settings: neither JSON nor a file: '{xxx"),
         ("3", "--settings: "),
         ("[1]", "--settings: "),
     ],
@@ -267,6 +281,16 @@ def test_a_cell_of_a_real_model_is_told_what_is_made_for_a_toy(
     real = ("--model-name", "qwen2.5-1.5b-instruct", "--method", "sft")
     run_settings_from(run_arguments(*CONFIG, *real))
     assert "defaults.sft.learning_rate (0.004): made for the embedded model" in caplog.text
+
+
+def test_a_whole_config_of_ones_own_has_inherited_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_bytes((ROOT / "config.yaml").read_bytes())
+    real = ("--model-name", "qwen2.5-1.5b-instruct", "--method", "sft")
+    run_settings_from(run_arguments("--config", str(own), *real))
+    assert not caplog.text
 
 
 def test_overlays_of_the_config_apply(tmp_path: Path) -> None:

@@ -836,8 +836,10 @@ def test_more_gpus_to_share_a_model_than_it_has_are_refused(config: Config) -> N
     message = "models.tiny-qwen2: vllm.tensor_parallel is 4, but gpus is only 2"
     with pytest.raises(ConfigError, match=message):
         parse_config(raw)
-    raw["study"]["models"] = ["smollm2-135m-instruct"]
-    assert parse_config(raw)  # the study asks nothing of the others
+    others = ["smollm2-135m-instruct"]
+    assert parse_config({**raw, "study": {**raw["study"], "models": others}})  # nothing is asked
+    raw["models"]["tiny-qwen2"]["engine"] = "transformers"  # which takes one for its own
+    assert parse_config(raw).models["tiny-qwen2"].gpus_generating == 1
 
 
 def test_the_readme_s_study_of_one_s_own_is_one() -> None:
@@ -1143,6 +1145,8 @@ def test_in_the_debug_form_of_a_study_no_method_selects_from_what_an_untrained_m
         ("seeds: [010]\n", "line 1: '010' is a number that YAML reads as 8"),
         ("seeds:\n- 1:30\n", "line 2: '1:30' is a number that YAML reads as 90"),
         ("seeds: [1_0]\n", "'1_0' is a number that YAML reads as 10"),
+        ("template: {{question}}\n", "a.yaml: not valid YAML: "),
+        ("revision: 2024-02-30\n", "a.yaml: not valid YAML: day is out of range"),
     ],
 )
 def test_what_yaml_reads_as_something_else_than_it_looks_is_refused(

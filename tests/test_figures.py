@@ -350,6 +350,23 @@ def test_what_trains_and_has_no_time_is_not_said_to_cost_nothing(tmp_path: Path)
     assert figure.svg
 
 
+def test_a_method_whose_time_nobody_knows_is_not_drawn_as_one_that_costs_nothing(
+    tmp_path: Path,
+) -> None:
+    rows = write_runs(tmp_path, REWARDS)
+    of_base = pl.col("method") == "base"
+    none = with_costs(rows, train_seconds_with_parents=[0.0, 0.0, None, None] * 2)
+    assert "no time of training is known" in Drawn(plot_cost(STUDY, none)).svg
+    added = {"methods": ["base", "grpo", "ext"],
+             "chains": {**STUDY.chains, "ext": ["base", "ext"]}}  # fmt: skip
+    some = with_costs(rows, train_seconds_with_parents=[0.0, 0.0, 60.0, 60.0] * 2)
+    other = some.filter(~of_base).with_columns(
+        method=pl.lit("ext"), train_seconds_with_parents=pl.lit(None, pl.Float64)
+    )
+    figure = Drawn(plot_cost(STUDY.model_copy(update=added), pl.concat([some, other])))
+    assert [row["method"] for row in figure.rows(0)] == ["base", "grpo"]
+
+
 def test_a_method_has_one_colour_in_all_figures_which_is_that_of_the_report(
     tmp_path: Path,
 ) -> None:

@@ -181,6 +181,16 @@ def test_of_a_dataset_on_the_hub_all_columns_that_mean_something_are_taken(
 
 
 @pytest.mark.slow
+def test_a_dataset_on_the_hub_whose_gold_is_not_that_of_its_answer_is_refused(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    train, test = ([{**row, "gold": "-1"} for row in part] for part in (ROWS[:3], ROWS[3:]))
+    commit = push_dataset(hub, train, test)
+    said = prepare_dataset(tmp_path, hub, succeeds=False, revision=commit, digests={})
+    assert f"{DATASET} train, row 1: 'gold' is '-1'" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_a_dataset_on_the_hub_with_other_columns_is_refused_by_row_and_column(
     hub: HubServer, tmp_path: Path
 ) -> None:

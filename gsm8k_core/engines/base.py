@@ -171,8 +171,8 @@ def in_order(completions: dict[int, Completion]) -> list[Completion]:
 
 
 def completion_text(tokenizer: Any, token_ids: list[int], stop: list[str]) -> str:
-    """Decoded without special tokens, cut before the first stop text."""
+    """Decoded without special tokens, cut where the first of the stop texts begins."""
     text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
-    for stop_text in stop:  # one token can hold several: what is left has none
-        text = text.partition(stop_text)[0]
-    return text
+    # Of whole text: one token can hold several, and one stop text a part of another.
+    begins = [text.find(stop_text) for stop_text in stop]
+    return text[: min((place for place in begins if place >= 0), default=len(text))]

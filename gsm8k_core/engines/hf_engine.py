@@ -102,12 +102,6 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.room = None
 
-    def reset(self) -> None:
-        """Empty it, and free its memory."""
-        super().reset()
-        self.keys = self.values = self.room = None
-        self.is_initialized = False
-
     def _larger(self, old: torch.Tensor | None, new: torch.Tensor, length: int) -> torch.Tensor:
         rows, heads, _, width = new.shape
         larger = new.new_zeros((rows, heads, length + self.tokens_of_room, width))
@@ -147,13 +141,6 @@ class TwoPartLayer(DynamicLayer):
         """Keep the rows `indices`."""
         self._join()
         super().batch_select_indices(indices)
-
-    def reset(self) -> None:
-        """Empty it, and free its memory."""
-        super().reset()
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.newest = RoomyLayer(MIN_NEWEST)
 
     def _join(self) -> None:
         keys, values = self.newest.keys, self.newest.values
@@ -408,15 +395,15 @@ class HfEngine:
             caches.append(_new_cache(self.model))
             logits.append(self._forward_prompts([prompts[row] for row in group], caches[-1]))
         order = torch.tensor([row for group in groups for row in group], device=device).argsort()
-        for number, layer in enumerate(cache.layers):
-            parts: list[Any] = [part.layers[number] for part in caches]
+        for layer in cache.layers:
+            parts: list[Any] = [part.layers.pop(0) for part in caches]  # none is kept for longer
             keys, values = (
-                torch.cat([_pad_left(tensor, mask.shape[1]) for tensor in tensors])[order]
+                torch.cat(
+                    [functional.pad(t, (0, 0, mask.shape[1] - t.shape[-2], 0)) for t in tensors]
+                )[order]
                 for tensors in ([part.keys for part in parts], [part.values for part in parts])
             )
             layer.update(keys, values)  # type: ignore[union-attr]  # these all take them
-            for part in parts:
-                part.reset()
         return torch.cat(logits)[order], mask, mask.sum(-1) - 1, cache
 
     def _forward_prompts(self, prompts: list[list[int]], cache: DynamicCache) -> torch.Tensor:
@@ -445,11 +432,6 @@ def _uniforms(requests: list[Request]) -> torch.Tensor:
             generator = np.random.Generator(np.random.Philox(key=seed))
             of_row[: request.max_new_tokens] = generator.random(request.max_new_tokens)
     return torch.from_numpy(uniforms)
-
-
-def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
-    """Keys or values (P, heads, T, width), with zeros before them so that T is `length`."""
-    return functional.pad(states, (0, 0, length - states.shape[-2], 0))
 
 
 def _likeliest(probabilities: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:

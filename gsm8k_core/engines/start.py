@@ -75,13 +75,9 @@ def engine_dtype(settings: ModelSettings, device: torch.device, chosen: str) -> 
 
 
 def start_engine(
-    folder: Path, settings: ModelSettings, device: torch.device, chosen: str | None = None
+    folder: Path, settings: ModelSettings, device: torch.device, chosen: str
 ) -> Engine:
-    """An engine of its own for the model in `folder`, as evaluation needs it.
-
-    `chosen` is what `choose_engine` has said, if it was asked before.
-    """
-    chosen = chosen or choose_engine(settings, folder, device)
+    """The engine that `choose_engine` has chosen, for the model in `folder`, for evaluation."""
     if chosen == "vllm":
         dtype = engine_dtype(settings, device, chosen)
         fraction = settings.vllm.gpu_memory_fraction
