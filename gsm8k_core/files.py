@@ -55,6 +55,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 break
 
 
+def encodable(text: str) -> str:
+    """The text with `?` for what UTF-8 cannot hold: halves of surrogate pairs, which JSON can
+    escape, and bytes of a file's name.
+    """
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder at once: of one that is killed meanwhile, nothing stays under the name.
 

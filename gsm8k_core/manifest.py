@@ -94,14 +94,14 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def run_command(*command: str, cwd: Path = ROOT) -> str | None:
+def run_command(*command: str) -> str | None:
     """Standard output of a command, stripped; None where it is missing or fails."""
-    output = _output(*command, cwd=cwd)
+    output = _output(*command)
     return None if output is None else output.decode("utf-8", errors="replace").strip()
 
 
 def _output(
-    *command: str, cwd: Path, environment: dict[str, str] | None = None, given: bytes = b""
+    *command: str, environment: dict[str, str] | None = None, given: bytes = b""
 ) -> bytes | None:
     """Standard output of a command that reads `given`, to the byte; None where it is missing or
     fails.
@@ -110,7 +110,7 @@ def _output(
         return None
     result = subprocess.run(
         command,
-        cwd=cwd,
+        cwd=ROOT,
         # Jobs look at the checkout while its owner works in it: git is not to lock its index.
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **(environment or {})},
         input=given,
@@ -132,7 +132,8 @@ def git_state() -> dict[str, Any]:
         commit = named if COMMIT.fullmatch(named) else None
         return {"commit": commit, "dirty": None, "diff_sha256": None}
     # `git diff` notes new times of files in the index, with or without optional locks.
-    difference = run_command("git", "-c", "diff.autoRefreshIndex=false", "diff", "HEAD")
+    without_refresh = ("-c", "diff.autoRefreshIndex=false")
+    difference = run_command("git", *without_refresh, "diff", *DIFF_OPTIONS, "HEAD")
     return {
         "commit": commit,
         "dirty": bool(run_command("git", "status", "--porcelain")),
@@ -185,7 +186,7 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
             added = _output(
                 "git", "--literal-pathspecs", "add", "--intent-to-add",
                 "--pathspec-from-file=-", "--pathspec-file-nul",
-                cwd=ROOT, environment=environment, given=b"\0".join(map(os.fsencode, small)),
+                environment=environment, given=b"\0".join(map(os.fsencode, small)),
             )  # fmt: skip
             if added is None:
                 left_out |= dict.fromkeys(small, "git could not add it")
@@ -195,7 +196,7 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
         difference = _output(
             "git", "diff", *DIFF_OPTIONS, "HEAD",
             "--", ":(top)", *(f":(top,exclude,literal){name}" for name in secret),
-            cwd=ROOT, environment=environment,
+            environment=environment,
         )  # fmt: skip
     patch = (difference or b"").decode("utf-8", errors="surrogateescape")
     return patch, {_printable(name): reason for name, reason in sorted(left_out.items())}
@@ -203,7 +204,7 @@ def uncommitted_changes() -> tuple[str, dict[str, str]]:
 
 def _git_names(*words: str, environment: dict[str, str] | None = None) -> list[str]:
     """The names of files that a git command lists."""
-    output = _output("git", *words, "-z", cwd=ROOT, environment=environment) or b""
+    output = _output("git", *words, "-z", environment=environment) or b""
     return [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 
@@ -359,6 +360,10 @@ def installed_packages() -> list[str]:
     return sorted(pairs, key=str.lower)
 
 
+def _write_redacted(path: Path, record: Json) -> None:
+    write_text(path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+
+
 def redacted(command: list[str]) -> list[str]:
     """A command line without secrets, nor the values of options whose names speak of them."""
     shown: list[str] = []
@@ -400,7 +405,7 @@ class CallRecord:
             "outputs": {str(output): sha256_file(output) for output in outputs},
             "provenance": _call_facts(packages),
         }
-        write_text(path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+        _write_redacted(path, record)
 
 
 class Attempts:
@@ -463,8 +468,7 @@ class Attempts:
             "seconds_cpu": round(cpu, 1),
             "seconds_gpu": round(seconds * self._own["num_gpus"], 1),
         }
-        record = {"job": self._job, "attempts": self._rows}
-        write_text(self._path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+        _write_redacted(self._path, {"job": self._job, "attempts": self._rows})
 
     def finish(self, cpu_seconds: float | None = None) -> Json:
         """What the job's own record says of them. `path` is the caller's to remove, or to keep."""
@@ -572,8 +576,7 @@ class Invocation:
 
     def _write(self) -> None:
         assert self.folder is not None
-        text = json.dumps(self.manifest, ensure_ascii=False, indent=2)
-        write_text(self.folder / "run_manifest.json", redact(text) + "\n")
+        _write_redacted(self.folder / "run_manifest.json", self.manifest)
 
 
 def _program(path: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.extras import HOW_TO_INSTALL
+from gsm8k_core.files import encodable
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _shown(value: Any) -> str:
     import sympy
 
     if isinstance(value, str):
-        return value[:MAX_SHOWN].encode("utf-8", "replace").decode("utf-8")  # half surrogate pairs
+        return encodable(value[:MAX_SHOWN])
     done = (value.rhs if isinstance(value, sympy.Eq) else value).doit()
     if isinstance(done, sympy.Float):
         done = sympy.Rational(str(done))

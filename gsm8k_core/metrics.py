@@ -175,8 +175,10 @@ def maj_at_k(answers: ArrayLike, correct: ArrayLike, k: int) -> Floats:
         raise ValueError(
             f"answers {codes.shape} and correct {right.shape} must both be (problems, samples)"
         )
-    if not 1 <= k <= codes.shape[1]:
-        raise ValueError(f"maj@{k} needs k from 1 to the number of samples, {codes.shape[1]}")
+    if not isinstance(k, Integral) or not 1 <= k <= codes.shape[1]:
+        raise ValueError(
+            f"maj@{k} needs a whole number k from 1 to the number of samples, {codes.shape[1]}"
+        )
     num_runs = codes.shape[1] // k
     codes = codes[:, : num_runs * k].reshape(-1, num_runs, k)
     right = right[:, : num_runs * k].reshape(codes.shape)

@@ -115,19 +115,9 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with seeded(TINY_SEED):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(TINY_SEED)  # torch.manual_seed reaches the GPUs' too
         return Qwen2ForCausalLM(config)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator inside the block and put its state back afterwards."""
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' too
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
 
 
 @contextlib.contextmanager
@@ -200,7 +190,10 @@ def _prepare_from_hub(settings: WeightsSettings, output_dir: Path) -> dict[str, 
     try:
         snapshot = Path(
             snapshot_download(
-                settings.hub_id, revision=settings.revision, allow_patterns=MODEL_FILES
+                settings.hub_id,
+                revision=settings.revision,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=["*/*", "consolidated*.safetensors"],  # the same weights once more
             )
         )
     except GatedRepoError as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from heapq import nlargest
 from typing import Any
 
-from gsm8k_core.files import Json
+from gsm8k_core.files import Json, encodable
 from gsm8k_core.problems import Problem
 
 NGRAM_WORDS = 13
@@ -139,7 +139,7 @@ class TestIndex:
         for index, (similarity, whole) in near.items():
             found = self.found[index]
             found.num_rows_near += 1
-            excerpt = whole[:EXCERPT_CHARACTERS]
+            excerpt = encodable(whole[:EXCERPT_CHARACTERS])
             entry = {"jaccard": round(similarity, 3), **place, "excerpt": excerpt}
             found.near = nlargest(LISTED_ROWS, [*found.near, entry], key=lambda e: e["jaccard"])
 
@@ -174,11 +174,9 @@ def find_overlap(
         number = 0
         for number, row in enumerate(rows, start=1):
             texts = [Text(text) for text in texts_in(row)]
-            place = {
-                "file": file,
-                "row": number,
-                "id": row.get("id") if isinstance(row, dict) else None,
-            }
+            own_id = row.get("id") if isinstance(row, dict) else None
+            own_id = encodable(own_id) if isinstance(own_id, str) else own_id
+            place = {"file": file, "row": number, "id": own_id}
             for index in indexes.values():
                 index.look_at(texts, place, min_jaccard)
         trained.append({"file": file, "num_rows": number})

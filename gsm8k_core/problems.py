@@ -49,19 +49,7 @@ class Problem:
 
     def to_row(self) -> Json:
         """What `problem_from_row` reads; without the fields that the problem does not have."""
-        row: Json = {
-            "id": self.id,
-            "question": self.question,
-            "answer": self.answer,
-            "gold": self.gold,
-        }
-        if self.demonstration is not None:
-            row["demonstration"] = self.demonstration
-        if self.examples:
-            row["examples"] = [asdict(example) for example in self.examples]
-        if self.cluster is not None:
-            row["cluster"] = self.cluster
-        return row
+        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
 
 KEYS = {field.name for field in fields(Problem)}

@@ -18,12 +18,12 @@ the differences that it makes, or as an error that names the row.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gsm8k_core.config import (
     RESERVED_DATASET_NAMES,
@@ -36,7 +36,15 @@ from gsm8k_core.config import (
 )
 from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, read_json, read_record, sha256_file, write_json, write_text
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    read_json,
+    read_record,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from gsm8k_core.layout import ARTIFACTS, RUNS, Layout
 from gsm8k_core.progress import progress
 
@@ -193,11 +201,9 @@ def invocation_facts(layout: Layout, invocation: str | None) -> Json:
 
 def split_digests(manifest: Json) -> Json:
     """Of each split of a dataset: rows, content digest and SHA-256."""
-    return {name: part for name, part in manifest.items() if _is_split(part)}
-
-
-def _is_split(part: Any) -> bool:
-    return isinstance(part, dict) and "sha256" in part
+    return {
+        name: part for name, part in manifest.items() if isinstance(part, dict) and "sha256" in part
+    }
 
 
 def weights_origin(manifest: Json) -> Json:
@@ -230,15 +236,11 @@ def job_seconds(records: Iterable[Json]) -> Json:
     in the result, without what a kill lost (a record's `attempts_total` has that too).
     """
     records = list(records)
-    cpu = sum(_cpu_seconds(record) for record in records)
+    attempts = [record.get("attempts_total", {}) for record in records]  # one may be damaged
     return {
-        "seconds_cpu_jobs": round(cpu, 1),
+        "seconds_cpu_jobs": round(sum(float(one.get("seconds_cpu", 0.0)) for one in attempts), 1),
         "seconds_gpu": round(sum(_gpu_seconds(record) for record in records), 1),
     }
-
-
-def _cpu_seconds(record: Json) -> float:
-    return float(record.get("attempts_total", {}).get("seconds_cpu", 0.0))  # one may be damaged
 
 
 def num_gpus(record: Json) -> int | None:
@@ -347,7 +349,11 @@ def _made_and_asked(
                 for path, grading in graded.items():
                     metrics = read_record(Path(path))
                     if "grading" in metrics:
-                        taken = {key: metrics[key] for key in GradingSettings.model_fields}
+                        taken = {
+                            key: metrics[key]
+                            for key in GradingSettings.model_fields
+                            if key in metrics
+                        }
                         yield path, checked(taken, GradingSettings, path), grading
 
 
@@ -425,14 +431,16 @@ def _nearest_folder(path: Path) -> Path:
 
 
 def write_sums(path: Path, sums: dict[str, str]) -> None:
-    """Write file → hash in the form of `sha256sum`."""
-    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    """Write file → hash in the form of `sha256sum`; names as their bytes are."""
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(os.fsencode(text))
 
 
 def read_sums(path: Path) -> dict[str, str]:
     """File → hash. Raises DataError that names the line (from 1) that is none."""
     try:
-        lines = path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")
+        lines = os.fsdecode(path.read_bytes()).split("\n")
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; it is written when the study finishes, and by `snakemake "

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 from gsm8k_core.answers import BOX, closing_brace, is_correct
 from gsm8k_core.config import PromptSettings, TraceDatasetSettings, TraceSelectionSettings
@@ -86,8 +85,9 @@ def _in_order(path: Path, problems: list[Problem]) -> Iterator[tuple[Problem, Js
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     with handle:
-        offsets: list[int] = []
-        for number, row in enumerate(parse_jsonl(_noting(handle, offsets), str(path)), start=1):
+        end = 0
+        for number, row in enumerate(parse_jsonl(handle, str(path)), start=1):
+            start, end = end, handle.tell()
             where = f"{path}, row {number}"
             for key in ("reasoning", "content"):
                 required(row, key, str, where)
@@ -96,19 +96,10 @@ def _in_order(path: Path, problems: list[Problem]) -> Iterator[tuple[Problem, Js
             problem = by_id.get(problem_id)
             if problem is None or problem.question != required(row, "question", str, where):
                 raise DataError(f"{where}: the question of {problem_id} is not in the data")
-            order.append((place[problem_id], sample_index, offsets[-1]))
-        for index, _, offset in sorted(order):
-            handle.seek(offset)
+            order.append((place[problem_id], sample_index, start))
+        for index, _, start in sorted(order):
+            handle.seek(start)
             yield problems[index], json.loads(handle.readline())
-
-
-def _noting(handle: BinaryIO, offsets: list[int]) -> Iterator[bytes]:
-    """The lines of a file; the place of each is appended to `offsets` before it is given."""
-    offset = 0
-    for line in handle:
-        offsets.append(offset)
-        offset += len(line)
-        yield line
 
 
 def _fate(problem: Problem, reasoning: str, content: str, settings: TraceDatasetSettings) -> str:

@@ -785,8 +785,10 @@ class TrainingRun:
                 shutil.copytree(self.state_dir / f"best-{best['step']}", temporary)
         with atomic_path(self.output_dir / "train" / "metrics.jsonl") as temporary:
             shutil.copyfile(self.metrics.path, temporary)
+        samples = self.output_dir / "train" / "completions.jsonl"
+        samples.unlink(missing_ok=True)  # of an earlier run, which may have logged some
         if self.samples.path.stat().st_size > 0:
-            with atomic_path(self.output_dir / "train" / "completions.jsonl") as temporary:
+            with atomic_path(samples) as temporary:
                 shutil.copyfile(self.samples.path, temporary)
         # Validation is no part of what a method costs: how often it is done is the study's choice.
         validating = self.progress.get("seconds_validating", 0.0)

@@ -39,8 +39,8 @@ rule compare:
 rule plot:
     input:
         comparison=f"{RESULTS}/comparison.parquet",
-        grades=LAYOUT.evaluated("grades/{suite}.parquet"),
-        metrics=LAYOUT.trained("train/metrics.jsonl"),
+        metrics=LAYOUT.evaluated("metrics/{suite}.json"),
+        training=LAYOUT.trained("train/metrics.jsonl"),
     output:
         accuracy_svg=report(
             f"{RESULTS}/figures/accuracy.svg",

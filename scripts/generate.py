@@ -296,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             def save(entry: Json) -> None:
                 """Keep a finished problem: a killed job goes on after it."""
                 entry["seconds_total"] += seconds_before
+                entry["peak_memory_mb"] = peak_memory_mb(device)
                 done[entry["problem_id"]] = entry
                 handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 handle.flush()
@@ -318,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
             len(problems),
         )
     num_tokens = sum(row["num_tokens"] for row in rows)
+    # Of all calls: the last one may have found all problems done.
+    peak = max(entry.get("peak_memory_mb", 0) for entry in done.values())
     write_json(
         args.stats,
         {
@@ -341,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
             "seconds_generating": round(seconds_generating, 3),
             "tokens_per_second": round(num_tokens / seconds_generating, 1),
             # Of processes that share a model, this one has none of it.
-            "peak_memory_mb": None if num_gpus > 1 else peak_memory_mb(device),
+            "peak_memory_mb": None if num_gpus > 1 else peak,
             "settings": settings.model_dump(mode="json", by_alias=True),
             **attempts.finish(),
             "provenance": provenance_at_end(made_by),

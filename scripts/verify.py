@@ -14,12 +14,13 @@ folder that holds artifacts/; `eval` leaves the same record in its own folder.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import read_json
+from gsm8k_core.files import encodable, read_json
 from gsm8k_core.layout import ARTIFACTS
 from gsm8k_core.progress import progress
 from gsm8k_core.records import SUMS, verify_sums
@@ -32,13 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--run", type=Path, metavar="FOLDER", help="the folder of an eval")
     args = arguments.parse_args(argv)
 
-    folder = args.run or Path(ARTIFACTS) / "results" / args.study
+    # As the record names its files: relative to this folder.
+    folder = Path(os.path.relpath(args.run or Path(ARTIFACTS) / "results" / args.study))
     if args.run and not (folder / SUMS).exists():
         raise DataError(f"{folder / SUMS}: no such file; an eval writes it when it finishes")
     differences = verify_sums(folder / SUMS, lambda names: progress(list(names), "hashing"))
     for what in ("changed", "missing", "new"):
         for name in getattr(differences, what):
-            sys.stdout.write(f"{what:8}{name}\n")
+            sys.stdout.write(f"{what:8}{encodable(name)}\n")
     if differences:
         sys.stdout.write(
             f"{folder}: {len(differences.changed)} changed, {len(differences.missing)} missing, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import shutil
@@ -77,7 +76,7 @@ def test_git_state_tells_a_clean_checkout_from_a_changed_one(
     (tmp_path / "file").write_bytes(b"caf\xe9\n")
     git("add", "file")
     git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tmp_path))
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
     clean = git_state()
     assert len(clean["commit"]) == 40
     assert (clean["dirty"], clean["diff_sha256"]) == (False, None)
@@ -85,6 +84,8 @@ def test_git_state_tells_a_clean_checkout_from_a_changed_one(
     changed = git_state()
     assert changed["commit"] == clean["commit"]
     assert changed["dirty"] and len(changed["diff_sha256"]) == 64
+    git("config", "diff.noprefix", "true")  # a user's, which changes how a difference looks
+    assert git_state() == changed
 
 
 def test_the_commit_of_a_repository_that_the_library_only_lies_in_is_not_its_own(
@@ -104,7 +105,7 @@ def test_outside_a_checkout_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=tmp_path))
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
     unknown = {"commit": None, "dirty": None, "diff_sha256": None}
     assert git_state() == unknown
     monkeypatch.setenv("GSM8K_COMMIT", "unknown")  # what the Dockerfile says unless told
@@ -134,7 +135,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     git_in(folder, "init", "-q")
     monkeypatch.setattr(manifest, "ROOT", folder)
-    monkeypatch.setattr(manifest, "run_command", functools.partial(run_command, cwd=folder))
     monkeypatch.setattr(manifest, "code_digest", lambda: "0" * 64)  # it is kept for the process
     return folder
 

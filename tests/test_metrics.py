@@ -115,9 +115,9 @@ def test_agreement_with_oneself_is_whole_but_for_missing_answers() -> None:
     assert found == pytest.approx([1 / 3, 0, 0, 1 / 3, 0, 1 / 3])
 
 
-@pytest.mark.parametrize("k", [0, 4])
-def test_maj_at_k_refuses_more_votes_than_there_are(k: int) -> None:
-    with pytest.raises(ValueError, match=f"maj@{k} needs k from 1 to .* 3"):
+@pytest.mark.parametrize("k", [0, 4, 2.0])
+def test_maj_at_k_refuses_what_is_no_number_of_votes_that_there_are(k: Any) -> None:
+    with pytest.raises(ValueError, match=f"maj@{k} needs a whole number k from 1 to .* 3"):
         maj_at_k([[1, 2, 3]], [[True, False, False]], k)
 
 

@@ -182,6 +182,21 @@ def test_the_report_names_problem_file_and_row_and_shows_no_markup(
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 
+def test_half_a_surrogate_pair_in_a_training_row_is_shown_as_a_question_mark(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    write_problems(tmp_path / "test.jsonl", [problem(LONG, "a")])
+    row = {"id": "\ud83d", "question": LONG + " \ud83d"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    report, page = run(
+        script, tmp_path, "--test", str(tmp_path / "test.jsonl"),
+        "--train", str(tmp_path / "train.jsonl"),
+    )  # fmt: skip
+    (near,) = report["tests"][0]["near"]
+    assert near["rows"][0]["id"] == "?" and near["rows"][0]["excerpt"].endswith(" ?")
+    assert "1.00 with" in page
+
+
 def test_a_faulty_training_row_is_named(
     script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

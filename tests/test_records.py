@@ -396,7 +396,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str, message: str) -
 
 
 def test_names_of_files_come_back_as_they_were(tmp_path: Path) -> None:
-    sums = {"a b": "0" * 64, "café/− x": "1" * 64}
+    latin = os.fsdecode(b"caf\xe9")  # bytes that are not UTF-8
+    sums = {"a b": "0" * 64, "café/− x": "1" * 64, latin: "2" * 64}
     write_sums(tmp_path / SUMS, sums)
     assert read_sums(tmp_path / SUMS) == sums
 
@@ -426,6 +427,7 @@ def test_the_folder_of_an_eval_is_verified_alone(script: Callable[[str], ModuleT
     run = Path("artifacts/runs") / FIRST
     hash_folder(run)
     assert script("verify").main(["--run", str(run)]) == 0
+    assert script("verify").main(["--run", str(run.resolve())]) == 0
     os.rename(run / "run_manifest.json", run / "other.json")
     assert script("verify").main(["--run", str(run)]) == 1
 
@@ -470,6 +472,10 @@ def test_grades_that_were_taken_otherwise_are_refused(layout: Layout) -> None:
     path = Path(layout.run("tiny-qwen2", "sft", 0), "metrics", "arithmetic.json")
     taken = {"grading": "strict", "marker": "####", "math_verify": False}
     write_json(path, taken)
+    check_settings(layout)
+    write_json(
+        path, {"grading": "strict", "marker": "####"}
+    )  # whatever else it lacks, compare says
     check_settings(layout)
     write_json(path, {**taken, "grading": "flexible"})
     with pytest.raises(DataError, match=f"{path}: grading is 'flexible', the study asks for 'st"):

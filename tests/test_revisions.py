@@ -97,9 +97,11 @@ def test_a_branch_is_recorded_with_its_commit_and_said_to_move_with_the_hub_and_
 def test_a_commit_is_recorded_and_nothing_is_said_of_it(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    commit = hub.push("models", MODEL, files)
+    others = {"original/a.safetensors": b"a", "consolidated.00.safetensors": b"the same again"}
+    commit = hub.push("models", MODEL, {**files, **others})
     hub.push("models", MODEL, {**files, "special.txt": b"new"})
     said = prepare_model(tmp_path, hub, commit)
+    assert not [asked for asked in hub.requests for name in others if name in str(asked)]
     assert manifest_of(tmp_path)["commit"] == commit
     assert "WARNING" not in said and "special.txt" not in str(manifest_of(tmp_path)["files"])
 

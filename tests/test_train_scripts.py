@@ -1115,7 +1115,8 @@ def test_what_a_run_is_looked_at_by_default_is_little_and_without_val_nothing(
     run = train("train_sft", "sft", name="val", val=True, **GENERATIONS)
     rows = read_jsonl(run / "train" / "completions.jsonl")
     assert [(row["step"], len(row["completions"])) for row in rows] == [(0, 4), (4, 4)]
-    run = train("train_sft", "sft", name="no val", **GENERATIONS)
+    # Nor has it those of a run that was there before.
+    assert run == train("train_sft", "sft", name="val", learning_rate=1e-5, **GENERATIONS)
     assert not (run / "train" / "completions.jsonl").exists()
 
 
