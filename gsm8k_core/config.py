@@ -947,7 +947,8 @@ REPORT_MEGABYTES = 20.0
 
 
 class StudySettings(Settings):
-    """Which cells of the table are filled: models × methods × seeds, on suites."""
+    """Which cells of the table are filled (a cell is one run: one model, method and seed), and on
+    which suites they are evaluated."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Folder of its runs and results."""
@@ -985,7 +986,8 @@ class StudySettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """W&B in addition to train/metrics.jsonl, which is always written.
+    """W&B in addition to metrics.jsonl, which is always written: into state/ of the run while it
+    trains, into train/ when it has finished.
 
     Changing it makes nothing again. When scripts are run by hand, $GSM8K_TRACKING holds this
     section as JSON."""
@@ -998,8 +1000,8 @@ class TrackingSettings(Settings):
     """Unset: `online` where $WANDB_API_KEY (or ~/.netrc) has a key, else `offline`, which leaves
     files for `wandb sync` in the run's folder."""
     completions_every_steps: NonNegativeInt = 10
-    """Steps between samples of the completions that GRPO trains on; they go to
-    train/completions.jsonl (and W&B); 0: never."""
+    """Steps between samples of the completions that GRPO trains on; they go to completions.jsonl,
+    which lies where metrics.jsonl does (and to W&B); 0: never."""
     num_completions: PositiveInt = 8
     """Completions in such a sample."""
     num_generations: NonNegativeInt = 4

@@ -8,7 +8,8 @@ The loops themselves stand in `scripts/train_*.py`. A run's folder:
     train/completions.jsonl  what the model wrote now and then (`tracking`): GRPO a sample of its
                          rollouts, SFT and DPO greedy completions of some problems of `val`
     train/summary.json   seconds, tokens, peak memory, provenance
-    state/               checkpoints of an unfinished run; gone when it has finished
+    state/               of an unfinished run: checkpoints, and metrics.jsonl and completions.jsonl
+                         so far; gone when it has finished
 """
 
 from __future__ import annotations

@@ -55,11 +55,18 @@ Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
 `engine` and `vllm` apply to every model; a model's own settings win.
 
-Nothing is made again for a change of
+**A default in a table below is what the code takes where no file says otherwise. `config.yaml` says
+otherwise for much**: its `defaults:` come on top (for `grpo` among others `num_steps` and
+`learning_rate`), and so do the settings that it gives to its models, methods and suites.
+[usage.md](usage.md#check-a-study) shows how to print the settings in force; each call keeps them in
+its `run_manifest.json`.
 
-- `datasets.*` of kind `gsm8k`: {_names(config.GSM8K_SOURCES)} (digests say which rows it has),
+Changing these settings does not redo what has finished:
+
+- `datasets.*` of kind `gsm8k`: {_names(config.GSM8K_SOURCES)} (the rows are
+  identified by their digests, not by where they come from),
 - `models.*`: {_names((*config.SCHEDULER_KEYS, *config.MODEL_RESOURCES))}, and the number of `gpus`
-  (from 0 or to 0 is another run),
+  (but a change from 0 or to 0 makes another run),
 - `vllm`: {_names(config.VLLM_RESOURCES)},
 - `methods.*`: {_names(config.METHOD_RESOURCES)},
 - `traces.*.api`: {_names(("base_url", *config.API_RESOURCES))},

@@ -159,12 +159,22 @@ def hours(work: list[Work]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": method, "work": what}
         row["runs"] = sum(item.runs for item in items)
         row["finished"] = sum(item.finished for item in items)
+        row["longest_run_hours"] = _longest(items)
         for name, with_gpu in (("gpu_hours", True), ("cpu_hours", False)):
             of_kind = [item for item in items if (item.gpus > 0) is with_gpu]
             row[name] = _sum_hours(of_kind)
         row["sources"] = sorted({item.source for item in items})
         rows.append(row)
     return rows
+
+
+def _longest(items: list[Work]) -> float | None:
+    """Hours of one run of the slowest model, by the clock; None where the time of any is not known.
+
+    Of expert iteration and DPO it is the sum of jobs, of which each has a time limit of its own.
+    """
+    seconds = [item.seconds for item in items if item.seconds is not None]
+    return max(seconds) / 3600 if len(seconds) == len(items) else None
 
 
 def _sum_hours(items: list[Work]) -> float | None:
@@ -228,13 +238,15 @@ def markdown(plan: dict[str, Any]) -> str:
     lines += [f"| {name} | {_size(size)} |" for name, size in plan["bytes"].items()]
     lines += [f"| files | about {plan['files']} |", ""]
     lines += [
-        "| method | work | runs | finished | GPU-hours | CPU-job hours | source |",
-        "|---|---|---:|---:|---:|---:|---|",
+        "| method | work | runs | finished | hours of the longest run | GPU-hours | CPU-job hours "
+        "| source |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in plan["hours"]:
         lines.append(
             f"| {row['method']} | {row['work']} | {row['runs']} | {row['finished']} "
-            f"| {_hours(row['gpu_hours'])} | {_hours(row['cpu_hours'])} "
+            f"| {_hours(row['longest_run_hours'])} | {_hours(row['gpu_hours'])} "
+            f"| {_hours(row['cpu_hours'])} "
             f"| {'; '.join(row['sources'])} |"
         )
     lines += [

@@ -1137,6 +1137,20 @@ def test_in_the_debug_form_of_a_study_no_method_selects_from_what_an_untrained_m
     assert selecting and all(method.parent != "base" for method in selecting)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_smoke_form_of_a_study_is_two_steps_of_its_own_models_and_batches(path: Path) -> None:
+    whole = load_config(ROOT / "config.yaml", [path])
+    smoke = load_config(ROOT / "config.yaml", [path, ROOT / "studies" / "smoke.yaml"])
+    assert smoke.study.models == whole.study.models
+    assert smoke.study.methods == whole.study.methods
+    for stage in whole.stages():
+        if whole.methods[stage].trains:
+            short, long = smoke.trained(stage), whole.trained(stage)
+            assert short.num_steps == 2, stage
+            for key in ("batch_size", "group_size", "max_new_tokens", "tokens_per_microbatch"):
+                assert getattr(short, key, None) == getattr(long, key, None), (stage, key)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -16,6 +16,7 @@ from gsm8k_core.files import write_json
 from gsm8k_core.planning import (
     Assumptions,
     Records,
+    Work,
     _sampling_seconds,
     disk_use,
     jobs_by_rule,
@@ -114,6 +115,40 @@ def test_arithmetic_is_six_flops_a_parameter_and_token(plan: Callable[..., dict]
     seconds = 6 * 1e6 * (1000 * 32 * 50) / (1e9 * 0.5)
     assert row["cpu_hours"] == pytest.approx(3 * seconds / 3600)
     assert row["gpu_hours"] == 0
+
+
+def test_the_longest_run_of_a_method_is_one_of_its_slowest_model(
+    script: Callable[[str], ModuleType],
+) -> None:
+    hours = script("plan_study").hours
+
+    def of_model(name: str, seconds: float | None, gpus: int) -> Work:
+        return Work(name, "grpo", None, 3, 0, seconds, "arithmetic", gpus)
+
+    small, large = of_model("small", 1800.0, 1), of_model("large", 7200.0, 4)
+    (row,) = hours([small, large])
+    assert row["longest_run_hours"] == 2.0  # by the clock, however many runs and GPUs there are
+    assert row["gpu_hours"] == 3 * 0.5 + 3 * 4 * 2.0
+    (row,) = hours([small, of_model("unknown", None, 1)])
+    assert row["longest_run_hours"] is None
+
+
+def test_the_hours_of_one_run_stand_on_the_page(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(ROOT / "config.yaml"), str(ROOT / "studies" / "qwen2.5-gsm8k.yaml")]
+    sizes = ("qwen2.5-0.5b-instruct=1e8", "qwen2.5-1.5b-instruct=1e9", "qwen2.5-math-1.5b=1e9")
+    words = [*config, "--parameters", *sizes]
+    assert script("plan_study").main([*words, "--json"]) == 0
+    row = hours_of(json.loads(capsys.readouterr().out), "grpo", "training")
+    assert script("plan_study").main(words) == 0
+    page = capsys.readouterr().out
+    assert "| runs | finished | hours of the longest run | GPU-hours |" in page
+    assert f"| grpo | training | 9 | 0 | {row['longest_run_hours']:.3g} | " in page
 
 
 def test_a_suite_has_the_problems_of_its_split_and_the_completions_that_it_asks_for() -> None:
