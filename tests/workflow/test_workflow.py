@@ -216,9 +216,9 @@ def test_jobs_that_ask_for_gpus_where_there_are_none_are_said_to_run_on_the_cpu(
     four = {"gpus": 4, "vllm": {"tensor_parallel": 2}}
     models = overlay(workspace, "four.yaml", {"models": {"tiny-qwen2": four}})
     lines = ['include: "Snakefile"']
-    for rule, gpus in (("train_asked", "model_gpus"), ("generate_asked", "generation_gpus")):
+    for rule, function in (("train_asked", "model_gpus"), ("generate_asked", "generation_gpus")):
         lines += [f"rule {rule}:", f'    output: "{rule}-{{model}}"', "    resources:"]
-        lines += [f"        gpu={gpus}", '    shell: "touch {output}"']
+        lines += [f"        gpu={function}", '    shell: "touch {output}"']
     (workspace / "ask.smk").write_text("\n".join(lines), encoding="utf-8")
     driver = workspace / "bin" / "nvidia-smi"
     driver.parent.mkdir()
