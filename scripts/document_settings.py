@@ -54,6 +54,8 @@ HEADER = f"""# Settings
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
 `engine` and `vllm` apply to every model; a model's own settings win.
+The column `default` is what holds where no file says anything. The `defaults` of `config.yaml` say
+other values for most methods; `python scripts/show_settings.py` prints the settings in force.
 
 Nothing is made again for a change of
 
