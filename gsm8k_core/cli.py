@@ -374,12 +374,12 @@ def _given(arguments: argparse.Namespace, names: Iterable[str], prefix: str = ""
 
 
 def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -> ModelSettings:
-    """The model's settings with those of `add_engine_arguments` that were given laid over them.
+    """The model's settings, with `--dtype` and what `add_engine_arguments` has laid over them.
 
     Raises ConfigError for a value that a setting cannot have.
     """
     overlay: dict[str, Any] = {
-        **_given(arguments, ("engine", *MODEL_RESOURCES)),
+        **_given(arguments, ("engine", "dtype", *MODEL_RESOURCES)),
         "vllm": _given(arguments, VllmSettings.model_fields, "vllm_"),
     }
     return checked(merge(model.model_dump(mode="json"), overlay), ModelSettings, "flags")

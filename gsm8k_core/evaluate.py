@@ -4,6 +4,10 @@
     python -m gsm8k_core.cli eval --model artifacts/experiments/default/tiny-qwen2/grpo/seed0/model
     python -m gsm8k_core.cli eval --model qwen2.5-0.5b-instruct --suite gsm8k --engine vllm
 
+Without --suite, a run's model is asked the problems that its study asks; any other, those of the
+first suite. A suite is the one that --config has: `--config config.yaml studies/NAME.yaml` gives a
+study's own.
+
 The jobs are those of the workflow, each in a separate process (so a model's memory is free before
 the next one begins). They leave the same files, in a folder of this call alone: two evaluations at
 once, or one beside snakemake, do not collide.
@@ -29,7 +33,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 
@@ -80,13 +84,22 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER",
         help="a model of the config, or a folder of weights (default: the study's first)",
     )
-    arguments.add_argument("--suite", help="a suite of the config (default: the study's first)")
+    arguments.add_argument(
+        "--suite",
+        help="a suite of the config (default: the first that asks what a run's study asks of it; "
+        "of other models the study's first)",
+    )
     arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     arguments.add_argument("--prompt", help="prompt of the config; a folder of weights may need it")
     arguments.add_argument(
         "--seed", type=non_negative, help="sampling seed (default: the run's, or 0)"
     )
     add_config_argument(arguments)
+    arguments.add_argument(
+        "--dtype",
+        choices=get_args(ModelSettings.model_fields["dtype"].annotation),
+        help="compute type (default: as the model's settings say; of other folders float32)",
+    )
     add_engine_arguments(arguments)
 
 
@@ -111,13 +124,13 @@ def run(args: argparse.Namespace) -> int:
     if not (ROOT / "scripts").is_dir():
         raise ConfigError(f"eval runs scripts/ of a clone, and there are none beside {ROOT}")
     config = config_from(args)
-    suite_name = args.suite or config.study.suites[0]
+    model = args.model or config.study.models[0]
+    suite_name = args.suite or default_suite(model, config)
     check_known("--suite", suite_name, config.suites)
     suite = _limited(config.suites[suite_name], args.limit)
     # Grading comes last: it would say so when all has been generated.
     if missing := missing_for(config, "grade", suite=suite_name):
         raise ConfigError(missing)
-    model = args.model or config.study.models[0]
     subject = find_subject(model, args.prompt or suite.prompt, config)
     settings = EvaluationSettings(
         study="eval",
@@ -155,6 +168,32 @@ def _limited(suite: SuiteSettings, limit: int | None) -> SuiteSettings:
     if limit < 1:
         raise ConfigError(f"--limit: expected 1 or more, found {limit}")
     return suite.model_copy(update={"limit": min(limit, suite.limit or limit)})
+
+
+def default_suite(model: str, config: Config) -> str:
+    """The suite of a call that names none, which a line of the log tells.
+
+    Its dataset is one that the run of `model` has been evaluated on, by what lies beside it: no
+    settings of a run name the dataset. Raises ConfigError where no suite of the config has it.
+    """
+    suites = list(dict.fromkeys([*config.study.suites, *config.suites]))
+    asked: list[str] = []
+    if model not in config.models:
+        stats = sorted((Path(model).resolve().parent / "completions").glob("*.stats.json"))
+        found = (read_record(path).get("settings", {}) for path in stats)
+        asked = [one["suite_settings"]["dataset"] for one in found if one]
+    if not asked:
+        log.info("no --suite: taking %s, the first of the config's study", suites[0])
+        return suites[0]
+    datasets = ", ".join(dict.fromkeys(asked))
+    for name in suites:
+        if config.suites[name].dataset in asked:
+            log.info("no --suite: taking %s; the run's study evaluates it on %s", name, datasets)
+            return name
+    raise ConfigError(
+        f"--model {model}: its study evaluates it on {datasets}, and no suite of the config does: "
+        "add the study's file to --config, or name another suite with --suite"
+    )
 
 
 def find_subject(model: str, prompt: str | None, config: Config) -> Subject:

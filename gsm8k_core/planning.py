@@ -4,7 +4,8 @@ Seconds are measured where a finished run of the same model and method (or suite
 below artifacts/experiments, in whatever study, and are scaled by steps or completions, and to the
 GPUs that a job would have, as if twice as many took half the time. Else they are arithmetic: 6·N
 FLOPs for each token that is trained on and 2·N for each that is read or sampled (Kaplan et al.
-2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation.
+2020, §2.1; N parameters), over the device's FLOP/s times an assumed utilisation. Validation is
+counted; what dynamic sampling samples again is not: nobody knows it before (`unknown_refills`).
 Where N is not known nor is the time: it is None, never a guess.
 """
 
@@ -23,6 +24,7 @@ from gsm8k_core.config import (
     Config,
     DpoMethod,
     ExpertIterationMethod,
+    GrpoMethod,
     Gsm8kDataset,
     SftMethod,
     SuiteSettings,
@@ -47,6 +49,7 @@ BYTES_OF_RUN = 200_000  # metrics, logs, settings, tokenizer
 SECONDS_OF_START, SECONDS_PER_JOB = 3.0, 0.0022
 # Problems that a suite reads where its dataset does not say how many (GSM8K's test split).
 GSM8K_TEST_PROBLEMS = 1319
+ARITHMETIC = "arithmetic"  # where seconds come from
 
 
 def _assumed(value: Any, help_text: str) -> Any:
@@ -169,24 +172,38 @@ def parameters_of(config: Config, model: str, assumptions: Assumptions) -> float
     return counted or (num_parameters(Path(path).expanduser()) if path else None)
 
 
-def suite_size(config: Config, suite: SuiteSettings) -> tuple[int, int]:
-    """Problems and completions of a suite.
+def split_size(config: Config, name: str, split: str) -> int:
+    """Problems of a split of a dataset.
 
     Rows of one's own are counted when they have been prepared; before, they count as GSM8K's.
     """
-    dataset = config.datasets[suite.dataset]
-    prepared = read_record(Path(Layout(config).data(suite.dataset), "manifest.json"))
-    if suite.split in prepared:
-        num_problems = prepared[suite.split]["num_problems"]
-    elif not isinstance(dataset, Gsm8kDataset):
-        problems = {"train": dataset.num_train, "val": dataset.num_val, "test": dataset.num_test}
-        num_problems = problems[suite.split]
-    else:
-        sizes = {"train": 7473 - dataset.num_val, "val": dataset.num_val}
-        test = GSM8K_TEST_PROBLEMS - (110 if dataset.platinum else 0)
-        num_problems = sizes.get(suite.split, test)
+    dataset = config.datasets[name]
+    prepared = read_record(Path(Layout(config).data(name), "manifest.json"))
+    if split in prepared:
+        return int(prepared[split]["num_problems"])
+    if not isinstance(dataset, Gsm8kDataset):
+        return {"train": dataset.num_train, "val": dataset.num_val, "test": dataset.num_test}[split]
+    sizes = {"train": 7473 - dataset.num_val, "val": dataset.num_val}
+    return sizes.get(split, GSM8K_TEST_PROBLEMS - (110 if dataset.platinum else 0))
+
+
+def suite_size(config: Config, suite: SuiteSettings) -> tuple[int, int]:
+    """Problems and completions of a suite."""
+    num_problems = split_size(config, suite.dataset, suite.split)
     num_problems = min(num_problems, suite.limit or num_problems)
     return num_problems, num_problems * (suite.greedy + suite.num_samples)
+
+
+def unknown_refills(config: Config, work: list[Work]) -> dict[str, int]:
+    """Methods whose steps may sample so many rounds more than the arithmetic of `work` counts."""
+    by_arithmetic = {item.method for item in work if not item.suite and item.source == ARITHMETIC}
+    return {
+        method: settings.max_refills
+        for method in config.stages()
+        if isinstance(settings := config.methods[method], GrpoMethod)
+        and settings.dynamic_sampling
+        and method in by_arithmetic
+    }
 
 
 def work_of(config: Config, records: Records, assumptions: Assumptions) -> list[Work]:
@@ -239,7 +256,33 @@ def _training_seconds(
         return None, "parameters unknown"
     a = assumptions
     gpus = config.models[model].gpus
-    trained = sampled = 0.0  # tokens; what is only scored counts a third of what is trained on
+    tokens = tokens_of_training(config, method, a)
+    seconds = 6 * size * tokens.trained / (_flops(gpus, a) * a.training_utilisation)
+    seconds += _sampling_seconds(size, tokens.sampled, gpus, a, rounds)
+    # GRPO validates with the engine that samples; other trainers start one for it, in each round.
+    starts = 0 if isinstance(settings, GrpoMethod) else rounds
+    seconds += _sampling_seconds(size, tokens.validated, gpus, a, starts)
+    return seconds, ARITHMETIC
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one training run computes on, by the arithmetic."""
+
+    trained: float
+    """Those that are only scored count a third."""
+    sampled: float
+    """To train on."""
+    validated: float
+    """Sampled in validation."""
+
+
+def tokens_of_training(config: Config, method: str, a: Assumptions) -> Tokens:
+    """Tokens of one run of a method that trains, all its rounds together."""
+    settings = config.trained(method)
+    rounds = max(1, settings.sampling_rounds)
+    num_steps = settings.num_steps * rounds
+    trained = sampled = validated = 0.0
     if isinstance(settings, SftMethod | ExpertIterationMethod):
         trained = num_steps * settings.batch_size * (a.prompt_tokens + a.completion_tokens)
     if isinstance(settings, DpoMethod):  # two completions, and as often the reference
@@ -248,15 +291,20 @@ def _training_seconds(
     if isinstance(settings, ExpertIterationMethod | DpoMethod):
         completions = rounds * settings.prompts_per_round * settings.completions_per_prompt
         sampled = completions * min(a.completion_tokens, settings.max_new_tokens)
-    elif not isinstance(settings, SftMethod):
+    elif isinstance(settings, GrpoMethod):
         completions = num_steps * settings.prompts_per_step * settings.group_size
         length = min(a.completion_tokens, settings.max_new_tokens)
         scored = 1 + (settings.kl_coefficient > 0)
         passes = settings.epochs_per_batch + scored / 3
         trained = completions * (a.prompt_tokens + length) * passes
         sampled = completions * length
-    seconds = 6 * size * trained / (_flops(gpus, a) * a.training_utilisation)
-    return seconds + _sampling_seconds(size, sampled, gpus, a, rounds), "arithmetic"
+    if every := settings.validate_every_steps:
+        times = rounds * (1 + math.ceil(settings.num_steps / every))  # the start too, and the end
+        num_val = split_size(config, config.study.dataset, "val")
+        problems = min(num_val, settings.num_validation_problems)
+        length = min(a.completion_tokens, settings.validation_max_new_tokens)
+        validated = times * problems * length
+    return Tokens(trained, sampled, validated)
 
 
 def _generation_seconds(
@@ -277,7 +325,7 @@ def _generation_seconds(
     if size is None:
         return None, "parameters unknown"
     length = min(assumptions.completion_tokens, config.suites[suite].max_new_tokens)
-    return _sampling_seconds(size, completions * length, gpus, assumptions), "arithmetic"
+    return _sampling_seconds(size, completions * length, gpus, assumptions), ARITHMETIC
 
 
 def _sampling_seconds(

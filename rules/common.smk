@@ -138,7 +138,7 @@ os.environ[SNAKEMAKE_VARIABLE] = this_process()
 
 
 def begin_invocation():
-    check_gpu_limit()
+    check_gpus()
     check_jobs()
     os.environ[INVOCATION_VARIABLE] = INVOCATION.start(CONFIG)
     # For jobs in a container where git fails: it sees the clone alone, which is too little of a worktree.
@@ -182,24 +182,36 @@ def check_jobs():
         )
 
 
-def check_gpu_limit():
+def check_gpus():
     """What Snakemake makes of `--resources gpu=…` (profiles/default says 1), it does not say."""
     limit = workflow.global_resources.get("gpu").value
-    wanted = max(CONFIG.models[name].gpus for name in CONFIG.study.models)
-    if workflow.local_exec and limit is not None and wanted > limit:
-        logger.warning(
-            f"A model's jobs ask for {wanted} GPUs and get {limit}: `--resources gpu={wanted}` gives all."
-        )
-    if workflow.local_exec and wanted and not gpus_here():
-        logger.warning(
-            "The study's models ask for GPUs (models.*.gpus), and nvidia-smi shows none here: they run "
-            "on the CPU, which is slow for all but small models."
-        )
     if not workflow.local_exec and limit == 1:
         raise WorkflowError(
             "`--resources gpu=1` would let one GPU of the whole cluster work at a time. It is set in "
             "profiles/default, which Snakemake reads beside `--profile`; name the cluster's profile with "
             "`--workflow-profile` instead."
+        )
+    if workflow.touch or not workflow.local_exec:
+        return
+    jobs = list(workflow.dag.needrun_jobs())
+    asked = [
+        model_gpus(job.wildcards) for job in jobs if job.rule.name.startswith("train_")
+    ]
+    asked += [
+        generation_gpus(job.wildcards)
+        for job in jobs
+        if job.rule.name.startswith("generate")
+    ]
+    wanted = max(asked, default=0)
+    if limit is not None and wanted > limit:
+        logger.warning(
+            f"A model's jobs ask for {wanted} GPUs and get {limit}: `--resources gpu={wanted}` gives all."
+        )
+    on_cpu = 0 if gpus_here() else sum(gpus_of_job(job.resources) > 0 for job in jobs)
+    if on_cpu:
+        logger.warning(
+            f"Jobs that ask for a GPU (models.*.gpus): {on_cpu}. nvidia-smi shows none here, so they run "
+            "on the CPU, which is slow for all but small models."
         )
 
 
@@ -231,7 +243,9 @@ def state_of_error():
     scheduler = workflow.scheduler
     if scheduler.failed or getattr(scheduler, "_executor_error", None):
         return "failed"
-    return "interrupted" if scheduler.running or scheduler.remaining_jobs else "succeeded"
+    return (
+        "interrupted" if scheduler.running or scheduler.remaining_jobs else "succeeded"
+    )
 
 
 wildcard_constraints:
@@ -268,7 +282,7 @@ def generation_gpus(wildcards):
 def gpus_of_job(resources):
     """GPUs of a job; where a cluster knows no --gpus, those of its `gres` (`gpu:4`, `gpu:a100:4`)."""
     gres = re.search(r"\bgpu(?::[^,:]+)?:(\d+)", str(resources.get("gres", "")))
-    return resources.gpu or (int(gres[1]) if gres else 0)
+    return resources.get("gpu") or (int(gres[1]) if gres else 0)
 
 
 def on_gpus(command, resources):

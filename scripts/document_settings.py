@@ -54,12 +54,10 @@ HEADER = f"""# Settings
 Written by `python scripts/document_settings.py` from `gsm8k_core/config.py`; do not edit.
 `defaults.<kind>` holds settings shared by every method of that kind; a method's own settings win.
 `engine` and `vllm` apply to every model; a model's own settings win.
-
-**A default in a table below is what the code takes where no file says otherwise. `config.yaml` says
-otherwise for much**: its `defaults:` come on top (for `grpo` among others `num_steps` and
-`learning_rate`), and so do the settings that it gives to its models, methods and suites.
-[usage.md](usage.md#check-a-study) shows how to print the settings in force; each call keeps them in
-its `run_manifest.json`.
+The column `default` is what the code takes where no file says otherwise. **`config.yaml` says
+otherwise for much**: in its `defaults:` (for `grpo` among others `num_steps` and `learning_rate`)
+and for its models, methods and suites. `python scripts/show_settings.py` prints the settings in
+force ([usage.md](usage.md#the-settings-in-force)); each call keeps them in its `run_manifest.json`.
 
 Changing these settings does not redo what has finished:
 

@@ -37,6 +37,7 @@ from gsm8k_core.cli import (
 )
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.planning import (
+    ARITHMETIC,
     SECONDS_OF_START,
     SECONDS_PER_JOB,
     Assumptions,
@@ -45,6 +46,7 @@ from gsm8k_core.planning import (
     disk_use,
     jobs_by_rule,
     num_files,
+    unknown_refills,
     work_of,
 )
 
@@ -108,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         "gpus": args.gpus,
         "cpu_jobs": args.cpu_jobs,
         "assumptions": asdict(assumptions),
+        "unknown_refills": unknown_refills(config, work),
     }
     if args.dry_run:
         plan["planning_seconds"] |= time_dry_run(config_files(args))
@@ -254,7 +257,7 @@ def markdown(plan: dict[str, Any]) -> str:
         f"Hours for what is left: {_hours(plan['wall_hours'])}, with --gpus {plan['gpus']} and "
         f"--cpu-jobs {plan['cpu_jobs']}, if none is ever idle.",
     ]
-    if any("arithmetic" in row["sources"] for row in plan["hours"]):
+    if any(ARITHMETIC in row["sources"] for row in plan["hours"]):
         a = plan["assumptions"]
         lines.append(
             f"Arithmetic: {a['gpu_flops']:.3g} FLOP/s of a GPU ({a['cpu_flops']:.3g} without), of "
@@ -264,6 +267,13 @@ def markdown(plan: dict[str, Any]) -> str:
             f"{a['engine_start_seconds']:g} s per start of vLLM; prompts of {a['prompt_tokens']} "
             f"and completions of at most {a['completion_tokens']} tokens. It can be wrong by a "
             "factor of several."
+        )
+    if plan["unknown_refills"]:
+        told = (f"{name} ({most})" for name, most in plan["unknown_refills"].items())
+        lines.append(
+            "Dynamic sampling may sample more than the arithmetic counts, in each step up to so "
+            f"many times as much again: {', '.join(told)}. How much, nobody knows before: it goes "
+            "by how many groups have equal rewards."
         )
     return "\n".join(lines)
 

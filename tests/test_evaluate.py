@@ -30,7 +30,7 @@ from gsm8k_core.config import (
     load_config,
 )
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.evaluate import _sentence, find_subject, run, summarize
+from gsm8k_core.evaluate import _sentence, default_suite, find_subject, run, summarize
 from gsm8k_core.files import Json, read_json, read_jsonl, sha256_file, write_json, write_text
 from gsm8k_core.metrics import mean_interval
 from gsm8k_core.tables import read_grades
@@ -113,6 +113,46 @@ def test_any_other_folder_needs_a_prompt(tmp_path: Path, config: Config) -> None
         find_subject(str(folder), None, config)
     found = find_subject(str(folder), "chat_hash", config)
     assert (found.name, found.settings.source) == ("my-weights", "path")
+
+
+def run_evaluated_on(folder: Path, *suites: str, config: Config) -> str:
+    """The weights of a run that its study has evaluated on suites of `config`."""
+    for suite in suites:
+        settings = config.evaluation_settings("tiny-qwen2", "grpo", 0, suite)
+        stats = {"settings": settings.model_dump(mode="json", by_alias=True)}
+        write_json(folder / "completions" / f"{suite}.stats.json", stats)
+    return str(folder_of_weights(folder / "model"))
+
+
+def test_without_a_suite_a_run_is_asked_the_problems_that_its_study_asks(
+    tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = run_evaluated_on(tmp_path, "gsm8k_16_samples", config=config)
+    assert default_suite(run, config) == "gsm8k"  # not the study's first, `arithmetic`
+    assert "no --suite: taking gsm8k; the run's study evaluates it on gsm8k" in caplog.text
+    study = config.study.model_copy(update={"suites": ["arithmetic", "gsm8k_8shot_cot"]})
+    own = config.model_copy(update={"study": study})
+    assert default_suite(run, own) == "gsm8k_8shot_cot"  # a study's suites go before others
+
+
+def test_without_a_suite_another_model_is_asked_those_of_the_studys_first(
+    tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = str(folder_of_weights(tmp_path / "not-evaluated" / "model"))
+    for model in ("qwen2.5-0.5b-instruct", folder):
+        caplog.clear()
+        assert default_suite(model, config) == "arithmetic"
+        assert "no --suite: taking arithmetic, the first" in caplog.text
+
+
+def test_a_run_whose_problems_no_suite_asks_needs_one_named(tmp_path: Path, config: Config) -> None:
+    run = run_evaluated_on(tmp_path, "gsm8k", config=config)
+    suites = {name: suite for name, suite in config.suites.items() if suite.dataset != "gsm8k"}
+    other = config.model_copy(update={"suites": suites})
+    with pytest.raises(ConfigError, match=r"evaluates it on gsm8k, and no suite of the config"):
+        default_suite(run, other)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +253,37 @@ def test_flags_go_before_what_a_run_s_own_settings_say(
         settings = EvaluationSettings.model_validate_json(asked["settings"])
         assert (settings.seed, settings.suite_settings.limit) == (seed, limit)
         assert settings.prompt == config.prompts["chat_boxed"]
+
+
+def test_a_run_without_a_suite_named_is_asked_what_its_study_asked(
+    ask: Callable[..., dict[str, Json]], config: Config, tmp_path: Path
+) -> None:
+    write_text(tmp_path / "seed0/settings.json", dump(config.run_settings("tiny-qwen2", "grpo", 0)))
+    folder = run_evaluated_on(tmp_path / "seed0", "gsm8k", config=config)
+    for words, suite in (([], "gsm8k"), (["--suite", "arithmetic"], "arithmetic")):
+        settings = json.loads(ask("--model", folder, *words)["generate"]["settings"])
+        assert settings["suite"] == suite
+
+
+def test_a_compute_type_goes_before_that_of_a_run_and_is_float32_for_other_folders(
+    ask: Callable[..., dict[str, Json]], config: Config, tmp_path: Path
+) -> None:
+    run = config.run_settings("tiny-qwen2", "grpo", 0)
+    rough = run.model_settings.model_copy(update={"dtype": "bfloat16"})
+    write_text(
+        tmp_path / "seed0/settings.json", dump(run.model_copy(update={"model_settings": rough}))
+    )
+    of_run = str(folder_of_weights(tmp_path / "seed0" / "model"))
+    foreign = str(folder_of_weights(tmp_path / "mine"))
+    for folder, words, dtype in (
+        (of_run, [], "bfloat16"),
+        (of_run, ["--dtype", "float32"], "float32"),
+        (foreign, [], "float32"),
+        (foreign, ["--dtype", "bfloat16"], "bfloat16"),
+    ):
+        asked = ask("--model", folder, "--prompt", "plain", *words)["generate"]
+        settings = EvaluationSettings.model_validate_json(asked["settings"])
+        assert settings.model_settings.dtype == dtype
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from types import ModuleType
 import pytest
 
 from benchmarks import plan_scale
+from gsm8k_core import training
 from gsm8k_core.config import Config, SuiteSettings, WeightsSettings, load_config
 from gsm8k_core.errors import ConfigError
-from gsm8k_core.files import write_json
+from gsm8k_core.files import read_json, write_json
 from gsm8k_core.planning import (
     Assumptions,
     Records,
@@ -23,6 +24,7 @@ from gsm8k_core.planning import (
     num_parameters,
     parameters_of,
     suite_size,
+    tokens_of_training,
     work_of,
 )
 
@@ -149,6 +151,113 @@ def test_the_hours_of_one_run_stand_on_the_page(
     page = capsys.readouterr().out
     assert "| runs | finished | hours of the longest run | GPU-hours |" in page
     assert f"| grpo | training | 9 | 0 | {row['longest_run_hours']:.3g} | " in page
+
+
+def config_of(folder: Path, overlay: dict) -> Config:
+    """config.yaml with `overlay` laid over it."""
+    write_json(folder / "overlay.yaml", overlay)
+    return load_config(ROOT / "config.yaml", [folder / "overlay.yaml"])
+
+
+@pytest.mark.parametrize(("num_steps", "every"), [(3, 2), (4, 2)])
+def test_a_run_samples_to_train_and_to_validate_as_much_as_was_planned(
+    script: Callable[[str], ModuleType],
+    tiny_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_steps: int,
+    every: int,
+) -> None:
+    grpo = {
+        "from": "base", "num_steps": num_steps, "prompts_per_step": 4, "group_size": 2,
+        "minibatches": 1, "validate_every_steps": every, "num_validation_problems": 7,
+        "max_new_tokens": 1, "validation_max_new_tokens": 1,  # so all lengths are known
+    }  # fmt: skip
+    config = config_of(tmp_path, {"methods": {"grpo": grpo}})
+    validated: list[int] = []
+    validate = training.num_greedy_right
+
+    def count(engine: object, problems: list, *others: object, **options: object) -> int:
+        validated.append(len(problems))
+        return validate(engine, problems, *others, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "num_greedy_right", count)
+    settings = config.run_settings("tiny-qwen2", "grpo", 0)
+    script("train_grpo").main(
+        ["--settings", settings.model_dump_json(by_alias=True),
+         "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
+         "--val-data", str(arithmetic_folder / "val.jsonl"), "--output-dir", str(tmp_path / "run")]
+    )  # fmt: skip
+    summary = read_json(tmp_path / "run" / "train" / "summary.json")
+    prompt = summary["num_tokens"] / summary["num_sampled_tokens"] - 1
+    planned = tokens_of_training(config, "grpo", Assumptions(prompt_tokens=round(prompt)))
+    assert planned.sampled == summary["num_sampled_tokens"]
+    assert planned.validated == sum(validated)
+    # And each is scored once before the update.
+    assert planned.trained == pytest.approx(summary["num_tokens"] * 4 / 3, rel=0.05)
+
+
+def test_validation_is_planned_in_each_round_and_on_no_more_problems_than_there_are(
+    tmp_path: Path,
+) -> None:
+    validating = {"validate_every_steps": 100, "num_validation_problems": 50}
+    kinds = ("sft", "expert_iteration", "dpo", "grpo")
+    config = config_of(
+        tmp_path,
+        {
+            "defaults": {kind: {"num_steps": 100, **validating} for kind in kinds},
+            "methods": {"sft": {"num_validation_problems": 10**6}},
+        },
+    )
+    a = Assumptions(completion_tokens=10)
+    # At the start and at the end.
+    planned = {kind: tokens_of_training(config, kind, a).validated for kind in kinds}
+    rounds = config.methods["expert_iteration"].sampling_rounds
+    num_val = config.datasets["arithmetic"].num_val
+    assert rounds > 1
+    assert planned == {
+        "sft": 2 * num_val * 10, "expert_iteration": rounds * 1000, "dpo": 1000, "grpo": 1000,
+    }  # fmt: skip
+    assert tokens_of_training(load_config(ROOT / "config.yaml"), "grpo", a).validated == 0
+
+
+def test_the_time_of_validation_is_planned_with_the_start_of_the_engine_where_none_runs(
+    tmp_path: Path,
+) -> None:
+    a = Assumptions(parameters={"tiny-qwen2": 1e6}, completion_tokens=10)
+    seconds: dict[int, dict[str, float | None]] = {}
+    for every in (0, 50):
+        kinds = ("sft", "expert_iteration", "grpo")
+        defaults = {kind: {"num_steps": 100, "validate_every_steps": every} for kind in kinds}
+        models = {"tiny-qwen2": {"gpus": 1}}
+        config = config_of(tmp_path, {"models": models, "defaults": defaults})
+        work = work_of(config, Records(), a)
+        seconds[every] = {item.method: item.seconds for item in work if item.suite is None}
+    of_tokens = 3 * 100 * 10 * a.sampling_seconds_per_token
+    for method, starts in (("sft", 1), ("rft", 1), ("grpo", 0)):
+        before, after = seconds[0][method], seconds[50][method]
+        assert before is not None and after is not None
+        assert after - before == pytest.approx(of_tokens + starts * a.engine_start_seconds)
+
+
+def test_a_plan_says_of_which_methods_it_cannot_know_what_they_sample(
+    plan: Callable[..., dict],
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = ("--parameters", "tiny-qwen2=1e6")
+    assert plan(*size)["unknown_refills"] == {}
+    config = [str(ROOT / "config.yaml"), str(tmp_path / "dapo.yaml")]
+    write_json(tmp_path / "dapo.yaml", {"study": {"methods": ["grpo", "dapo"]}})
+    script("plan_study").main([*size, "--config", *config])
+    assert "in each step up to so many times as much again: dapo (3)." in capsys.readouterr().out
+    summary = {"model": "tiny-qwen2", "method": "dapo", "num_steps": 80, "seconds_training": 1.0}
+    measured = Path(SFT.replace("sft", "dapo")) / "train" / "summary.json"
+    write_json(tmp_path / measured, summary)
+    script("plan_study").main([*size, "--config", *config])
+    assert "Dynamic sampling" not in capsys.readouterr().out
 
 
 def test_a_suite_has_the_problems_of_its_split_and_the_completions_that_it_asks_for() -> None:

@@ -210,24 +210,38 @@ def test_each_job_is_given_the_weights_and_problems_that_its_settings_name(
         assert given(f"{log}.log", "model", "data") == [model, data]
 
 
-def test_models_that_ask_for_gpus_where_there_are_none_are_said_to_run_on_the_cpu(
+def test_jobs_that_ask_for_gpus_where_there_are_none_are_said_to_run_on_the_cpu(
     workspace: Path,
 ) -> None:
-    one = overlay(workspace, "one.yaml", {"models": {"tiny-qwen2": {"gpus": 1}}})
+    four = {"gpus": 4, "vllm": {"tensor_parallel": 2}}
+    models = overlay(workspace, "four.yaml", {"models": {"tiny-qwen2": four}})
+    lines = ['include: "Snakefile"']
+    for rule, function in (("train_asked", "model_gpus"), ("generate_asked", "generation_gpus")):
+        lines += [f"rule {rule}:", f'    output: "{rule}-{{model}}"', "    resources:"]
+        lines += [f"        gpu={function}", '    shell: "touch {output}"']
+    (workspace / "ask.smk").write_text("\n".join(lines), encoding="utf-8")
     driver = workspace / "bin" / "nvidia-smi"
     driver.parent.mkdir()
-    for overlays, listed, said in (
-        ((*SMALL_STUDY, one), "", True),
-        ((*SMALL_STUDY, one), "NVIDIA H100, 570.1, 81559 MiB", False),
+    prepared = "artifacts/arithmetic_debug/train.jsonl"
+    for target, gpus, listed, asked, on_cpu in (
+        ("train_asked-tiny-qwen2", 1, "", 4, 1),
+        ("generate_asked-tiny-qwen2", 1, "", 2, 1),
+        ("generate_asked-tiny-qwen2", 2, "", None, 1),
+        ("generate_asked-tiny-qwen2", 1, "NVIDIA H100, 570.1, 81559 MiB", 2, 0),
+        (prepared, 1, "", None, 0),  # no job of this call asks for any
     ):
         driver.write_text(f"#!/bin/sh\necho '{listed}'\n", encoding="utf-8")
         driver.chmod(0o755)
         result = snakemake(
-            workspace, "artifacts/arithmetic_debug/train.jsonl", "--forceall",
-            overlays=overlays, PATH=f"{driver.parent}:{os.environ['PATH']}",
+            workspace, target, "--forceall", "--snakefile", "ask.smk",
+            overlays=(*SMALL_STUDY, models), gpus=gpus,
+            PATH=f"{driver.parent}:{os.environ['PATH']}",
         )  # fmt: skip
         assert result.returncode == 0, result.stdout
-        assert ("nvidia-smi shows none here: they run on the CPU" in result.stdout) is said
+        found = re.findall(r"jobs ask for (\d) GPUs and get \d", result.stdout)
+        assert found == ([] if asked is None else [str(asked)])
+        found = re.findall(r"for a GPU \(models.*?\): (\d)\. nvidia-smi shows none", result.stdout)
+        assert found == ([str(on_cpu)] if on_cpu else [])
 
 
 def test_a_cluster_that_counts_gpus_in_gres_alone_trains_on_all_of_them(workspace: Path) -> None:
