@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gsm8k_core.answers import extract_answer as extract_answer
     from gsm8k_core.answers import is_correct as is_correct
     from gsm8k_core.config import GrpoMethod as GrpoMethod
+    from gsm8k_core.config import PromptSettings as PromptSettings
     from gsm8k_core.config import RewardSettings as RewardSettings
     from gsm8k_core.config import load_config as load_config
     from gsm8k_core.dpo import dpo_loss as dpo_loss
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from gsm8k_core.losses import compute_policy_gradient_loss as compute_policy_gradient_loss
     from gsm8k_core.losses import kl_estimate as kl_estimate
+    from gsm8k_core.losses import mask_truncated as mask_truncated
     from gsm8k_core.losses import step_normalizer as step_normalizer
     from gsm8k_core.masking import masked_mean as masked_mean
     from gsm8k_core.masking import masked_normalize as masked_normalize
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from gsm8k_core.metrics import pass_at_k as pass_at_k
     from gsm8k_core.problems import Problem as Problem
     from gsm8k_core.problems import read_problems as read_problems
+    from gsm8k_core.prompts import encode_prompts as encode_prompts
     from gsm8k_core.rewards import build_reward_fn as build_reward_fn
     from gsm8k_core.rewards import gsm8k_reward as gsm8k_reward
     from gsm8k_core.scoring import compute_entropy as compute_entropy
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
     from gsm8k_core.scoring import score_responses as score_responses
     from gsm8k_core.sft import sft_loss as sft_loss
     from gsm8k_core.sft import sft_microbatch_train_step as sft_microbatch_train_step
+    from gsm8k_core.tokenization import collate as collate
+    from gsm8k_core.tokenization import split_by_token_budget as split_by_token_budget
     from gsm8k_core.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
 
 _HOME = {
@@ -73,7 +78,10 @@ _HOME = {
     "gsm8k_reward": "rewards",
     "masked_mean": "masking",
     "masked_normalize": "masking",
+    "encode_prompts": "prompts",
     "tokenize_prompt_and_output": "tokenization",
+    "collate": "tokenization",
+    "split_by_token_budget": "tokenization",
     "compute_entropy": "scoring",
     "get_response_log_probs": "scoring",
     "score_responses": "scoring",
@@ -90,6 +98,7 @@ _HOME = {
     "aggregate": "losses",
     "kl_estimate": "losses",
     "step_normalizer": "losses",
+    "mask_truncated": "losses",
     "policy_loss": "grpo",
     "PolicyBatch": "grpo",
     "add_metrics": "grpo",
@@ -104,6 +113,7 @@ _HOME = {
     "Completion": "engines.base",
     "load_config": "config",
     "GrpoMethod": "config",
+    "PromptSettings": "config",
     "RewardSettings": "config",
 }
 

@@ -230,7 +230,11 @@ OF_APPLY_CHAT_TEMPLATE = {
 
 
 class PromptSettings(Settings):
-    """How a question becomes the text that the model continues."""
+    """How a question becomes the text that the model continues.
+
+    docs/settings.md, section `prompts.*`, explains each field. Raises pydantic's ValidationError, a
+    ValueError, for unknown ones, wrong values and those that contradict each other.
+    """
 
     template: str = "{question}\n"
     """The user's turn (or the whole prompt if `chat` is off); contains `{question}` once."""
@@ -569,7 +573,12 @@ class LengthRewardSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """reward = Σ weight × component; each component is logged by itself."""
+    """reward = Σ weight × component; each component is logged by itself.
+
+    docs/settings.md, section `methods.*.reward`, explains each field. Raises pydantic's
+    ValidationError, a ValueError, for unknown ones, wrong values and those that contradict each
+    other.
+    """
 
     answer: FiniteFloat = 1.0
     """Weight of the exact answer (1 right, 0 wrong)."""
@@ -616,7 +625,13 @@ class RewardSettings(Settings):
 
 
 class GrpoMethod(TrainSettings):
-    """The policy-gradient family; a named method is a choice of these parts (docs/methods.md)."""
+    """The policy-gradient family; a named method is a choice of these parts (docs/methods.md).
+
+    In code `GrpoMethod(kind="grpo", clip_high=0.28)`: all but `kind`, which must be given, have
+    defaults. docs/settings.md explains each field, in the sections `methods.*` of every kind that
+    trains and of kind grpo. Raises pydantic's ValidationError, a ValueError, for unknown ones,
+    wrong values and those that contradict each other.
+    """
 
     kind: Literal["grpo"]
     prompts_per_step: PositiveInt = 32

@@ -86,10 +86,10 @@ class PolicyBatch:
     """What a microbatch's loss needs beside the policy's own log-probs; nothing has a gradient.
 
     `advantages` are (B,), all else (B, T): `response_mask`, bool, without completions that are left
-    out (`losses.mask_truncated`), and log-probs in nats. `old_log_probs` are the trainer's before
-    the first update on these rollouts; None on policy, where they are the policy's own.
-    `sampler_log_probs` are as the engine that sampled the tokens gave them, `ref_log_probs` the
-    reference model's.
+    out (`mask_truncated`), and log-probs in nats. `old_log_probs` are the trainer's before the
+    first update on these rollouts; None on policy, where they are the policy's own.
+    `sampler_log_probs` are as the engine that sampled the tokens gave them (`Completion.log_probs`,
+    laid where the mask of `collate` is true), `ref_log_probs` the reference model's.
     """
 
     advantages: torch.Tensor
@@ -109,12 +109,16 @@ def policy_loss(
     """A microbatch's share of the optimizer step's loss: a scalar to call `backward()` on.
 
     Per token: -objective·(importance weight) + β·KL - (entropy coefficient)·entropy, put together
-    by `losses.aggregate` with `normalizer`, the `losses.step_normalizer` of the whole step. With
+    by `aggregate` with `normalizer`, the `step_normalizer` of the whole step. With
     `kl_placement: reward` there is no KL here: the caller takes it from the rewards, before
     `compute_advantages`. The importance weight, of the old policy over the sampler, does not apply
     to KL and entropy. `policy_log_probs` and `token_entropy` are (B, T). Raises ValueError if the
     settings ask for something that is not given, or for an entropy bonus of an entropy without
-    gradient, and for tensors of other shapes.
+    gradient, and for tensors of other shapes, TrainingError for a normalizer that is not above 0.
+
+    Of the settings it reads objective, ratio, clip ranges, aggregation, KL, entropy bonus and
+    importance correction. How rewards become advantages, which completions are masked and how often
+    a batch is used are the caller's.
 
     Among the metrics, `kl` is that to the reference by k3, whatever `kl_estimator` is, and
     `approx_kl` estimates KL(π_old ‖ π) per token by Schulman's r - 1 - log r, which is k3 too.

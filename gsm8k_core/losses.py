@@ -263,9 +263,10 @@ def step_normalizer(how: Aggregation, mask: torch.Tensor, constant: float) -> fl
 
 
 def mask_truncated(response_mask: torch.Tensor, truncated: torch.Tensor) -> torch.Tensor:
-    """`response_mask` (B, T) without the rows where `truncated` (B,) is true (DAPO, §3.4).
+    """`response_mask` (B, T) without the rows where `truncated` (B,) is true, bool (DAPO, §3.4).
 
-    Used for both `step_normalizer` and `aggregate`, it takes them out of both parts of the mean.
+    `truncated`: of `Completion.finish_reason`, whether it is `length`. Used for both
+    `step_normalizer` and `aggregate`, the result takes these rows out of both parts of the mean.
     """
     return response_mask.bool() & ~truncated.bool()[:, None]
 

@@ -37,7 +37,17 @@ class WorkedExample:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row of a problems JSONL; the top of this module says what its parts are."""
+    """A problem, as a row of a problems JSONL holds it.
+
+    - `id`: of its own, among the problems of a file;
+    - `question`: as it is asked, without a prompt around it;
+    - `answer`: a worked solution with calculator marks `<<48/2=24>>`, ended by `#### 24`;
+    - `gold`: the number after `####`, as text without thousands separators;
+    - `demonstration`: what SFT imitates where that is not `answer`;
+    - `examples`: worked ones that a few-shot prompt shows before it;
+    - `cluster`: the same for problems made from one template, which are no independent draws; None:
+      by itself.
+    """
 
     id: str
     question: str

@@ -158,6 +158,11 @@ def prompt_token_ids(texts: list[str], prompt: PromptSettings, tokenizer: Any) -
 def encode_prompts(
     questions: Iterable[str], prompt: PromptSettings, tokenizer: Any
 ) -> list[list[int]]:
-    """Token ids of the prompts that ask `questions`; raises what `render_prompt` does."""
+    """Token ids of the prompts that ask `questions`: a list for each, for `Request` and `collate`.
+
+    With the BOS that the tokenizer or the chat template adds, without an EOS. Raises ModelError
+    where `prompt` wants a chat template that the tokenizer does not have, or sets what that does
+    not know, and DataError where it wants worked examples of each problem.
+    """
     texts = [render_prompt(question, prompt, tokenizer) for question in questions]
     return prompt_token_ids(texts, prompt, tokenizer)

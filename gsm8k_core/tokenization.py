@@ -73,6 +73,9 @@ def tokenize_prompt_and_output(
 def collate(prompt_ids: Sequence[TokenIds], response_ids: Sequence[TokenIds], pad_id: int) -> Batch:
     """Join each prompt and response, pad on the right and shift by one.
 
+    Both are B lists of token ids, as `encode_prompts` gives and `Completion.token_ids` holds them.
+    `pad_id` may be any token of the model, such as its EOS: the mask says what is padding.
+
     Returns `input_ids`, `labels` (int64) and `response_mask` (bool), each (B, T) with T the longest
     joined row less one. A token at the very start of a row has nothing before it and is no label,
     even where the prompt is empty. A causal model needs no attention mask for such rows: no token
@@ -115,9 +118,10 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 def split_by_token_budget(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Group the indices of `lengths` into microbatches of at most so many tokens, padding included.
 
-    Rows of similar length go together; the longest come first, so that a run that does not fit in
-    memory fails at its first microbatch. A row that is longer than the budget has a group of its
-    own. Every index is in exactly one group; ties are broken by index.
+    `lengths` are of whole rows, prompt and response, in tokens. Rows of similar length go together;
+    the longest come first, so that a run that does not fit in memory fails at its first microbatch.
+    A row that is longer than the budget has a group of its own. Every index is in exactly one
+    group; ties are broken by index.
     """
     groups: list[list[int]] = []
     width = 0

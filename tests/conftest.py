@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -118,3 +121,38 @@ def sft_folder(
         ]
     )
     return output / "model"
+
+
+@pytest.fixture
+def examples() -> Callable[[str], list[str]]:
+    """`examples(page)`: the Python of a page, block by block."""
+
+    def read(page: str) -> list[str]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        blocks = re.findall(r"^ *```python\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+        return [textwrap.dedent(block) for block in blocks]
+
+    return read
+
+
+@pytest.fixture
+def library_loop(
+    examples: Callable[[str], list[str]],
+    sft_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """What the loop of docs/usage.md leaves behind after two steps, by its names."""
+    loop, _ = examples("docs/usage.md")
+    assert loop.count('"num_steps": 40') == 1
+    loop = loop.replace('"num_steps": 40', '"num_steps": 2')
+    folder = tmp_path / "artifacts" / "experiments" / "default" / "tiny-qwen2" / "sft" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(sft_folder)
+    (tmp_path / "artifacts" / "arithmetic").symlink_to(arithmetic_folder)
+    monkeypatch.chdir(tmp_path)
+    random.seed(0)
+    names: dict[str, Any] = {}
+    exec(loop, names)
+    return names

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import gsm8k_core
 
@@ -221,16 +225,44 @@ def test_the_library_prints_nothing() -> None:
 
 
 def test_the_library_example_of_the_readme_runs(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Callable[[str], list[str]],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = (LIBRARY.parent / "README.md").read_text(encoding="utf-8")
-    example = text.split("```python\n")[1].split("```")[0]
+    (example,) = examples("README.md")
     (tmp_path / "artifacts" / "models").mkdir(parents=True)
     (tmp_path / "artifacts" / "models" / "tiny-qwen2").symlink_to(tiny_folder)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["rewards"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    learnt = names["batch"]["labels"].masked_fill(~names["batch"]["response_mask"], -1)
+    assert (learnt == names["tokenizer"].eos_token_id).sum(dim=-1).tolist() == [1, 1, 1, 1]
     gradients = [parameter.grad for parameter in names["model"].parameters()]
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     assert any(bool(gradient.any()) for gradient in gradients)
+
+
+def test_the_loop_of_the_usage_page_needs_public_names_alone(
+    examples: Callable[[str], list[str]],
+) -> None:
+    loop, _ = examples("docs/usage.md")
+    assert loop.count("gsm8k_core") == 1  # `import gsm8k_core as core`
+    assert {*re.findall(r"\bcore\.(\w+)", loop)} <= {*gsm8k_core.__all__}
+
+
+def test_the_loop_of_the_usage_page_samples_learns_and_evaluates(
+    library_loop: dict[str, Any], sft_folder: Path, tmp_path: Path
+) -> None:
+    metrics = library_loop["metrics"]
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["num_completions"] == 16 * 8
+    gradients = [parameter.grad for parameter in library_loop["model"].parameters()]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (sft_folder, tmp_path / "my-grpo")
+    )
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    mean, low, high = library_loop["pass_at_1"](library_loop["test"])
+    assert 0.0 <= low <= mean < high <= 1.0

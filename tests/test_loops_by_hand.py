@@ -29,6 +29,8 @@ from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
 from gsm8k_core.files import read_jsonl, write_jsonl
+from gsm8k_core.scoring import score_responses
+from gsm8k_core.tokenization import collate
 from gsm8k_core.training import TrainingRun
 
 Weights = dict[str, torch.Tensor]
@@ -642,6 +644,45 @@ def test_epochs_temperature_and_entropy_bonus_mean_what_they_say(
     check: Callable[..., Recorded], changes: dict[str, Any]
 ) -> None:
     check("grpo", **changes)
+
+
+# --------------------------------------------------------------------------- the loop of the docs
+
+
+def test_the_loop_of_the_usage_page_has_the_trainers_gradient(
+    record: Callable[..., Recorded],
+    library_loop: dict[str, Any],
+) -> None:
+    settings = library_loop["settings"].model_copy(update={"num_steps": 1, "max_grad_norm": 1e9})
+    own = settings.model_dump(mode="json", by_alias=True, exclude={"kind", "parent"})
+    (step,) = record("train_grpo", "grpo", **own).steps
+    (samples,), (update,) = step.rounds, step.updates
+
+    model, tokenizer = library_loop["model"], library_loop["tokenizer"]
+    model.load_state_dict(update.before, strict=False)
+    library_loop["settings"] = settings
+    by_question = {f"{problem.question}\n": problem for problem in library_loop["train"]}
+    prompts = [request.prompt_ids for request, _ in samples]
+    problems = [by_question[tokenizer.decode(ids)] for ids in prompts]
+    library_loop["update"](problems, prompts, [completions for _, completions in samples])
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert check_gradient(found, update.gradient) > 0.0
+
+
+def test_old_log_probs_are_had_from_the_engine_as_the_usage_page_says(
+    library_loop: dict[str, Any], examples: Callable[[str], list[str]]
+) -> None:
+    _, snippet = examples("docs/usage.md")
+    problems = library_loop["train"][:4]
+    prompts, groups = library_loop["sample"](problems, 2)
+    rows = [
+        (p, ids, c) for p, ids, some in zip(problems, prompts, groups, strict=True) for c in some
+    ]
+    batch = collate([ids for _, ids, _ in rows], [c.token_ids for _, _, c in rows], EOS)
+    names: dict[str, Any] = {"torch": torch, "batch": batch, "rows": rows}
+    exec(snippet, names)
+    expected = score_responses(library_loop["model"], **batch)["log_probs"]
+    assert torch.allclose(names["old"], expected, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------- random streams

@@ -192,7 +192,11 @@ def _has_two_parts(cache: DynamicCache) -> bool:
 class HfEngine:
     """The Engine of a transformers model. `batch_size` bounds the completions decoded at once.
 
-    `generate` takes `gsm8k_core.engines.base.Request`s and gives `Completion`s of the same module.
+    `generate` takes a list of `Request`s and returns for each a list of `Completion`s, in the order
+    of its seeds. It raises ModelError for a prompt that is empty or too long for the model,
+    ValueError and TypeError for requests that make no sense; so does the engine itself for a model
+    that it cannot sample from (ModelError) and a `batch_size` below 1 (ValueError).
+
     The model lies on a CPU or an NVIDIA GPU. Of its generation config only the EOS ids are used: no
     top-p, top-k or penalty. On a GPU the process does without cuDNN's attention from then on
     (`avoid_cudnn_attention`).
