@@ -44,6 +44,7 @@ from gsm8k_core.cli import (
     check_known,
     config_from,
     non_negative,
+    positive,
     this_process,
     with_engine_arguments,
 )
@@ -89,7 +90,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
         help="a suite of the config (default: the first that asks what a run's study asks of it; "
         "of other models the study's first)",
     )
-    arguments.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    arguments.add_argument("--limit", type=positive, metavar="N", help="only the first N problems")
     arguments.add_argument("--prompt", help="prompt of the config; a folder of weights may need it")
     arguments.add_argument(
         "--seed", type=non_negative, help="sampling seed (default: the run's, or 0)"
@@ -127,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or config.study.models[0]
     suite_name = args.suite or default_suite(model, config)
     check_known("--suite", suite_name, config.suites)
-    suite = _limited(config.suites[suite_name], args.limit)
+    suite = config.suites[suite_name]
+    if args.limit is not None:
+        suite = suite.model_copy(update={"limit": min(args.limit, suite.limit or args.limit)})
     # Grading comes last: it would say so when all has been generated.
     if missing := missing_for(config, "grade", suite=suite_name):
         raise ConfigError(missing)
@@ -160,14 +163,6 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(_sentence(settings, facts["result"], config.study.confidence))
     sys.stdout.write(f"{folder}\n")
     return 0
-
-
-def _limited(suite: SuiteSettings, limit: int | None) -> SuiteSettings:
-    if limit is None:
-        return suite
-    if limit < 1:
-        raise ConfigError(f"--limit: expected 1 or more, found {limit}")
-    return suite.model_copy(update={"limit": min(limit, suite.limit or limit)})
 
 
 def default_suite(model: str, config: Config) -> str:
@@ -383,7 +378,9 @@ def _run_job(folder: Path, script: str, **options: Any) -> None:
 
     What it says goes to the terminal.
     """
-    words = [str(word) for key, value in options.items() for word in (_flag(key), value)]
+    words = []
+    for key, value in options.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
@@ -400,7 +397,3 @@ def _run_job(folder: Path, script: str, **options: Any) -> None:
             f"{script} failed with exit code {result.returncode}, see above; {folder} holds what "
             "was written so far"
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -36,8 +36,8 @@ from gsm8k_core.records import num_gpus, seconds_of_training_job
 # Counted in finished runs of the default study: files of a run, of each of its suites and rounds.
 # A model is config.json, generation_config.json, tokenizer (2), weights and Snakemake's time stamp.
 FILES_OF_MODEL = 6
-FILES_OF_RUN = 5  # settings, metrics, summary, log, benchmark
-FILES_OF_SUITE = 8  # completions, stats, metrics, grades, two logs, two benchmarks
+FILES_OF_RUN = 6  # settings, metrics, logged completions, summary, log, benchmark
+FILES_OF_SUITE = 9  # completions, stats, metrics, grades and their record, two logs, two benchmarks
 FILES_OF_SAMPLING = 7  # a round's completions, stats, selection, two logs, two benchmarks
 FILES_OF_RESULTS = 24
 BYTES_PER_PARAMETER = 4  # weights are saved in float32
@@ -356,7 +356,7 @@ def disk_use(
     """
     sizes = [parameters_of(config, model, assumptions) for model in config.study.models]
     known = [size for size in sizes if size is not None]
-    rounds = runs = state = saves = 0
+    rounds = runs = state = saves = 0  # the last two: bytes of a parameter
     sampled = 0.0
     for method in config.stages():
         settings = config.methods[method]
@@ -364,9 +364,13 @@ def disk_use(
             continue
         seeds = len(config.seeds_of(method))
         runs += seeds
-        state = max(state, settings.keep_checkpoints + 1)  # one more while it is written
         times = max(1, settings.sampling_rounds)
-        saves += seeds * times * ((settings.num_steps - 1) // settings.checkpoint_every_steps)
+        best = BYTES_PER_PARAMETER if settings.keep_best else 0
+        # Of adapters little is saved. One more is there while it is written.
+        saved = 0 if settings.lora else STATE_BYTES_PER_PARAMETER
+        state = max(state, best + saved * (settings.keep_checkpoints + 1))
+        every = settings.checkpoint_every_steps
+        saves += seeds * times * saved * ((settings.num_steps - 1) // every)
         if isinstance(settings, ExpertIterationMethod):
             rounds += seeds * (settings.rounds - 1)  # the last one is linked, not copied
         if isinstance(settings, ExpertIterationMethod | DpoMethod):
@@ -395,9 +399,7 @@ def disk_use(
     lying = {
         "starting weights": weights if all_known else None,
         "trained weights kept": weights * kept if all_known else (0.0 if keep == "none" else None),
-        "checkpoints while running": (
-            max(at_once) * STATE_BYTES_PER_PARAMETER * state if all_known else None
-        ),
+        "checkpoints while running": max(at_once) * state if all_known else None,
         "completions": models * completions,
         "completions trained on": models * sampled,
         "grades": models * grades,
@@ -408,9 +410,7 @@ def disk_use(
         **lying,
         "most at once": sum(sizes_known) if len(sizes_known) == len(lying) else None,
         "trained weights dropped": weights * (runs + rounds - kept) if all_known else None,
-        "checkpoints written in all": (
-            sum(known) * STATE_BYTES_PER_PARAMETER * saves if all_known else None
-        ),
+        "checkpoints written in all": sum(known) * saves if all_known else None,
     }
 
 

@@ -161,7 +161,6 @@ def test_a_run_whose_problems_no_suite_asks_needs_one_named(tmp_path: Path, conf
         (["--model", "tiny-qwen3"], "--model: no 'tiny-qwen3' in the config and no such folder"),
         (["--suite", "gsm9k"], "--suite: no 'gsm9k' in the config; there are: "),
         (["--prompt", "plane"], "--prompt: no 'plane' in the config; there are: "),
-        (["--limit", "0"], "--limit: expected 1 or more, found 0"),
         (["--vllm-max-sequences", "none"], "vllm.max_sequences"),
         (["--config", "nothing.yaml"], "nothing.yaml: no such file"),
     ],
@@ -174,6 +173,12 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(
         cli(["eval", "--config", str(ROOT / "config.yaml"), *words])
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_no_problems_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli(["eval", "--limit", "0"])
+    assert "--limit: " in capsys.readouterr().err
 
 
 def test_a_grade_whose_package_is_missing_is_told_before_anything_is_generated(

@@ -356,6 +356,22 @@ def test_seconds_measured_on_other_gpus_than_a_job_would_have_are_scaled(tmp_pat
     assert seconds == {1: [1600.0, 805.0], 8: [200.0, 105.0]}  # training, evaluation
 
 
+def test_of_adapters_no_checkpoints_of_all_weights_are_planned(tmp_path: Path) -> None:
+    sizes = Assumptions(parameters={"tiny-qwen2": 1e6})
+    best = {"keep_best": True, "validate_every_steps": 10}
+    overlays: tuple[dict, ...] = ({}, {"lora": {"rank": 8}}, {"lora": {"rank": 8}, **best})
+    found = []
+    for grpo in overlays:
+        study = {"methods": ["base", "grpo"]}
+        methods = {"grpo": {"from": "base", **grpo}}
+        config = config_of(tmp_path, {"study": study, "methods": methods})
+        disk = disk_use(config, sizes, gpus=1, cpu_jobs=2)
+        found.append((disk["checkpoints while running"], disk["checkpoints written in all"]))
+    # Per parameter 12 bytes of a checkpoint, of which three lie there, and 4 of the best weights.
+    written = found[0][1]
+    assert found == [(2 * 3 * 12e6, written), (0, 0), (2 * 4e6, 0)] and written
+
+
 def test_of_a_model_on_several_gpus_fewer_runs_hold_checkpoints_at_once(tmp_path: Path) -> None:
     overlay = tmp_path / "gpus.yaml"
     sizes = Assumptions(parameters={"tiny-qwen2": 1e6})
