@@ -12,7 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, read_json, read_record, sha256_file
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import (
-    Difference,
     agreement,
-    holm,
     is_significant,
     powers_up_to,
 )
@@ -59,6 +57,7 @@ from gsm8k_core.tables import (
     DOUBTS,
     MAX_BANDS,
     MEASURES,
+    OTHER_PAIRS,
     PASS_AT_1_NOTE,
     Cell,
     all_on_gpus,
@@ -66,7 +65,6 @@ from gsm8k_core.tables import (
     compared_by_pass_at_1,
     counted,
     detectable,
-    difference,
     has_clusters,
     level_text,
     notes_on,
@@ -77,12 +75,10 @@ from gsm8k_core.tables import (
     problems_text,
     read_cells,
     read_comparison,
+    read_pairs,
     read_pass_at_k,
     read_training_logs,
 )
-
-PairPValues = dict[tuple[str, str, str], float | None]
-"""(suite, method, one that stands below it in the table) → corrected p-value."""
 
 SPACE = "\u00a0"
 BANDS_NOTE = f"With more than {MAX_BANDS} methods, bands show of those picked in the legend alone."
@@ -100,16 +96,6 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Lead:
-    """How far the first method is ahead of another one."""
-
-    other: str
-    difference: Difference
-    p_value: float  # corrected
-    correction: str  # in words
-
-
-@dataclass(frozen=True)
 class Subject:
     """One model on one suite: a view of the page."""
 
@@ -119,6 +105,8 @@ class Subject:
     rows: list[Json]  # of the comparison, most accurate first
     cells: dict[str, Cell]  # by method, in the order of the study
     pass_at_k: list[Json]  # rows of pass_at_k.csv
+    pairs: dict[tuple[str, str], Json]  # rows of pairs.csv by `method` and `other`, either way
+    num_other_pairs: int  # of the model, on all suites, that no column of the comparison tests
     flag_notes: list[str]  # what its flags mean
 
 
@@ -129,6 +117,7 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     """
     comparison = read_comparison(sources.comparison)
     curves = read_pass_at_k(sources.comparison.with_name("pass_at_k.csv"))
+    pairs = read_pairs(sources.comparison.with_name("pairs.csv"))
     problems = {suite: read_problems(path) for suite, path in sources.problems.items()}
     charts: Json = {}
     learning = {
@@ -139,17 +128,15 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
     num_views = len(study.models) * len(study.suites)
     views, browsers = [], []
     for model in study.models:
-        subjects = [
-            _read_subject(study, sources.study_dir, comparison, curves, model, suite)
-            for suite in study.suites
-        ]
-        p_values = _pair_p_values(subjects)
-        for subject in subjects:
+        for suite in study.suites:
+            subject = _read_subject(
+                study, sources.study_dir, comparison, curves, pairs, model, suite
+            )
             # Every completion's grades: those of one suite at a time are in memory.
             graded = read_graded(study, sources.study_dir, model, subject.suite)
             by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
             browser = _browser(subject, graded, sources.study_dir, by_id, max_bytes // num_views)
-            view = _view(subject, graded, p_values, charts)
+            view = _view(subject, graded, charts)
             address = "v/" + "/".join(quote(part, safe="") for part in (model, subject.suite))
             views.append(
                 view | {"browser": browser.index, "kept": _kept(browser), "address": address}
@@ -245,6 +232,7 @@ def _read_subject(
     study_dir: Path,
     comparison: pl.DataFrame,
     curves: pl.DataFrame,
+    pairs: pl.DataFrame,
     model: str,
     suite: str,
 ) -> Subject:
@@ -264,9 +252,33 @@ def _read_subject(
         key=lambda row: (-row["accuracy"], order[row["method"]]),
     )
     cells = read_cells(study, study_dir, model, suite, {})
+    compared = either_way(pairs.filter(is_here).to_dicts())
+    for pair in itertools.permutations(study.methods, 2):
+        if pair not in compared:
+            raise DataError(
+                f"pairs.csv has no row for {' and '.join(pair)} of {model} on {suite}: it belongs "
+                "to another study; run compare.py again"
+            )
+    others = pairs.filter((pl.col("model") == model) & (pl.col("family") == OTHER_PAIRS))
     pass_at_k = curves.filter(is_here).to_dicts()
     notes = [note for note in notes_on(here, study.confidence) if note.startswith("flag ")]
-    return Subject(study, model, suite, ranked, cells, pass_at_k, notes)
+    return Subject(study, model, suite, ranked, cells, pass_at_k, compared, others.height, notes)
+
+
+def either_way(pairs: Sequence[Json]) -> dict[tuple[str, str], Json]:
+    """Rows of pairs.csv by `method` and `other`, and the same seen from `other`."""
+    found = {}
+    for row in pairs:
+        method, other = row["method"], row["other"]
+        found[method, other] = row
+        found[other, method] = row | {
+            "method": other,
+            "other": method,
+            "delta": -row["delta"],
+            "delta_ci_low": -row["delta_ci_high"],
+            "delta_ci_high": -row["delta_ci_low"],
+        }
+    return found
 
 
 def _browser(
@@ -307,19 +319,18 @@ def _kept(browser: Browser) -> str:
 # --------------------------------------------------------------------------------------- the answer
 
 
-def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json) -> Json:
+def _view(subject: Subject, graded: Graded, charts: Json) -> Json:
     study, rows = subject.study, subject.rows
     methods = study.methods
-    leads = _leads(subject, p_values)
     decoding = _compared_decoding(subject)
     pairs = _pairs(subject, graded.answers(decoding))
     sampling = _sampling_charts(subject)
     return {
         "model": subject.model,
         "suite": subject.suite,
-        "headline": _headline(subject, leads),
+        "headline": _headline(subject),
         "context": _context(subject),
-        "findings": _findings(subject, leads),
+        "findings": _findings(subject),
         "table": _table(subject),
         "pass_at_1_table": _pass_at_1_table(subject),
         "seed_table": _seed_table(subject),
@@ -339,8 +350,9 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
                 if decoding == "greedy"
                 else ", and over every sample of one with every sample of the other."
             )
-            + " Intervals of B − A are paired and, as there are many pairs, not "
-            "corrected for their number: the tests that count stand at the top."
+            + " Intervals of B − A are paired, each for itself. p is Holm-corrected: of a method "
+            "and its parent or base it is that of the table at the top; all other pairs, on all "
+            "suites of the model, are one family. Both stand in pairs.csv in full."
         ),
         "pairs": [_pair_cells(pair) for pair in pairs],
         "charts": {
@@ -357,15 +369,15 @@ def _view(subject: Subject, graded: Graded, p_values: PairPValues, charts: Json)
     }
 
 
-def _headline(subject: Subject, leads: list[Lead]) -> str:
+def _headline(subject: Subject) -> str:
     best = subject.rows[0]
     name, score = best["method"], _share(best["accuracy"])
     if len(subject.rows) == 1:
         return f"{name} gets {score} of {subject.suite} right"
     unsure = [
-        lead.other
-        for lead in leads
-        if lead.difference.delta <= 0 or not _is_significant(lead.p_value, subject.study)
+        lead["other"]
+        for lead in _leads(subject)
+        if lead["delta"] <= 0 or not _is_significant(lead["p_value_holm"], subject.study)
     ]
     if not unsure and _has_one_run(subject):
         return f"In one run of each method {name} comes first: {score} of {subject.suite} right"
@@ -423,61 +435,26 @@ def _context(subject: Subject) -> str:
     )
 
 
-def _pair_p_values(subjects: Iterable[Subject]) -> PairPValues:
-    """p-values of every two methods that the comparison has not tested, over a model's suites.
-
-    Which method comes first, and on which suite, is known from the same answers: so they are one
-    family, corrected (Holm) for all pairs, not for the leads of those that came first.
-    """
-    found: dict[tuple[str, str, str], float | None] = {}
-    for subject in subjects:
-        for first, second in itertools.combinations(subject.rows, 2):
-            if _tested(first, second) is None:
-                a, b = first["method"], second["method"]
-                found[subject.suite, a, b] = _difference(subject, a, b).p_value
-    return dict(zip(found, holm(list(found.values())), strict=True))
-
-
-def _leads(subject: Subject, p_values: PairPValues) -> list[Lead]:
-    """The first method against each of the others, the runner-up first.
-
-    `p_values` are those of the model. A pair that the comparison has tested keeps its corrected
-    p-value from there: the page is to say one thing of it.
-    """
+def _leads(subject: Subject) -> list[Json]:
+    """The first method against each of the others, the runner-up first: rows of pairs.csv."""
     best, *others = subject.rows
-    family = "uncorrected"  # of one pair there is nothing to correct for
-    if len(p_values) > 1:
-        family = f"Holm-corrected over the {len(p_values)} pairs that the table does not test"
-        if len(subject.study.suites) > 1:
-            family += ", of all suites"
-    leads = []
-    for row in others:
-        ahead = _difference(subject, best["method"], row["method"])
-        p_value, correction = _tested(best, row), "Holm-corrected"
-        if p_value is None:
-            p_value, correction = p_values[subject.suite, best["method"], row["method"]], family
-        assert p_value is not None  # no difference is without
-        leads.append(Lead(row["method"], ahead, p_value, correction))
-    return leads
+    return [subject.pairs[best["method"], row["method"]] for row in others]
 
 
-def _tested(a: Json, b: Json) -> float | None:
-    """The comparison's corrected p-value, where one row is of the other's parent or base."""
-    for row, other in ((a, b), (b, a)):
-        for reference in ("parent", "base"):
-            if row[reference] == other["method"]:
-                return row[f"p_value_vs_{reference}_holm"]
-    return None
+def _correction(subject: Subject, pair: Json) -> str:
+    """What the p-value of a pair is corrected for, in words."""
+    if pair["family"] != OTHER_PAIRS:
+        return "Holm-corrected"
+    if subject.num_other_pairs == 1:
+        return "uncorrected"  # of one pair there is nothing to correct for
+    of_all_suites = ", of all suites" if len(subject.study.suites) > 1 else ""
+    return (
+        f"Holm-corrected over the {subject.num_other_pairs} pairs that the table does not test"
+        f"{of_all_suites}"
+    )
 
 
-def _difference(subject: Subject, a: str, b: str) -> Difference:
-    """Accuracy of `a` minus that of `b`, as the comparison has it."""
-    found = difference(subject.cells[a], subject.cells[b], subject.study.confidence)
-    assert found is not None  # no cell is without accuracy
-    return found
-
-
-def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
+def _findings(subject: Subject) -> list[Json]:
     """Sentences, most accurate method first, each with how sure it is."""
     findings = []
     # What one of the first two was trained from is told of with its child.
@@ -485,8 +462,8 @@ def _findings(subject: Subject, leads: list[Lead]) -> list[Json]:
         row["parent"] == other["method"]
         for row, other in itertools.permutations(subject.rows[:2], 2)
     )
-    if leads and not related:
-        findings.append(_lead_finding(subject, leads))
+    if len(subject.rows) > 1 and not related:
+        findings.append(_lead_finding(subject))
     for row in subject.rows:
         if row["parent"] is not None and row["delta_vs_parent"] is not None:
             findings.append(_parent_finding(subject, row))
@@ -541,17 +518,18 @@ def _parent_finding(subject: Subject, row: Json) -> Json:
     )
 
 
-def _lead_finding(subject: Subject, leads: list[Lead]) -> Json:
+def _lead_finding(subject: Subject) -> Json:
     """The first method against the runner-up."""
-    best, lead = subject.rows[0]["method"], leads[0]
+    lead = _leads(subject)[0]
     numbers = {
-        "delta": lead.difference.delta,
-        "low": lead.difference.low,
-        "high": lead.difference.high,
-        "p": lead.p_value,
-        "p_alone": lead.difference.p_value,
+        "delta": lead["delta"],
+        "low": lead["delta_ci_low"],
+        "high": lead["delta_ci_high"],
+        "p": lead["p_value_holm"],
+        "p_alone": lead["p_value"],
     }
-    return _difference_words(subject, best, lead.other, numbers, lead.correction)
+    correction = _correction(subject, lead)
+    return _difference_words(subject, lead["method"], lead["other"], numbers, correction)
 
 
 def _difference_words(
@@ -955,7 +933,7 @@ def _pairs(subject: Subject, answers: dict[str, tuple[Codes, Codes]]) -> list[Js
             for part in answers[name]  # answers, and whether they are right
         ]
         pairs.append(
-            {"a": a, "b": b, "shares": agreement(*sides), "difference": _difference(subject, b, a)}
+            {"a": a, "b": b, "shares": agreement(*sides), "difference": subject.pairs[b, a]}
         )
     return pairs
 
@@ -967,8 +945,9 @@ def _pair_cells(pair: Json) -> Json:
         "b": pair["b"],
         "same_answer": _share(shares.same_answer),
         **{name: _share(share) for name, share in shares._asdict().items()},
-        "difference": points(difference.delta),
-        "interval": bounds(difference.low, difference.high, points),
+        "difference": points(difference["delta"]),
+        "interval": bounds(difference["delta_ci_low"], difference["delta_ci_high"], points),
+        "p": p_text(difference["p_value_holm"]),
     }
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import html
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -48,6 +49,7 @@ from gsm8k_core.metrics import (
     maj_at_k,
     mean_interval,
     paired_difference,
+    paired_differences,
     pass_at_k,
     powers_up_to,
 )
@@ -136,6 +138,25 @@ PASS_AT_K_SCHEMA: dict[str, Any] = {
     "maj_at_k_ci_low": pl.Float64,
     "maj_at_k_ci_high": pl.Float64,
 }
+
+PAIRS_SCHEMA: dict[str, Any] = {
+    "study": pl.String,
+    "model": pl.String,
+    "suite": pl.String,
+    "method": pl.String,
+    "other": pl.String,
+    "confidence": pl.Float64,
+    "delta": pl.Float64,
+    "delta_ci_low": pl.Float64,
+    "delta_ci_high": pl.Float64,
+    "p_value": pl.Float64,
+    "p_value_holm": pl.Float64,
+    "family": pl.String,
+    "smallest_detectable_delta": pl.Float64,
+}
+
+OTHER_PAIRS = "pairs"
+"""The family of the pairs that no column of the comparison tests."""
 
 MEASURES = {"accuracy": "", "pass_at_1": "_pass_at_1"}
 """What differences are of, and what the names of their columns have for it."""
@@ -410,8 +431,16 @@ def _stack(tables: Sequence[tuple[Path, pl.DataFrame]], name: str) -> Floats | N
 # -------------------------------------------------------------------------------------------- rows
 
 
-def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row per model × method × suite (columns of `SCHEMA`), and pass@k and maj@k by k.
+class Tables(NamedTuple):
+    """What `compare.py` writes in full precision."""
+
+    comparison: pl.DataFrame  # of `SCHEMA`
+    pass_at_k: pl.DataFrame  # of `PASS_AT_K_SCHEMA`
+    pairs: pl.DataFrame  # of `PAIRS_SCHEMA`
+
+
+def build_comparison(study: Comparison, study_dir: Path) -> Tables:
+    """One row per model × method × suite; pass@k and maj@k by k; and every pair of methods.
 
     `confidence` is the level of every `…_ci_low` and `…_ci_high`, so that tables of several studies
     can be laid together. `accuracy` falls back to the mean over samples in a suite without greedy
@@ -427,6 +456,11 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     `smallest_detectable_delta` is the difference that a study of this size and spread finds four
     times in five, at the uncorrected level.
 
+    `pairs` has every two methods of a model on a suite: `delta` is the accuracy of `method`, the
+    one that the study names later, minus that of `other`. `family` says over what `p_value_holm` is
+    corrected: `parent` or `base` where the comparison tests the pair, whose p-value it is; all
+    others are one family of the model, `pairs`, over all suites.
+
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage
     with what it sampled and without validation, null where nothing is trained; `…_with_parents`
     adds the stages before it. `flags` says what makes a row's comparison doubtful (see
@@ -437,6 +471,7 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
     """
     rows: list[Json] = []
     curves: list[Json] = []
+    pairs: list[Json] = []
     graded: dict[str, tuple[Path, pl.Series]] = {}
     for model in study.models:
         costs = {
@@ -444,21 +479,25 @@ def build_comparison(study: Comparison, study_dir: Path) -> tuple[pl.DataFrame, 
         }
         for suite in study.suites:
             cells = read_cells(study, study_dir, model, suite, graded)
+            where = {
+                "study": study.name,
+                "model": model,
+                "suite": suite,
+                "confidence": study.confidence,
+            }
+            pairs += [where | pair for pair in compare_pairs(cells, study.confidence)]
             for method in study.methods:
-                identity = {
-                    "study": study.name,
-                    "model": model,
-                    "method": method,
-                    "suite": suite,
-                    "confidence": study.confidence,
-                }
+                identity = where | {"method": method}
                 row = _quality(study, method, cells) | _generation_cost(cells[method])
                 rows.append(identity | row | costs[method])
                 curves += [identity | point for point in _curve(study, cells[method])]
-        _correct_for_multiplicity([row for row in rows if row["model"] == model])
-    return (
+        of_model = [row for row in rows if row["model"] == model]
+        _correct_for_multiplicity(of_model)
+        correct_pairs([pair for pair in pairs if pair["model"] == model], of_model)
+    return Tables(
         _in_order(pl.DataFrame(rows, schema=SCHEMA), study),
         _in_order(pl.DataFrame(curves, schema=PASS_AT_K_SCHEMA), study),
+        pl.DataFrame(pairs, schema=PAIRS_SCHEMA).fill_nan(None),
     )
 
 
@@ -593,6 +632,56 @@ def _correct_for_multiplicity(rows: list[Json]) -> None:
             row.setdefault(f"p_value{of}_vs_base_holm", row[f"p_value{of}_vs_parent_holm"])
 
 
+def compare_pairs(cells: dict[str, Cell], confidence: float) -> list[Json]:
+    """Every two methods on a suite: accuracy of the later one minus that of the earlier one."""
+    methods = list(cells)
+    numbers: dict[tuple[str, str], list[float]] = {}
+    for place, other in enumerate(methods):
+        before, later = cells[other].accuracy, methods[place + 1 :]
+        # Together they take a sixth of the time; what was run once has another shape.
+        for num_seeds in {len(cells[method].accuracy) for method in later}:
+            alike = [method for method in later if len(cells[method].accuracy) == num_seeds]
+            after = np.stack([cells[method].accuracy for method in alike])
+            found = paired_differences(
+                after, np.stack([before] * len(alike)), confidence, cells[other].clusters
+            )
+            for method, row in zip(alike, found.tolist(), strict=True):
+                numbers[method, other] = row
+    columns = ("delta", "delta_ci_low", "delta_ci_high", "p_value", "smallest_detectable_delta")
+    return [
+        {"method": method, "other": other} | dict(zip(columns, numbers[method, other], strict=True))
+        for other, method in itertools.combinations(methods, 2)
+    ]
+
+
+def correct_pairs(pairs: list[Json], rows: list[Json]) -> None:
+    """Add Holm's p-values of one model's pairs, and the family that each was corrected in.
+
+    A pair that the comparison's `rows` test keeps its p-value from there: tables and report are to
+    say one thing of it. Which of the others comes first, and on which suite, is known from the same
+    answers: so they are one family, whichever of them a reader asks for.
+    """
+    by_cell = {(row["suite"], row["method"]): row for row in rows}
+    others = []
+    for pair in pairs:
+        row, other = (by_cell[pair["suite"], pair[name]] for name in ("method", "other"))
+        pair["family"], pair["p_value_holm"] = _tested(row, other)
+        if pair["p_value_holm"] is None:
+            others.append(pair)
+    for pair, p_value in zip(others, holm([pair["p_value"] for pair in others]), strict=True):
+        pair["p_value_holm"] = p_value
+
+
+def _tested(a: Json, b: Json) -> tuple[str, float | None]:
+    """Family and corrected p-value where the comparison tests one row against the other."""
+    for row, other in ((a, b), (b, a)):
+        for reference in ("parent", "base"):
+            p_value = row[f"p_value_vs_{reference}_holm"]
+            if row[reference] == other["method"] and p_value is not None:
+                return reference, p_value
+    return OTHER_PAIRS, None
+
+
 def _curve(study: Comparison, cell: Cell) -> list[Json]:
     """A row for every k; maj@k is null where k is no power of two."""
     curve = []
@@ -688,23 +777,20 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_comparison(
-    frame: pl.DataFrame,
-    curves: pl.DataFrame,
-    output_dir: Path,
-    confidence: float,
-    name: str = "",
-) -> None:
+def write_comparison(tables: Tables, output_dir: Path, confidence: float, name: str = "") -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
     `confidence` is the level of the intervals and `name` that of the study; the last two state
     both.
-    pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k.
+    pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k;
+    pairs.csv one for every two methods of a model on a suite.
     """
+    frame = tables.comparison
     write_text(output_dir / "comparison.csv", frame.write_csv())
     write_text(output_dir / "comparison.md", to_markdown(frame, confidence, name))
     write_text(output_dir / "comparison.html", to_html(frame, confidence, name))
-    write_text(output_dir / "pass_at_k.csv", curves.write_csv())
+    write_text(output_dir / "pass_at_k.csv", tables.pass_at_k.write_csv())
+    write_text(output_dir / "pairs.csv", tables.pairs.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
         frame.write_parquet(temporary)
 
@@ -721,6 +807,12 @@ def read_pass_at_k(path: Path) -> pl.DataFrame:
     """Read pass_at_k.csv. Raises DataError where it is missing, or no such table."""
     with reading(path, "pass@k by model, suite and method", "compare.py"):
         return pl.read_csv(path, schema=PASS_AT_K_SCHEMA)
+
+
+def read_pairs(path: Path) -> pl.DataFrame:
+    """Read pairs.csv. Raises DataError where it is missing, or no such table."""
+    with reading(path, "differences of pairs of methods", "compare.py"):
+        return pl.read_csv(path, schema=PAIRS_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -821,6 +913,11 @@ def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
         "with parents: own training and that of the stages before it. Times, tokens and memory are "
         "means over seeds; times of training are without validation.",
     ]
+    if frame["method"].n_unique() > 2:
+        notes.append(
+            "pairs.csv compares every two methods. p of those that are not compared here is "
+            "corrected (Holm) over all such pairs on all suites of a model."
+        )
     notes += notes_on_clusters(frame.iter_rows(named=True))
     if frame["gpu_seconds_training"].max():
         notes.append(

@@ -22,6 +22,7 @@ rule compare:
         ),
         parquet=f"{RESULTS}/comparison.parquet",
         pass_at_k=f"{RESULTS}/pass_at_k.csv",
+        pairs=f"{RESULTS}/pairs.csv",
         manifest=f"{RESULTS}/manifests/compare.json",
     log:
         f"{RESULTS}/logs/compare.log",
@@ -79,6 +80,7 @@ rule report:
     input:
         comparison=f"{RESULTS}/comparison.parquet",
         pass_at_k=f"{RESULTS}/pass_at_k.csv",
+        pairs=f"{RESULTS}/pairs.csv",
         metrics=LAYOUT.evaluated("metrics/{suite}.json"),
         grades=LAYOUT.evaluated("grades/{suite}.parquet"),
         completions=LAYOUT.evaluated("completions/{suite}.jsonl"),

@@ -1,13 +1,14 @@
 """Compare the runs of a study: one row per model, method and suite.
 
 Reads the grades and summaries below --study-dir and writes to --output-dir: comparison.csv and
-comparison.parquet (full precision), comparison.md and comparison.html (rounded, to be read), and
-pass_at_k.csv. Intervals and p-values take both seeds and problems as random, and differences to the
-parent and to the base model are paired by both (see gsm8k_core/metrics.py). Rows are flagged if
-their settings, engine, code or environment differ from what they are compared with. Runs that
-graded different problems are refused. Within a call of snakemake, so are runs that were made with
-other settings than its config asks for. Where W&B is on, it gets the table too. --manifest writes a
-record of this call: command line, commit, versions, hashes.
+comparison.parquet (full precision), comparison.md and comparison.html (rounded, to be read),
+pass_at_k.csv, and pairs.csv, which has the differences between every two methods. Intervals and
+p-values take both seeds and problems as random, and all differences are paired by both (see
+gsm8k_core/metrics.py). Rows are flagged if their settings, engine, code or environment differ from
+what they are compared with. Runs that graded different problems are refused. Within a call of
+snakemake, so are runs that were made with other settings than its config asks for. Where W&B is on,
+it gets the table too. --manifest writes a record of this call: command line, commit, versions,
+hashes.
 
     python scripts/compare.py --config config.yaml \\
         --study-dir artifacts/experiments/default --output-dir artifacts/results/default
@@ -28,7 +29,8 @@ from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
 
 PACKAGES = ("numpy", "scipy", "polars")
 WRITTEN = (
-    "comparison.csv", "comparison.html", "comparison.md", "comparison.parquet", "pass_at_k.csv",
+    "comparison.csv", "comparison.html", "comparison.md", "comparison.parquet", "pairs.csv",
+    "pass_at_k.csv",
 )  # fmt: skip
 
 
@@ -41,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     study = study_from(args)
     if (asked := invocation_config()) is not None:
         check_settings(Layout(asked))
-    frame, curves = build_comparison(study, args.study_dir)
-    write_comparison(frame, curves, args.output_dir, study.confidence, study.name)
+    tables = build_comparison(study, args.study_dir)
+    write_comparison(tables, args.output_dir, study.confidence, study.name)
     if args.manifest is not None:
         record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))
     tracker = start_tracker(args.output_dir, tracked)
     if tracker is not None:
-        tracker.log_table("comparison", frame.columns, frame.rows())
+        tracker.log_table("comparison", tables.comparison.columns, tables.comparison.rows())
         tracker.finish({})
     return 0
 

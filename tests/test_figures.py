@@ -17,7 +17,7 @@ from gsm8k_core.config import Comparison, dump
 from gsm8k_core.errors import DataError
 from gsm8k_core.figures import _seeds_text, plot_accuracy, plot_cost, plot_reward, save_figure
 from gsm8k_core.files import Json, write_json, write_jsonl
-from gsm8k_core.tables import PASS_AT_K_SCHEMA, SCHEMA, write_comparison
+from gsm8k_core.tables import PAIRS_SCHEMA, PASS_AT_K_SCHEMA, SCHEMA, Tables, write_comparison
 
 STUDY = Comparison(
     name="demo",
@@ -603,8 +603,9 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
-    curves = pl.DataFrame(schema=PASS_AT_K_SCHEMA)
-    write_comparison(write_runs(tmp_path, REWARDS), curves, tmp_path / "results", 0.95)
+    curves, pairs = (pl.DataFrame(schema=schema) for schema in (PASS_AT_K_SCHEMA, PAIRS_SCHEMA))
+    tables = Tables(write_runs(tmp_path, REWARDS), curves, pairs)
+    write_comparison(tables, tmp_path / "results", 0.95)
     comparison = str(tmp_path / "results" / "comparison.csv")
     arguments = ["--study", dump(STUDY), "--study-dir", str(tmp_path)]
     output = ["--comparison", comparison, "--output-dir", str(tmp_path / "figures")]

@@ -56,29 +56,35 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import read_json, write_json
 from gsm8k_core.metrics import paired_difference
 from gsm8k_core.report import (
-    Lead,
     Sources,
     Subject,
     _context,
     _cost_charts,
     _cost_note,
-    _difference,
     _difference_point,
     _findings,
     _headline,
     _leads,
     _learning_note,
     _p_cell,
-    _pair_p_values,
     _parent_finding,
     _provenance,
     _rank,
     _table_note,
+    build_report,
+    either_way,
     json_for_script,
     script_text,
 )
 from gsm8k_core.report_browser import Graded, locate_answer, stratified_order
-from gsm8k_core.tables import SCHEMA, Cell, p_text
+from gsm8k_core.tables import (
+    OTHER_PAIRS,
+    SCHEMA,
+    Cell,
+    compare_pairs,
+    correct_pairs,
+    p_text,
+)
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "gsm8k_core" / "report_assets"
@@ -219,7 +225,7 @@ def subject_of(right: dict[str, int], **tested: float) -> Subject:
                 row |= {f"p_value_vs_{other}": 0.03, f"p_value_vs_{other}_holm": tested[name]}
         rows.append(row)
     cells = {name: cell_of(np.arange(100)[None] < count) for name, count in right.items()}
-    return Subject(study, "m", "test", rows, cells, [], [])
+    return Subject(study, "m", "test", rows, cells, [], {}, 0, [])
 
 
 def cell_of(right: np.ndarray[Any, Any]) -> Cell:
@@ -228,8 +234,25 @@ def cell_of(right: np.ndarray[Any, Any]) -> Cell:
     return Cell(right.astype(np.float64), None, 0, {}, metrics, [], [], None)
 
 
-def leads_of(subject: Subject, *other_suites: Subject) -> list[Lead]:
-    return _leads(subject, _pair_p_values([subject, *other_suites]))
+def paired(*suites: Subject) -> list[Subject]:
+    """With the pairs that compare.py would have made of their cells and rows."""
+    pairs, rows = [], []
+    for one in suites:
+        found = compare_pairs(one.cells, one.study.confidence)
+        pairs += [{**pair, "suite": one.suite} for pair in found]
+        rows += [{**row, "suite": one.suite} for row in one.rows]
+    correct_pairs(pairs, rows)
+    number = sum(pair["family"] == OTHER_PAIRS for pair in pairs)
+    of = {one.suite: [pair for pair in pairs if pair["suite"] == one.suite] for one in suites}
+    return [replace(one, pairs=either_way(of[one.suite]), num_other_pairs=number) for one in suites]
+
+
+def headline(subject: Subject, *other_suites: Subject) -> str:
+    return _headline(paired(subject, *other_suites)[0])
+
+
+def findings(subject: Subject, *other_suites: Subject) -> list[Any]:
+    return _findings(paired(subject, *other_suites)[0])
 
 
 def test_charts_cells_and_findings_go_by_the_corrected_p_value() -> None:
@@ -320,15 +343,56 @@ def test_every_difference_of_the_page_is_that_of_the_comparison(page: Page, path
     assert num_compared == 6  # sft twice: its parent is the base
 
 
+def test_every_pair_has_its_corrected_p_value_beside_its_agreement(
+    page: Page, paths: Paths
+) -> None:
+    table = page.text.partition("B − A, points")[2]
+    assert table.lstrip().startswith("p\n")
+    lines = [line.strip() for line in table.split("\n") if line.strip()]
+    pairs = pl.read_csv(paths["comparison"].with_name("pairs.csv"))
+    assert pairs.height == 6
+    for row in pairs.iter_rows(named=True):
+        at = next(
+            at for at in range(len(lines)) if lines[at : at + 2] == [row["other"], row["method"]]
+        )
+        assert lines[at + 10] == p_text(row["p_value_holm"])
+    assert "all other pairs, on all suites of the model, are one family" in squeezed(page.text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "pairs.csv: no such file; run compare.py for it"),
+        (lambda path: path.write_text("a\n1\n"), "pairs.csv: not differences of pairs of methods"),
+        (
+            lambda path: pl.read_csv(path).filter(method="twin").write_csv(path),
+            "pairs.csv has no row for base and sft of m1 on test: it belongs to another study",
+        ),
+    ],
+)
+def test_a_report_without_the_pairs_of_its_study_is_refused(
+    paths: Paths, tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
+    shutil.copytree(paths["comparison"].parent, tmp_path / "results")
+    comparison = tmp_path / "results" / "comparison.parquet"
+    change(comparison.with_name("pairs.csv"))
+    study = Comparison.model_validate(read_json(paths["study"]))
+    with pytest.raises(DataError, match=message):
+        build_report(study, Sources(paths["study_dir"], comparison, {}), 10**6)
+
+
 def test_a_difference_to_what_was_run_once_is_that_of_the_comparison() -> None:
     # Each of five runs has one problem of a hundred right, another one each; the base model none.
     subject = subject_of({"grpo": 1, "base": 0})
     subject.cells["grpo"] = cell_of(np.eye(5, 100))
     expected = paired_difference(np.eye(5, 100), np.zeros((1, 100)))
-    found, turned = _difference(subject, "grpo", "base"), _difference(subject, "base", "grpo")
-    assert found == pytest.approx(expected) and found.p_value > 0.3
-    assert turned[:3] == pytest.approx((-found.delta, -found.high, -found.low))
-    assert turned.p_value == pytest.approx(found.p_value)
+    columns = ("delta", "delta_ci_low", "delta_ci_high", "p_value")
+    pairs = paired(subject)[0].pairs
+    found, turned = (
+        [pairs[pair][name] for name in columns] for pair in (("grpo", "base"), ("base", "grpo"))
+    )
+    assert found == pytest.approx(expected[:4]) and found[3] > 0.3
+    assert turned == pytest.approx([-found[0], -found[2], -found[1], found[3]])
 
 
 def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:
@@ -337,21 +401,19 @@ def test_one_and_two_seeds_are_told_to_be_few(page: Page) -> None:
         subject = subject_of({"grpo": 60, "base": 10}, grpo=0.01)
         for row in subject.rows:
             row["num_seeds"] = num_seeds
-        texts = [str(one["text"]) for one in _findings(subject, leads_of(subject))]
+        texts = [str(one["text"]) for one in findings(subject)]
         told = [text for text in texts if text.startswith("Trained with")]
         assert [text.startswith(f"Trained with {words}:") for text in told] == [True] * bool(words)
 
 
 def test_of_one_run_of_each_method_no_more_is_said_than_that() -> None:
     subject = subject_of({"grpo": 60, "base": 10}, grpo=1e-9)
-    assert _headline(subject, leads_of(subject)) == "grpo is best: 60.0\u00a0% of test right"
-    assert "grpo</strong> beats <strong>base" in str(
-        _findings(subject, leads_of(subject))[0]["text"]
-    )
+    assert headline(subject) == "grpo is best: 60.0\u00a0% of test right"
+    assert "grpo</strong> beats <strong>base" in str(findings(subject)[0]["text"])
     for row in subject.rows:
         row["num_seeds"] = 1
-    assert _headline(subject, leads_of(subject)).startswith("In one run of each method grpo comes")
-    finding = str(_findings(subject, leads_of(subject))[0]["text"])
+    assert headline(subject).startswith("In one run of each method grpo comes")
+    finding = str(findings(subject)[0]["text"])
     assert "grpo</strong> is ahead of <strong>base" in finding
     assert "over problems alone; differences are paired by problem" in _context(subject)
     subject.rows[0]["num_seeds"] = 3
@@ -376,7 +438,7 @@ def test_the_lead_over_the_runner_up_is_told_once(
         if row["delta_vs_parent"] is not None and row["parent"] is not None:
             row["delta_vs_parent"] = (right[row["method"]] - right[row["parent"]]) / 100
     best, second, *_ = right
-    texts = [re.sub("<.*?>", "", str(one["text"])) for one in _findings(subject, leads_of(subject))]
+    texts = [re.sub("<.*?>", "", str(one["text"])) for one in findings(subject)]
     told = [text for text in texts if {best, second} <= set(text.split(" by ")[0].split())]
     assert len(told) == 1 and told[0].startswith(first)
 
@@ -393,7 +455,7 @@ def test_methods_that_are_equal_are_called_so() -> None:
     ):
         subject = subject_of(num_right, **dict.fromkeys(set(num_right) - {"base"}, 1e-9))
         subject.rows.sort(key=lambda row: (-row["accuracy"], row["method"]))
-        assert _headline(subject, leads_of(subject)).startswith(wanted)
+        assert headline(subject).startswith(wanted)
 
 
 def test_equal_methods_share_a_rank() -> None:
@@ -445,16 +507,16 @@ def test_notes_speak_of_what_the_page_shows_alone(
 
 def test_leads_over_clones_are_those_of_their_clusters_and_the_page_says_how_many() -> None:
     plain, clones = (subject_of({"grpo": 60, "dpo": 50}) for _ in range(2))
-    assert _headline(plain, leads_of(plain)).startswith("grpo is best")
+    assert headline(plain).startswith("grpo is best")
     names = pl.Series([f"c{number // 10}" for number in range(100)])
     for method, cell in clones.cells.items():
         clones.cells[method] = replace(cell, clusters=names)
     for row in clones.rows:
         row |= {"suite": "test", "num_problems": 100, "num_clusters": 10}
-    assert "its lead over dpo may be chance" in _headline(clones, leads_of(clones))  # one cluster
+    assert "its lead over dpo may be chance" in headline(clones)  # one cluster
     for row in clones.rows:
         row["parent"] = "sft"
-    finding = str(_findings(clones, leads_of(clones))[0]["text"])
+    finding = str(findings(clones)[0]["text"])
     assert "n = 100 problems in 10 clusters × 1 seed" in finding
     assert "m, 100 problems in 10 clusters, 3 seeds a method" in _context(clones)
     assert "over seeds and clusters; differences are paired" in _context(clones)
@@ -468,7 +530,8 @@ def test_few_seeds_are_a_flag_but_do_not_pass_for_rows_that_were_not_made_alike(
     assert "What makes a comparison doubtful" in words and "grpo: 2 seeds" in words
     assert "Not all was made alike" not in words
     made = {**paths, "comparison": tmp_path / "comparison.parquet", "output": tmp_path / "r.html"}
-    shutil.copyfile(paths["comparison"].with_name("pass_at_k.csv"), tmp_path / "pass_at_k.csv")
+    for name in ("pass_at_k.csv", "pairs.csv"):
+        shutil.copyfile(paths["comparison"].with_name(name), tmp_path / name)
     flags = (
         pl.when(pl.col("method") == "sft")
         .then(pl.lit("2 seeds; parent: engine"))
@@ -504,35 +567,36 @@ def test_without_its_script_the_page_shows_the_answers_and_tables_of_every_view(
 def test_a_lead_over_many_is_corrected_for_all_pairs_and_says_so() -> None:
     # Five problems of a hundred: t = 0.05 / √(0.05·0.95 / 99 + 0.01²) = 2.08, p = 0.0404 for each
     two = subject_of({"grpo": 60, "dpo": 55})
-    assert _headline(two, leads_of(two)).startswith("grpo is best")
-    assert [lead.correction for lead in leads_of(two)] == ["uncorrected"]
+    assert headline(two).startswith("grpo is best")
+    assert "p = 0.040 (uncorrected)" in str(findings(two)[0]["text"]).replace("\u00a0", " ")
     four = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55})
-    assert [lead.p_value for lead in leads_of(four)] == pytest.approx([6 * 0.040438] * 3, rel=0.01)
-    assert "its lead over dpo, rft and sft may be chance" in _headline(four, leads_of(four))
-    finding = squeezed(str(_findings(four, leads_of(four))[0]["text"]).replace("\u00a0", " "))
+    p_values = [lead["p_value_holm"] for lead in _leads(paired(four)[0])]
+    assert p_values == pytest.approx([6 * 0.040438] * 3, rel=0.01)
+    assert "its lead over dpo, rft and sft may be chance" in headline(four)
+    finding = squeezed(str(findings(four)[0]["text"]).replace("\u00a0", " "))
     assert "not significant" in finding
     assert "p = 0.243 (Holm-corrected over the 6 pairs that the table does not test)" in finding
     assert "Alone, without the correction, it would be: p = 0.040." in finding
     # One is far behind, and is no part of the doubt.
     five = subject_of({"grpo": 60, "dpo": 55, "rft": 55, "sft": 55, "base": 10}, grpo=1e-9)
-    assert "its lead over dpo, rft and sft may be chance" in _headline(five, leads_of(five))
+    assert "its lead over dpo, rft and sft may be chance" in headline(five)
     six = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57})
-    assert "its lead over every other method may be chance" in _headline(six, leads_of(six))
+    assert "its lead over every other method may be chance" in headline(six)
     seven = subject_of({"grpo": 60, "a": 57, "b": 57, "c": 57, "d": 57, "e": 1})
-    assert "its lead over 4 of the others may be chance" in _headline(seven, leads_of(seven))
+    assert "its lead over 4 of the others may be chance" in headline(seven)
 
 
 def test_a_suite_on_which_a_sibling_came_first_by_chance_does_not_make_it_best() -> None:
     tested = {"grpo": 1e-9, "dpo": 1e-9}
     lucky = subject_of({"grpo": 60, "dpo": 55, "base": 10}, **tested)  # p = 0.040 alone
-    assert _headline(lucky, leads_of(lucky)).startswith("grpo is best")
+    assert headline(lucky).startswith("grpo is best")
     other = subject_of({"dpo": 57, "grpo": 56, "base": 10}, **tested)
     other = replace(other, suite="other")
     lucky.study.suites.append("other")
-    leads = leads_of(lucky, other)
-    assert "its lead over dpo may be chance" in _headline(lucky, leads)
-    assert [lead.p_value for lead in leads] == pytest.approx([2 * 0.040438, 1e-9], rel=0.01)
-    finding = str(_findings(lucky, leads)[0]["text"])
+    assert "its lead over dpo may be chance" in headline(lucky, other)
+    p_values = [lead["p_value_holm"] for lead in _leads(paired(lucky, other)[0])]
+    assert p_values == pytest.approx([2 * 0.040438, 1e-9], rel=0.01)
+    finding = str(findings(lucky, other)[0]["text"])
     assert "over the 2 pairs that the table does not test, of all suites)" in finding
 
 
@@ -549,8 +613,7 @@ def test_of_equal_siblings_one_is_seldom_best_on_any_of_six_suites() -> None:
                 row["accuracy"] = right.mean()
             subject.rows.sort(key=lambda row: -row["accuracy"])
             suites.append(replace(subject, suite=f"suite{number}"))
-        p_values = _pair_p_values(suites)
-        heads = [_headline(subject, _leads(subject, p_values)) for subject in suites]
+        heads = [_headline(subject) for subject in paired(*suites)]
         num_wrong += any("is best" in head for head in heads)
     assert num_wrong <= 6  # 3 are expected; without the other suites' pairs it is 18
 
@@ -565,7 +628,7 @@ def test_the_headline_takes_the_corrected_p_value_of_the_comparison(
         tested = {name: p_value for name in methods if name != "base"}
         subject = subject_of(right, **tested)
         other = ("grpo" if methods[0] == "base" else "base") if p_value > 0.05 else methods[0]
-        assert wanted.format(other) in _headline(subject, leads_of(subject))
+        assert wanted.format(other) in headline(subject)
 
 
 @pytest.mark.slow
@@ -576,6 +639,10 @@ def test_the_headline_does_not_contradict_the_finding_below_it(
     table = pl.read_parquet(made["comparison"])
     holm = pl.when(pl.col("method") == "grpo").then(0.3).otherwise("p_value_vs_parent_holm")
     table.with_columns(p_value_vs_parent_holm=holm).write_parquet(made["comparison"])
+    path = made["comparison"].with_name("pairs.csv")
+    pairs = pl.read_csv(path)
+    holm = pl.when(method="grpo", other="sft").then(0.3).otherwise("p_value_holm")
+    pairs.with_columns(p_value_holm=holm).write_csv(path)
     assert script("report").main(report_arguments(made)) == 0
     words = squeezed(Page(made["output"].read_text(encoding="utf-8")).text)
     assert "grpo comes first with 87.5 % of test right, but its lead over sft may be" in words

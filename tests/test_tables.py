@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from gsm8k_core.files import read_json, write_json, write_jsonl
 from gsm8k_core.metrics import holm, mean_interval, paired_difference, pass_at_k, wilson_interval
 from gsm8k_core.tables import (
     COST_COLUMNS,
+    OTHER_PAIRS,
+    PAIRS_SCHEMA,
     PASS_AT_1_COLUMNS,
     PASS_AT_K_SCHEMA,
     QUALITY_COLUMNS,
@@ -29,6 +33,7 @@ from gsm8k_core.tables import (
     notes_on,
     points,
     read_comparison,
+    read_pairs,
     to_html,
     to_markdown,
     with_interval,
@@ -425,6 +430,145 @@ def test_p_values_are_corrected_over_all_methods_and_suites_of_a_model(study_dir
     assert twice.height == 4
 
 
+SIBLINGS = {
+    "base": ["base"],
+    "sft": ["base", "sft"],
+    "grpo": ["base", "sft", "grpo"],
+    "dapo": ["base", "sft", "dapo"],
+}
+"""Chains of methods of which the comparison does not test one pair: `dapo` against `grpo`."""
+
+
+def with_sibling(study_dir: Path, suites: Sequence[str] = ("test",)) -> Comparison:
+    """`dapo` with what `grpo` has, but for two problems of each seed; all graded on every suite."""
+    study = make_study(methods=list(SIBLINGS), chains=SIBLINGS, suites=list(suites))
+    for model in study.models:
+        for method in study.methods:
+            for seed in study.seeds_of(method):
+                run = study_dir / model / method / f"seed{seed}"
+                for place, suite in enumerate(suites):
+                    right = outcomes("grpo" if method == "dapo" else method, seed)
+                    if method == "dapo":
+                        right[38 - place] = right[39 - place] = True
+                    rows = [
+                        completion(f"{suite}{i:02d}", RIGHT if one else WRONG)
+                        for i, one in enumerate(right)
+                    ]
+                    run_grade(run, rows, model=model, method=method, seed=seed, suite=suite)
+                if method != "base":
+                    write_json(run / "train" / "summary.json", {})
+    return study
+
+
+def test_every_pair_of_methods_has_a_row_with_its_paired_difference(study_dir: Path) -> None:
+    study = with_sibling(study_dir)
+    pairs = build_comparison(study, study_dir).pairs
+    assert dict(pairs.schema) == PAIRS_SCHEMA
+    of_model = [
+        ("sft", "base"), ("grpo", "base"), ("dapo", "base"),
+        ("grpo", "sft"), ("dapo", "sft"), ("dapo", "grpo"),
+    ]  # fmt: skip
+    assert pairs.select("study", "model", "suite", "method", "other", "confidence").rows() == [
+        ("demo", model, "test", *pair, 0.95) for model in ("m2", "m1") for pair in of_model
+    ]
+    right = {
+        method: np.array([outcomes(method, seed) for seed in seeds], dtype=float)
+        for method, seeds in (("base", [0]), ("sft", [3, 5]), ("grpo", [3, 5]))
+    }
+    right["dapo"] = right["grpo"].copy()
+    right["dapo"][:, 38:] = 1.0
+    columns = ("delta", "delta_ci_low", "delta_ci_high", "p_value", "smallest_detectable_delta")
+    for row in pairs.iter_rows(named=True):
+        expected = paired_difference(right[row["method"]], right[row["other"]])
+        assert [row[name] for name in columns] == pytest.approx(list(expected))
+
+
+def test_a_pair_that_the_comparison_tests_keeps_its_p_and_all_others_are_one_family(
+    study_dir: Path,
+) -> None:
+    study = with_sibling(study_dir, ("test", "other"))
+    frame, _, pairs = build_comparison(study, study_dir)
+    assert pairs.filter(family=OTHER_PAIRS).select("method", "other").unique().rows() == [
+        ("dapo", "grpo")
+    ]
+    for row in pairs.filter(pl.col("family") != OTHER_PAIRS).iter_rows(named=True):
+        tested = row_of(frame, row["method"], row["model"], row["suite"])
+        kind = row["family"]
+        assert tested[kind] == row["other"] and (kind == "parent" or tested["parent"] != "base")
+        for name, of_frame in (
+            ("delta", f"delta_vs_{kind}"),
+            ("delta_ci_low", f"delta_vs_{kind}_ci_low"),
+            ("p_value", f"p_value_vs_{kind}"),
+        ):
+            assert row[name] == pytest.approx(tested[of_frame])
+        assert row["p_value_holm"] == tested[f"p_value_vs_{kind}_holm"]
+    for model in study.models:
+        family = pairs.filter(model=model, family=OTHER_PAIRS)
+        assert family["suite"].to_list() == ["test", "other"]
+        expected = holm(family["p_value"].to_list())
+        assert family["p_value_holm"].to_list() == expected
+        assert expected[0] is not None and expected[0] > family["p_value"][0]
+
+
+def test_a_pair_is_the_same_whichever_of_the_two_the_study_names_first(study_dir: Path) -> None:
+    study = with_sibling(study_dir)
+    one = build_comparison(study, study_dir).pairs.filter(model="m1")
+    turned = study.model_copy(update={"methods": study.methods[::-1]})
+    other = build_comparison(turned, study_dir).pairs.filter(model="m1")
+    for row in one.iter_rows(named=True):
+        (same,) = other.filter(method=row["other"], other=row["method"]).to_dicts()
+        assert same["delta"] == pytest.approx(-row["delta"])
+        assert same["delta_ci_low"] == pytest.approx(-row["delta_ci_high"])
+        for name in ("p_value", "p_value_holm", "smallest_detectable_delta"):
+            assert same[name] == pytest.approx(row[name])
+        assert same["family"] == row["family"]
+
+
+def test_one_method_has_no_pairs_and_the_file_a_header_alone(
+    study_dir: Path, tmp_path: Path
+) -> None:
+    tables = build_comparison(make_study(methods=["base"]), study_dir)
+    write_comparison(tables, tmp_path / "results", 0.95)
+    path = tmp_path / "results" / "pairs.csv"
+    assert path.read_text(encoding="utf-8") == ",".join(PAIRS_SCHEMA) + "\n"
+    assert read_pairs(path).equals(tables.pairs) and tables.pairs.is_empty()
+    assert "pairs.csv" not in to_markdown(tables.comparison, 0.95)
+
+
+def test_pairs_of_single_runs_and_of_samples_are_those_of_accuracy(study_dir: Path) -> None:
+    once = build_comparison(make_study(seeds=[3]), study_dir).pairs.filter(model="m1")
+    expected = paired_difference([outcomes("grpo", 3)], [outcomes("sft", 3)])
+    row = once.row(by_predicate=(pl.col("other") == "sft"), named=True)
+    assert (row["method"], row["delta"]) == ("grpo", pytest.approx(expected.delta))
+    assert row["p_value"] == pytest.approx(expected.p_value)
+    # Equal runs: nothing varies, so nothing can be said of what would have been found.
+    for path in study_dir.glob("m1/grpo/*/grades/test.parquet"):
+        shutil.copyfile(study_dir / "m1/sft/seed3/grades/test.parquet", path)
+    row = (
+        build_comparison(make_study(seeds=[3]), study_dir)
+        .pairs.filter(model="m1", method="grpo", other="sft")
+        .to_dicts()[0]
+    )
+    assert (row["delta"], row["p_value"], row["smallest_detectable_delta"]) == (0.0, 1.0, None)
+    # A suite without greedy completions: accuracy is the mean over samples.
+    sample_suite(study_dir, "sampled", greedy=False)
+    pairs = build_comparison(make_study(suites=["sampled"]), study_dir).pairs
+    after, before = (
+        np.stack([sampled(method, seed, "sampled").mean(axis=1) for seed in (3, 5)])
+        for method in ("grpo", "sft")
+    )
+    row = pairs.filter(model="m1", method="grpo", other="sft").to_dicts()[0]
+    assert row["delta"] == pytest.approx(paired_difference(after, before).delta)
+
+
+def test_the_tables_say_where_the_pairs_are_that_they_do_not_have(study_dir: Path) -> None:
+    frame = build(make_study(), study_dir)
+    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+        assert text.count("pairs.csv compares every two methods.") == 1
+    two = build(make_study(methods=["base", "sft"]), study_dir)
+    assert "pairs.csv" not in to_markdown(two, 0.95)  # the one pair is in the table
+
+
 def sampled(method: str, seed: int, suite: str) -> np.ndarray[Any, Any]:
     """Which of two samples of 40 problems are right, (40, 2)."""
     first = np.array(outcomes(method, seed))
@@ -507,7 +651,7 @@ def test_pass_at_1_has_a_table_of_its_own_where_it_says_more_than_accuracy(study
 
 def test_pass_at_k_has_a_row_for_every_k_with_its_interval(tmp_path: Path) -> None:
     run_grade(tmp_path / "m" / "base" / "seed0", SAMPLES)
-    _, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
+    curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path).pass_at_k
     assert dict(curves.schema) == PASS_AT_K_SCHEMA
     assert curves["k"].to_list() == [1, 2, 3, 4]
     for row in curves.iter_rows(named=True):
@@ -544,7 +688,7 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
             assert summary["maj_at_k"][str(k)] == pytest.approx(np.mean(values[seed - 1]))
         write_json(tmp_path / "m" / "sft" / f"seed{seed}" / "train" / "summary.json", {})
     study = make_study(models=["m"], methods=["sft"], seeds=[1, 2])
-    frame, curves = build_comparison(study, tmp_path)
+    frame, curves, _ = build_comparison(study, tmp_path)
     ends = ("", "_ci_low", "_ci_high")
     for row in curves.iter_rows(named=True):
         found = [row[f"maj_at_k{end}"] for end in ends]
@@ -563,7 +707,7 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
 
 
 def test_a_study_without_samples_has_no_table_of_repeated_sampling(study_dir: Path) -> None:
-    frame, curves = build_comparison(make_study(), study_dir)
+    frame, curves, _ = build_comparison(make_study(), study_dir)
     assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame, 0.95)
     assert row_of(frame, "sft")["maj_at_n"] is None
 
@@ -806,7 +950,7 @@ def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) 
         for index, text in enumerate(samples)
     ]
     run_grade(tmp_path / "m" / "base" / "seed0", rows)
-    frame, curves = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
+    frame, curves, _ = build_comparison(make_study(models=["m"], methods=["base"]), tmp_path)
     clusters, ends = ["ab", "ab", "cd", "cd"], ("", "_ci_low", "_ci_high")
     by_hand: dict[str, list[float]] = {
         "pass_at_1": [1, 0.5, 0, 0.5],
@@ -844,12 +988,15 @@ def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
 
 
 def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: Path) -> None:
-    frame, curves = build_comparison(make_study(), study_dir)
-    write_comparison(frame, curves, tmp_path / "results", 0.95)
+    tables = build_comparison(make_study(), study_dir)
+    write_comparison(tables, tmp_path / "results", 0.95)
     for suffix in ("csv", "parquet"):
-        assert read_comparison(tmp_path / "results" / f"comparison.{suffix}").equals(frame)
-    with pytest.raises(DataError, match="no such file"):
-        read_comparison(tmp_path / "comparison.csv")
+        found = read_comparison(tmp_path / "results" / f"comparison.{suffix}")
+        assert found.equals(tables.comparison)
+    assert read_pairs(tmp_path / "results" / "pairs.csv").equals(tables.pairs)
+    for read, name in ((read_comparison, "comparison.csv"), (read_pairs, "pairs.csv")):
+        with pytest.raises(DataError, match="no such file"):
+            read(tmp_path / name)
 
 
 def test_differences_have_a_sign_which_below_0_is_a_minus_and_no_hyphen() -> None:
@@ -940,7 +1087,7 @@ def test_every_column_shows_the_number_that_its_name_says() -> None:
 def test_where_all_ran_once_the_tables_say_that_intervals_are_over_problems_alone(
     study_dir: Path,
 ) -> None:
-    frame, _ = build_comparison(make_study(seeds=[3]), study_dir)
+    frame = build(make_study(seeds=[3]), study_dir)
     assert "95 % intervals over problems alone, each for itself" in notes_on(frame, 0.95)[0]
 
 
@@ -971,11 +1118,11 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Pat
 
 
 def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path: Path) -> None:
-    frame, curves = build_comparison(make_study(), study_dir)
+    tables = build_comparison(make_study(), study_dir)
     seeds = make_study().seeds_of("grpo")
     alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
     by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
-    write_comparison(frame, curves, tmp_path, 0.95)
+    write_comparison(tables, tmp_path, 0.95)
     rows = pl.read_csv(tmp_path / "comparison.csv").filter(pl.col("method") == "grpo")
     assert rows["accuracy_by_seed"].to_list() == [by_seed, by_seed]
     assert rows["pass_at_1_by_seed"].to_list() == [by_seed, by_seed]
@@ -1010,14 +1157,15 @@ def test_every_header_cell_of_the_page_says_what_it_heads(study_dir: Path) -> No
     assert len(re.findall("<tbody>", page)) == len(groups)
 
 
-def test_the_compare_script_writes_five_files_and_is_deterministic(
+def test_the_compare_script_writes_six_files_and_is_deterministic(
     study_dir: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
         arguments = ["--study", dump(make_study()), "--study-dir", str(study_dir)]
         assert compare.main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
     names = ["comparison.csv", "comparison.html", "comparison.md", "comparison.parquet"]
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [*names, "pass_at_k.csv"]
+    names += ["pairs.csv", "pass_at_k.csv"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 

@@ -274,7 +274,7 @@ def test_the_comparison_has_one_row_for_each_method(finished: Path) -> None:
     }  # fmt: skip
     trained = table.filter(pl.col("method") != "base")
     assert trained["train_seconds"].null_count() == 0
-    for name in ("comparison.md", "comparison.parquet", "figures/accuracy.svg",
+    for name in ("comparison.md", "comparison.parquet", "pairs.csv", "figures/accuracy.svg",
                  "figures/accuracy.png", "figures/reward.svg", "figures/reward.png",
                  "report.html"):  # fmt: skip
         assert (finished / "artifacts" / "results" / "small" / name).stat().st_size > 0
@@ -611,7 +611,8 @@ def test_one_deleted_file_is_rebuilt_alone(finished: Path) -> None:
 
 
 def test_any_table_or_figure_that_is_deleted_is_made_again(finished: Path) -> None:
-    for name, rule in (("comparison.html", "compare"), ("figures/cost.png", "plot")):
+    names = {"comparison.html": "compare", "pairs.csv": "compare", "figures/cost.png": "plot"}
+    for name, rule in names.items():
         path = finished / "artifacts/results/small" / name
         content = path.read_bytes()
         path.unlink()
