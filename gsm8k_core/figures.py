@@ -29,7 +29,6 @@ from gsm8k_core.charts import (
     themes,
 )
 from gsm8k_core.config import Comparison
-from gsm8k_core.errors import DataError
 from gsm8k_core.files import Json, atomic_path, write_text
 from gsm8k_core.layout import run_dir
 from gsm8k_core.metrics import smoothed_curve
@@ -42,6 +41,7 @@ from gsm8k_core.tables import (
     problems_text,
     read_metrics,
     read_training_logs,
+    rows_of,
 )
 
 NOTHING_TRAINED = "no method of this study trains anything"
@@ -109,7 +109,7 @@ def plot_accuracy(study: Comparison, study_dir: Path, comparison: pl.DataFrame) 
                 }
                 for method in study.methods
             }
-            rows = _rows(study, comparison, model, suite)
+            rows = rows_of(study, comparison, model, suite)
             panels.append((_panel_title(rows[0]), *accuracy_rows(rows, runs)))
     legend = alt.Legend(values=decodings_of([row for _, rows, _ in panels for row in rows]))
     charts = [
@@ -135,7 +135,7 @@ def plot_cost(study: Comparison, comparison: pl.DataFrame) -> Any:
     lacks a row of the study.
     """
     panels = {
-        (suite, model): _rows(study, comparison, model, suite)
+        (suite, model): rows_of(study, comparison, model, suite)
         for suite in study.suites
         for model in study.models
     }
@@ -266,21 +266,6 @@ def _legend(study: Comparison, methods: list[str], **look: Any) -> Any:
 def _span(values: Any) -> list[float]:
     found = list(values)
     return [min(found), max(found)]
-
-
-def _rows(study: Comparison, comparison: pl.DataFrame, model: str, suite: str) -> list[Json]:
-    """A panel's rows of the comparison, one for each method."""
-    here = comparison.filter((pl.col("model") == model) & (pl.col("suite") == suite))
-    rows = []
-    for method in study.methods:
-        found = here.filter(pl.col("method") == method)
-        if found.height != 1:
-            raise DataError(
-                f"the comparison has {found.height} rows for {model} / {method} / {suite}, "
-                "expected 1: it belongs to another study; run compare.py again"
-            )
-        rows.append(found.row(0, named=True))
-    return rows
 
 
 def _panel_title(row: Json) -> Any:

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ from gsm8k_core.metrics import (
     is_significant,
     powers_up_to,
 )
-from gsm8k_core.problems import Problem, read_problems
+from gsm8k_core.problems import read_problems
 from gsm8k_core.report_browser import Browser, Codes, Graded, build_browser, read_graded
 from gsm8k_core.tables import (
     COST_COLUMNS,
@@ -78,6 +79,7 @@ from gsm8k_core.tables import (
     read_pairs,
     read_pass_at_k,
     read_training_logs,
+    rows_of,
 )
 
 SPACE = "\u00a0"
@@ -135,7 +137,16 @@ def build_report(study: Comparison, sources: Sources, max_bytes: int) -> str:
             # Every completion's grades: those of one suite at a time are in memory.
             graded = read_graded(study, sources.study_dir, model, subject.suite)
             by_id = {problem.id: problem for problem in problems.get(subject.suite, [])}
-            browser = _browser(subject, graded, sources.study_dir, by_id, max_bytes // num_views)
+            browser = build_browser(
+                study,
+                sources.study_dir,
+                model,
+                subject.suite,
+                graded,
+                subject.cells,
+                by_id,
+                max_bytes // num_views,
+            )
             view = _view(subject, graded, charts)
             address = "v/" + "/".join(quote(part, safe="") for part in (model, subject.suite))
             views.append(
@@ -236,21 +247,8 @@ def _read_subject(
     model: str,
     suite: str,
 ) -> Subject:
+    ranked = sorted(rows_of(study, comparison, model, suite), key=lambda row: -row["accuracy"])
     is_here = (pl.col("model") == model) & (pl.col("suite") == suite)
-    here = comparison.filter(is_here)
-    rows = {row["method"]: row for row in here.iter_rows(named=True)}
-    missing = [method for method in study.methods if method not in rows]
-    if missing or here.height != len(rows):
-        raise DataError(
-            f"the comparison has not one row each for {model} on {suite} with "
-            f"{', '.join(missing or study.methods)}: it belongs to another study; run compare.py "
-            "again"
-        )
-    order = {method: place for place, method in enumerate(study.methods)}
-    ranked = sorted(
-        (rows[method] for method in study.methods),
-        key=lambda row: (-row["accuracy"], order[row["method"]]),
-    )
     cells = read_cells(study, study_dir, model, suite, {})
     compared = either_way(pairs.filter(is_here).to_dicts())
     for pair in itertools.permutations(study.methods, 2):
@@ -261,7 +259,7 @@ def _read_subject(
             )
     others = pairs.filter((pl.col("model") == model) & (pl.col("family") == OTHER_PAIRS))
     pass_at_k = curves.filter(is_here).to_dicts()
-    notes = [note for note in notes_on(here, study.confidence) if note.startswith("flag ")]
+    notes = [note for note in notes_on(comparison.filter(is_here)) if note.startswith("flag ")]
     return Subject(study, model, suite, ranked, cells, pass_at_k, compared, others.height, notes)
 
 
@@ -279,28 +277,6 @@ def either_way(pairs: Sequence[Json]) -> dict[tuple[str, str], Json]:
             "delta_ci_high": -row["delta_ci_low"],
         }
     return found
-
-
-def _browser(
-    subject: Subject,
-    graded: Graded,
-    study_dir: Path,
-    problems: dict[str, Problem],
-    max_bytes: int,
-) -> Browser:
-    summary = subject.cells[subject.study.methods[0]].metrics[0]
-    grading = (summary["grading"], summary["marker"])
-    return build_browser(
-        subject.study,
-        study_dir,
-        subject.model,
-        subject.suite,
-        graded,
-        subject.cells,
-        problems,
-        grading,
-        max_bytes,
-    )
 
 
 def _kept(browser: Browser) -> str:
@@ -638,16 +614,12 @@ def _seed_table(subject: Subject) -> Json:
     for row in subject.rows:
         method = row["method"]
         runs = dict(zip(seeds_of(method), subject.cells[method].metrics, strict=True))
-        for decoding, name in _decodings(subject, row):
+        for decoding, name in decodings(row, subject.cells[method].metrics):
             shares = [runs[seed][name] if seed in runs else None for seed in seeds]
             rows.append(
                 {"method": method, "decoding": decoding, "cells": list(map(_share, shares))}
             )
     return {"seeds": seeds, "rows": rows}
-
-
-def _decodings(subject: Subject, row: Json) -> list[tuple[str, str]]:
-    return decodings(row, subject.cells[row["method"]].metrics)
 
 
 def _cell(main: str, detail: str = "", against: str = "") -> Json:
@@ -1059,13 +1031,13 @@ def _fact(
     With `cells`, the model and suite of each, values of different ones may differ: chosen so.
     """
     texts = ["" if value is None else _fact_text(value) for value in values]
-    counts = {text: texts.count(text) for text in dict.fromkeys(texts)}
+    counts = Counter(texts)
     if len(counts) == 1:
         return {"name": name, "shown": [text for text in counts if text], "differs": False}
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{text or 'none'} ({counted(n, noun)})" for text, n in ordered[:MAX_VALUES]]
-    if len(ordered) > MAX_VALUES:
-        shown.append(f"and {len(ordered) - MAX_VALUES} more")
+    most = counts.most_common(MAX_VALUES)
+    shown = [f"{text or 'none'} ({counted(n, noun)})" for text, n in most]
+    if len(counts) > MAX_VALUES:
+        shown.append(f"and {len(counts) - MAX_VALUES} more")
     differs = cells is None or len(set(zip(cells, texts, strict=True))) > len(set(cells))
     return {"name": name, "shown": shown, "differs": differs}
 

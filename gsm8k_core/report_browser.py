@@ -126,15 +126,15 @@ def build_browser(
     graded: Graded,
     cells: dict[str, Cell],
     problems: dict[str, Problem],
-    grading: tuple[str, str],
     max_bytes: int,
 ) -> Browser:
     """Pack the problems of a model × suite into at most `max_bytes`.
 
     `cells` are those of the study's methods, in their order. `problems` by id give questions and
-    reference solutions (a problem that is not there shows its id alone). `grading` is the one that
-    counts, and its answer marker.
+    reference solutions (a problem that is not there shows its id alone).
     """
+    summary = cells[study.methods[0]].metrics[0]
+    grading = (summary["grading"], summary["marker"])  # the one that counts
     groups = _groups(cells)
     order = stratified_order(graded.problem_ids, groups)
     chosen = _worth_reading(order, graded, max_bytes)

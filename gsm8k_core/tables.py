@@ -777,18 +777,16 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_comparison(tables: Tables, output_dir: Path, confidence: float, name: str = "") -> None:
+def write_comparison(tables: Tables, output_dir: Path) -> None:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
-    `confidence` is the level of the intervals and `name` that of the study; the last two state
-    both.
     pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k;
     pairs.csv one for every two methods of a model on a suite.
     """
     frame = tables.comparison
     write_text(output_dir / "comparison.csv", frame.write_csv())
-    write_text(output_dir / "comparison.md", to_markdown(frame, confidence, name))
-    write_text(output_dir / "comparison.html", to_html(frame, confidence, name))
+    write_text(output_dir / "comparison.md", to_markdown(frame))
+    write_text(output_dir / "comparison.html", to_html(frame))
     write_text(output_dir / "pass_at_k.csv", tables.pass_at_k.write_csv())
     write_text(output_dir / "pairs.csv", tables.pairs.write_csv())
     with atomic_path(output_dir / "comparison.parquet") as temporary:
@@ -801,6 +799,23 @@ def read_comparison(path: Path) -> pl.DataFrame:
         if path.suffix == ".csv":
             return pl.read_csv(path, schema=SCHEMA)
         return pl.read_parquet(path, columns=list(SCHEMA))
+
+
+def rows_of(study: Comparison, comparison: pl.DataFrame, model: str, suite: str) -> list[Json]:
+    """A model's rows of a suite, one for each method, in the study's order.
+
+    Raises DataError where the comparison has others.
+    """
+    here = comparison.filter((pl.col("model") == model) & (pl.col("suite") == suite))
+    rows = {row["method"]: row for row in here.iter_rows(named=True)}
+    missing = [method for method in study.methods if method not in rows]
+    if missing or here.height != len(rows):
+        raise DataError(
+            f"the comparison has not one row each for {model} on {suite} with "
+            f"{', '.join(missing or study.methods)}: it belongs to another study; run compare.py "
+            "again"
+        )
+    return [rows[method] for method in study.methods]
 
 
 def read_pass_at_k(path: Path) -> pl.DataFrame:
@@ -831,15 +846,11 @@ TEXT_COLUMNS = {
 }  # fmt: skip
 
 
-def _title(name: str) -> str:
-    return f"{name}: comparison" if name else "Comparison"
-
-
-def to_markdown(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
+def to_markdown(frame: pl.DataFrame) -> str:
     """The tables for people: percent with intervals, points, times in plain units."""
     parts = [f"### {table.title}\n\n{markdown_table(table)}" for table in _text_tables(frame)]
-    notes = "\n".join(f"- {note}" for note in notes_on(frame, confidence))
-    return f"## {_title(name)}\n\n" + "\n".join(parts) + f"\n{notes}\n"
+    notes = "\n".join(f"- {note}" for note in notes_on(frame))
+    return f"## {frame['study'][0]}: comparison\n\n" + "\n".join(parts) + f"\n{notes}\n"
 
 
 def markdown_table(table: TextTable) -> str:
@@ -891,17 +902,15 @@ def compared_by_pass_at_1(rows: Sequence[Json]) -> list[Json]:
     return compared if differs else []
 
 
-def _random_things(frame: pl.DataFrame) -> str:
-    """What the intervals take as random."""
-    return "problems alone" if max(frame["num_seeds"], default=1) == 1 else "seeds and problems"
-
-
-def notes_on(frame: pl.DataFrame, confidence: float) -> list[str]:
+def notes_on(frame: pl.DataFrame) -> list[str]:
     """What the columns mean, and every flag that the table holds."""
+    level = level_text(frame["confidence"][0])
+    # What the intervals take as random.
+    over = "problems alone" if frame["num_seeds"].max() == 1 else "seeds and problems"
     notes = [
         "Accuracy is greedy where the suite decodes greedily, else the mean over samples. "
-        f"Brackets are {level_text(confidence)} intervals over {_random_things(frame)}, each for "
-        "itself: unlike p they are not corrected for their number.",
+        f"Brackets are {level} intervals over {over}, each for itself: unlike p they are not "
+        "corrected for their number.",
         "flexible: the last number counts, wherever it stands. format: the answer stands where the "
         "prompt asked for it. Where accuracy grows with format and flexible does not, read "
         "completions: format alone may have been learnt, or the model writes on after its answer. "
@@ -1192,11 +1201,12 @@ td, td span {{ white-space: nowrap; }}
 """
 
 
-def to_html(frame: pl.DataFrame, confidence: float, name: str = "") -> str:
+def to_html(frame: pl.DataFrame) -> str:
     """The same tables as one static page without scripts, light or dark as the reader's screen."""
     tables = "\n".join(_html_table(table) for table in _text_tables(frame))
-    notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame, confidence))
-    return PAGE.format(title=html.escape(_title(name)), tables=tables, notes=notes)
+    notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes_on(frame))
+    title = html.escape(f"{frame['study'][0]}: comparison")
+    return PAGE.format(title=title, tables=tables, notes=notes)
 
 
 HTML_CLASSES = {

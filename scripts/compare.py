@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if (asked := invocation_config()) is not None:
         check_settings(Layout(asked))
     tables = build_comparison(study, args.study_dir)
-    write_comparison(tables, args.output_dir, study.confidence, study.name)
+    write_comparison(tables, args.output_dir)
     if args.manifest is not None:
         record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))

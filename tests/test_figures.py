@@ -177,7 +177,7 @@ def test_circles_are_greedy_and_diamonds_sampled_in_every_panel(tmp_path: Path) 
 
 def test_a_comparison_of_another_study_is_refused(tmp_path: Path) -> None:
     comparison = write_runs(tmp_path, REWARDS).filter(pl.col("method") != "grpo")
-    with pytest.raises(DataError, match="m1 / grpo / test"):
+    with pytest.raises(DataError, match="m1 on test with grpo: it belongs to another"):
         plot_accuracy(STUDY, tmp_path, comparison)
 
 
@@ -604,8 +604,9 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_plot_script_writes_each_figure_twice(tmp_path: Path) -> None:
     curves, pairs = (pl.DataFrame(schema=schema) for schema in (PASS_AT_K_SCHEMA, PAIRS_SCHEMA))
-    tables = Tables(write_runs(tmp_path, REWARDS), curves, pairs)
-    write_comparison(tables, tmp_path / "results", 0.95)
+    rows = write_runs(tmp_path, REWARDS).with_columns(study=pl.lit("demo"), confidence=0.9)
+    tables = Tables(rows, curves, pairs)
+    write_comparison(tables, tmp_path / "results")
     comparison = str(tmp_path / "results" / "comparison.csv")
     arguments = ["--study", dump(STUDY), "--study-dir", str(tmp_path)]
     output = ["--comparison", comparison, "--output-dir", str(tmp_path / "figures")]

@@ -123,8 +123,9 @@ def test_the_tables_of_a_comparison_are_as_wide_as_the_screen(
     by_seed = ";".join(f"{seed}:0.875" for seed in range(10))
     numbers |= {"accuracy_by_seed": by_seed, "pass_at_1_by_seed": f"{by_seed}0"}
     numbers |= {"flags": "right and then contradicted: 2.53 %; 2 seeds; base: engine, dtype"}
+    numbers |= {"study": "widest", "confidence": 0.95}
     path = tmp_path / "comparison.html"
-    path.write_text(to_html(pl.DataFrame([numbers], schema=SCHEMA), 0.95), encoding="utf-8")
+    path.write_text(to_html(pl.DataFrame([numbers], schema=SCHEMA)), encoding="utf-8")
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.goto(path.as_uri())
     tables = page.locator(".scroll")

@@ -364,7 +364,7 @@ def test_a_gain_that_is_format_alone_can_be_told_from_one_in_arithmetic(study_di
     assert (base["accuracy"], sft["accuracy"]) == (0.0, 1.0)
     assert (base["accuracy_flexible"], sft["accuracy_flexible"]) == (1.0, 1.0)
     assert (base["format_fraction"], sft["format_fraction"]) == (0.0, 1.0)
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert "flexible %" in text and "format %" in text and "format alone may have been" in text
 
 
@@ -528,11 +528,11 @@ def test_one_method_has_no_pairs_and_the_file_a_header_alone(
     study_dir: Path, tmp_path: Path
 ) -> None:
     tables = build_comparison(make_study(methods=["base"]), study_dir)
-    write_comparison(tables, tmp_path / "results", 0.95)
+    write_comparison(tables, tmp_path / "results")
     path = tmp_path / "results" / "pairs.csv"
     assert path.read_text(encoding="utf-8") == ",".join(PAIRS_SCHEMA) + "\n"
     assert read_pairs(path).equals(tables.pairs) and tables.pairs.is_empty()
-    assert "pairs.csv" not in to_markdown(tables.comparison, 0.95)
+    assert "pairs.csv" not in to_markdown(tables.comparison)
 
 
 def test_pairs_of_single_runs_and_of_samples_are_those_of_accuracy(study_dir: Path) -> None:
@@ -563,10 +563,10 @@ def test_pairs_of_single_runs_and_of_samples_are_those_of_accuracy(study_dir: Pa
 
 def test_the_tables_say_where_the_pairs_are_that_they_do_not_have(study_dir: Path) -> None:
     frame = build(make_study(), study_dir)
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert text.count("pairs.csv compares every two methods.") == 1
     two = build(make_study(methods=["base", "sft"]), study_dir)
-    assert "pairs.csv" not in to_markdown(two, 0.95)  # the one pair is in the table
+    assert "pairs.csv" not in to_markdown(two)  # the one pair is in the table
 
 
 def sampled(method: str, seed: int, suite: str) -> np.ndarray[Any, Any]:
@@ -629,20 +629,20 @@ def test_pass_at_1_has_a_table_of_its_own_where_it_says_more_than_accuracy(study
     assert grpo["delta_pass_at_1_vs_parent"] == grpo["delta_vs_parent"] > 0
     assert grpo["p_value_pass_at_1_vs_parent_holm"] == grpo["p_value_vs_parent_holm"]
     title, note = "Differences of pass@1", "Decide before the study which of them is the question"
-    for text in (to_markdown(alike, 0.95), to_html(alike, 0.95)):
+    for text in (to_markdown(alike), to_html(alike)):
         assert title not in text and note not in text
     # Without samples there is no pass@1 that could differ.
     greedy = build(make_study(models=["m1"]), study_dir)
     assert row_of(greedy, "grpo")["delta_pass_at_1_vs_parent"] is None
     assert row_of(greedy, "grpo")["p_value_pass_at_1_vs_parent_holm"] is None
-    assert title not in to_markdown(greedy, 0.95)
+    assert title not in to_markdown(greedy)
 
     sample_suite(study_dir, "test")
     both = build(make_study(models=["m1"], suites=["test", "sampled"]), study_dir)
-    for text in (to_markdown(both, 0.95), to_html(both, 0.95)):
+    for text in (to_markdown(both), to_html(both)):
         assert text.count(title) == text.count(note) == 1
     # Whoever asks for pass@1 finds all of its family there.
-    table = to_markdown(both, 0.95).partition(f"### {title}\n\n")[2].partition("\n\n")[0]
+    table = to_markdown(both).partition(f"### {title}\n\n")[2].partition("\n\n")[0]
     cells = [[cell.strip() for cell in line.split("|")] for line in table.split("\n")[2:]]
     assert [line[2:4] for line in cells] == [
         [suite, method] for suite in ("test", "sampled") for method in ("sft", "grpo")
@@ -701,14 +701,14 @@ def test_maj_at_k_has_an_interval_over_seeds_and_problems(tmp_path: Path) -> Non
         last = curves.row(3, named=True)
         assert [row[f"{name}_n{end}"] for end in ends] == [last[f"{name}_k{end}"] for end in ends]
     low, high = (100 * bound for bound in mean_interval(by_hand[4])[1:])
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert "Repeated sampling" in text
         assert f"58.3 [{low:.1f}, {high:.1f}]" in re.sub("</?span>", "", text)
 
 
 def test_a_study_without_samples_has_no_table_of_repeated_sampling(study_dir: Path) -> None:
     frame, curves, _ = build_comparison(make_study(), study_dir)
-    assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame, 0.95)
+    assert curves.is_empty() and "Repeated sampling" not in to_markdown(frame)
     assert row_of(frame, "sft")["maj_at_n"] is None
 
 
@@ -732,7 +732,7 @@ def test_rows_that_were_not_made_alike_are_flagged_and_explained(study_dir: Path
     assert row_of(frame, "base")["flags"] is None
     assert row_of(frame, "sft")["flags"] == "2 seeds; parent: engine, suite settings, code"
     assert row_of(frame, "grpo")["flags"] == "2 seeds; parent: engine, suite settings, code"
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert "flag “suite settings”: other problems, sampling or limits." in text
         assert "flag “2 seeds”: too few" in text
 
@@ -774,7 +774,7 @@ def test_rows_of_other_problems_data_or_starting_weights_are_flagged(study_dir: 
     assert row_of(frame, "grpo")["flags"] == (
         "2 seeds; parent: problems, training data; base: problems"
     )
-    assert "flag “problems”: other problems" in to_markdown(frame, 0.95)
+    assert "flag “problems”: other problems" in to_markdown(frame)
 
 
 def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: Path) -> None:
@@ -784,7 +784,7 @@ def test_prompts_that_were_cut_are_copied_from_the_stats_and_flagged(study_dir: 
     frame = build(make_study(), study_dir)
     assert row_of(frame, "base")["flags"] == "prompts cut: 92.5 %"
     assert row_of(frame, "sft")["flags"] == "2 seeds"
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert "prompts cut: 92.5 %" in text
         assert "flag “prompts cut”: so many prompts were too long for the model" in text
     run_grade(run, rows, model="m1", num_prompts_truncated=0)
@@ -812,7 +812,7 @@ def test_completions_that_contradict_themselves_are_flagged_from_one_in_a_hundre
         frame = build(study, study_dir)
         assert row_of(frame, "base")["flags"] == (expected if flagged else None)
         if flagged and expected:
-            assert "flag “right and then contradicted”: so many" in to_markdown(frame, 0.95)
+            assert "flag “right and then contradicted”: so many" in to_markdown(frame)
 
 
 def test_completions_that_math_verify_was_killed_on_are_flagged_where_its_grade_counts(
@@ -826,7 +826,7 @@ def test_completions_that_math_verify_was_killed_on_are_flagged_where_its_grade_
     study = make_study(models=["m"], methods=["base"])
     frame = build(study, tmp_path)
     assert frame["flags"].to_list() == ["not graded in time: 25 %"]
-    assert "flag “not graded in time”: so many completions took" in to_markdown(frame, 0.95)
+    assert "flag “not graded in time”: so many completions took" in to_markdown(frame)
     write_json(run / "metrics" / "test.json", {**summary, "grading": "strict"})
     assert build(study, tmp_path)["flags"].to_list() == [None]
 
@@ -836,7 +836,7 @@ def test_what_was_run_once_says_that_its_interval_is_of_problems_alone(study_dir
     frame = build(study, study_dir)
     assert row_of(frame, "base")["flags"] is None  # nothing of it is a draw of training
     assert row_of(frame, "sft")["flags"] == "1 seed: problems only"
-    assert "flag “1 seed”: the interval is of problems alone" in to_markdown(frame, 0.95)
+    assert "flag “1 seed”: the interval is of problems alone" in to_markdown(frame)
 
 
 def test_runs_without_statistics_of_generation_are_compared_all_the_same(study_dir: Path) -> None:
@@ -937,9 +937,9 @@ def test_clones_have_the_intervals_and_tests_of_their_clusters(study_dir: Path) 
         found = [row[f"delta_vs_{kind}{end}"] for end in ("", "_ci_low", "_ci_high")]
         assert [*found, row[f"p_value_vs_{kind}"]] == pytest.approx(list(expected[:4]))
     note = "test: 40 problems in 10 clusters. Problems of one cluster are made from one template or"
-    for text in (to_markdown(frame, 0.95), to_html(frame, 0.95)):
+    for text in (to_markdown(frame), to_html(frame)):
         assert text.count(note) == 1
-    assert "cluster" not in to_markdown(plain, 0.95)
+    assert "cluster" not in to_markdown(plain)
 
 
 def test_samples_of_clones_have_the_intervals_of_their_clusters(tmp_path: Path) -> None:
@@ -989,7 +989,7 @@ def test_a_problem_of_no_cluster_is_its_own(study_dir: Path) -> None:
 
 def test_the_comparison_reads_back_as_it_was_written(study_dir: Path, tmp_path: Path) -> None:
     tables = build_comparison(make_study(), study_dir)
-    write_comparison(tables, tmp_path / "results", 0.95)
+    write_comparison(tables, tmp_path / "results")
     for suffix in ("csv", "parquet"):
         found = read_comparison(tmp_path / "results" / f"comparison.{suffix}")
         assert found.equals(tables.comparison)
@@ -1006,7 +1006,7 @@ def test_differences_have_a_sign_which_below_0_is_a_minus_and_no_hyphen() -> Non
 
 
 def test_the_markdown_is_aligned_rounded_and_in_percent(study_dir: Path) -> None:
-    text = to_markdown(build(make_study(), study_dir), 0.95)
+    text = to_markdown(build(make_study(), study_dir))
     quality = text.partition("### Quality\n\n")[2].partition("\n\n")[0].split("\n")
     cost = text.partition("### Cost\n\n")[2].partition("\n\n")[0].split("\n")
     for lines in (quality, cost):
@@ -1088,7 +1088,7 @@ def test_where_all_ran_once_the_tables_say_that_intervals_are_over_problems_alon
     study_dir: Path,
 ) -> None:
     frame = build(make_study(seeds=[3]), study_dir)
-    assert "95 % intervals over problems alone, each for itself" in notes_on(frame, 0.95)[0]
+    assert "95 % intervals over problems alone, each for itself" in notes_on(frame)[0]
 
 
 def test_the_tables_say_the_level_of_their_intervals(study_dir: Path, tmp_path: Path) -> None:
@@ -1103,15 +1103,16 @@ def test_the_tables_say_the_level_of_their_intervals(study_dir: Path, tmp_path: 
 def test_names_cannot_break_out_of_the_tables(study_dir: Path) -> None:
     name = "<script>alert(1)</script>|`"
     frame = build(make_study(), study_dir).with_columns(model=pl.lit(name))
-    assert "<script>" not in to_html(frame, 0.95)
-    assert "&lt;script&gt;" in to_html(frame, 0.95)
-    line = to_markdown(frame, 0.95).split("\n")[6]
+    assert "<script>" not in to_html(frame)
+    assert "&lt;script&gt;" in to_html(frame)
+    line = to_markdown(frame).split("\n")[6]
     assert "\\|`" in line
-    assert "<script>" not in to_html(frame, 0.95, name)
+    named = frame.with_columns(study=pl.lit(name))
+    assert "<script>" not in to_html(named) and "&lt;script&gt;" in to_html(named)
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_well_formed(study_dir: Path) -> None:
-    page = to_html(build(make_study(), study_dir), 0.95)
+    page = to_html(build(make_study(), study_dir))
     assert not re.search(r"(src|href)=|https?://|<script", page)
     for tag in ("table", "tr", "td", "th", "tbody", "span", "ul", "li", "h1", "h2", "html"):
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>") > 0
@@ -1122,7 +1123,7 @@ def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path
     seeds = make_study().seeds_of("grpo")
     alone = [float(np.mean(outcomes("grpo", seed))) for seed in seeds]
     by_seed = ";".join(f"{seed}:{share}" for seed, share in zip(seeds, alone, strict=True))
-    write_comparison(tables, tmp_path, 0.95)
+    write_comparison(tables, tmp_path)
     rows = pl.read_csv(tmp_path / "comparison.csv").filter(pl.col("method") == "grpo")
     assert rows["accuracy_by_seed"].to_list() == [by_seed, by_seed]
     assert rows["pass_at_1_by_seed"].to_list() == [by_seed, by_seed]
@@ -1132,7 +1133,7 @@ def test_what_single_seeds_reach_stands_in_every_table(study_dir: Path, tmp_path
         page = (tmp_path / f"comparison.{suffix}").read_text(encoding="utf-8")
         assert "Single seeds" in page and page.count(text) == 2  # of two models, without samples
     once = make_study(seeds=seeds[:1])
-    assert "Single seeds" not in to_markdown(build(once, study_dir), 0.95)
+    assert "Single seeds" not in to_markdown(build(once, study_dir))
 
 
 def test_the_tables_say_which_study_they_are_of(study_dir: Path, tmp_path: Path) -> None:
@@ -1147,7 +1148,7 @@ def test_the_tables_say_which_study_they_are_of(study_dir: Path, tmp_path: Path)
 
 
 def test_every_header_cell_of_the_page_says_what_it_heads(study_dir: Path) -> None:
-    page = to_html(build(make_study(), study_dir), 0.95)
+    page = to_html(build(make_study(), study_dir))
     cells = re.findall(r"<th( [^>]*)?>(.*?)</th>", page)
     assert cells and all(' scope="' in attributes for attributes, _ in cells)
     of_rows = [name for attributes, name in cells if 'scope="row"' in attributes]
