@@ -276,9 +276,9 @@ def add_metrics(parts: Iterable[Metrics]) -> Metrics:
 def summarize_metrics(total: Metrics) -> dict[str, float]:
     """Means per token, sums and maxima under their plain names, from the total of a step.
 
-    A mean over no token is NaN. Maxima are called `x_max`.
+    A mean over no token is NaN. Maxima are called `x_max`. Of no microbatch there is nothing.
     """
-    num_tokens = total["num_tokens"]
+    num_tokens = total.get("num_tokens", 0.0)
     summary: dict[str, float] = {}
     for name, value in total.items():
         kind, _, plain = name.rpartition("/")

@@ -474,7 +474,7 @@ def update_policy(
             if on_policy:
                 distributed.add_tensor(old_log_probs[:minibatch_size])
     by_rank = distributed.gather(add_metrics(parts))
-    summary = summarize_metrics(add_metrics(by_rank)) if parts else {}
+    summary = summarize_metrics(add_metrics(by_rank))
     if updates:
         summary["loss"] /= len(updates)
         # Of the loss: masked completions and prompts are not in it, and each pass counts anew.

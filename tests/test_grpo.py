@@ -79,6 +79,10 @@ def test_a_maximum_that_is_nan_stays_one_whichever_comes_first() -> None:
         assert math.isnan(add_metrics(order)["max/ratio"])
 
 
+def test_of_no_microbatch_there_is_no_metric() -> None:
+    assert summarize_metrics(add_metrics([])) == {}
+
+
 def rows_of(batch: PolicyBatch, rows: torch.Tensor) -> PolicyBatch:
     def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[rows]
