@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 
 from gsm8k_core.config import Comparison, dump
-from gsm8k_core.files import write_json
+from gsm8k_core.files import Json, write_json
 from gsm8k_core.grading import GRADES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,24 +50,20 @@ def write_run(run: Path, trained: bool, num_problems: int, num_samples: int, see
     random = np.random.default_rng(seed)
     num_rows = num_problems * num_samples
     correct = random.random(num_rows) < 0.5
-    grades = pl.DataFrame(
-        {
-            "problem_id": np.repeat(
-                [f"gsm8k-test-{i:04d}" for i in range(num_problems)], num_samples
-            ),
-            "cluster": pl.Series([None] * num_rows, dtype=pl.String),
-            "decoding": ["sample"] * num_rows,
-            "sample_index": np.tile(np.arange(num_samples), num_problems),
-            "correct": correct,
-            **dict.fromkeys(GRADES, correct),
-            "has_format": np.ones(num_rows, dtype=bool),
-            "extracted": random.integers(0, 500, num_rows).astype(str),
-            "num_tokens": random.integers(50, 300, num_rows),
-            "truncated": np.zeros(num_rows, dtype=bool),
-        }
-    )
+    columns: Json = {
+        "problem_id": np.repeat([f"gsm8k-test-{i:04d}" for i in range(num_problems)], num_samples),
+        "cluster": pl.Series([None] * num_rows, dtype=pl.String),
+        "decoding": ["sample"] * num_rows,
+        "sample_index": np.tile(np.arange(num_samples), num_problems),
+        "correct": correct,
+        **dict.fromkeys(GRADES, correct),
+        "has_format": np.ones(num_rows, dtype=bool),
+        "extracted": random.integers(0, 500, num_rows).astype(str),
+        "num_tokens": random.integers(50, 300, num_rows),
+        "truncated": np.zeros(num_rows, dtype=bool),
+    }
     (run / "grades").mkdir(parents=True)
-    grades.write_parquet(run / "grades" / "gsm8k.parquet")
+    pl.DataFrame(columns).write_parquet(run / "grades" / "gsm8k.parquet")
     by_k = {str(k): 0.5 for k in (1, 2, 4, 8)}
     provenance = {"code_digest": "0" * 64, "python": "3.11", "packages": {"torch": "2.13.0"}}
     cost = {"device": "NVIDIA H200", "peak_memory_mb": 20_000, "provenance": provenance}

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = "cuda" if device.type == "cuda" else "cpu"
     for name in ("vllm", "transformers") if vllm_build() == wanted else ("transformers",):
         started = time.perf_counter()
-        engine = start_engine(args.model, settings.model_copy(update={"engine": name}), device)
+        engine = start_engine(args.model, settings, device, name)
         sys.stdout.write(f"{name}: started in {time.perf_counter() - started:.1f} s\n")
         engines.append(engine)
         ways[name] = sample_with(engine)

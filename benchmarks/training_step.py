@@ -86,7 +86,8 @@ def flops(model: Any, length: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     torch.manual_seed(0)
-    scoring.avoid_cudnn_attention = lambda _: None  # each way says by itself whether to
+    # Each way says by itself whether to.
+    scoring.avoid_cudnn_attention = lambda device: None  # noqa: ARG005
     problem = compile_error(args.device)
     names = ["plain"]
     if problem is None:

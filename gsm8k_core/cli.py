@@ -192,6 +192,10 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _memory_advice(error: RuntimeError | MemoryError) -> str:
     said = first_line(error)[:MEMORY_EXCERPT_CHARACTERS] or type(error).__name__
+    if isinstance(error, MemoryError):
+        return (
+            f"out of memory ({said}): this machine, or what the job may take of it, has too little"
+        )
     return (
         f"out of memory ({said}): lower tokens_per_microbatch (or, if it was generating, "
         "completions_per_batch), or set gradient_checkpointing: true; with vLLM lower "
@@ -378,10 +382,10 @@ def with_engine_arguments(model: ModelSettings, arguments: argparse.Namespace) -
 
     Raises ConfigError for a value that a setting cannot have.
     """
-    overlay: dict[str, Any] = {
-        **_given(arguments, ("engine", "dtype", *MODEL_RESOURCES)),
-        "vllm": _given(arguments, VllmSettings.model_fields, "vllm_"),
-    }
+    overlay = _given(arguments, ("engine", "dtype", *MODEL_RESOURCES))
+    # vLLM's own compute type goes first: left alone, it would make nothing of `--dtype`.
+    vllm: dict[str, Any] = {"dtype": None} if "dtype" in overlay else {}
+    overlay["vllm"] = vllm | _given(arguments, VllmSettings.model_fields, "vllm_")
     return checked(merge(model.model_dump(mode="json"), overlay), ModelSettings, "flags")
 
 

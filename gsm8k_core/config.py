@@ -1001,8 +1001,7 @@ class StudySettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """W&B in addition to metrics.jsonl, which is always written: into state/ of the run while it
-    trains, into train/ when it has finished.
+    """W&B in addition to metrics.jsonl and completions.jsonl.
 
     Changing it makes nothing again. When scripts are run by hand, $GSM8K_TRACKING holds this
     section as JSON."""
@@ -1015,8 +1014,8 @@ class TrackingSettings(Settings):
     """Unset: `online` where $WANDB_API_KEY (or ~/.netrc) has a key, else `offline`, which leaves
     files for `wandb sync` in the run's folder."""
     completions_every_steps: NonNegativeInt = 10
-    """Steps between samples of the completions that GRPO trains on; they go to completions.jsonl,
-    which lies where metrics.jsonl does (and to W&B); 0: never."""
+    """Steps between samples of the completions that GRPO trains on; they go to completions.jsonl
+    (and to W&B); 0: never."""
     num_completions: PositiveInt = 8
     """Completions in such a sample."""
     num_generations: NonNegativeInt = 4

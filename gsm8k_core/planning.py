@@ -365,10 +365,11 @@ def disk_use(
         seeds = len(config.seeds_of(method))
         runs += seeds
         times = max(1, settings.sampling_rounds)
-        best = BYTES_PER_PARAMETER if settings.keep_best else 0
-        # Of adapters little is saved. One more is there while it is written.
-        saved = 0 if settings.lora else STATE_BYTES_PER_PARAMETER
-        state = max(state, best + saved * (settings.keep_checkpoints + 1))
+        # One more is there while it is written. Each may name other best weights, as may the run.
+        num_checkpoints = settings.keep_checkpoints + 1
+        best = BYTES_PER_PARAMETER * (num_checkpoints + 1) if settings.keep_best else 0
+        saved = 0 if settings.lora else STATE_BYTES_PER_PARAMETER  # of adapters it is little
+        state = max(state, best + saved * num_checkpoints)
         every = settings.checkpoint_every_steps
         saves += seeds * times * saved * ((settings.num_steps - 1) // every)
         if isinstance(settings, ExpertIterationMethod):

@@ -155,7 +155,7 @@ PAIRS_SCHEMA: dict[str, Any] = {
     "smallest_detectable_delta": pl.Float64,
 }
 
-OTHER_PAIRS = "pairs"
+OTHER_PAIRS = "others"
 """The family of the pairs that no column of the comparison tests."""
 
 MEASURES = {"accuracy": "", "pass_at_1": "_pass_at_1"}
@@ -459,7 +459,7 @@ def build_comparison(study: Comparison, study_dir: Path) -> Tables:
     `pairs` has every two methods of a model on a suite: `delta` is the accuracy of `method`, the
     one that the study names later, minus that of `other`. `family` says over what `p_value_holm` is
     corrected: `parent` or `base` where the comparison tests the pair, whose p-value it is; all
-    others are one family of the model, `pairs`, over all suites.
+    rest is one family of the model, `others`, over all suites.
 
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage
     with what it sampled and without validation, null where nothing is trained; `…_with_parents`

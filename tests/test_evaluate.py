@@ -26,6 +26,7 @@ from gsm8k_core.config import (
     EvaluationSettings,
     GradingSettings,
     RunSettings,
+    VllmSettings,
     dump,
     load_config,
 )
@@ -274,7 +275,9 @@ def test_a_compute_type_goes_before_that_of_a_run_and_is_float32_for_other_folde
     ask: Callable[..., dict[str, Json]], config: Config, tmp_path: Path
 ) -> None:
     run = config.run_settings("tiny-qwen2", "grpo", 0)
-    rough = run.model_settings.model_copy(update={"dtype": "bfloat16"})
+    rough = run.model_settings.model_copy(
+        update={"dtype": "bfloat16", "vllm": VllmSettings(dtype="bfloat16")}
+    )
     write_text(
         tmp_path / "seed0/settings.json", dump(run.model_copy(update={"model_settings": rough}))
     )
@@ -288,7 +291,8 @@ def test_a_compute_type_goes_before_that_of_a_run_and_is_float32_for_other_folde
     ):
         asked = ask("--model", folder, "--prompt", "plain", *words)["generate"]
         settings = EvaluationSettings.model_validate_json(asked["settings"])
-        assert settings.model_settings.dtype == dtype
+        model, of_vllm = settings.model_settings, "bfloat16" if words == [] else None
+        assert model.dtype == dtype and model.vllm.dtype == (of_vllm if folder == of_run else None)
 
 
 @pytest.mark.slow

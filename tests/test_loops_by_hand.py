@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gsm8k_core
 from gsm8k_core.engines.base import Completion, Request
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import TrainingError
@@ -669,20 +670,27 @@ def test_the_loop_of_the_usage_page_has_the_trainers_gradient(
     assert check_gradient(found, update.gradient) > 0.0
 
 
-def test_old_log_probs_are_had_from_the_engine_as_the_usage_page_says(
+def test_old_log_probs_and_a_mask_of_truncation_are_had_as_the_usage_page_says(
     library_loop: dict[str, Any], examples: Callable[[str], list[str]]
 ) -> None:
-    _, snippet = examples("docs/usage.md")
+    _, *snippets = examples("docs/usage.md")
     problems = library_loop["train"][:4]
     prompts, groups = library_loop["sample"](problems, 2)
     rows = [
         (p, ids, c) for p, ids, some in zip(problems, prompts, groups, strict=True) for c in some
     ]
     batch = collate([ids for _, ids, _ in rows], [c.token_ids for _, _, c in rows], EOS)
-    names: dict[str, Any] = {"torch": torch, "batch": batch, "rows": rows}
-    exec(snippet, names)
-    expected = score_responses(library_loop["model"], **batch)["log_probs"]
+    whole, model = batch["response_mask"], library_loop["model"]
+    expected = score_responses(model, **batch)["log_probs"]
+    names: dict[str, Any] = {"torch": torch, "core": gsm8k_core, "batch": batch, "rows": rows}
+    names["model"] = model
+    for snippet in snippets:
+        exec(snippet, names)
     assert torch.allclose(names["old"], expected, atol=1e-4)
+    ended = torch.tensor([c.finish_reason == "stop" for _, _, c in rows])
+    assert 0 < ended.sum() < len(rows)
+    assert torch.equal(names["mask"], whole * ended[:, None])
+    assert batch["response_mask"] is names["mask"]
 
 
 # ----------------------------------------------------------------------------------- random streams

@@ -49,15 +49,11 @@ def assert_whole(run: Path, num_steps: int) -> None:
 
 def stopped(
     workspace: Path,
-    folder: Path,
+    first_sign: str,
     words: list[str],
     stop: Callable[[subprocess.Popen[bytes]], None],
-    state: str = "interrupted",
 ) -> None:
-    """Call snakemake, and `stop` it once the run in `folder` has a checkpoint; wait for its end.
-
-    Its manifest then says `state`.
-    """
+    """Call snakemake, and `stop` it once the workspace has files `first_sign`; wait for its end."""
     output = workspace.with_name("output.txt")
     with (
         output.open("w", encoding="utf-8") as file,
@@ -70,7 +66,7 @@ def stopped(
     ):  # fmt: skip
         try:
             deadline = time.monotonic() + 300
-            while not list((workspace / folder).glob("state/step-*")):
+            while not list(workspace.glob(first_sign)):
                 assert process.poll() is None and time.monotonic() < deadline, output.read_text()
                 time.sleep(0.02)
             stop(process)
@@ -80,7 +76,6 @@ def stopped(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1, output.read_text()
-    assert states_of_calls(workspace) == [state]
 
 
 def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -88,7 +83,9 @@ def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_pat
     words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
     run = workspace / folder
     # As a terminal does.
-    stopped(workspace, folder, words, lambda process: os.killpg(process.pid, signal.SIGINT))
+    checkpoint = f"{folder}/state/step-*"
+    stopped(workspace, checkpoint, words, lambda process: os.killpg(process.pid, signal.SIGINT))
+    assert states_of_calls(workspace) == ["interrupted"]
     left = {path: (workspace / path).read_bytes() for path in outputs(workspace)}
     assert not [path for path in left if path.is_relative_to(folder)]
 
@@ -107,17 +104,24 @@ def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> No
     workspace = tmp_path / "workspace"
     words, folder = one_training(workspace, "sft", num_steps=60, checkpoint_every_steps=5)
     words[0] = f"{folder}/completions/arithmetic.jsonl"
-    stopped(workspace, folder, words, lambda process: process.terminate())
+    stopped(workspace, f"{folder}/state/step-*", words, lambda process: process.terminate())
+    assert states_of_calls(workspace) == ["interrupted"]
     assert_whole(workspace / folder, 60)
     assert not (workspace / words[0]).exists()
 
 
-def test_sigterm_within_the_last_job_leaves_a_call_that_has_made_all(tmp_path: Path) -> None:
+def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    words, folder = one_training(workspace, "sft", num_steps=60, checkpoint_every_steps=5)
-    stopped(workspace, folder, words, lambda process: process.terminate(), state="succeeded")
-    assert_whole(workspace / folder, 60)
-    assert (workspace / "artifacts/results/stopped/provenance.json").is_file()
+    make_workspace(workspace, {"study": {"name": "stopped", "methods": ["base"]}})
+    words = ["--cores", "2", "--configfile", "studies/debug.yaml", "study.yaml"]
+    assert run_snakemake(workspace, *words).returncode == 0
+    results = workspace / "artifacts" / "results" / "stopped"
+    for name in ("report.html", "logs/report.log", "SHA256SUMS"):
+        (results / name).unlink()
+    log = str((results / "logs" / "report.log").relative_to(workspace))
+    stopped(workspace, log, words, lambda process: process.terminate())
+    assert states_of_calls(workspace) == ["succeeded", "succeeded"]
+    assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
 
 
 REWARD = f"""
