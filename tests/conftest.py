@@ -144,7 +144,7 @@ def library_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
     """What the loop of docs/usage.md leaves behind after two steps, by its names."""
-    loop, _ = examples("docs/usage.md")
+    loop, *_ = examples("docs/usage.md")
     assert loop.count('"num_steps": 40') == 1
     loop = loop.replace('"num_steps": 40', '"num_steps": 2')
     folder = tmp_path / "artifacts" / "experiments" / "default" / "tiny-qwen2" / "sft" / "seed0"
