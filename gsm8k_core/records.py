@@ -261,10 +261,15 @@ def num_gpus(record: Json) -> int | None:
 
 
 def sampling_cost(stats: Sequence[Json]) -> Json:
-    """What sampling the completions of a training run cost, of the stats of each sampling."""
-    gpu_seconds = [(num_gpus(one) or 0) * one["seconds_generating"] for one in stats]
+    """What sampling the completions of a training run cost, of the stats of each sampling.
+
+    The start of the engine is part of it, as it is of GRPO's first step.
+    """
+    seconds = [one["seconds_loading"] + one["seconds_generating"] for one in stats]
+    gpus = [num_gpus(one) or 0 for one in stats]
+    gpu_seconds = [number * of_one for number, of_one in zip(gpus, seconds, strict=True)]
     return {
-        "seconds_sampling": round(sum(one["seconds_generating"] for one in stats), 3),
+        "seconds_sampling": round(sum(seconds), 3),
         "gpu_seconds_sampling": round(sum(gpu_seconds), 3),
         "num_sampled_tokens": sum(one["num_completion_tokens"] for one in stats),
     }

@@ -117,6 +117,7 @@ SCHEMA: dict[str, Any] = {
     "gpu_seconds_generating": pl.Float64,
     "num_train_tokens": pl.Float64,
     "num_train_tokens_with_parents": pl.Float64,
+    "num_sampled_tokens": pl.Float64,
     "num_generated_tokens": pl.Float64,
     "peak_memory_mb_training": pl.Float64,
     "peak_memory_mb_generating": pl.Float64,
@@ -458,7 +459,7 @@ def build_comparison(study: Comparison, study_dir: Path) -> Tables:
 
     `pairs` has every two methods of a model on a suite: `delta` is the accuracy of `method`, the
     one that the study names later, minus that of `other`. `family` says over what `p_value_holm` is
-    corrected: `parent` or `base` where the comparison tests the pair, whose p-value it is; all
+    corrected: `parent` or `base` where the comparison tests the pair, whose p-value it is; the
     rest is one family of the model, `others`, over all suites.
 
     Costs are means over seeds, null where unknown. `train_seconds` is the method's own stage
@@ -722,6 +723,7 @@ def _training_cost(study: Comparison, study_dir: Path, model: str, method: str) 
         "gpu_seconds_training_with_parents": with_parents(_gpu_seconds_training),
         "num_train_tokens": of(method, lambda summary: summary.get("num_tokens")),
         "num_train_tokens_with_parents": with_parents(lambda summary: summary.get("num_tokens")),
+        "num_sampled_tokens": of(method, lambda summary: summary.get("num_sampled_tokens")),
         "peak_memory_mb_training": of(method, lambda summary: summary.get("peak_memory_mb")),
     }
 
@@ -1160,6 +1162,7 @@ COST_COLUMNS: dict[str, Callable[[Json], str]] = {
     "with parents": lambda row: _duration(row["train_seconds_with_parents"] or None),
     "GPU with parents": lambda row: _duration(row["gpu_seconds_training_with_parents"] or None),
     "tokens trained": lambda row: _count(row["num_train_tokens"]),
+    "sampled for it": lambda row: _count(row["num_sampled_tokens"]),
     "peak memory": lambda row: _memory(row["peak_memory_mb_training"]),
     "generating": lambda row: _duration(row["generate_seconds"]),
     "tokens generated": lambda row: _count(row["num_generated_tokens"]),

@@ -737,8 +737,8 @@ def rounds(run_json: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
             stats = {
                 "device": "NVIDIA", "engine": "vllm",
                 "settings": {"model_settings": {"vllm": {"tensor_parallel": 2}}},
-                "seconds_generating": 4.0, "num_completion_tokens": 1000 * number,
-                "peak_memory_mb": 60 + number,
+                "seconds_loading": 0.5, "seconds_generating": 3.5,
+                "num_completion_tokens": 1000 * number, "peak_memory_mb": 60 + number,
             }  # fmt: skip
             write_json(folder / "completions.stats.json", stats)
             write_text(folder / "model" / "model.safetensors", f"weights {number}")

@@ -295,6 +295,7 @@ def study_dir(tmp_path: Path) -> Path:
                             "seconds_training": seconds,
                             "num_tokens": 1000 * seed,
                             "peak_memory_mb": 2048 + seed,
+                            **({"num_sampled_tokens": 10 * seed} if method == "grpo" else {}),
                             "device": "NVIDIA H200",
                         },
                     )
@@ -333,6 +334,7 @@ def test_the_row_of_a_method_says_how_well_against_what_and_at_what_cost(study_d
     assert sft["delta_vs_parent"] == pytest.approx(34 / 80 - 8 / 40)
     assert sft["train_seconds"] == 104.0  # (103 + 105) / 2
     assert sft["num_train_tokens"] == 4000.0
+    assert (sft["num_sampled_tokens"], grpo["num_sampled_tokens"]) == (None, 40.0)
 
     right = {
         method: np.array([outcomes(method, seed) for seed in seeds], dtype=float)
@@ -1070,6 +1072,7 @@ def test_every_column_shows_the_number_that_its_name_says() -> None:
         "with parents": "train_seconds_with_parents",
         "GPU with parents": "gpu_seconds_training_with_parents",
         "tokens trained": "num_train_tokens",
+        "sampled for it": "num_sampled_tokens",
         "peak memory": "peak_memory_mb_training",
         "generating": "generate_seconds",
         "tokens generated": "num_generated_tokens",
