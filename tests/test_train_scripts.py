@@ -887,7 +887,9 @@ def test_dpo_prefers_the_chosen_completions(train: Callable[..., Path], tmp_path
     pair = {"problem_id": "a", "question": "q", "chosen_ids": [20, 0], "rejected_ids": [21, 22, 0]}
     write_jsonl(data, [pair])
     stats = tmp_path / "stats.json"
-    write_json(stats, {"seconds_generating": 1000.0, "num_completion_tokens": 77})
+    write_json(
+        stats, {"seconds_loading": 10.0, "seconds_generating": 990.0, "num_completion_tokens": 77}
+    )
     run = train(
         "train_dpo", "dpo", data=data, num_steps=6, batch_size=2,
         flags=("--sampling-stats", str(stats)),
