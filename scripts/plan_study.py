@@ -222,9 +222,9 @@ def markdown(plan: dict[str, Any]) -> str:
     lines = [
         f"# Plan of study `{plan['study']}`",
         "",
-        f"{plan['models']} models × {plan['methods']} methods × {plan['seeds']} seeds: "
-        f"{plan['training_runs']} training runs ({plan['training_runs_finished']} finished), "
-        f"{plan['evaluations']} evaluations ({plan['evaluations_finished']} finished).",
+        f"Models: {plan['models']}, methods: {plan['methods']}, seeds: {plan['seeds']}; "
+        f"training runs: {plan['training_runs']} ({plan['training_runs_finished']} finished), "
+        f"evaluations: {plan['evaluations']} ({plan['evaluations_finished']} finished).",
         "",
         "| rule | jobs |",
         "|---|---:|",
