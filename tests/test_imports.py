@@ -247,7 +247,7 @@ def test_the_library_example_of_the_readme_runs(
 def test_the_loop_of_the_usage_page_needs_public_names_alone(
     examples: Callable[[str], list[str]],
 ) -> None:
-    loop, _ = examples("docs/usage.md")
+    loop, *_ = examples("docs/usage.md")
     assert loop.count("gsm8k_core") == 1  # `import gsm8k_core as core`
     assert {*re.findall(r"\bcore\.(\w+)", loop)} <= {*gsm8k_core.__all__}
 
