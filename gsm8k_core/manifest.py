@@ -81,6 +81,9 @@ MAX_UNTRACKED_BYTES_OF_FOLDER = 10_000_000
 # Files (and folders) that hold secrets: named in the manifest, known to git or not.
 SECRET_FILES = (
     ".env*", ".netrc", "_netrc", "*.pem", "*.key", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    ".ssh", ".aws", ".kube", ".s3cfg", ".pypirc", ".git-credentials", "credentials",
+    "credentials.json", "service-account*.json", "service_account*.json", "kaggle.json",
+    "*.p12", "*.pfx",
 )  # fmt: skip
 # A patch that `git apply` takes, whatever the user's configuration makes of a difference.
 DIFF_OPTIONS = (

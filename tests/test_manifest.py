@@ -298,8 +298,11 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     git_in(tree, "commit", "-q", "-m", "first")
     for name in (
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519", "Server.PEM",
+        "id_ed25519", "Server.PEM", ".aws/config", ".ssh/config", ".kube/config", ".pypirc",
+        ".git-credentials", "sub/credentials", "a.p12", "a.pfx", "service-account-1.json",
+        "kaggle.json",
     ):  # fmt: skip
+        (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("HF=planted-1\n", encoding="utf-8")
     (tree / "staged.pem").write_text("planted-2\n", encoding="utf-8")
     git_in(tree, "add", "staged.pem")
@@ -313,7 +316,9 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     assert changes["redacted"] is True
     assert set(changes["left_out"]) == {
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519", "staged.pem", "Server.PEM",
+        "id_ed25519", "staged.pem", "Server.PEM", ".aws/config", ".ssh/config", ".kube/config",
+        ".pypirc", ".git-credentials", "sub/credentials", "a.p12", "a.pfx",
+        "service-account-1.json", "kaggle.json",
     }  # fmt: skip
     diff = (folder / "changes.diff").read_text(encoding="utf-8")
     assert "+export DB_PASS=***\n" in diff and "+SMTP_KEY='***'\n" in diff
