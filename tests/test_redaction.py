@@ -145,6 +145,15 @@ def test_an_option_and_a_parameter_whose_names_say_so_hold_secrets(name: str) ->
             ApiSettings(base_url="https://host", model="m", parameters={parameter: "150"})
 
 
+def test_a_parameter_within_others_whose_name_says_so_holds_a_secret() -> None:
+    source = {"type": "search", "parameters": {"top_n": 3, "authentication": {"key": "150"}}}
+    with pytest.raises(ValidationError, match="parameters: key looks like a secret") as caught:
+        ApiSettings(base_url="https://h", model="m", parameters={"data_sources": [source]})
+    assert "$DEEPSEEK_API_KEY" in str(caught.value)
+    parameters = {"thinking": {"type": "enabled", "budget_tokens": 150}, "stop": ["key"]}
+    assert ApiSettings(base_url="https://h", model="m", parameters=parameters).parameters
+
+
 @pytest.mark.parametrize("name", HARMLESS_NAMES)
 def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None:
     command = ["x.py", f"--{name}", "150", f"--{name}=150"]
