@@ -148,11 +148,7 @@ def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]
     }[settings.source]
     origin = fetch(settings, output_dir)
     files = sorted(path for path in output_dir.rglob("*") if path.is_file())
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(
-            f"{origin['from']}: holds no .safetensors; pickled weights are not loaded. "
-            "Take a revision with safetensors, or convert it first."
-        )
+    _check_weights(output_dir, origin["from"])
     try:
         config = AutoConfig.from_pretrained(
             output_dir, local_files_only=True, trust_remote_code=False
@@ -484,7 +480,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 
 def _check_folder(folder: Path) -> None:
-    """That the folder is there, and nothing that its run says it has written is missing.
+    """That the folder is there, with safe weights and all that its run says it has written.
 
     transformers takes a path that is not there for a name on the hub, and goes without a chat
     template or a generation config.
@@ -499,6 +495,25 @@ def _check_folder(folder: Path) -> None:
                     f"{folder}: {name} is missing, so a removal of these weights was cut short; "
                     "delete the folder, then run again to train them anew"
                 )
+    _check_weights(folder, str(folder))
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    """That the folder, which errors call `name`, holds whole weights, of which none are pickled.
+
+    vLLM and transformers would take pickled ones; transformers would also add an adapter that lies
+    there, be it pickled or merged into the weights already.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name}: holds no .safetensors; pickled weights are not loaded. "
+            "Take a revision with safetensors, or convert it first."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name}: holds an adapter (adapter_config.json); merge it into the weights "
+            "(PEFT's merge_and_unload()), or delete its files if that is done"
+        )
 
 
 def weights_digest(folder: Path) -> str:

@@ -401,6 +401,36 @@ def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path: Path) 
             load(tmp_path / "nowhere")
 
 
+LOADERS: list[Callable[[Path], object]] = [
+    load_tokenizer, lambda folder: load_model(folder, CPU), empty_model,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_pickled_weights_are_refused_before_anything_is_loaded(
+    folder: Path, load: Callable[[Path], object]
+) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    load(folder)  # beside safe ones they are nobody's business
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"^{folder}: holds no \.safetensors; pickled weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", [*LOADERS, None])
+def test_an_adapter_beside_the_weights_is_refused(
+    folder: Path, tmp_path: Path, load: Callable[[Path], object] | None
+) -> None:
+    adapted = get_peft_model(
+        tiny_model(tiny_tokenizer()), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    shutil.copyfile(tmp_path / "adapter" / "adapter_config.json", folder / "adapter_config.json")
+    name = str(folder) if load else "local folder model"
+    with pytest.raises(ModelError, match=rf"^{name}: holds an adapter \(adapter_config\.json\)"):
+        load(folder) if load else prepare_model(from_path(folder), tmp_path / "out")
+
+
 @pytest.mark.parametrize("with_tokenizer", [False, True])
 def test_code_in_a_model_folder_never_runs_whoever_is_at_the_terminal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tokenizer: bool
@@ -481,6 +511,7 @@ def test_a_folder_without_a_tokenizer_is_refused_though_one_could_be_made_up(
     tmp_path: Path, kind: str
 ) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     remedy = r"holds no tokenizer that tells 7 from 8; put .*tokenizer\.json"
     with pytest.raises(ModelError, match=f"^{tmp_path}: {remedy}"):
         load_tokenizer(tmp_path)
