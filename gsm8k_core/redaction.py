@@ -59,7 +59,7 @@ UPPER_CASE, ANY_CASE = (
         )""",
         re.VERBOSE | re.MULTILINE,
     )
-    for name in ("[A-Z][A-Z0-9_]*", "[A-Za-z_][A-Za-z0-9_-]*")
+    for name in ("[A-Z][A-Z0-9_]*", r"(?<!\w-)[A-Za-z_][A-Za-z0-9_-]*")
 )
 # A value that is none: `$HF_TOKEN`, `${{ secrets.HF_TOKEN }}`, `$(cat token)`.
 REFERENCE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*\b|[{(]).*")

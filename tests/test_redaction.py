@@ -228,6 +228,12 @@ def test_the_value_that_a_file_gives_to_a_secret_is_struck_out(
     assert redact_assignments(line) == (line if expected is None else expected)
 
 
+@pytest.mark.parametrize("part", ["a-", "aB3-_x", "key ", "wandb login ", BEGIN.format("") + "\n"])
+def test_a_long_text_is_read_in_a_time_that_grows_as_it_does(part: str) -> None:
+    text = part * (200_000 // len(part))  # quadratic, it would take minutes
+    assert redact_assignments(redact(text)) == text
+
+
 def test_nothing_is_struck_out_of_the_code_and_the_configs_of_the_repository() -> None:
     folders = ("gsm8k_core", "scripts", "benchmarks", "rules", "profiles")
     files = [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
