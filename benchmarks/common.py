@@ -169,7 +169,7 @@ def plain_model(folder: Path) -> Any:
     """The peer's model, as its users load it: in float32, without what `load_model` changes."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
 
 
 class Turns:

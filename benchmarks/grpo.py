@@ -122,7 +122,7 @@ def without_end(folder: Path, target: Path) -> Path:
             (target / path.name).symlink_to(path.resolve())
         elif path.is_file():
             (target / path.name).write_bytes(path.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     pad = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.add_special_tokens({"eos_token": NEVER, "pad_token": pad})
     tokenizer.save_pretrained(target)

@@ -153,8 +153,10 @@ def trl_side(args: argparse.Namespace) -> None:
     run = run_settings(args)
     method = run.method_settings
     tokenizer = load_tokenizer(args.model)
-    num_positions = AutoConfig.from_pretrained(args.model).max_position_embeddings
-    examples = load_examples(args.data, run, tokenizer, len(tokenizer), num_positions)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    examples = load_examples(
+        args.data, run, tokenizer, len(tokenizer), config.max_position_embeddings
+    )
     num_steps, num_steps_of_turn = method.num_steps, args.steps
     order = endless_order(len(examples), seed_from(SEED, run.method, run.round))
     # Packed rows hold several examples each; how many is not known beforehand.

@@ -828,9 +828,21 @@ class ApiSettings(Settings):
         for name in self.parameters:
             if name in ("model", "messages", "max_tokens", "temperature", "stream", "n"):
                 raise ValueError(f"parameters: {name} is set by the collector itself")
+        for name in _names_within(self.parameters):
             if is_secret_name(name):
                 raise ValueError(f"parameters: {name} looks like a secret; set $DEEPSEEK_API_KEY")
         return self
+
+
+def _names_within(value: Any) -> Iterator[str]:
+    """The names of all keys of nested values."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield str(name)
+            yield from _names_within(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _names_within(item)
 
 
 class BudgetSettings(Settings):

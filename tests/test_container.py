@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from gsm8k_core.manifest import SECRET_FILES
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
@@ -40,3 +42,10 @@ def test_what_the_recipe_installs_is_an_extra_of_the_project() -> None:
     assert default is not None
     wanted = {default[1], *(variant["extra"] for variant in variants)}
     assert wanted <= set(project["optional-dependencies"])
+
+
+def test_what_a_manifest_leaves_out_as_secret_gets_into_no_image() -> None:
+    left_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
+    anywhere = {line.removeprefix("**/") for line in left_out if line.startswith("**/")}
+    assert anywhere - {"__pycache__"} == set(SECRET_FILES)
+    assert not any(line.startswith("!") for line in left_out)

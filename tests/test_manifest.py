@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,23 @@ def test_outside_a_checkout_there_is_no_commit(
     monkeypatch.setenv("GSM8K_CHECKOUT", "")
     assert git_state() == unknown
     assert manifest.uncommitted_changes() == ("", {})
+
+
+def test_git_that_refuses_a_checkout_is_told_once(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    git_in(tree, "commit", "-q", "--allow-empty", "-m", "first")
+    monkeypatch.delenv("GSM8K_CHECKOUT", raising=False)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    manifest._warn_of_git.cache_clear()
+    assert git_state()["commit"] is None and git_state()["commit"] is None
+    (warning,) = caplog.messages
+    assert f"git does not tell of {tree}, so no changes are recorded" in warning
+    assert "dubious ownership" in warning
+    # A job: its call of snakemake has said so, or knows the commit.
+    manifest._warn_of_git.cache_clear()
+    monkeypatch.setenv("GSM8K_CHECKOUT", "")
+    assert git_state()["commit"] is None and len(caplog.messages) == 1
 
 
 GIT = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
@@ -298,8 +316,11 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     git_in(tree, "commit", "-q", "-m", "first")
     for name in (
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519", "Server.PEM",
+        "id_ed25519", "Server.PEM", ".aws/config", ".ssh/config", ".kube/config", ".pypirc",
+        ".git-credentials", "sub/credentials", "a.p12", "a.pfx", "service-account-1.json",
+        "kaggle.json",
     ):  # fmt: skip
+        (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("HF=planted-1\n", encoding="utf-8")
     (tree / "staged.pem").write_text("planted-2\n", encoding="utf-8")
     git_in(tree, "add", "staged.pem")
@@ -313,7 +334,9 @@ def test_files_that_hold_secrets_are_named_and_their_content_is_nowhere(
     assert changes["redacted"] is True
     assert set(changes["left_out"]) == {
         ".env", ".env.shared", "sub/.env.local", ".netrc", "sub/server.pem", "a.key", "id_rsa",
-        "id_ed25519", "staged.pem", "Server.PEM",
+        "id_ed25519", "staged.pem", "Server.PEM", ".aws/config", ".ssh/config", ".kube/config",
+        ".pypirc", ".git-credentials", "sub/credentials", "a.p12", "a.pfx",
+        "service-account-1.json", "kaggle.json",
     }  # fmt: skip
     diff = (folder / "changes.diff").read_text(encoding="utf-8")
     assert "+export DB_PASS=***\n" in diff and "+SMTP_KEY='***'\n" in diff
@@ -408,6 +431,33 @@ def test_a_secret_on_the_command_line_is_not_written_down() -> None:
     assert redacted(command) == [
         "snakemake", "--cores", "2", "--storage-s3-secret-key", "***", "--api-token=***",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("--nv --env WANDB_API_KEY=0123 --bind /a", "--nv --env WANDB_API_KEY=*** --bind /a"),
+        ("--nv --api-key 0123 --token=4567 -B /a", "--nv --api-key *** --token=*** -B /a"),
+        ("--export=ALL,X_TOKEN=0123", "--export=ALL,X_TOKEN=***"),
+        ("storage_s3_secret_key=0a1b2c3d4e5f6a7b8c9d", "storage_s3_secret_key=***"),
+        ("study=r1 seeds=[0,1] tokens=8 --prompt-tokens 8", None),
+        ('{"source": "hub", "hub_id": "Qwen/Qwen2.5-0.5B", "sort_key": "accuracy"}', None),
+        ("X_TOKEN=$X_TOKEN", None),
+    ],
+)
+def test_a_secret_within_a_word_of_the_command_line_is_not_written_down(
+    word: str, shown: str | None
+) -> None:
+    assert redacted(["snakemake", "--apptainer-args", word]) == [
+        "snakemake", "--apptainer-args", word if shown is None else shown,
+    ]  # fmt: skip
+
+
+def test_a_record_names_a_file_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.json")
+    record = manifest.CallRecord("check_overlap.py", ["--output", name])
+    record.write(tmp_path / "record.json", packages=(), outputs=[])
+    assert read_json(tmp_path / "record.json")["command"][-1] == "caf?.json"
 
 
 def test_a_job_names_the_call_that_it_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +577,24 @@ def test_a_manifest_that_cannot_be_read_stops_nobody(tmp_path: Path, config: Con
     (tmp_path / "20260101T000000Z_nogit").mkdir()
     (tmp_path / "20260101T000000Z_nogit" / "run_manifest.json").write_text("{", encoding="utf-8")
     Invocation(tmp_path).start(config)
+
+
+def test_a_dead_call_of_another_user_stops_nobody(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = {"host": platform.node(), "pid": 2**22 + 1, "started": 1.0}  # no such process
+    paths = [tmp_path / f"2026010{day}T000000Z_nogit" / "run_manifest.json" for day in (1, 2)]
+    for path in paths:
+        write_json(path, {"state": "running", "process": process})
+
+    def refusing(path: Path, value: Any) -> None:
+        if path == paths[0]:
+            raise PermissionError(13, "Permission denied", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr(manifest, "write_json", refusing)  # root may write everywhere
+    Invocation(tmp_path).start(config)
+    assert [read_json(path)["state"] for path in paths] == ["running", "killed"]
 
 
 def test_every_record_names_the_gpus_and_the_driver_of_its_machine(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import ctypes
+import io
 import json
 import os
 import shutil
@@ -398,6 +401,88 @@ def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path: Path) 
             load(tmp_path / "nowhere")
 
 
+LOADERS: list[Callable[[Path], object]] = [
+    load_tokenizer, lambda folder: load_model(folder, CPU), empty_model,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_pickled_weights_are_refused_before_anything_is_loaded(
+    folder: Path, load: Callable[[Path], object]
+) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    load(folder)  # beside safe ones they are nobody's business
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"^{folder}: holds no \.safetensors; pickled weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", [*LOADERS, None])
+def test_an_adapter_beside_the_weights_is_refused(
+    folder: Path, tmp_path: Path, load: Callable[[Path], object] | None
+) -> None:
+    adapted = get_peft_model(
+        tiny_model(tiny_tokenizer()), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    shutil.copyfile(tmp_path / "adapter" / "adapter_config.json", folder / "adapter_config.json")
+    name = str(folder) if load else "local folder model"
+    with pytest.raises(ModelError, match=rf"^{name}: holds an adapter \(adapter_config\.json\)"):
+        load(folder) if load else prepare_model(from_path(folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_code_in_a_model_folder_never_runs_whoever_is_at_the_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tokenizer: bool
+) -> None:
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PretrainedConfig, PreTrainedTokenizerFast\n"
+        "class Config(PretrainedConfig):\n    model_type = 'evil'\n"
+        "class Fast(PreTrainedTokenizerFast):\n    pass\n",
+        encoding="utf-8",
+    )
+    if with_tokenizer:
+        evil = {"tokenizer_class": "Fast", "auto_map": {"AutoTokenizer": [None, "evil.Fast"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(evil), encoding="utf-8")
+    # A path before `--` names the folder of the code, which is not copied.
+    auto_map = {"AutoConfig": f"{folder}--evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config = json.dumps({"model_type": "evil", "auto_map": auto_map})
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def calls() -> Iterator[Callable[[], object]]:
+        yield lambda: prepare_model(from_path(folder), tmp_path / "out")
+        yield lambda: load_tokenizer(folder)
+        yield lambda: load_model(folder, CPU)
+        yield lambda: empty_model(folder)
+        yield lambda: stop_ids_of_folder(folder, tiny_tokenizer())
+
+    for call in calls():
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+        # What is refused is an error, but a tokenizer that needs no code may be loaded without it.
+        with contextlib.suppress(ModelError, ValueError):
+            call()
+        assert not ran.exists()
+
+
+def test_every_call_that_could_run_a_model_folders_code_says_not_to() -> None:
+    found = 0
+    for folder_name in ("gsm8k_core", "scripts", "benchmarks"):
+        for path in (ROOT / folder_name).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.Call(ast.Attribute(ast.Name(name), "from_pretrained" | "from_config")):
+                        if name.startswith("Auto"):
+                            found += 1
+                            told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                            where = f"{path}:{node.lineno}"
+                            assert told.get("trust_remote_code") == "False", where
+    assert found >= 10
+
+
 @pytest.mark.parametrize("num_bytes", [0, 4, 100_000])
 def test_weights_that_were_cut_short_are_an_error(folder: Path, num_bytes: int) -> None:
     content = (folder / "model.safetensors").read_bytes()
@@ -426,6 +511,7 @@ def test_a_folder_without_a_tokenizer_is_refused_though_one_could_be_made_up(
     tmp_path: Path, kind: str
 ) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     remedy = r"holds no tokenizer that tells 7 from 8; put .*tokenizer\.json"
     with pytest.raises(ModelError, match=f"^{tmp_path}: {remedy}"):
         load_tokenizer(tmp_path)

@@ -165,7 +165,7 @@ def run(script: Callable[[str], ModuleType], tmp_path: Path, *extra: str) -> tup
 def test_the_report_names_problem_file_and_row_and_shows_no_markup(
     script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    question = LONG + " <script>alert(1)</script> & more"
+    question = LONG + " <script>alert(1)</script> ![](https://host/x.png)"
     write_problems(tmp_path / "test.jsonl", [problem("What else?", "a"), problem(question, "b")])
     write_jsonl(tmp_path / "one.jsonl", [{"x": "nothing"}])
     write_jsonl(tmp_path / "two.jsonl", [{"x": "nothing"}, {"messages": [{"content": question}]}])
@@ -179,7 +179,23 @@ def test_the_report_names_problem_file_and_row_and_shows_no_markup(
     assert (near["id"], near["rows"][0]["file"], near["rows"][0]["row"]) == ("b", two, 2)
     assert f"| `{tmp_path / 'test.jsonl'}` | 2 | 1 | 1 | 1 | 1 |" in page
     assert f"in `{two}`, row 2" in page and f"1.00 with `{two}`, row 2" in page
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count(f": `{question}`\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see ![](https://host/x.png)\n\n# [b](c)", "`see ![](https://host/x.png) # [b](c)`"),
+        ("a `b` ``c ![](d)", "```a `b` ``c ![](d)```"),
+        ("`![](d)", "`` `![](d) ``"),
+        ("<img src=d>`", "`` <img src=d>` ``"),
+        ("", "`  `"),
+    ],
+)
+def test_what_a_text_holds_is_code_and_no_markup(
+    script: Callable[[str], ModuleType], text: str, shown: str
+) -> None:
+    assert script("check_overlap")._quoted(text) == shown
 
 
 def test_half_a_surrogate_pair_in_a_training_row_is_shown_as_a_question_mark(

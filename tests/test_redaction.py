@@ -52,11 +52,44 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xoxb-" + "123-abc" * 4 + " and xoxp-" + "123-abc" * 4, "*** and ***"),
         ("AIza" + "a1_B2" * 7, "***"),
         ("wandb_v1_" + "a1_B2" * 8, "***"),
+        ("pypi-AgEIcHlwaS5vcmc" + "a1-B2" * 4, "***"),
+        ("ASIA" + "A1B2" * 4, "***"),
+        (
+            f"RUN wandb login --relogin {'0a1b2' * 8} && true",
+            "RUN wandb login --relogin *** && true",
+        ),
+        ("wandb login; git checkout 0a1b2c3, pypi-attestations-of-a-package, ASIATIC", None),
         ("false-as-it-were, on, a@b.c, task-and-some-more-words", None),
     ],
 )
 def test_secrets_are_struck_out_and_nothing_else(text: str, expected: str | None) -> None:
     assert redact(text) == (text if expected is None else expected)
+
+
+BEGIN, END = "-----BEGIN {}PRIVATE KEY-----", "-----END {}PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize("kind", ["", "RSA ", "ENCRYPTED ", "OPENSSH "])
+def test_a_private_key_is_struck_out_line_by_line(kind: str) -> None:
+    begin, end = BEGIN.format(kind), END.format(kind)
+    assert redact(f"a\n{begin}\nMIIE+x\nab==\n{end}\nb") == f"a\n{begin}\n***\n***\n{end}\nb"
+    patch = f" a\n+{begin}\n+MIIE+x\n+ab==\n+{end}\n b\n"
+    assert redact(patch) == f" a\n+{begin}\n+***\n+***\n+{end}\n b\n"
+    escaped = json.dumps({"private_key": f"{begin}\nMIIE+x\nab==\n{end}\n", "id": "b"})
+    assert json.loads(redact(escaped)) == {"private_key": f"{begin}***{end}\n", "id": "b"}
+
+
+def test_a_block_of_pgp_and_each_of_several_keys_are_struck_out_and_nothing_between() -> None:
+    begin, end = BEGIN.format(""), END.format("")
+    keys = f"{begin}\nab\n{end}\nbetween\n{begin}\ncd\n{end}"
+    assert redact(keys) == f"{begin}\n***\n{end}\nbetween\n{begin}\n***\n{end}"
+    begin, end = (text.format("PGP ").replace("KEY", "KEY BLOCK") for text in (BEGIN, END))
+    assert redact(f"{begin}\n\nab\n{end}") == f"{begin}\n\n***\n{end}"
+
+
+def test_a_certificate_and_the_mere_name_of_a_key_stay() -> None:
+    text = f"-----BEGIN CERTIFICATE-----\nMIIE\n-----END CERTIFICATE-----\n{BEGIN.format('')}\nab\n"
+    assert redact(text) == text
 
 
 @pytest.mark.parametrize(
@@ -112,6 +145,15 @@ def test_an_option_and_a_parameter_whose_names_say_so_hold_secrets(name: str) ->
             ApiSettings(base_url="https://host", model="m", parameters={parameter: "150"})
 
 
+def test_a_parameter_within_others_whose_name_says_so_holds_a_secret() -> None:
+    source = {"type": "search", "parameters": {"top_n": 3, "authentication": {"key": "150"}}}
+    with pytest.raises(ValidationError, match="parameters: key looks like a secret") as caught:
+        ApiSettings(base_url="https://h", model="m", parameters={"data_sources": [source]})
+    assert "$DEEPSEEK_API_KEY" in str(caught.value)
+    parameters = {"thinking": {"type": "enabled", "budget_tokens": 150}, "stop": ["key"]}
+    assert ApiSettings(base_url="https://h", model="m", parameters=parameters).parameters
+
+
 @pytest.mark.parametrize("name", HARMLESS_NAMES)
 def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None:
     command = ["x.py", f"--{name}", "150", f"--{name}=150"]
@@ -151,6 +193,23 @@ def test_an_option_and_a_parameter_of_similar_names_hold_none(name: str) -> None
         ("add('Authorization', 'Bearer 9f3c12ab')", "add('Authorization', 'Bearer ***')"),
         ("# authorization: basic authentication is used", None),
         ('-H "Authorization: Bearer $KEY"; f"Authorization: Bearer {key}"', None),
+        # As INI has it: .aws/credentials, .pypirc, .s3cfg.
+        (
+            "[a]\naws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY\nregion = e",
+            "[a]\naws_secret_access_key = ***\nregion = e",
+        ),
+        (
+            "+AWS_SECRET_ACCESS_KEY = wJalrXUtnFEMI/K7MDENG/bPx \n",
+            "+AWS_SECRET_ACCESS_KEY = *** \n",
+        ),
+        ("password = hunter2hunter2", "password = ***"),
+        ("secret_key\t=\t" + "0a1B2" * 8, "secret_key\t=\t***"),
+        ("password= hunter2hunter2", "password= ***"),
+        ("    client-key-data: LS0tLS1CRUdJTiBSU0EgUFJJ=", "    client-key-data: ***"),
+        ("    x-api-key: 0123456789abcdef0123", "    x-api-key: ***"),
+        ("API_KEY = read_key()\nPASSWORD = words[0]\nHF_TOKEN = settings.hf_token_2", None),
+        ("sort_key = row.accuracy_at_1_by_seed\npassword = ask(2)\ntoken = tokens[10]", None),
+        ("cache-key: artifacts/models/qwen2.5-0.5b\nkey = value\npass = 1", None),
         # Upper-case names within the value of another.
         ('command = "export DB_PASS=hunter2 && ./run"', 'command = "export DB_PASS=*** && ./run"'),
         ("  env: DB_PASS=hunter2", "  env: DB_PASS=***"),
@@ -167,6 +226,23 @@ def test_the_value_that_a_file_gives_to_a_secret_is_struck_out(
     line: str, expected: str | None
 ) -> None:
     assert redact_assignments(line) == (line if expected is None else expected)
+
+
+@pytest.mark.parametrize("part", ["a-", "aB3-_x", "key ", "wandb login ", BEGIN.format("") + "\n"])
+def test_a_long_text_is_read_in_a_time_that_grows_as_it_does(part: str) -> None:
+    text = part * (200_000 // len(part))  # quadratic, it would take minutes
+    assert redact_assignments(redact(text)) == text
+
+
+def test_nothing_is_struck_out_of_the_code_and_the_configs_of_the_repository() -> None:
+    folders = ("gsm8k_core", "scripts", "benchmarks", "rules", "profiles")
+    files = [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
+    files += [ROOT / "Snakefile", ROOT / "config.yaml", ROOT / "pyproject.toml", ROOT / "uv.lock"]
+    kinds = {"", ".py", ".smk", ".json", ".yaml", ".toml", ".lock"}
+    texts = {path: path.read_text("utf-8") for path in files if path.suffix in kinds}
+    del texts[ROOT / "gsm8k_core" / "redaction.py"]  # its comments have examples
+    assert len(texts) > 50
+    assert [path for path, text in texts.items() if redact_assignments(redact(text)) != text] == []
 
 
 @pytest.mark.parametrize(

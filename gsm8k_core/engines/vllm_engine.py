@@ -109,6 +109,7 @@ class VllmEngine:
             self.vllm = _import_vllm()
         options: dict[str, Any] = {
             "model": str(folder),
+            "load_format": "safetensors",  # not pickled ones in their place
             "dtype": dtype,
             "seed": 0,  # each request has its own
             "tensor_parallel_size": settings.tensor_parallel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gsm8k_core.engines import vllm_engine
 from gsm8k_core.engines.base import Completion, Request
@@ -308,6 +310,18 @@ def test_what_does_not_start_says_what_to_change(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         start(tiny_folder, **settings)
+
+
+def test_pickled_weights_are_loaded_neither_alone_nor_in_the_place_of_safe_ones(
+    engine: Any, start: Callable[..., Any], sft_folder: Path, tmp_path: Path
+) -> None:
+    # By itself it looks for *.bin too, and first of all for another form of the same weights.
+    assert engine.llm.llm_engine.vllm_config.load_config.load_format == "safetensors"
+    folder = Path(shutil.copytree(sft_folder, tmp_path / "pickled"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"pickled: holds no \.safetensors; pickled weights are"):
+        start(folder)
 
 
 def test_a_request_longer_than_the_model_is_refused(engine: Any) -> None:
