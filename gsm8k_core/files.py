@@ -32,6 +32,9 @@ MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "
 WRITER = ".writer"
 """In the temporary folder of `atomic_path`: names its writer's host; locked while that lives."""
 
+FINISHED = ".finished"
+"""Beside the `model/` of a finished run: links to all that it wrote (`TrainingRun.finish`)."""
+
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -71,6 +74,18 @@ def remove_folder(path: Path) -> None:
     with _holder_beside(path) as holder:
         path.rename(holder / path.name)
         shutil.rmtree(holder / path.name, ignore_errors=True)
+
+
+def drop_finished(model: Path) -> None:
+    """Remove the links that a finished run has left beside its `model`.
+
+    To be called by whoever reads the model: Snakemake has accepted it then, and may drop it later,
+    when links would keep it on the disk.
+    """
+    kept = model.resolve().parent / FINISHED
+    with contextlib.suppress(OSError):  # another reader was faster, or the run is somebody else's
+        if kept.is_dir():
+            remove_folder(kept)
 
 
 @contextlib.contextmanager

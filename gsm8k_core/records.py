@@ -37,6 +37,7 @@ from gsm8k_core.config import (
 from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import (
+    FINISHED,
     Json,
     atomic_path,
     read_json,
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"
 UNRECORDED = ".unrecorded"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-LEFT_OUT_FOLDERS = {"state"}
+LEFT_OUT_FOLDERS = {"state", FINISHED}
 WANDB_FOLDER = "wandb"
 # Of artifacts/: they hold a log of each dataset and each model that was prepared.
 LOG_FOLDERS = ("logs", "benchmarks")

@@ -51,6 +51,7 @@ from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
     cut_torn_line,
+    drop_finished,
     iter_jsonl,
     lock,
     read_lines,
@@ -62,6 +63,7 @@ from gsm8k_core.files import (
     write_json,
     write_jsonl,
 )
+from gsm8k_core.layout import RUNS
 from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
 from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
@@ -280,6 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     if done:
         log.info("resuming after %d of %d problems", len(done), len(problems))
     warn_of_other_run(args.model, settings)
+    if not args.output.is_relative_to(RUNS):  # an `eval` writes nothing beside what it reads
+        drop_finished(args.model)
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()

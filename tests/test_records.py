@@ -15,7 +15,7 @@ import pytest
 
 from gsm8k_core.config import Config
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import read_json, write_json, write_text
+from gsm8k_core.files import FINISHED, read_json, write_json, write_text
 from gsm8k_core.layout import Layout
 from gsm8k_core.records import (
     SUMS,
@@ -355,6 +355,9 @@ def test_a_call_tells_its_inputs_and_the_seconds_of_its_own_jobs(layout: Layout)
     assert facts["datasets"]["arithmetic"]["test"]["sha256"] == "0"
     assert facts["models"] == {"tiny-qwen2": {"from": "embedded", "files": {"a": "1"}}}
     assert (facts["seconds_gpu"], facts["seconds_cpu_jobs"]) == (12.0, 2.0)
+    grpo = EXPERIMENTS / "grpo" / "seed0"  # whose links are no other run
+    shutil.copytree(grpo / "train", grpo / FINISHED / "train")
+    assert invocation_facts(layout, SECOND) == facts
     assert invocation_facts(layout, FIRST)["seconds_gpu"] == 3 * 12.0 + 2.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from gsm8k_core.data import content_digest
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ConfigError, DataError, ModelError
 from gsm8k_core.files import (
+    FINISHED,
     read_json,
     read_jsonl,
     seed_from,
@@ -189,6 +191,25 @@ def test_completions_are_in_the_order_of_the_problems_greedy_first(job: Callable
         assert row["finish_reason"] in ("stop", "length")
         assert row["cluster"] == cluster[row["problem_id"]]
     assert not this.partial.exists()
+
+
+@pytest.mark.parametrize(("folder", "goes"), [("run", True), ("artifacts/runs/an_eval", False)])
+def test_links_beside_a_model_go_when_its_study_reads_it_and_not_with_an_eval(
+    job: Callable[..., Job],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    goes: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    this = job()
+    this.model = Path("trained", "model")
+    shutil.copytree(tiny_folder, this.model)
+    write_text(Path("trained", FINISHED, "model", "config.json"), "{}")
+    this.folder = Path(folder)
+    this.run()
+    assert Path("trained", FINISHED).exists() is not goes
 
 
 @pytest.mark.parametrize("likeliest", [{"top_k": 1}, {"top_p": 1e-6}])
@@ -752,7 +773,9 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
     rounds: Callable[..., Path], script: Script
 ) -> None:
     folder = rounds()
+    write_text(folder / "round2" / FINISHED / "model" / "config.json", "{}")
     assert script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"]) == 0
+    assert not (folder / "round2" / FINISHED).exists()
     summary = read_json(folder / "train" / "summary.json")
     expected = {
         "num_rounds": 2, "round": 0, "num_steps": 6, "num_updates": 6,

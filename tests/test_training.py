@@ -292,7 +292,8 @@ def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., Training
     run.progress["num_tokens"] = 128
     run.finish({"num_examples": 4})
     folder = run.output_dir
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "settings.json", "train"]
+    names = [".finished", "model", "settings.json", "train"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert same(weights(load_model(folder / "model", CPU)), weights(run.model))
     assert [row["step"] for row in read_jsonl(folder / "train" / "metrics.jsonl")] == [1, 2, 3, 4]
     summary = read_json(folder / "train" / "summary.json")

@@ -18,6 +18,7 @@ from workspace import make_workspace
 
 from gsm8k_core.files import read_json, read_jsonl
 
+NAMES = ("model/model.safetensors", "train/metrics.jsonl", "train/summary.json", "settings.json")
 CELLS = Path("artifacts/experiments/stopped/tiny-qwen2")
 
 pytestmark = pytest.mark.slow
@@ -122,6 +123,35 @@ def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(tmp_path: Path
     stopped(workspace, log, words, lambda process: process.terminate())
     assert states_of_calls(workspace) == ["succeeded", "succeeded"]
     assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
+
+
+def test_a_finished_training_that_snakemake_rejects_comes_back_with_the_same_command(
+    tmp_path: Path,
+) -> None:
+    workspace = tmp_path / "workspace"
+    words, folder = one_training(workspace, "sft", num_steps=4, checkpoint_every_steps=2)
+    run = workspace / folder
+    data = Path("artifacts/arithmetic_debug/train.jsonl")
+    assert run_snakemake(workspace, str(data), *words[1:]).returncode == 0
+    later = time.time() + 3600
+    os.utime(workspace / data, (later, later))  # a clock was set back
+    rejected = run_snakemake(workspace, *words)
+    assert rejected.returncode == 1 and "has older modification time" in rejected.stdout
+    assert {path.name for path in run.iterdir()} >= {".finished"}
+    assert not (run / "model").exists() and not (run / "settings.json").exists()
+    assert not (run / "state").exists()
+    kept = {name: (run / ".finished" / name).read_bytes() for name in NAMES}
+
+    os.utime(workspace / data)
+    words[0] = f"{folder}/completions/debug.jsonl"
+    again = run_snakemake(workspace, *words)
+    assert again.returncode == 0, again.stdout
+    log = (run / "logs" / "train_sft.log").read_text(encoding="utf-8")
+    assert "are brought back" in log and "loss" not in log
+    assert {name: (run / name).read_bytes() for name in NAMES} == kept
+    assert_whole(run, 4)
+    assert not (run / ".finished").exists()  # the model was read
+    assert states_of_calls(workspace)[1:] == ["failed", "succeeded"]
 
 
 REWARD = f"""
