@@ -88,6 +88,36 @@ def drop_finished(model: Path) -> None:
             remove_folder(kept)
 
 
+def partials(completions: Path) -> list[Path]:
+    """Where generate.py keeps finished problems: those of `completions`, and those of others.
+
+    Others are what it was at before with another engine, say, and may go on with.
+    """
+    ends = (".partial", ".other.partial")
+    return [completions.with_name(completions.name + end) for end in ends]
+
+
+def lock_of(completions: Path) -> Path:
+    """Its lock: there while generate.py is at work, and where that was killed."""
+    return completions.with_name(f".{completions.name}.lock")
+
+
+def attempts_of(completions: Path) -> Path:
+    """The calls that have worked on the completions."""
+    return completions.with_name(f".{completions.name}.attempts")
+
+
+def drop_partials(completions: Path) -> None:
+    """Remove what generate.py has kept for the case that Snakemake rejects `completions`.
+
+    To be called by whoever has read them: Snakemake has accepted them then.
+    """
+    if not lock_of(completions).exists():  # else they are being generated again
+        with contextlib.suppress(OSError):  # they may be somebody else's
+            for path in [*partials(completions), attempts_of(completions)]:
+                path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _holder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, removed in the end; of a killed process by others."""

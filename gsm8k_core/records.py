@@ -8,11 +8,12 @@
 The files of a study are its experiments, its results, the run manifests of its calls, and the
 datasets, traces and starting weights that it came from, with the logs and benchmarks of all of it.
 
-Not among them, by their nature: `state/` (checkpoints of an unfinished run), hidden files
-(Snakemake's empty time stamps, locks, what a kill has left) and what lies outside artifacts/, as
-Snakemake's own log in `.snakemake/log` does, which ends after the record. `wandb/` is hashed, but
-files that are new in it are no difference: `wandb sync` adds some. A damaged SHA256SUMS shows as
-the differences that it makes, or as an error that names the row.
+Not among them, by their nature: `state/` (checkpoints of an unfinished run), `*.partial`
+(completions of an unfinished job), hidden files (Snakemake's empty time stamps, locks, what a kill
+has left) and what lies outside artifacts/, as Snakemake's own log in `.snakemake/log` does, which
+ends after the record. `wandb/` is hashed, but files that are new in it are no difference: `wandb
+sync` adds some. A damaged SHA256SUMS shows as the differences that it makes, or as an error that
+names the row.
 """
 
 from __future__ import annotations
@@ -493,7 +494,7 @@ def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
             parts = path.relative_to(folder).parts
             hidden = any(part.startswith(".") for part in parts)
             if path.is_file() and not hidden and not LEFT_OUT_FOLDERS & set(parts):
-                if path.name != SUMS:
+                if path.name != SUMS and path.suffix != ".partial":
                     yield path
 
 

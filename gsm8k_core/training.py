@@ -890,7 +890,7 @@ class TrainingRun:
             "starting_weights": self.progress["starting_weights"],
             "reward_code": self.progress.get("reward_code"),
             **summary,
-            **self.attempts.finish(made_by["cpu_seconds"]),
+            **self.attempts.as_finished(made_by["cpu_seconds"]),
             "provenance": made_by,
         }
         write_json(self.output_dir / "train" / "summary.json", summary)

@@ -330,6 +330,8 @@ def test_a_run_killed_while_its_engine_shuts_down_goes_on_from_its_checkpoint(
     assert again.resume()[0] == 1
     step(again, 2)
     again.finish({})
+    attempts = read_json(run.output_dir / "train" / "summary.json")["attempts"]
+    assert [one["state"] for one in attempts] == ["killed", "finished"]
     assert not again.state_dir.exists()
     assert same(weights(run.model), weights(again.model))
 

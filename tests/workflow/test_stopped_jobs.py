@@ -125,33 +125,47 @@ def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(tmp_path: Path
     assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
 
 
-def test_a_finished_training_that_snakemake_rejects_comes_back_with_the_same_command(
+def test_finished_jobs_that_snakemake_rejects_come_back_with_the_same_command(
     tmp_path: Path,
 ) -> None:
     workspace = tmp_path / "workspace"
     words, folder = one_training(workspace, "sft", num_steps=4, checkpoint_every_steps=2)
     run = workspace / folder
-    data = Path("artifacts/arithmetic_debug/train.jsonl")
-    assert run_snakemake(workspace, str(data), *words[1:]).returncode == 0
+    train, test = (Path(f"artifacts/arithmetic_debug/{split}.jsonl") for split in ("train", "test"))
+    assert run_snakemake(workspace, str(train), *words[1:]).returncode == 0
     later = time.time() + 3600
-    os.utime(workspace / data, (later, later))  # a clock was set back
-    rejected = run_snakemake(workspace, *words)
-    assert rejected.returncode == 1 and "has older modification time" in rejected.stdout
-    assert {path.name for path in run.iterdir()} >= {".finished"}
-    assert not (run / "model").exists() and not (run / "settings.json").exists()
-    assert not (run / "state").exists()
+    for data in (train, test):
+        os.utime(workspace / data, (later, later))  # as if the clock was set back
+
+    def is_rejected() -> bool:
+        result = run_snakemake(workspace, *words)
+        return result.returncode == 1 and "has older modification time" in result.stdout
+
+    def log_of(job: str) -> str:
+        return (run / "logs" / f"{job}.log").read_text(encoding="utf-8")
+
+    assert is_rejected()
+    assert not any((run / name).exists() for name in (*NAMES, "state"))
     kept = {name: (run / ".finished" / name).read_bytes() for name in NAMES}
 
-    os.utime(workspace / data)
-    words[0] = f"{folder}/completions/debug.jsonl"
-    again = run_snakemake(workspace, *words)
-    assert again.returncode == 0, again.stdout
-    log = (run / "logs" / "train_sft.log").read_text(encoding="utf-8")
-    assert "are brought back" in log and "loss" not in log
+    os.utime(workspace / train)
+    words[0] = f"{folder}/metrics/debug.json"
+    assert is_rejected()
+    assert "are brought back" in log_of("train_sft") and "loss" not in log_of("train_sft")
     assert {name: (run / name).read_bytes() for name in NAMES} == kept
     assert_whole(run, 4)
     assert not (run / ".finished").exists()  # the model was read
-    assert states_of_calls(workspace)[1:] == ["failed", "succeeded"]
+    assert not (run / "completions" / "debug.jsonl").exists()
+
+    os.utime(workspace / test)
+    again = run_snakemake(workspace, *words)
+    assert again.returncode == 0, again.stdout
+    stats = read_json(run / "completions" / "debug.stats.json")
+    num = stats["num_problems"]
+    assert f"resuming after {num} of {num} problems" in log_of("generate_debug")
+    assert stats["seconds_generating"] > 0 and not list((run / "completions").glob("*.partial"))
+    assert {name: (run / name).read_bytes() for name in NAMES} == kept
+    assert states_of_calls(workspace)[1:] == ["failed", "failed", "succeeded"]
 
 
 REWARD = f"""

@@ -325,6 +325,7 @@ def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
     for path in ends[0]:
         assert_whole(workspace / path, finished / path)
     assert not list((workspace / "artifacts").rglob(FINISHED))
+    assert not list((workspace / "artifacts").rglob("*.partial"))
     assert planned_jobs(workspace, overlays=overlays) == {}
     monkeypatch.chdir(workspace)
     assert script("verify").main(["--study", "small"]) == 0
@@ -367,6 +368,7 @@ def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
     assert (run / "benchmarks" / "train_grpo.tsv").read_text(encoding="utf-8").startswith("s\t")
     assert not (run / "state").exists()
     assert not list((finished / "artifacts").rglob(FINISHED))  # every model was read
+    assert not list((finished / "artifacts").rglob("*.partial"))
 
 
 def test_expert_iteration_trains_each_round_on_correct_completions(finished: Path) -> None:
