@@ -451,6 +451,14 @@ class TrainingRun:
                     remove_folder(self.state_dir)
         if ranks.is_main():
             self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
+            last = max((row["step"] for row in iter_jsonl(self.metrics.path)), default=0)
+            if last != step:
+                log.warning(
+                    "%s ends at step %d: rows up to that of the checkpoint, %d, are lost",
+                    self.metrics.path,
+                    last,
+                    step,
+                )
             self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
             self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
             self.attempts = Attempts(
@@ -584,6 +592,8 @@ class TrainingRun:
             if self.tracker is not None:
                 self.tracker.log_completions(step, sample)
         if step % self.settings.checkpoint_every_steps == 0 and step < self.num_steps:
+            for rows in filter(None, (self.metrics, self.samples)):
+                rows.sync()
             checkpoints.save_checkpoint(
                 self.state_dir,
                 step,
