@@ -500,7 +500,7 @@ class TrainingRun:
             os.utime(path)
         with atomic_path(self.output_dir / "model") as temporary:
             shutil.copytree(kept / "model", temporary, copy_function=link_or_copy)
-        for path in [*(kept / "train").iterdir(), kept / "settings.json"]:
+        for path in [*(kept / "train").glob("[!.]*"), kept / "settings.json"]:
             with atomic_path(self.output_dir / path.relative_to(kept)) as temporary:
                 link_or_copy(path, temporary)
         log.info(
