@@ -32,6 +32,9 @@ MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "
 WRITER = ".writer"
 """In the temporary folder of `atomic_path`: names its writer's host; locked while that lives."""
 
+FINISHED = ".finished"
+"""Beside the `model/` of a finished run: links to all that it wrote (`TrainingRun.finish`)."""
+
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -71,6 +74,48 @@ def remove_folder(path: Path) -> None:
     with _holder_beside(path) as holder:
         path.rename(holder / path.name)
         shutil.rmtree(holder / path.name, ignore_errors=True)
+
+
+def drop_finished(model: Path) -> None:
+    """Remove the links that a finished run has left beside its `model`.
+
+    To be called by whoever reads the model: Snakemake has accepted it then, and may drop it later,
+    when links would keep it on the disk.
+    """
+    kept = model.resolve().parent / FINISHED
+    with contextlib.suppress(OSError):  # another reader was faster, or the run is somebody else's
+        if kept.is_dir():
+            remove_folder(kept)
+
+
+def partials(completions: Path) -> list[Path]:
+    """Where generate.py keeps finished problems: those of `completions`, and those of others.
+
+    Others are what it was at before with another engine, say, and may go on with.
+    """
+    ends = (".partial", ".other.partial")
+    return [completions.with_name(completions.name + end) for end in ends]
+
+
+def lock_of(completions: Path) -> Path:
+    """Its lock: there while generate.py is at work, and where that was killed."""
+    return completions.with_name(f".{completions.name}.lock")
+
+
+def attempts_of(completions: Path) -> Path:
+    """The calls that have worked on the completions."""
+    return completions.with_name(f".{completions.name}.attempts")
+
+
+def drop_partials(completions: Path) -> None:
+    """Remove what generate.py has kept for the case that Snakemake rejects `completions`.
+
+    To be called by whoever has read them: Snakemake has accepted them then.
+    """
+    if not lock_of(completions).exists():  # else they are being generated again
+        with contextlib.suppress(OSError):  # they may be somebody else's
+            for path in [*partials(completions), attempts_of(completions)]:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -501,6 +501,11 @@ class Attempts:
         }
         _write_redacted(self._path, {"job": self._job, "attempts": self._rows})
 
+    def as_finished(self, cpu_seconds: float | None = None) -> Json:
+        """What the job's own record says, if this call comes to its end; `path` knows of none."""
+        self.note(cpu_seconds=cpu_seconds)
+        return attempts_record([*self._rows[:-1], {**self._own, "state": "finished"}])
+
     def finish(self, cpu_seconds: float | None = None) -> Json:
         """What the job's own record says of them. `path` is the caller's to remove, or to keep."""
         atexit.unregister(self._end)

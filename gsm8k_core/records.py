@@ -8,11 +8,12 @@
 The files of a study are its experiments, its results, the run manifests of its calls, and the
 datasets, traces and starting weights that it came from, with the logs and benchmarks of all of it.
 
-Not among them, by their nature: `state/` (checkpoints of an unfinished run), hidden files
-(Snakemake's empty time stamps, locks, what a kill has left) and what lies outside artifacts/, as
-Snakemake's own log in `.snakemake/log` does, which ends after the record. `wandb/` is hashed, but
-files that are new in it are no difference: `wandb sync` adds some. A damaged SHA256SUMS shows as
-the differences that it makes, or as an error that names the row.
+Not among them, by their nature: `state/` (checkpoints of an unfinished run), `*.partial`
+(completions of an unfinished job), hidden files (Snakemake's empty time stamps, locks, what a kill
+has left) and what lies outside artifacts/, as Snakemake's own log in `.snakemake/log` does, which
+ends after the record. `wandb/` is hashed, but files that are new in it are no difference: `wandb
+sync` adds some. A damaged SHA256SUMS shows as the differences that it makes, or as an error that
+names the row.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gsm8k_core.config import (
 from gsm8k_core.differences import leaf_changes
 from gsm8k_core.errors import DataError
 from gsm8k_core.files import (
+    FINISHED,
     Json,
     atomic_path,
     read_json,
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 SUMS = "SHA256SUMS"
 UNRECORDED = ".unrecorded"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-LEFT_OUT_FOLDERS = {"state"}
+LEFT_OUT_FOLDERS = {"state", FINISHED}
 WANDB_FOLDER = "wandb"
 # Of artifacts/: they hold a log of each dataset and each model that was prepared.
 LOG_FOLDERS = ("logs", "benchmarks")
@@ -497,7 +499,7 @@ def _files_below(folders: Iterable[Path]) -> Iterator[Path]:
             parts = path.relative_to(folder).parts
             hidden = any(part.startswith(".") for part in parts)
             if path.is_file() and not hidden and not LEFT_OUT_FOLDERS & set(parts):
-                if path.name != SUMS:
+                if path.name != SUMS and path.suffix != ".partial":
                     yield path
 
 

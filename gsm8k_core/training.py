@@ -10,6 +10,7 @@ The loops themselves stand in `scripts/train_*.py`. A run's folder:
     train/summary.json   seconds, tokens, peak memory, provenance
     state/               of an unfinished run: checkpoints, and metrics.jsonl and completions.jsonl
                          so far; gone when it has finished
+    .finished/           of a finished run: links to all of the above, until its model is read
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import random
 import shutil
 import time
@@ -44,11 +46,15 @@ from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype
 from gsm8k_core.engines.vllm_engine import VllmEngine
 from gsm8k_core.errors import ConfigError, TrainingError, first_line
 from gsm8k_core.files import (
+    FINISHED,
     Json,
     atomic_path,
+    drop_finished,
     iter_jsonl,
+    link_or_copy,
     lock,
     read_json,
+    read_record,
     remove_folder,
     remove_leftovers,
     seed_from,
@@ -101,6 +107,8 @@ Item = TypeVar("Item")
 CPU_TOKENS_PER_MICROBATCH = 2048
 # Entries of a checkpoint's progress that must agree for a run to go on from it.
 SAME_RUN = ("settings", "starting_weights", "data", "reward_code")
+# What a finished run has, and Snakemake removes where it does not accept it.
+OUTPUTS = ("model", "train/metrics.jsonl", "train/summary.json", "settings.json")
 
 
 def learning_rate_at(update: int, num_updates: int, settings: TrainSettings) -> float:
@@ -283,6 +291,7 @@ class TrainingRun:
         }
         self.started = time.perf_counter()
         self._has_resumed = False
+        self._is_brought_back = False
         self.metrics: MetricsLog | None = None
         """Of rank 0, which logs for all; and so are `samples`, `tracker` and `attempts`."""
         self.samples: MetricsLog | None = None
@@ -398,12 +407,20 @@ class TrainingRun:
         """Go on from the newest checkpoint of the same settings and parent, if there is one.
 
         Returns the number of steps done (0: from scratch) and the tensors that the loop had saved.
+        All steps are done where this very run had finished and only its outputs were taken away:
+        they are back then, and `finish` writes nothing.
         """
         if ranks.is_main():
             # A job goes on when snakemake is killed, and must not meet the one that redoes it.
             self._lock = lock(self._lock_path, str(self.output_dir))
             for folder in (self.output_dir, self.state_dir):  # a save of weights that was cut short
                 remove_leftovers(folder)
+            drop_finished(self.starting_model)
+        self.tracking = tracking_settings()
+        self._has_resumed = True
+        self._is_brought_back = distributed.broadcast(ranks.is_main() and self._bring_back())
+        if self._is_brought_back:
+            return self.num_steps, {}
         found = distributed.broadcast(checkpoints.list_checkpoints(self.state_dir))
         extra: checkpoints.Tensors = {}
         step = 0
@@ -434,6 +451,14 @@ class TrainingRun:
                     remove_folder(self.state_dir)
         if ranks.is_main():
             self.metrics = MetricsLog(self.state_dir / "metrics.jsonl", last_step=step)
+            last = max((row["step"] for row in iter_jsonl(self.metrics.path)), default=0)
+            if last != step:
+                log.warning(
+                    "%s ends at step %d: rows up to that of the checkpoint, %d, are lost",
+                    self.metrics.path,
+                    last,
+                    step,
+                )
             self.samples = MetricsLog(self.state_dir / "completions.jsonl", last_step=step)
             self.tracker = start_tracker(self.output_dir, self._tracked_run(self.metrics))
             self.attempts = Attempts(
@@ -441,10 +466,49 @@ class TrainingRun:
                 sha256_json({key: self.progress.get(key) for key in SAME_RUN}),
                 num_gpus=ranks.world_size() if self.device.type == "cuda" else 0,
             )
-        self.tracking = tracking_settings()
         self.started = time.perf_counter() - self.progress["seconds"]
-        self._has_resumed = True
         return step, extra
+
+    def _identity(self) -> Json:
+        """What tells this run from others that may have finished in its folder."""
+        return {**{key: self.progress.get(key) for key in SAME_RUN}, "num_steps": self.num_steps}
+
+    def _keep_links(self) -> None:
+        """Link all outputs into FINISHED: Snakemake may not accept them, and then removes them."""
+        try:
+            with atomic_path(self.output_dir / FINISHED) as kept:
+                for name in ("model", "train"):
+                    shutil.copytree(self.output_dir / name, kept / name, copy_function=os.link)
+                os.link(self.output_dir / "settings.json", kept / "settings.json")
+                write_json(kept / "run.json", self._identity())
+        except OSError as error:  # copies would cost as much disk as the model again
+            log.info("%s: no links to what was written (%s)", self.output_dir / FINISHED, error)
+
+    def _bring_back(self) -> bool:
+        """Put back what this very run had written when it finished, if outputs are missing.
+
+        Whatever else is kept of an earlier run is removed.
+        """
+        kept = self.output_dir / FINISHED
+        if not kept.is_dir():
+            return False
+        is_whole = all((self.output_dir / name).exists() for name in OUTPUTS)
+        if is_whole or read_record(kept / "run.json") != self._identity():
+            remove_folder(kept)
+            return False
+        for path in kept.rglob("*"):  # outputs must not be older than inputs
+            os.utime(path)
+        with atomic_path(self.output_dir / "model") as temporary:
+            shutil.copytree(kept / "model", temporary, copy_function=link_or_copy)
+        for path in [*(kept / "train").glob("[!.]*"), kept / "settings.json"]:
+            with atomic_path(self.output_dir / path.relative_to(kept)) as temporary:
+                link_or_copy(path, temporary)
+        log.info(
+            "the run had finished, but its outputs were removed: they are brought back from %s "
+            "and nothing is trained (delete that folder to train anew)",
+            kept,
+        )
+        return True
 
     def _tracked_run(self, metrics: MetricsLog) -> TrackedRun:
         settings = self.run_settings
@@ -528,6 +592,8 @@ class TrainingRun:
             if self.tracker is not None:
                 self.tracker.log_completions(step, sample)
         if step % self.settings.checkpoint_every_steps == 0 and step < self.num_steps:
+            for rows in filter(None, (self.metrics, self.samples)):
+                rows.sync()
             checkpoints.save_checkpoint(
                 self.state_dir,
                 step,
@@ -758,7 +824,16 @@ class TrainingRun:
         """Write model, metrics, summary and settings, then drop the checkpoints.
 
         Last of all: a job that is killed while W&B or vLLM ends has failed, and goes on from them.
+        What Snakemake removes after that comes back from links (`resume`).
         """
+        if not self._is_brought_back:
+            self._write_outputs(summary)
+        if ranks.is_main():
+            if self.state_dir.exists():
+                remove_folder(self.state_dir)
+            unlock(self._lock_path, self._lock)
+
+    def _write_outputs(self, summary: Json) -> None:
         if self.progress["best_validation"] is None:
             self._save_weights(self.output_dir / "model")
         measured = distributed.gather(
@@ -773,8 +848,7 @@ class TrainingRun:
         if self._engine is not None:
             close_engine(self._engine)  # vLLM takes the process group down with it
         if ranks.is_main():
-            remove_folder(self.state_dir)
-            unlock(self._lock_path, self._lock)
+            self._keep_links()
 
     def _write_results(self, summary: Json, measured: list[Json]) -> None:
         """All files of a finished run but the weights; `measured` by each rank."""
@@ -826,7 +900,7 @@ class TrainingRun:
             "starting_weights": self.progress["starting_weights"],
             "reward_code": self.progress.get("reward_code"),
             **summary,
-            **self.attempts.finish(made_by["cpu_seconds"]),
+            **self.attempts.as_finished(made_by["cpu_seconds"]),
             "provenance": made_by,
         }
         write_json(self.output_dir / "train" / "summary.json", summary)

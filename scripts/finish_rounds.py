@@ -16,6 +16,7 @@ from gsm8k_core.cli import leave, parser, positive, run_script
 from gsm8k_core.files import (
     Json,
     atomic_path,
+    drop_finished,
     iter_jsonl,
     link_or_copy,
     read_json,
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--rounds", type=positive, required=True, help="how many of them count")
     args = arguments.parse_args(argv)
     rounds = [args.run_dir / f"round{number}" for number in range(1, args.rounds + 1)]
+    for folder in rounds:
+        drop_finished(folder / "model")
 
     summaries = [read_json(folder / "train" / "summary.json") for folder in rounds]
     sampled = [read_json(folder / "completions.stats.json") for folder in rounds]

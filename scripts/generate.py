@@ -1,8 +1,9 @@
 """Store a model's completions on a suite: tokens, text, finish reason. grade.py grades them.
 
 Every completion's random stream depends on (seed, suite, problem, sample) alone. Finished problems
-are kept in `<output>.partial`, so a killed job resumes where it was. With `--round` in place of
-`--suite`, what is stored is what the method learns from.
+are kept in `<output>.partial` until the completions are graded or selected from, so a job that was
+killed, or whose outputs Snakemake rejected, resumes where it was; to generate anew, delete it. With
+`--round` in place of `--suite`, what is stored is what the method learns from.
 
     python scripts/generate.py --model-name tiny-qwen2 --method grpo --suite arithmetic --seed 0 \\
         --model /tmp/grpo/model --data artifacts/arithmetic/test.jsonl \\
@@ -50,9 +51,13 @@ from gsm8k_core.engines.start import choose_engine, close_engine, engine_dtype, 
 from gsm8k_core.errors import ConfigError
 from gsm8k_core.files import (
     Json,
+    attempts_of,
     cut_torn_line,
+    drop_finished,
     iter_jsonl,
     lock,
+    lock_of,
+    partials,
     read_lines,
     read_record,
     seed_from,
@@ -62,6 +67,7 @@ from gsm8k_core.files import (
     write_json,
     write_jsonl,
 )
+from gsm8k_core.layout import RUNS
 from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
 from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
 from gsm8k_core.problems import Problem, read_problems
@@ -186,30 +192,41 @@ def generate_problems(
     engine.generate(requests, on_done)
 
 
-def read_partial(path: Path, header: Json) -> dict[str, Json]:
-    """Problems that a killed job had finished, by id.
+def choose_partial(output: Path, header: Json) -> tuple[Path, dict[str, Json]]:
+    """The file that finished problems are to be kept in, and those that are in it, by id.
 
-    Cuts off a torn last line. Drops the file when it has another header (other settings, engine,
-    weights or problems), with a warning, or nothing beyond it.
+    It is one that begins with `header`, or a free one. Problems that were generated with another
+    header (other settings, engine, weights or problems) stay where they are, and may be gone on
+    with; where neither file is free, the older one is dropped. Warnings say so. Cuts off a torn
+    last line.
     """
-    if not path.exists():
-        return {}
-    cut_torn_line(path)
-    rows = iter_jsonl(path)
-    before = next(rows, None)
-    if before == header and (done := {row["problem_id"]: row for row in rows}):
-        return done
-    if before is not None and before != header:
-        keys = sorted(key for key in {*before, *header} if before.get(key) != header.get(key))
-        num_done = sum(1 for _ in read_lines(path)) - 1
-        log.warning(
-            "%s: dropping %d finished problems, which were generated with other %s",
-            path,
-            num_done,
-            ", ".join(keys),
-        )
-    path.unlink()
-    return {}
+    kept: dict[Path, Json] = {}
+    num_done: dict[Path, int] = {}
+    there = filter(Path.exists, partials(output))
+    for path in sorted(there, key=lambda path: path.stat().st_mtime_ns):  # cutting is a change too
+        cut_torn_line(path)
+        num_done[path] = sum(1 for _ in read_lines(path)) - 1
+        if num_done[path] > 0:
+            kept[path] = next(iter_jsonl(path))
+    fitting = [path for path in kept if kept[path] == header]
+    free = [path for path in partials(output) if path not in kept]
+    chosen = [*fitting, *free, *kept][0]
+    for path, before in kept.items():
+        if before != header:
+            keys = sorted(key for key in {*before, *header} if before.get(key) != header.get(key))
+            log.warning(
+                "%s: %s %d finished problems, which were generated with other %s",
+                path,
+                "dropping" if path == chosen else "leaving aside",
+                num_done[path],
+                ", ".join(keys),
+            )
+    if not fitting:
+        chosen.unlink(missing_ok=True)
+        return chosen, {}
+    rows = iter_jsonl(chosen)
+    next(rows)
+    return chosen, {row["problem_id"]: row for row in rows}
 
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
@@ -261,9 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(settings.model_settings.gpus)
     made_by = provenance()
 
-    lock_path = args.output.with_name(f".{args.output.name}.lock")
+    lock_path = lock_of(args.output)
     held = lock(lock_path, str(args.output))
-    partial = args.output.with_name(args.output.name + ".partial")
     engine_name = choose_engine(settings.model_settings, args.model, device)
     header = {
         "settings": settings.without_resources().model_dump(mode="json", by_alias=True),
@@ -271,15 +287,16 @@ def main(argv: list[str] | None = None) -> int:
         "weights": weights_digest(args.model),
         "problems": sha256_file(args.data),
     }
-    attempts_path = args.output.with_name(f".{args.output.name}.attempts")
     num_gpus = settings.model_settings.vllm.tensor_parallel if engine_name == "vllm" else 1
     attempts = Attempts(
-        attempts_path, sha256_json(header), num_gpus if device.type == "cuda" else 0
+        attempts_of(args.output), sha256_json(header), num_gpus if device.type == "cuda" else 0
     )
-    done = read_partial(partial, header)
+    partial, done = choose_partial(args.output, header)
     if done:
-        log.info("resuming after %d of %d problems", len(done), len(problems))
+        log.info("resuming after %d of %d problems, from %s", len(done), len(problems), partial)
     warn_of_other_run(args.model, settings)
+    if not args.output.is_relative_to(RUNS):  # an `eval` writes nothing beside what it reads
+        drop_finished(args.model)
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()
@@ -346,15 +363,14 @@ def main(argv: list[str] | None = None) -> int:
             # Of processes that share a model, this one has none of it.
             "peak_memory_mb": None if num_gpus > 1 else peak,
             "settings": settings.model_dump(mode="json", by_alias=True),
-            **attempts.finish(),
+            **attempts.as_finished(),
             "provenance": provenance_at_end(made_by),
         },
     )
     if engine is not None:
         close_engine(engine)
-    # Last of all: a job that is killed before has failed, and need not generate anew.
-    partial.unlink()
-    attempts_path.unlink()
+    # `partial` stays: Snakemake may not accept the outputs, and then removes them.
+    attempts.finish()
     unlock(lock_path, held)
     log.info(
         "%d completions, %d tokens in %.1f s (%.0f tokens/s)",

@@ -42,7 +42,15 @@ import polars as pl
 from gsm8k_core.cli import leave, parser, run_script
 from gsm8k_core.config import GradingSettings, settings_from
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, atomic_path, iter_jsonl, read_json, sha256_file, write_text
+from gsm8k_core.files import (
+    Json,
+    atomic_path,
+    drop_partials,
+    iter_jsonl,
+    read_json,
+    sha256_file,
+    write_text,
+)
 from gsm8k_core.grading import GRADES, Gold, Grader, read_gold
 from gsm8k_core.manifest import CallRecord
 from gsm8k_core.metrics import maj_at_k, pass_at_k, powers_up_to
@@ -273,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     with Grader(settings) as grader:
         grades = grade_rows(iter_jsonl(args.completions), str(args.completions), grader)
     check_they_belong_together(stats, args.stats, args.completions, grades)
+    drop_partials(args.completions)
     summary = {
         **{key: stats.get(key) for key in (*IDENTITY, *COPIED)},
         **settings.model_dump(),

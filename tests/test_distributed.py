@@ -377,8 +377,19 @@ def test_a_killed_rank_ends_the_job_which_names_it_and_can_go_on(
 
     # One rank goes on from what two have left.
     steps_done = max(int(path.name.split("-")[1]) for path in (run / "state").glob("step-*"))
-    load_script("train_sft").main([*arguments, "--max-steps", str(steps_done + 1)])
-    assert read_json(run / "train" / "summary.json")["num_updates"] == steps_done + 1 >= 7
+    arguments += ["--max-steps", str(steps_done + 1)]
+    load_script("train_sft").main(arguments)
+    summary = read_json(run / "train" / "summary.json")
+    assert summary["num_updates"] == steps_done + 1 >= 7
+
+    # And two bring back what one has finished.
+    shutil.rmtree(run / "model")
+    (run / "train" / "summary.json").unlink()
+    job = torchrun(2, ROOT / "scripts" / "train_sft.py", *arguments)
+    output = job.communicate(timeout=120)[1]
+    assert job.returncode == 0 and output.count("are brought back") == 1, output
+    assert read_json(run / "train" / "summary.json") == summary
+    assert (run / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -48,6 +48,25 @@ if sys.argv.pop(1) == "stop":
 training.TrainingRun.steps_after = steps_after
 train_sft.main(sys.argv[1:])
 """
+# The real trainer, which stops while it removes its checkpoints.
+TRAIN_AND_DROP_HALF = """
+import gc, shutil, sys, time
+gc.disable()  # while modules are loaded
+from pathlib import Path
+from scripts import train_sft
+
+remove = shutil.rmtree
+
+def remove_half(path, *others, **options):
+    if Path(path).name == "state":
+        print("half", flush=True)
+        time.sleep(600)
+    remove(path, *others, **options)
+
+if sys.argv.pop(1) == "stop":
+    shutil.rmtree = remove_half
+train_sft.main(sys.argv[1:])
+"""
 # As Snakemake removes a folder, one file at a time when it is told to.
 REMOVE_SLOWLY = """
 import os, shutil, sys
@@ -123,7 +142,37 @@ def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_th
     process.communicate(timeout=300)
     assert process.returncode == 0
     load_model(run / "model", resolve_device(0))
-    assert {path.name for path in run.iterdir()} == {"model", "train", "settings.json"}
+    names = {"model", "train", "settings.json", ".finished"}
+    assert {path.name for path in run.iterdir()} == names
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_while_its_checkpoints_go_need_not_train_again(
+    run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        "--settings", run_json("sft", num_steps=2, batch_size=2, checkpoint_every_steps=1),
+        "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
+        "--output-dir", str(run),
+    ]  # fmt: skip
+    process = start(TRAIN_AND_DROP_HALF, "stop", *arguments)
+    assert next_line(process) == "half"
+    end_with(process, signal.SIGKILL)
+    assert not (run / "state").exists() and list(run.glob(".state.*/state/step-*"))
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    summary = (run / "train" / "summary.json").read_bytes()
+    # Snakemake takes the outputs of a failed job away.
+    shutil.rmtree(run / "model")
+    for name in ("train/summary.json", "train/metrics.jsonl", "settings.json"):
+        (run / name).unlink()
+
+    process = start(TRAIN_AND_DROP_HALF, "go on", *arguments)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert (run / "train" / "summary.json").read_bytes() == summary
+    assert not list(run.glob(".state.*"))
 
 
 def test_weights_whose_removal_was_cut_short_are_refused_wherever_that_was(

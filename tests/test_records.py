@@ -15,7 +15,7 @@ import pytest
 
 from gsm8k_core.config import Config
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import read_json, write_json, write_text
+from gsm8k_core.files import FINISHED, read_json, write_json, write_text
 from gsm8k_core.layout import Layout
 from gsm8k_core.records import (
     SUMS,
@@ -64,6 +64,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Pa
             )
             write_text(run / "model" / "model.safetensors", f"weights of {method} {seed}")
             write_text(run / "state" / "progress.json", "{}")
+            write_text(run / "completions" / "arithmetic.jsonl.partial", "{}")
             write_text(run / "wandb" / "run.wandb", "w")
         stats = {"device": "NVIDIA", "seconds_generating": 2.0, "provenance": made, **ATTEMPTS}
         write_json(run / "completions" / "arithmetic.stats.json", stats)
@@ -160,7 +161,7 @@ def test_the_record_covers_the_study_and_what_it_came_from() -> None:
         "artifacts/benchmarks/prepare_data/arithmetic.tsv",
         "artifacts/logs/prepare_model/tiny-qwen2.log",
     } <= names
-    assert not [name for name in names if "state" in name or "/." in name]
+    assert not [name for name in names if "state" in name or "/." in name or "partial" in name]
     assert not [name for name in names if "gsm8k" in name or "other" in name or "eval" in name]
 
 
@@ -355,6 +356,9 @@ def test_a_call_tells_its_inputs_and_the_seconds_of_its_own_jobs(layout: Layout)
     assert facts["datasets"]["arithmetic"]["test"]["sha256"] == "0"
     assert facts["models"] == {"tiny-qwen2": {"from": "embedded", "files": {"a": "1"}}}
     assert (facts["seconds_gpu"], facts["seconds_cpu_jobs"]) == (12.0, 2.0)
+    grpo = EXPERIMENTS / "grpo" / "seed0"  # whose links are no other run
+    shutil.copytree(grpo / "train", grpo / FINISHED / "train")
+    assert invocation_facts(layout, SECOND) == facts
     assert invocation_facts(layout, FIRST)["seconds_gpu"] == 3 * 12.0 + 2.0
 
 

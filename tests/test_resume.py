@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,78 @@ def test_a_run_killed_twice_with_sigkill_ends_as_one_that_was_never_killed(
         process.wait()
     main(arguments("grpo", killed))
     assert_same_run(tmp_path / "whole", killed)
+
+
+def remove_outputs(run: Path) -> None:
+    """As Snakemake does with what a job has declared that it does not accept."""
+    shutil.rmtree(run / "model")
+    for name in ("train/metrics.jsonl", "train/summary.json", "settings.json"):
+        (run / name).unlink()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_a_finished_run_whose_outputs_were_removed_comes_back_without_training(
+    name: str,
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run, later = tmp_path / "run", tmp_path / "later"
+    main = script(RUNS[name][0]).main
+    main(arguments(name, run))
+    before = files_below(run)
+    assert "train/completions.jsonl" in before
+    linked = run / ".finished" / "model" / "model.safetensors"
+    assert linked.samefile(run / "model" / "model.safetensors")  # no more disk
+    ended = linked.stat().st_mtime_ns
+    remove_outputs(run)
+    with monkeypatch.context() as patched, caplog.at_level("INFO"):
+        patched.delattr(TrainingRun, "update")
+        main(arguments(name, run))
+    assert "are brought back" in caplog.text
+    assert files_below(run) == before
+    for path in ("model/model.safetensors", "train/metrics.jsonl", "settings.json"):
+        assert (run / path).stat().st_mtime_ns > ended
+    # What reads the model shows that it was accepted.
+    words = arguments("sft", later)
+    words[words.index("--starting-model") + 1] = str(run / "model")
+    script("train_sft").main(words)
+    assert not (run / ".finished").exists() and (later / ".finished").exists()
+    assert files_below(run) == {k: v for k, v in before.items() if k[:9] != ".finished"}
+
+
+@pytest.mark.parametrize("change", ["settings", "--max-steps", "nothing is missing"])
+def test_a_run_that_is_another_or_is_whole_does_not_come_back_but_is_trained(
+    change: str,
+    arguments: Callable[[str, Path], list[str]],
+    script: Callable[[str], ModuleType],
+    run_json: Callable[..., str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = tmp_path / "run"
+    main = script("train_sft").main
+    words = arguments("sft", run)
+    main([*words, "--max-steps", "2"])
+    before = (run / "model" / "model.safetensors").stat().st_ino
+    if change != "nothing is missing":
+        remove_outputs(run)
+    if change == "settings":
+        words[1] = run_json("sft", **RUNS["sft"][2], learning_rate=1e-4)
+    main([*words, "--max-steps", "3" if change == "--max-steps" else "2"])
+    assert "are brought back" not in caplog.text
+    weights = run / "model" / "model.safetensors"
+    assert weights.stat().st_ino != before
+    assert weights.samefile(run / ".finished" / "model" / "model.safetensors")
+    assert read_json(run / "train" / "summary.json")["num_steps"] == 2 + (change == "--max-steps")
 
 
 def run_until_step_3(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from gsm8k_core.data import content_digest
 from gsm8k_core.engines.hf_engine import HfEngine
 from gsm8k_core.errors import ConfigError, DataError, ModelError
 from gsm8k_core.files import (
+    FINISHED,
     read_json,
     read_jsonl,
     seed_from,
@@ -188,7 +191,25 @@ def test_completions_are_in_the_order_of_the_problems_greedy_first(job: Callable
         assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
         assert row["finish_reason"] in ("stop", "length")
         assert row["cluster"] == cluster[row["problem_id"]]
-    assert not this.partial.exists()
+
+
+@pytest.mark.parametrize(("folder", "goes"), [("run", True), ("artifacts/runs/an_eval", False)])
+def test_links_beside_a_model_go_when_its_study_reads_it_and_not_with_an_eval(
+    job: Callable[..., Job],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    goes: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    this = job()
+    this.model = Path("trained", "model")
+    shutil.copytree(tiny_folder, this.model)
+    write_text(Path("trained", FINISHED, "model", "config.json"), "{}")
+    this.folder = Path(folder)
+    this.run()
+    assert Path("trained", FINISHED).exists() is not goes
 
 
 @pytest.mark.parametrize("likeliest", [{"top_k": 1}, {"top_p": 1e-6}])
@@ -324,7 +345,6 @@ def test_a_killed_job_goes_on_and_its_output_is_the_same_byte_for_byte(
         assert not this.output.exists() and this.partial.exists()
     this.run()
     assert this.output.read_bytes() == whole.output.read_bytes()
-    assert not this.partial.exists()
     counted = ("num_problems", "num_completions", "num_prompt_tokens", "num_completion_tokens")
     one, other = read_json(this.stats), read_json(whole.stats)
     assert {key: one[key] for key in counted} == {key: other[key] for key in counted}
@@ -418,14 +438,81 @@ def test_what_another_engine_has_begun_is_not_gone_on_with(
     assert '"engine": "transformers"' in header
     header = header.replace('"engine": "transformers"', '"engine": "vllm"')
     this.partial.write_text("".join([header, *rows]), encoding="utf-8", newline="\n")
+    left = this.partial.read_bytes()
     asked = batches_of(monkeypatch, this)
     assert len(asked) == 18  # three completions of each of the six problems
-    assert "dropping 3 finished problems, which were generated with other engine" in caplog.text
-    # Rows of another version are not read.
-    this.partial.write_text('{"engine": "other"}\n{"row": 1}\n', encoding="utf-8")
-    this.output.unlink()
+    assert "aside 3 finished problems, which were generated with other engine\n" in caplog.text
+    assert this.partial.read_bytes() == left
+    # Rows of another version are not read, and of two the older file goes.
+    other = this.partial.with_name("arithmetic.jsonl.other.partial")
+    assert len(read_jsonl(other)) == 1 + 6
+    other.write_text('{"engine": "other"}\n{"row": 1}\n', encoding="utf-8")
+    os.utime(other, (0, 0))
     assert len(this.run()) == 18
     assert "dropping 1 finished problems, which were generated with other engine, " in caplog.text
+    assert this.partial.read_bytes() == left and len(read_jsonl(other)) == 1 + 6
+
+
+def test_what_was_left_aside_is_gone_on_with_where_it_fits_again(
+    job: Callable[..., Job], kill: Callable[[Job, int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a cluster where one job gets a node whose GPU does not work."""
+    whole = job("whole", **ONE_BY_ONE)
+    whole.run()
+    this = job("run", **ONE_BY_ONE)
+    kill(this, 4)
+    first = read_jsonl(this.partial)
+    before = this.settings
+    this.settings = merge(before, {"suite_settings": {"temperature": 0.5}})
+    kill(this, 2)
+    assert read_jsonl(this.partial) == first
+    other = this.partial.with_name("arithmetic.jsonl.other.partial")
+    second = read_jsonl(other)
+    this.partial.unlink()
+    kill(this, 3)
+    assert read_jsonl(other)[: len(second)] == second and not this.partial.exists()
+    write_jsonl(this.partial, first)
+    this.settings = before
+    with caplog.at_level("INFO"):
+        this.run()
+    assert f"resuming after {len(first) - 1} of 6 problems, from {this.partial}" in caplog.text
+    assert read_jsonl(this.partial)[: len(first)] == first and len(first) > 2
+    assert this.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_finished_problems_are_kept_until_the_completions_are_graded(
+    job: Callable[..., Job], script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job()
+    this.run()
+    rows, first = this.output.read_bytes(), read_json(this.stats)
+    this.output.unlink()  # as Snakemake does with what it does not accept
+    this.stats.unlink()
+    monkeypatch.delattr(this.module, "start_engine")
+    this.run()
+    assert this.output.read_bytes() == rows
+    again = read_json(this.stats)
+    assert again["seconds_generating"] == first["seconds_generating"]
+    assert [one["state"] for one in again["attempts"]] == ["finished", "finished"]
+    assert again["attempts"][0] == first["attempts"][0] | {
+        key: again["attempts"][0][key] for key in ("last_sign", "seconds_wall", "seconds_cpu")
+    }
+
+    other, lock = (this.output.with_name(name) for name in (
+        "arithmetic.jsonl.other.partial", ".arithmetic.jsonl.lock"
+    ))  # fmt: skip
+    other.touch()
+    lock.touch()  # of a job that generates them again
+    grade = [
+        "--completions", str(this.output), "--stats", str(this.stats), "--settings",
+        '{"grading": "strict", "marker": "####"}', "--output", str(this.folder / "metrics.json"),
+        "--grades", str(this.folder / "grades.parquet"),
+    ]  # fmt: skip
+    script("grade").main(grade)
+    assert this.partial.exists() and other.exists()
+    lock.unlink()
+    script("grade").main(grade)
+    assert list(this.output.parent.iterdir()) == [this.output]
 
 
 def test_the_record_names_the_compute_type_that_was_used_and_the_completions(
@@ -482,7 +569,6 @@ def test_an_engine_that_fails_to_shut_down_takes_no_completion_with_it(
     monkeypatch.setattr(HfEngine, "close", fail)
     this = job()
     assert len(this.run()) == 18
-    assert not this.partial.exists()
     assert "could not be shut down in order: CUDA error: unspecified" in caplog.text
 
 
@@ -499,7 +585,9 @@ def test_a_job_killed_while_its_engine_shuts_down_need_not_generate_anew(
             this.run()
     assert this.partial.exists()
     monkeypatch.delattr(this.module, "start_engine")
-    assert len(this.run()) == 18 and not this.partial.exists()
+    assert len(this.run()) == 18
+    states = [one["state"] for one in read_json(this.stats)["attempts"]]
+    assert states == ["killed", "finished"]
 
 
 def test_a_job_killed_after_its_last_problem_starts_no_engine_again(
@@ -568,9 +656,11 @@ def selected(module: ModuleType, settings: str, completions: list[Row], folder: 
     problems = [{"id": i, "question": q, "answer": f"#### {GOLD[i]}"} for i, q in QUESTIONS.items()]
     write_jsonl(folder / "train.jsonl", problems)
     write_jsonl(folder / "completions.jsonl", completions)
+    (folder / "completions.jsonl.partial").touch()
     words = ["--settings", settings, "--completions", str(folder / "completions.jsonl")]
     words += ["--data", str(folder / "train.jsonl"), "--output", str(folder / "selected.jsonl")]
     assert module.main(words) == 0
+    assert not (folder / "completions.jsonl.partial").exists()
     return read_jsonl(folder / "selected.jsonl")
 
 
@@ -752,7 +842,9 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
     rounds: Callable[..., Path], script: Script
 ) -> None:
     folder = rounds()
+    write_text(folder / "round2" / FINISHED / "model" / "config.json", "{}")
     assert script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"]) == 0
+    assert not (folder / "round2" / FINISHED).exists()
     summary = read_json(folder / "train" / "summary.json")
     expected = {
         "num_rounds": 2, "round": 0, "num_steps": 6, "num_updates": 6,

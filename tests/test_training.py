@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -281,6 +282,57 @@ def test_seconds_go_on_and_checkpoints_fall_on_their_steps(
     assert rows[4]["seconds_total"] >= rows[3]["seconds_total"]
 
 
+def test_no_checkpoint_is_ahead_of_the_rows_on_the_disk(
+    start: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: dict[int, int] = {}  # bytes of each file, by its inode
+    fsync, save = os.fsync, checkpoints.save_checkpoint
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        on_disk[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def check(folder: Path, *others: Any, **options: Any) -> Any:
+        for name, num_rows in (("metrics.jsonl", 2), ("completions.jsonl", 1)):
+            path = folder / name
+            assert len(read_jsonl(path)) == num_rows
+            assert on_disk[path.stat().st_ino] == path.stat().st_size
+        saved.append(True)
+        return save(folder, *others, **options)
+
+    saved: list[bool] = []
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", check)
+    run = start()
+    run.resume()
+    assert run.samples is not None
+    step(run, 1)
+    run.samples.append({"step": 1, "completions": []})
+    step(run, 2)
+    assert saved == [True]
+
+
+def test_a_run_whose_rows_end_before_its_checkpoint_says_so(
+    start: Callable[..., TrainingRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start()
+    run.resume()
+    for number in (1, 2, 3):
+        step(run, number)
+    unlock(run._lock_path, run._lock)
+    assert "are lost" not in caplog.text
+    again = start()
+    again.resume()
+    assert "are lost" not in caplog.text
+    rows = run.state_dir / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes().split(b"\n")[0] + b"\n")
+    unlock(again._lock_path, again._lock)
+    assert start().resume()[0] == 2
+    assert "metrics.jsonl ends at step 1: rows up to that of the checkpoint, 2, are lost" in (
+        caplog.text
+    )
+
+
 # Saving
 
 
@@ -292,7 +344,8 @@ def test_a_finished_run_has_its_files_and_no_state(start: Callable[..., Training
     run.progress["num_tokens"] = 128
     run.finish({"num_examples": 4})
     folder = run.output_dir
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "settings.json", "train"]
+    names = [".finished", "model", "settings.json", "train"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert same(weights(load_model(folder / "model", CPU)), weights(run.model))
     assert [row["step"] for row in read_jsonl(folder / "train" / "metrics.jsonl")] == [1, 2, 3, 4]
     summary = read_json(folder / "train" / "summary.json")
@@ -329,6 +382,8 @@ def test_a_run_killed_while_its_engine_shuts_down_goes_on_from_its_checkpoint(
     assert again.resume()[0] == 1
     step(again, 2)
     again.finish({})
+    attempts = read_json(run.output_dir / "train" / "summary.json")["attempts"]
+    assert [one["state"] for one in attempts] == ["killed", "finished"]
     assert not again.state_dir.exists()
     assert same(weights(run.model), weights(again.model))
 

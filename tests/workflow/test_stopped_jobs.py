@@ -18,6 +18,7 @@ from workspace import make_workspace
 
 from gsm8k_core.files import read_json, read_jsonl
 
+NAMES = ("model/model.safetensors", "train/metrics.jsonl", "train/summary.json", "settings.json")
 CELLS = Path("artifacts/experiments/stopped/tiny-qwen2")
 
 pytestmark = pytest.mark.slow
@@ -122,6 +123,49 @@ def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(tmp_path: Path
     stopped(workspace, log, words, lambda process: process.terminate())
     assert states_of_calls(workspace) == ["succeeded", "succeeded"]
     assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
+
+
+def test_finished_jobs_that_snakemake_rejects_come_back_with_the_same_command(
+    tmp_path: Path,
+) -> None:
+    workspace = tmp_path / "workspace"
+    words, folder = one_training(workspace, "sft", num_steps=4, checkpoint_every_steps=2)
+    run = workspace / folder
+    train, test = (Path(f"artifacts/arithmetic_debug/{split}.jsonl") for split in ("train", "test"))
+    assert run_snakemake(workspace, str(train), *words[1:]).returncode == 0
+    later = time.time() + 3600
+    for data in (train, test):
+        os.utime(workspace / data, (later, later))  # as if the clock was set back
+
+    def is_rejected() -> bool:
+        result = run_snakemake(workspace, *words)
+        return result.returncode == 1 and "has older modification time" in result.stdout
+
+    def log_of(job: str) -> str:
+        return (run / "logs" / f"{job}.log").read_text(encoding="utf-8")
+
+    assert is_rejected()
+    assert not any((run / name).exists() for name in (*NAMES, "state"))
+    kept = {name: (run / ".finished" / name).read_bytes() for name in NAMES}
+
+    os.utime(workspace / train)
+    words[0] = f"{folder}/metrics/debug.json"
+    assert is_rejected()
+    assert "are brought back" in log_of("train_sft") and "loss" not in log_of("train_sft")
+    assert {name: (run / name).read_bytes() for name in NAMES} == kept
+    assert_whole(run, 4)
+    assert not (run / ".finished").exists()  # the model was read
+    assert not (run / "completions" / "debug.jsonl").exists()
+
+    os.utime(workspace / test)
+    again = run_snakemake(workspace, *words)
+    assert again.returncode == 0, again.stdout
+    stats = read_json(run / "completions" / "debug.stats.json")
+    num = stats["num_problems"]
+    assert f"resuming after {num} of {num} problems" in log_of("generate_debug")
+    assert stats["seconds_generating"] > 0 and not list((run / "completions").glob("*.partial"))
+    assert {name: (run / name).read_bytes() for name in NAMES} == kept
+    assert states_of_calls(workspace)[1:] == ["failed", "failed", "succeeded"]
 
 
 REWARD = f"""

@@ -37,7 +37,7 @@ from workspace import ROOT, make_workspace, read_comparison
 from gsm8k_core.answers import is_correct
 from gsm8k_core.config import load_config
 from gsm8k_core.data import content_digest
-from gsm8k_core.files import read_json, read_jsonl, write_json, write_jsonl
+from gsm8k_core.files import FINISHED, read_json, read_jsonl, write_json, write_jsonl
 from gsm8k_core.manifest import Invocation
 from gsm8k_core.problems import read_problems
 
@@ -324,6 +324,8 @@ def test_a_study_killed_three_times_ends_as_one_that_nobody_has_disturbed(
     assert ends[0] == ends[1]
     for path in ends[0]:
         assert_whole(workspace / path, finished / path)
+    assert not list((workspace / "artifacts").rglob(FINISHED))
+    assert not list((workspace / "artifacts").rglob("*.partial"))
     assert planned_jobs(workspace, overlays=overlays) == {}
     monkeypatch.chdir(workspace)
     assert script("verify").main(["--study", "small"]) == 0
@@ -365,6 +367,8 @@ def test_logs_and_benchmarks_stand_beside_every_run(finished: Path) -> None:
     }  # fmt: skip
     assert (run / "benchmarks" / "train_grpo.tsv").read_text(encoding="utf-8").startswith("s\t")
     assert not (run / "state").exists()
+    assert not list((finished / "artifacts").rglob(FINISHED))  # every model was read
+    assert not list((finished / "artifacts").rglob("*.partial"))
 
 
 def test_expert_iteration_trains_each_round_on_correct_completions(finished: Path) -> None:
