@@ -835,10 +835,11 @@ class ApiSettings(Settings):
 
 
 def _names_within(value: Any) -> Iterator[str]:
-    """The names of all keys of nested values."""
+    """The names of all keys of nested values that hold a value, and not, as a schema does, more."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield str(name)
+            if not isinstance(item, dict | list):
+                yield str(name)
             yield from _names_within(item)
     elif isinstance(value, list):
         for item in value:

@@ -84,8 +84,9 @@ def drop_finished(model: Path) -> None:
     """
     kept = model.resolve().parent / FINISHED
     with contextlib.suppress(OSError):  # another reader was faster, or the run is somebody else's
-        if kept.is_dir():
+        if (kept / "run.json").is_file():
             remove_folder(kept)
+        remove_leftovers(kept.parent)  # of a reader that was killed while it did so
 
 
 def partials(completions: Path) -> list[Path]:
@@ -112,9 +113,11 @@ def drop_partials(completions: Path) -> None:
 
     To be called by whoever has read them: Snakemake has accepted them then.
     """
-    if not lock_of(completions).exists():  # else they are being generated again
+    attempts = attempts_of(completions)
+    # Without them the others are not generate.py's; with a lock they are being generated again.
+    if attempts.exists() and not lock_of(completions).exists():
         with contextlib.suppress(OSError):  # they may be somebody else's
-            for path in [*partials(completions), attempts_of(completions)]:
+            for path in [*partials(completions), attempts]:
                 path.unlink(missing_ok=True)
 
 
@@ -314,7 +317,8 @@ def cut_torn_line(path: Path) -> int:
             return 0
         with mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ) as content:
             whole = content.rfind(b"\n") + 1
-        handle.truncate(whole)
+        if whole < size:  # else its time would be another one
+            handle.truncate(whole)
     return size - whole
 
 

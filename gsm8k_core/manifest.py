@@ -398,7 +398,7 @@ def redacted(command: list[str]) -> list[str]:
     for word in command:
         name, equals, _ = word.partition("=")
         is_one = " " not in word
-        secret = is_one and name.startswith("-") and is_secret_name(name)
+        secret = " " not in name and name.startswith("-") and is_secret_name(name)
         if hide_next:
             shown.append("***")
         elif secret and equals:
@@ -468,6 +468,7 @@ class Attempts:
         for attempt in earlier:
             if attempt["state"] == "running":
                 attempt["state"] = "killed"
+        self.state_before: str | None = earlier[-1]["state"] if earlier else None
         self._path = path
         self._job = job
         began = psutil.Process().create_time()

@@ -493,7 +493,7 @@ def _check_folder(folder: Path) -> None:
             if not (folder / name).is_file():
                 raise ModelError(
                     f"{folder}: {name} is missing, so a removal of these weights was cut short; "
-                    "delete the folder, then run again to train them anew"
+                    "delete the folder, and .finished beside it, then run again to train them anew"
                 )
     _check_weights(folder, str(folder))
 
@@ -512,13 +512,20 @@ def _check_weights(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{name}: holds an adapter (adapter_config.json); merge it into the weights "
-            "(PEFT's merge_and_unload()), or delete its files if that is done"
+            "(PEFT's merge_and_unload()), or delete its files if that is done; what comes from the "
+            "hub take from a folder of your own (source: path)"
         )
 
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 over the weights in a model folder: what an unfinished job was begun with."""
     return sha256_json({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 over all else in a model folder: tokenizer, chat template and settings."""
+    others = (path for path in model_files(folder) if path.suffix != ".safetensors")
+    return sha256_json({path.name: sha256_file(path) for path in others})
 
 
 def autocast(

@@ -7,7 +7,7 @@ from pathlib import Path
 from gsm8k_core.answers import Marker
 from gsm8k_core.config import RewardGrade
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import Json, iter_jsonl, required
+from gsm8k_core.files import Json, drop_partials, iter_jsonl, required
 from gsm8k_core.grading import is_right
 
 
@@ -19,6 +19,7 @@ def graded_completions(
     Right is what is right by `grading`. In the order of the file; a text that was sampled twice
     counts once. `questions` by problem id.
     Raises DataError that names the row of a problem that is not among them, or that lacks a key.
+    With all read, what generate.py has kept of them for a rejection goes.
     """
     graded: dict[str, tuple[list[Json], list[Json]]] = {}
     seen: set[tuple[str, str]] = set()
@@ -40,4 +41,5 @@ def graded_completions(
         else:
             continue  # cut short: the same text may yet come with its end
         seen.add((problem_id, text))
+    drop_partials(path)
     return graded

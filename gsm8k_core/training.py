@@ -65,7 +65,7 @@ from gsm8k_core.files import (
 )
 from gsm8k_core.generation import log_generations
 from gsm8k_core.grading import is_right
-from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
+from gsm8k_core.manifest import Attempts, code_digest, provenance, provenance_at_end
 from gsm8k_core.models import (
     autocast,
     compile_layers,
@@ -82,6 +82,7 @@ from gsm8k_core.models import (
     resolve_device,
     save_model,
     set_up_process,
+    tokenizer_digest,
     weights_digest,
 )
 from gsm8k_core.problems import Problem, read_problems
@@ -470,8 +471,17 @@ class TrainingRun:
         return step, extra
 
     def _identity(self) -> Json:
-        """What tells this run from others that may have finished in its folder."""
-        return {**{key: self.progress.get(key) for key in SAME_RUN}, "num_steps": self.num_steps}
+        """What tells this run from others that may have finished in its folder.
+
+        More than a checkpoint asks: what has changed meanwhile may be why it is to be done again.
+        """
+        return {
+            **{key: self.progress.get(key) for key in SAME_RUN},
+            "num_steps": self.num_steps,
+            "tokenizer": tokenizer_digest(self.starting_model),
+            "val": sha256_json([problem.to_row() for problem in self.val_problems]),
+            "code": code_digest(),
+        }
 
     def _keep_links(self) -> None:
         """Link all outputs into FINISHED: Snakemake may not accept them, and then removes them."""
@@ -500,7 +510,8 @@ class TrainingRun:
             os.utime(path)
         with atomic_path(self.output_dir / "model") as temporary:
             shutil.copytree(kept / "model", temporary, copy_function=link_or_copy)
-        for path in [*(kept / "train").glob("[!.]*"), kept / "settings.json"]:
+        of_train = (path for path in (kept / "train").glob("[!.]*") if path.is_file())
+        for path in [*of_train, kept / "settings.json"]:
             with atomic_path(self.output_dir / path.relative_to(kept)) as temporary:
                 link_or_copy(path, temporary)
         log.info(

@@ -68,8 +68,14 @@ from gsm8k_core.files import (
     write_jsonl,
 )
 from gsm8k_core.layout import RUNS
-from gsm8k_core.manifest import Attempts, provenance, provenance_at_end
-from gsm8k_core.models import device_name, peak_memory_mb, resolve_device, weights_digest
+from gsm8k_core.manifest import Attempts, code_digest, provenance, provenance_at_end
+from gsm8k_core.models import (
+    device_name,
+    peak_memory_mb,
+    resolve_device,
+    tokenizer_digest,
+    weights_digest,
+)
 from gsm8k_core.problems import Problem, read_problems
 from gsm8k_core.progress import progress_bar
 from gsm8k_core.prompts import prompt_token_ids, render_prompt
@@ -285,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         "settings": settings.without_resources().model_dump(mode="json", by_alias=True),
         "engine": engine_name,
         "weights": weights_digest(args.model),
+        "tokenizer": tokenizer_digest(args.model),
         "problems": sha256_file(args.data),
     }
     num_gpus = settings.model_settings.vllm.tensor_parallel if engine_name == "vllm" else 1
@@ -292,18 +299,25 @@ def main(argv: list[str] | None = None) -> int:
         attempts_of(args.output), sha256_json(header), num_gpus if device.type == "cuda" else 0
     )
     partial, done = choose_partial(args.output, header)
+    code = code_digest()
+    has_ended = attempts.state_before == "finished" and len(done) == len(problems)
+    changed = any(entry["code"] != code for entry in done.values())
+    if has_ended and (changed or args.output.exists()):
+        done = {}  # nothing was taken away, or not by a rejection: it is to be done again
+        partial.unlink()
     if done:
         log.info("resuming after %d of %d problems, from %s", len(done), len(problems), partial)
     warn_of_other_run(args.model, settings)
     if not args.output.is_relative_to(RUNS):  # an `eval` writes nothing beside what it reads
         drop_finished(args.model)
     seconds_before = max((entry["seconds_total"] for entry in done.values()), default=0.0)
+    loading_before = max((entry["seconds_loading"] for entry in done.values()), default=0.0)
     left = [problem for problem in problems if problem.id not in done]
     started = time.perf_counter()
     engine = None
     if left:
         engine = start_engine(args.model, settings.model_settings, device, engine_name)
-    seconds_loading = time.perf_counter() - started
+    seconds_loading = loading_before + time.perf_counter() - started
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8", newline="\n") as handle:
         if not done:
@@ -313,7 +327,9 @@ def main(argv: list[str] | None = None) -> int:
             def save(entry: Json) -> None:
                 """Keep a finished problem: a killed job goes on after it."""
                 entry["seconds_total"] += seconds_before
+                entry["seconds_loading"] = seconds_loading
                 entry["peak_memory_mb"] = peak_memory_mb(device)
+                entry["code"] = code
                 done[entry["problem_id"]] = entry
                 handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 handle.flush()
@@ -337,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     num_tokens = sum(row["num_tokens"] for row in rows)
     # Of all calls: the last one may have found all problems done.
-    peak = max(entry.get("peak_memory_mb", 0) for entry in done.values())
+    peak = max(entry["peak_memory_mb"] for entry in done.values())
     write_json(
         args.stats,
         {

@@ -16,7 +16,7 @@ import logging
 from gsm8k_core.cli import leave, run_script, run_settings_from, selection_parser
 from gsm8k_core.config import DpoMethod
 from gsm8k_core.errors import DataError
-from gsm8k_core.files import drop_partials, write_jsonl
+from gsm8k_core.files import write_jsonl
 from gsm8k_core.problems import read_problems
 from gsm8k_core.selection import graded_completions
 
@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     graded = graded_completions(
         args.completions, questions, settings.grading, run_settings.prompt.answer_marker
     )
-    drop_partials(args.completions)
     rows = [
         {
             "problem_id": problem_id,

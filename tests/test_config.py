@@ -1137,6 +1137,8 @@ def test_in_the_debug_form_of_a_study_no_method_selects_from_what_an_untrained_m
     config = load_config(ROOT / "config.yaml", [path, ROOT / "studies" / "debug.yaml"])
     selecting = [m for m in config.methods.values() if isinstance(m, SELECTING)]
     assert selecting and all(method.parent != "base" for method in selecting)
+    trained = [config.trained(stage) for stage in config.stages() if config.methods[stage].trains]
+    assert all(method.kind == "sft" or method.num_steps == 2 for method in trained)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)

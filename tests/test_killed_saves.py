@@ -119,16 +119,23 @@ def test_the_next_write_removes_what_a_killed_one_has_left_and_nothing_else(
     end_with(alive, number)
 
 
-@pytest.mark.slow
-def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_the_next_start(
+@pytest.fixture
+def short_run(
     run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    arguments = [
+) -> tuple[Path, list[str]]:
+    """The folder of a run of two steps, and the arguments that train it."""
+    return tmp_path / "run", [
         "--settings", run_json("sft", num_steps=2, batch_size=2, checkpoint_every_steps=1),
         "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
-        "--output-dir", str(run),
+        "--output-dir", str(tmp_path / "run"),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_the_next_start(
+    short_run: tuple[Path, list[str]],
+) -> None:
+    run, arguments = short_run
     process = start(TRAIN_AND_SAVE_HALF, "stop", *arguments)
     assert [next_line(process), next_line(process)] == ["begins", "half"]
     end_with(process, signal.SIGKILL)
@@ -148,14 +155,9 @@ def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_th
 
 @pytest.mark.slow
 def test_a_trainer_killed_while_its_checkpoints_go_need_not_train_again(
-    run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+    short_run: tuple[Path, list[str]],
 ) -> None:
-    run = tmp_path / "run"
-    arguments = [
-        "--settings", run_json("sft", num_steps=2, batch_size=2, checkpoint_every_steps=1),
-        "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
-        "--output-dir", str(run),
-    ]  # fmt: skip
+    run, arguments = short_run
     process = start(TRAIN_AND_DROP_HALF, "stop", *arguments)
     assert next_line(process) == "half"
     end_with(process, signal.SIGKILL)
@@ -192,7 +194,9 @@ def test_weights_whose_removal_was_cut_short_are_refused_wherever_that_was(
             assert next_line(process) == "removed"
         end_with(process, signal.SIGKILL)
         assert len(list((run / "model").iterdir())) == len(names) - num_removed
-        with pytest.raises(ModelError, match="delete the folder, then run again"):
+        with pytest.raises(
+            ModelError, match="delete the folder, and .finished beside it, then run again"
+        ):
             load_tokenizer(run / "model")
         with pytest.raises(ModelError, match="is missing, so a removal"):
             load_model(run / "model", resolve_device(0))

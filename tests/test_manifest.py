@@ -439,6 +439,7 @@ def test_a_secret_on_the_command_line_is_not_written_down() -> None:
         ("--nv --env WANDB_API_KEY=0123 --bind /a", "--nv --env WANDB_API_KEY=*** --bind /a"),
         ("--nv --api-key 0123 --token=4567 -B /a", "--nv --api-key *** --token=*** -B /a"),
         ("--export=ALL,X_TOKEN=0123", "--export=ALL,X_TOKEN=***"),
+        ("--db-password=correct horse battery", "--db-password=***"),
         ("storage_s3_secret_key=0a1b2c3d4e5f6a7b8c9d", "storage_s3_secret_key=***"),
         ("study=r1 seeds=[0,1] tokens=8 --prompt-tokens 8", None),
         ('{"source": "hub", "hub_id": "Qwen/Qwen2.5-0.5B", "sort_key": "accuracy"}', None),

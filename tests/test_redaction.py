@@ -150,7 +150,9 @@ def test_a_parameter_within_others_whose_name_says_so_holds_a_secret() -> None:
     with pytest.raises(ValidationError, match="parameters: key looks like a secret") as caught:
         ApiSettings(base_url="https://h", model="m", parameters={"data_sources": [source]})
     assert "$DEEPSEEK_API_KEY" in str(caught.value)
+    schema = {"type": "object", "properties": {"key": {"type": "string"}}}
     parameters = {"thinking": {"type": "enabled", "budget_tokens": 150}, "stop": ["key"]}
+    parameters["response_format"] = {"json_schema": {"schema": schema}}
     assert ApiSettings(base_url="https://h", model="m", parameters=parameters).parameters
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from gsm8k_core import training
 from gsm8k_core.files import read_json, read_jsonl, sha256_file, write_jsonl
 from gsm8k_core.training import TrainingRun
 
@@ -214,24 +215,34 @@ def test_a_finished_run_whose_outputs_were_removed_comes_back_without_training(
     assert files_below(run) == {k: v for k, v in before.items() if k[:9] != ".finished"}
 
 
-@pytest.mark.parametrize("change", ["settings", "--max-steps", "nothing is missing"])
+@pytest.mark.parametrize(
+    "change", ["settings", "code", "tokenizer", "--max-steps", "nothing is missing"]
+)
 def test_a_run_that_is_another_or_is_whole_does_not_come_back_but_is_trained(
     change: str,
     arguments: Callable[[str, Path], list[str]],
     script: Callable[[str], ModuleType],
     run_json: Callable[..., str],
+    tiny_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run = tmp_path / "run"
+    run, parent = tmp_path / "run", tmp_path / "parent"
     main = script("train_sft").main
     words = arguments("sft", run)
+    shutil.copytree(tiny_folder, parent)
+    words[words.index("--starting-model") + 1] = str(parent)
     main([*words, "--max-steps", "2"])
     before = (run / "model" / "model.safetensors").stat().st_ino
     if change != "nothing is missing":
         remove_outputs(run)
     if change == "settings":
         words[1] = run_json("sft", **RUNS["sft"][2], learning_rate=1e-4)
+    elif change == "code":
+        monkeypatch.setattr(training, "code_digest", lambda: "0" * 64)
+    elif change == "tokenizer":
+        (parent / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     main([*words, "--max-steps", "3" if change == "--max-steps" else "2"])
     assert "are brought back" not in caplog.text
     weights = run / "model" / "model.safetensors"

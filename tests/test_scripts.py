@@ -206,7 +206,7 @@ def test_links_beside_a_model_go_when_its_study_reads_it_and_not_with_an_eval(
     this = job()
     this.model = Path("trained", "model")
     shutil.copytree(tiny_folder, this.model)
-    write_text(Path("trained", FINISHED, "model", "config.json"), "{}")
+    write_text(Path("trained", FINISHED, "run.json"), "{}")
     this.folder = Path(folder)
     this.run()
     assert Path("trained", FINISHED).exists() is not goes
@@ -606,6 +606,23 @@ def test_a_job_killed_after_its_last_problem_starts_no_engine_again(
     assert len(this.run()) == 18
     stats = read_json(this.stats)
     assert stats["engine"] == "transformers" and stats["peak_memory_mb"] > 10
+    assert stats["seconds_loading"] > 0.001
+
+
+@pytest.mark.parametrize("change", ["nothing", "code", "tokenizer"])
+def test_finished_completions_are_generated_anew_where_nothing_was_taken_away_or_it_changed(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    this = job()
+    first = this.run()
+    if change != "nothing":
+        this.output.unlink()
+    if change == "code":
+        monkeypatch.setattr(this.module, "code_digest", lambda: "0" * 64)
+    elif change == "tokenizer":
+        monkeypatch.setattr(this.module, "tokenizer_digest", lambda _: "0" * 64)
+    assert batches_of(monkeypatch, this)
+    assert read_jsonl(this.output) == first
 
 
 def test_what_to_generate_must_be_said(script: Script, tmp_path: Path) -> None:
@@ -656,7 +673,8 @@ def selected(module: ModuleType, settings: str, completions: list[Row], folder: 
     problems = [{"id": i, "question": q, "answer": f"#### {GOLD[i]}"} for i, q in QUESTIONS.items()]
     write_jsonl(folder / "train.jsonl", problems)
     write_jsonl(folder / "completions.jsonl", completions)
-    (folder / "completions.jsonl.partial").touch()
+    for name in ("completions.jsonl.partial", ".completions.jsonl.attempts"):
+        (folder / name).touch()
     words = ["--settings", settings, "--completions", str(folder / "completions.jsonl")]
     words += ["--data", str(folder / "train.jsonl"), "--output", str(folder / "selected.jsonl")]
     assert module.main(words) == 0
@@ -842,7 +860,7 @@ def test_rounds_are_summed_and_the_last_model_is_the_runs(
     rounds: Callable[..., Path], script: Script
 ) -> None:
     folder = rounds()
-    write_text(folder / "round2" / FINISHED / "model" / "config.json", "{}")
+    write_text(folder / "round2" / FINISHED / "run.json", "{}")
     assert script("finish_rounds").main(["--run-dir", str(folder), "--rounds", "2"]) == 0
     assert not (folder / "round2" / FINISHED).exists()
     summary = read_json(folder / "train" / "summary.json")
