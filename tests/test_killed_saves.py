@@ -194,9 +194,7 @@ def test_weights_whose_removal_was_cut_short_are_refused_wherever_that_was(
             assert next_line(process) == "removed"
         end_with(process, signal.SIGKILL)
         assert len(list((run / "model").iterdir())) == len(names) - num_removed
-        with pytest.raises(
-            ModelError, match="delete the folder, and .finished"
-        ):
+        with pytest.raises(ModelError, match="delete the folder, and .finished"):
             load_tokenizer(run / "model")
         with pytest.raises(ModelError, match="is missing, so a removal"):
             load_model(run / "model", resolve_device(0))
