@@ -779,20 +779,25 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_comparison(tables: Tables, output_dir: Path) -> None:
+def write_comparison(tables: Tables, output_dir: Path) -> list[Path]:
     """Write comparison.csv and .parquet (full precision), .md and .html (to be read).
 
     pass_at_k.csv has a row for every k, with pass@k and, where k is a power of two, maj@k;
-    pairs.csv one for every two methods of a model on a suite.
+    pairs.csv one for every two methods of a model on a suite. Returns all files.
     """
-    frame = tables.comparison
-    write_text(output_dir / "comparison.csv", frame.write_csv())
-    write_text(output_dir / "comparison.md", to_markdown(frame))
-    write_text(output_dir / "comparison.html", to_html(frame))
-    write_text(output_dir / "pass_at_k.csv", tables.pass_at_k.write_csv())
-    write_text(output_dir / "pairs.csv", tables.pairs.write_csv())
-    with atomic_path(output_dir / "comparison.parquet") as temporary:
+    frame, parquet = tables.comparison, output_dir / "comparison.parquet"
+    texts = {
+        output_dir / "comparison.csv": frame.write_csv(),
+        output_dir / "comparison.html": to_html(frame),
+        output_dir / "comparison.md": to_markdown(frame),
+        output_dir / "pairs.csv": tables.pairs.write_csv(),
+        output_dir / "pass_at_k.csv": tables.pass_at_k.write_csv(),
+    }
+    for path, text in texts.items():
+        write_text(path, text)
+    with atomic_path(parquet) as temporary:
         frame.write_parquet(temporary)
+    return sorted([*texts, parquet])
 
 
 def read_comparison(path: Path) -> pl.DataFrame:

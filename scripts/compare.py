@@ -28,10 +28,6 @@ from gsm8k_core.tables import build_comparison, write_comparison
 from gsm8k_core.tracking import TrackedRun, new_run_id, start_tracker
 
 PACKAGES = ("numpy", "scipy", "polars")
-WRITTEN = (
-    "comparison.csv", "comparison.html", "comparison.md", "comparison.parquet", "pairs.csv",
-    "pass_at_k.csv",
-)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     if (asked := invocation_config()) is not None:
         check_settings(Layout(asked))
     tables = build_comparison(study, args.study_dir)
-    write_comparison(tables, args.output_dir)
+    written = write_comparison(tables, args.output_dir)
     if args.manifest is not None:
-        record.write(args.manifest, PACKAGES, [args.output_dir / name for name in WRITTEN])
+        record.write(args.manifest, PACKAGES, written)
     tracked = TrackedRun(new_run_id(), "comparison", study.name, study.model_dump(mode="json"))
     tracker = start_tracker(args.output_dir, tracked)
     if tracker is not None:

@@ -202,7 +202,7 @@ def choose_partial(output: Path, header: Json) -> tuple[Path, dict[str, Json]]:
     """The file that finished problems are to be kept in, and those that are in it, by id.
 
     It is one that begins with `header`, or a free one. Problems that were generated with another
-    header (other settings, engine, weights or problems) stay where they are, and may be gone on
+    header (other settings, engine, model or problems) stay where they are, and may be gone on
     with; where neither file is free, the older one is dropped. Warnings say so. Cuts off a torn
     last line.
     """
