@@ -72,6 +72,8 @@ def arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="gradient checkpointing in TRL: its default",
     )
+    found.add_argument("--compile-layers", action="store_true", help="torch.compile in ours")
+    found.add_argument("--trl-compile", action="store_true", help="torch.compile in TRL")
     found.add_argument(
         "--trl-cache", help="TRL's cache_implementation (its default: a growing one)"
     )
@@ -103,6 +105,7 @@ def run_settings(args: argparse.Namespace) -> Any:
             "engine": args.engine,
             "gpus": 1 if args.device == "cuda" else 0,
             "dtype": args.dtype,
+            "compile_layers": args.compile_layers,
             "completions_per_batch": args.prompts * args.group_size,
         }
     )
@@ -241,6 +244,7 @@ def trl_side(args: argparse.Namespace) -> None:
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
         gradient_checkpointing=args.trl_checkpointing,
+        torch_compile=args.trl_compile,
         shuffle_dataset=False,
         seed=SEED,
         report_to=[],

@@ -61,6 +61,8 @@ def arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="gradient checkpointing in TRL: its default, and slower",
     )
+    found.add_argument("--compile-layers", action="store_true", help="torch.compile in ours")
+    found.add_argument("--trl-compile", action="store_true", help="torch.compile in TRL")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     found.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -89,7 +91,11 @@ def run_settings(args: argparse.Namespace) -> Any:
         }
     )
     model = run.model_settings.model_copy(
-        update={"gpus": 1 if args.device == "cuda" else 0, "dtype": args.dtype}
+        update={
+            "gpus": 1 if args.device == "cuda" else 0,
+            "dtype": args.dtype,
+            "compile_layers": args.compile_layers,
+        }
     )
     return run.model_copy(update={"method_settings": method, "model_settings": model})
 
@@ -183,6 +189,7 @@ def trl_side(args: argparse.Namespace) -> None:
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
         gradient_checkpointing=args.trl_checkpointing,
+        torch_compile=args.trl_compile,
         train_sampling_strategy="sequential",
         seed=SEED,
         report_to=[],

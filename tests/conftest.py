@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 gc.disable()  # while the modules of tests and what they import are loaded
 
 # Two spinning OpenMP threads a test collapse on a machine with few cores; tiny models gain nothing.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
-# An example may take long because the machine is busy: that is no failure.
-hypothesis.settings.register_profile("no deadline", hypothesis.settings(), deadline=None)
-hypothesis.settings.load_profile("no deadline")
+# An example may take long because the machine is busy: that is no failure. Whoever looks for new
+# ones says `--hypothesis-profile=default`; a change is judged by the same ones every time.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 LONGEST = (
     "slurm", "test_workflow", "workflow", "test_trace_collection", "test_report_browser",

@@ -25,7 +25,7 @@ def test_the_loss_equals_equation_7_pair_by_pair(
     columns = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
     losses, metrics = dpo_loss(columns[0], columns[1], columns[2], columns[3], beta)
     for index, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(pairs):
-        margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        margin = beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)
         # -log σ(m) = log(1 + exp(-m))
         assert losses[index].item() == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-6)
         assert metrics["margin"][index].item() == pytest.approx(margin, abs=1e-9)

@@ -456,5 +456,5 @@ def test_the_job_of_an_evaluation_that_is_killed_ends_too(tmp_path: Path) -> Non
             time.sleep(0.1)
         evaluation.kill()
     # When torch is loaded at the latest: until then nothing of ours runs in the job.
-    assert psutil.wait_procs(jobs, timeout=60)[1] == []
+    assert psutil.wait_procs(jobs, timeout=300)[1] == []
     assert not list(tmp_path.rglob("*.stats.json"))

@@ -318,7 +318,7 @@ def test_the_kit_trains_evaluates_and_reports_and_a_second_call_has_nothing_to_d
     overlay.write_text(json.dumps(OVERLAY))
     state, output = tmp_path / "state", tmp_path / "output"
     command = ["bash", "tests/gpu/check.sh", "--state", str(state), "--output", str(output)]
-    command += ["--device", "cpu", "--minutes", "10", "--study", "studies/debug.yaml", str(overlay)]
+    command += ["--device", "cpu", "--minutes", "60", "--study", "studies/debug.yaml", str(overlay)]
     command += ["--phase", "prepare", "sft", "grpo", "evaluate", "report"]
     environment = {**os.environ, "PYTHON": sys.executable}
     calls = []

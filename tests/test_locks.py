@@ -118,7 +118,7 @@ def test_a_trainer_beside_another_one_of_the_same_run_stops_and_leaves_it_alone(
 ) -> None:
     output = tmp_path / "run"
     words = [
-        "--settings", run_json("sft", num_steps=100, batch_size=4, checkpoint_every_steps=100),
+        "--settings", run_json("sft", num_steps=400, batch_size=4, checkpoint_every_steps=400),
         "--starting-model", str(tiny_folder), "--data", str(arithmetic_folder / "train.jsonl"),
         "--output-dir", str(output),
     ]  # fmt: skip
@@ -136,4 +136,4 @@ def test_a_trainer_beside_another_one_of_the_same_run_stops_and_leaves_it_alone(
         assert str(caught.value).startswith(f"{output}: process {first.pid} on ")
         assert first.wait(timeout=300) == 0
     rows = read_jsonl(output / "train" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 101))
+    assert [row["step"] for row in rows] == list(range(1, 401))

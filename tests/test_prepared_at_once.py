@@ -49,7 +49,7 @@ def test_processes_that_replace_one_folder_at_once_all_succeed_and_leave_one_who
         writer.stdin.write("go\n")
         writer.stdin.flush()
     for writer in writers:
-        assert writer.communicate(timeout=60)[1] == ""
+        assert writer.communicate(timeout=300)[1] == ""
         assert writer.returncode == 0
     contents = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())]
     assert len(contents) == 2 and contents[0] == contents[1]

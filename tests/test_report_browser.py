@@ -35,6 +35,8 @@ from gsm8k_core.tables import SCHEMA, to_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 THEMES = ["light", "dark"]
+MILLISECONDS = 120_000  # a busy machine takes its time
+expect.set_options(timeout=MILLISECONDS)
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +53,7 @@ class Opened:
     asked: list[str] = field(default_factory=list)
 
     def go(self, report: Path, fragment: str = "") -> None:
+        self.page.set_default_timeout(MILLISECONDS)
         self.page.goto(f"{report.as_uri()}{fragment}")
         self.page.wait_for_selector("html[data-ready]", state="attached")
 

@@ -275,7 +275,7 @@ def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> 
         entered.append(threading.current_thread().name)
         if entered[-1] == "first":
             in_forward.set()
-            go_on.wait(10)
+            go_on.wait(120)
 
     hook = model.model.norm.register_forward_hook(hold)
     found: list[torch.Tensor] = []
@@ -285,7 +285,7 @@ def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> 
 
     threads = [threading.Thread(target=score, name=name) for name in ("first", "second")]
     threads[0].start()
-    assert in_forward.wait(10)
+    assert in_forward.wait(120)
     with torch.no_grad():
         assert model(ids).logits.shape == (*ids.shape, SIZES["vocab_size"])
     threads[1].start()
@@ -293,7 +293,7 @@ def test_a_forward_of_another_thread_gets_logits_and_another_scoring_waits() -> 
     assert threads[1].is_alive() and "second" not in entered
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     hook.remove()
     assert len(found) == 2
     for one in found:

@@ -302,14 +302,14 @@ def test_a_slow_wandb_slows_no_step_and_loses_rows_with_one_warning(
 ) -> None:
     monkeypatch.setattr(tracking, "MAX_QUEUED", 10)
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.3)
-    fake_wandb(log=lambda: time.sleep(10))
+    fake_wandb(log=lambda: time.sleep(120))
     tracker = start(tmp_path)
     began = time.perf_counter()
     for step in range(1, 1001):
         tracker.log({"step": step})
     assert tracker.num_dropped >= 1000 - 12
     tracker.finish({})
-    assert time.perf_counter() - began < 8  # not one of them was waited for
+    assert time.perf_counter() - began < 60  # not one of them was waited for
     assert caplog.text.count("too slow") == 1
     assert "not done after" in caplog.text
 
@@ -318,12 +318,12 @@ def test_a_wandb_that_hangs_at_its_start_holds_nobody(
     fake_wandb: Callable[..., list[Json]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
-    fake_wandb(init=lambda: time.sleep(10))
+    fake_wandb(init=lambda: time.sleep(120))
     began = time.perf_counter()
     tracker = start(tmp_path)
     tracker.log({"step": 1})
     tracker.finish({})
-    assert time.perf_counter() - began < 8
+    assert time.perf_counter() - began < 60
 
 
 def test_a_queue_that_keeps_up_loses_nothing(
@@ -394,7 +394,7 @@ def read_wandb(path: Path) -> Json:
     W&B's service closes the file a moment after `finish` (or at the end of the process).
     """
     found: Json = {"config": {}, "rows": [], "summary": {}}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     records = list(wandb_records(path))
     while not records or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < deadline, f"{path} is never finished"

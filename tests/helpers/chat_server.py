@@ -46,7 +46,7 @@ class ChatServer:
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
-        assert started.wait(10)
+        assert started.wait(60)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -322,3 +322,16 @@ class ChatServer:
     ) -> None:
         self.bill(self.worst(body))
         await self.keep_alive(body, writer, 10**6, b"\n")
+
+
+class HeldServer(ChatServer):
+    """Gives no answer until `until()`."""
+
+    def __init__(self, behave: Callable[[str, int], str], until: Callable[[], bool]) -> None:
+        super().__init__(behave)
+        self.until = until
+
+    async def do_answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        while not self.until():
+            await asyncio.sleep(0.02)
+        await super().do_answer(body, writer)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ GresTypes=gpu
 ReturnToService=2
 MinJobAge=3600
 KillWait=5
+MessageTimeout=100
 NodeName={node} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={megabytes} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=cpu Nodes={node} Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes={node} MaxTime=1-0 State=UP
@@ -110,13 +112,16 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300.0) -
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Below those that the kernel gives to whoever asks for any: nobody else takes them soon."""
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8")
+    first = int(limits.split()[0])
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(max(2000, first - 10_000), max(12_000, first))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.add(port)
+    return sorted(found)
 
 
 def write_configuration(folder: Path, node: str) -> None:
@@ -189,15 +194,15 @@ def loopback_cluster() -> Iterator[Cluster]:
                     )
                 )
                 if words is munge:
-                    wait_for((folder / "munge.socket").exists, "munged", 10)
-            wait_for(lambda: is_idle(running), "an idle node", 30)
+                    wait_for((folder / "munge.socket").exists, "munged", 120)
+            wait_for(lambda: is_idle(running), "an idle node", 120)
             yield running
             subprocess.run(["scancel", "--user=root"], env=running.environment, check=False)
-            wait_for(lambda: not running.call("squeue", "--noheader"), "the end of all jobs", 30)
+            wait_for(lambda: not running.call("squeue", "--noheader"), "the end of all jobs", 120)
         finally:
             for daemon in reversed(daemons):
                 daemon.terminate()
-                daemon.wait(30)
+                daemon.wait(120)
 
 
 def is_idle(cluster: Cluster) -> bool:

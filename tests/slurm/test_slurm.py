@@ -31,7 +31,7 @@ STUDY: dict[str, Any] = {  # each kind of job but training GRPO, which has a tes
     },
     "datasets": {"arithmetic_debug": {"num_train": 200, "num_val": 10, "num_test": 20}},
     "defaults": {"expert_iteration": {"prompts_per_round": 40}},
-    "methods": {"sft": {"num_steps": 120, "checkpoint_every_steps": 10}},
+    "methods": {"sft": {"num_steps": 240, "checkpoint_every_steps": 10}},
     "suites": {"debug": {"limit": 5, "max_new_tokens": 8}},
     "tracking": {"project": "maths", "mode": "disabled"},
 }  # fmt: skip
@@ -244,7 +244,7 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(story: Story) -> None:
     code, output = story.resumed
     assert code == 0, output
     log = (story.workspace / SFT / "logs" / "train_sft.log").read_text(encoding="utf-8")
-    assert f"resuming after step {story.checkpoint} of 120" in log
+    assert f"resuming after step {story.checkpoint} of 240" in log
 
 
 def test_small_jobs_do_not_go_to_the_cluster_by_themselves(story: Story) -> None:

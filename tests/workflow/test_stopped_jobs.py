@@ -80,7 +80,7 @@ def stopped(
 
 
 def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    workspace, num_steps = tmp_path / "workspace", 60
+    workspace, num_steps = tmp_path / "workspace", 150
     words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
     run = workspace / folder
     # As a terminal does.
@@ -103,11 +103,11 @@ def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_pat
 
 def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    words, folder = one_training(workspace, "sft", num_steps=60, checkpoint_every_steps=5)
+    words, folder = one_training(workspace, "sft", num_steps=150, checkpoint_every_steps=5)
     words[0] = f"{folder}/completions/arithmetic.jsonl"
     stopped(workspace, f"{folder}/state/step-*", words, lambda process: process.terminate())
     assert states_of_calls(workspace) == ["interrupted"]
-    assert_whole(workspace / folder, 60)
+    assert_whole(workspace / folder, 150)
     assert not (workspace / words[0]).exists()
 
 
