@@ -349,8 +349,8 @@ class ModelSettings(WeightsSettings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. bfloat16 needs hardware that has it; master weights stay float32."""
     compile_layers: bool = False
-    """Compile the layers for training (torch.compile): more tokens per second on a GPU, after some
-    seconds of compiling in each job. Only for one GPU; needs a C compiler."""
+    """Compile the layers for training (torch.compile): more tokens per second, after up to half a
+    minute of compiling in each job. Not for several GPUs; needs a C and C++ compiler."""
     engine: EngineName = "auto"
     """What generates its completions; unset: the config's `engine`."""
     vllm: VllmSettings = VllmSettings()
