@@ -1,4 +1,4 @@
-"""Whether torch.compile can make kernels here: on a GPU it needs Triton, a C compiler, and more."""
+"""Whether torch.compile makes kernels here: on a GPU by Triton and a C compiler, on a CPU by C++."""
 
 from __future__ import annotations
 

@@ -443,7 +443,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     if problem is not None:
         raise ConfigError(
             f"models.<name>.compile_layers: torch.compile does not work here ({problem}): set it "
-            "to false, or install a C compiler and Python's headers"
+            "to false, or install a C and C++ compiler and Python's headers"
         )
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:

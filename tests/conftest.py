@@ -27,7 +27,10 @@ gc.disable()  # while the modules of tests and what they import are loaded
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # An example may take long because the machine is busy: that is no failure. Whoever looks for new
-# ones says `--hypothesis-profile=default`; a change is judged by the same ones every time.
+# ones says `--hypothesis-profile=new`; a change is judged by the same ones every time.
+hypothesis.settings.register_profile(
+    "new", hypothesis.settings.get_profile("default"), deadline=None
+)
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 

@@ -175,7 +175,7 @@ def test_a_fault_is_repeated_until_there_is_an_answer(
         assert ledger[1]["tokens"] == ledger[0]["tokens"] > 600
     (delay,) = delays
     assert (delay >= 1.0) == (fault in ("429_after_1", "503_date"))
-    assert server.times[1] - server.times[0] >= delay
+    assert delay <= server.times[1] - server.times[0] < delay + 30.0
 
 
 def test_a_body_that_stalls_ends_at_the_wall_deadline(tmp_path: Path) -> None:
@@ -763,11 +763,13 @@ def test_two_scripts_on_one_folder_do_not_corrupt_each_other(tmp_path: Path) -> 
     with HeldServer(answer, until=told.is_set) as server:
         settings = settings_for(server.url, api={"concurrency": 4, "request_seconds": 600.0})
         first = start(tmp_path, settings)
-        deadline = time.monotonic() + 60
-        while not server.requests and time.monotonic() < deadline:
-            time.sleep(0.02)
-        code, said = run(tmp_path, settings)
-        told.set()
+        try:
+            while not server.requests:
+                assert first.poll() is None
+                time.sleep(0.02)
+            code, said = run(tmp_path, settings)
+        finally:
+            told.set()
         assert code == 1
         line = f"error: {tmp_path}/collected: another collector is writing there; wait until it is"
         assert said == f"{line} done\n"
@@ -797,12 +799,12 @@ def test_twenty_kills_lose_no_line_and_double_none(tmp_path: Path) -> None:
         for kill in range(20):
             num_requests = len(server.requests)
             process = start(tmp_path, settings)
-            if kill % 10:  # the others are killed while they start
+            if kill % 5:  # the others are killed while they start
                 wanted = num_requests + moments.randrange(1, 24)
                 deadline = time.monotonic() + 60
                 while len(server.requests) < wanted and time.monotonic() < deadline:
                     time.sleep(0.002)
-            time.sleep(moments.uniform(0.0, 0.1))
+            time.sleep(moments.uniform(0.0, 0.1 if kill % 5 else 1.5))
             assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.communicate()

@@ -112,14 +112,15 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300.0) -
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to whoever asks for any: nobody else takes them soon."""
+    """Below those that the kernel gives to whoever asks for any, if there is room."""
     limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8")
     first = int(limits.split()[0])
     found: set[int] = set()
     while len(found) < count:
-        port = random.randrange(max(2000, first - 10_000), max(12_000, first))
+        # Of its own: a seed that other tests set would give two workers the same ports.
+        port = random.SystemRandom().randrange(max(2000, first - 10_000), max(12_000, first))
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))
             found.add(port)
     return sorted(found)
 

@@ -229,6 +229,8 @@ def wait_for_its_job(workspace: Path, call: subprocess.Popen[bytes]) -> None:
     while not noted_jobs(workspace):
         assert time.monotonic() < deadline
         if call.poll() is not None:
+            (manifest,) = (workspace / "artifacts" / "runs").glob("*/run_manifest.json")
+            assert read_json(manifest)["state"] == "succeeded"
             pytest.skip("the machine is so busy that the call ended unseen")
         time.sleep(0.02)
 
