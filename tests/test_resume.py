@@ -108,7 +108,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "grpo"])  # but for the plainest
 def test_a_run_stopped_twice_ends_as_one_that_was_never_stopped(
     name: str,
     arguments: Callable[[str, Path], list[str]],

@@ -102,7 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_call_for_a_part_of_a_study_does_not_record_it_as_finished(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace", STUDY)
-    code, output = snakemake(workspace, "--until", "prepare_model")
+    code, output = snakemake(workspace, "--until", "prepare_data")
     assert code == 0, output
     assert not (workspace / RESULTS / "SHA256SUMS").exists()
     code, output = verify(workspace)
