@@ -1,4 +1,4 @@
-"""Whether torch.compile makes kernels here: on a GPU by Triton and a C compiler, on a CPU by C++."""
+"""Whether torch.compile makes kernels: on a GPU with Triton and a C compiler, on a CPU with C++."""
 
 from __future__ import annotations
 
