@@ -123,23 +123,27 @@ def kill_when(path: Path, num_lines: int, process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.slow
 def test_a_training_run_that_was_killed_names_the_call_that_was(
-    run_json: Callable[..., str], tiny_folder: Path, arithmetic_folder: Path, tmp_path: Path
+    run_json: Callable[..., str],
+    tiny_folder: Path,
+    arithmetic_folder: Path,
+    tmp_path: Path,
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = run_json("sft", num_steps=100, batch_size=4, checkpoint_every_steps=2)
+    settings = run_json("sft", num_steps=60, batch_size=4, checkpoint_every_steps=2)
     words = [
-        "scripts/train_sft.py", "--settings", settings, "--starting-model", str(tiny_folder),
+        "--settings", settings, "--starting-model", str(tiny_folder),
         "--data", str(arithmetic_folder / "train.jsonl"), "--output-dir", str(tmp_path / "run"),
     ]  # fmt: skip
-    kill_when(tmp_path / "run" / "state" / "metrics.jsonl", 4, start(*words, call=CALLS[0]))
     state = tmp_path / "run" / "state"
+    kill_when(state / "metrics.jsonl", 4, start("scripts/train_sft.py", *words, call=CALLS[0]))
     before = read_json(state / "attempts.json")["attempts"]
     assert [one["state"] for one in before] == ["running"]
     # Every checkpoint is a sign of life; that of the last one may have been cut off.
     first = min(state.glob("step-*/progress.json"))
     assert (state / "attempts.json").stat().st_mtime_ns >= first.stat().st_mtime_ns
-    with start(*words, call=CALLS[1]) as process:
-        pass
-    assert process.returncode == 0
+    monkeypatch.setenv("GSM8K_INVOCATION", CALLS[1])
+    assert script("train_sft").main(words) == 0
     summary = read_json(tmp_path / "run" / "train" / "summary.json")
     check(summary)
     killed = summary["attempts"][0]
@@ -147,7 +151,7 @@ def test_a_training_run_that_was_killed_names_the_call_that_was(
     assert summary["provenance"]["cpu_seconds"] == pytest.approx(
         summary["attempts"][1]["seconds_cpu"], abs=1
     )
-    assert not (tmp_path / "run" / "state").exists()
+    assert not state.exists()
 
 
 @pytest.mark.slow

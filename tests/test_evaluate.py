@@ -43,9 +43,9 @@ SMALL = {
 }
 
 
-def eval_command(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """`eval` in `folder`, on SMALL."""
-    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+def eval_command(folder: Path, *words: str, settings: Json = SMALL) -> subprocess.Popen[str]:
+    """`eval` in `folder`, on `settings`."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-m", "gsm8k_core.cli", "eval", *words]
     command += ["--config", str(ROOT / "config.yaml"), "small.yaml"]
     return subprocess.Popen(
@@ -436,10 +436,10 @@ def test_an_evaluation_of_a_trained_model_gives_the_completions_of_its_study(
 
 @pytest.mark.slow
 def test_a_job_that_fails_ends_the_evaluation_with_one_more_line(tmp_path: Path) -> None:
-    folder = folder_of_weights(tmp_path / "broken")
-    process = eval_command(tmp_path, "--model", str(folder), "--prompt", "plain", "--limit", "1")
-    _, error = finish(process, code=1)
-    assert "error: generate failed with exit code 1, see above; artifacts/runs/" in error
+    too_many = {"datasets": {"arithmetic": {"num_train": 20, "num_val": 100_000}}}
+    _, error = finish(eval_command(tmp_path, settings=too_many), code=1)
+    assert "error: arithmetic: no more than about " in error
+    assert "error: prepare_data failed with exit code 1, see above; artifacts/runs/" in error
     assert "Traceback" not in error
     (manifest,) = (tmp_path / "artifacts" / "runs").glob("*/run_manifest.json")
     assert read_json(manifest)["state"] == "failed"

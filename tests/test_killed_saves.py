@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from gsm8k_core.errors import ModelError
 from gsm8k_core.files import atomic_path, read_json, write_text
 from gsm8k_core.models import load_model, load_tokenizer, resolve_device
+from gsm8k_core.training import TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITE_HALF = """
@@ -39,13 +42,7 @@ def save_half(model, tokenizer, folder):
     print("half", flush=True)
     time.sleep(600)
 
-def steps_after(run, steps_done, what, of_run=training.TrainingRun.steps_after):
-    print("begins", flush=True)
-    return of_run(run, steps_done, what)
-
-if sys.argv.pop(1) == "stop":
-    training.save_model = save_half
-training.TrainingRun.steps_after = steps_after
+training.save_model = save_half
 train_sft.main(sys.argv[1:])
 """
 # The real trainer, which stops while it removes its checkpoints.
@@ -63,8 +60,7 @@ def remove_half(path, *others, **options):
         time.sleep(600)
     remove(path, *others, **options)
 
-if sys.argv.pop(1) == "stop":
-    shutil.rmtree = remove_half
+shutil.rmtree = remove_half
 train_sft.main(sys.argv[1:])
 """
 # As Snakemake removes a folder, one file at a time when it is told to.
@@ -134,20 +130,26 @@ def short_run(
 @pytest.mark.slow
 def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_the_next_start(
     short_run: tuple[Path, list[str]],
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, arguments = short_run
-    process = start(TRAIN_AND_SAVE_HALF, "stop", *arguments)
-    assert [next_line(process), next_line(process)] == ["begins", "half"]
+    process = start(TRAIN_AND_SAVE_HALF, *arguments)
+    assert next_line(process) == "half"
     end_with(process, signal.SIGKILL)
     assert not (run / "model").exists() and not (run / "train").exists()
     (half,) = run.glob(".model.*")
     assert (half / "model" / "model.safetensors").exists()
 
-    process = start(TRAIN_AND_SAVE_HALF, "go on", *arguments)
-    assert next_line(process) == "begins"
-    assert not half.exists()
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    steps_after, begins = TrainingRun.steps_after, []
+
+    def without_the_half(*words: Any) -> Any:
+        begins.append(not half.exists())
+        return steps_after(*words)
+
+    monkeypatch.setattr(TrainingRun, "steps_after", without_the_half)
+    assert script("train_sft").main(arguments) == 0
+    assert begins == [True]
     load_model(run / "model", resolve_device(0))
     names = {"model", "train", "settings.json", ".finished"}
     assert {path.name for path in run.iterdir()} == names
@@ -155,10 +157,10 @@ def test_a_trainer_killed_while_it_saves_leaves_no_model_and_its_half_goes_at_th
 
 @pytest.mark.slow
 def test_a_trainer_killed_while_its_checkpoints_go_need_not_train_again(
-    short_run: tuple[Path, list[str]],
+    short_run: tuple[Path, list[str]], script: Callable[[str], ModuleType]
 ) -> None:
     run, arguments = short_run
-    process = start(TRAIN_AND_DROP_HALF, "stop", *arguments)
+    process = start(TRAIN_AND_DROP_HALF, *arguments)
     assert next_line(process) == "half"
     end_with(process, signal.SIGKILL)
     assert not (run / "state").exists() and list(run.glob(".state.*/state/step-*"))
@@ -169,9 +171,7 @@ def test_a_trainer_killed_while_its_checkpoints_go_need_not_train_again(
     for name in ("train/summary.json", "train/metrics.jsonl", "settings.json"):
         (run / name).unlink()
 
-    process = start(TRAIN_AND_DROP_HALF, "go on", *arguments)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert script("train_sft").main(arguments) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert (run / "train" / "summary.json").read_bytes() == summary
     assert not list(run.glob(".state.*"))

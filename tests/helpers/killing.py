@@ -1,11 +1,16 @@
-"""What a study that is killed at random moments leaves, held against one that nobody disturbs."""
+"""Studies that are killed at random moments or stopped, and what they leave.
+
+That is held against one that nobody disturbs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -91,6 +96,43 @@ def kill_at(
     while orphans := processes_in(workspace):
         assert time.monotonic() < deadline, orphans
         time.sleep(0.1)
+
+
+def stopped(
+    workspace: Path,
+    first_sign: str,
+    words: list[str],
+    stop: Callable[[subprocess.Popen[bytes]], None],
+) -> None:
+    """Call snakemake, and `stop` it once the workspace has files `first_sign`; wait for its end."""
+    output = workspace.with_name("output.txt")
+    with (
+        output.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *words],
+            cwd=workspace, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            # A shell has what it starts with `&` ignore the signal, tests too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process,
+    ):  # fmt: skip
+        try:
+            deadline = time.monotonic() + 300
+            while not list(workspace.glob(first_sign)):
+                assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+                time.sleep(0.02)
+            stop(process)
+            process.wait(timeout=120)
+            assert processes_in(workspace) == []
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1, output.read_text()
+
+
+def states_of_calls(workspace: Path) -> list[str]:
+    """How the calls of snakemake ended, by their manifests, in their order."""
+    manifests = sorted((workspace / "artifacts" / "runs").glob("*/run_manifest.json"))
+    return [read_json(path)["state"] for path in manifests]
 
 
 def processes_in(workspace: Path) -> list[psutil.Process]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked_snakemake import run_snakemake
-from killing import outputs, processes_in
-from workspace import make_workspace
+from killing import outputs, states_of_calls, stopped
+from workspace import make_workspace, write_overlay
 
 from gsm8k_core.files import read_json, read_jsonl
 
@@ -24,19 +22,28 @@ CELLS = Path("artifacts/experiments/stopped/tiny-qwen2")
 pytestmark = pytest.mark.slow
 
 
-def one_training(workspace: Path, method: str, **settings: Any) -> tuple[list[str], Path]:
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which Snakemake has made the model and the data, as if no call had."""
+    workspace = make_workspace(tmp_path_factory.mktemp("stopped") / "prepared")
+    targets = ("artifacts/models/tiny-qwen2", "artifacts/arithmetic_debug/train.jsonl")
+    words = (*targets, "--cores", "2", "--configfile", "studies/debug.yaml")
+    made = run_snakemake(workspace, *words)
+    assert made.returncode == 0, made.stdout
+    shutil.rmtree(workspace / "artifacts" / "runs")
+    return workspace
+
+
+def one_training(
+    prepared: Path, workspace: Path, method: str, **settings: Any
+) -> tuple[list[str], Path]:
     """A workspace with a study of one method; what follows `snakemake`, and the run's folder."""
+    shutil.copytree(prepared, workspace, symlinks=True)
     study = {"name": "stopped", "methods": [method]}
-    make_workspace(workspace, {"study": study, "methods": {method: settings}})
+    write_overlay(workspace, "study.yaml", {"study": study, "methods": {method: settings}})
     run = CELLS / method / "seed0"
     words = [f"{run}/train/summary.json", "--cores", "2"]
     return [*words, "--configfile", "studies/debug.yaml", "study.yaml"], run
-
-
-def states_of_calls(workspace: Path) -> list[str]:
-    """How the calls of snakemake ended, by their manifests, in their order."""
-    manifests = sorted((workspace / "artifacts" / "runs").glob("*/run_manifest.json"))
-    return [read_json(path)["state"] for path in manifests]
 
 
 def assert_whole(run: Path, num_steps: int) -> None:
@@ -48,40 +55,13 @@ def assert_whole(run: Path, num_steps: int) -> None:
     assert not (run / "state").exists()
 
 
-def stopped(
-    workspace: Path,
-    first_sign: str,
-    words: list[str],
-    stop: Callable[[subprocess.Popen[bytes]], None],
+def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(
+    prepared: Path, tmp_path: Path
 ) -> None:
-    """Call snakemake, and `stop` it once the workspace has files `first_sign`; wait for its end."""
-    output = workspace.with_name("output.txt")
-    with (
-        output.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", "snakemake", *words],
-            cwd=workspace, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            # A shell has what it starts with `&` ignore the signal, tests too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process,
-    ):  # fmt: skip
-        try:
-            deadline = time.monotonic() + 300
-            while not list(workspace.glob(first_sign)):
-                assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-                time.sleep(0.02)
-            stop(process)
-            process.wait(timeout=120)
-            assert processes_in(workspace) == []
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1, output.read_text()
-
-
-def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     workspace, num_steps = tmp_path / "workspace", 150
-    words, folder = one_training(workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5)
+    words, folder = one_training(
+        prepared, workspace, "sft", num_steps=num_steps, checkpoint_every_steps=5
+    )
     run = workspace / folder
     # As a terminal does.
     checkpoint = f"{folder}/state/step-*"
@@ -101,9 +81,11 @@ def test_ctrl_c_ends_snakemake_and_its_jobs_and_the_same_command_goes_on(tmp_pat
     assert {path: (workspace / path).read_bytes() for path in left} == left
 
 
-def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> None:
+def test_sigterm_lets_running_jobs_end_and_begins_no_other(prepared: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
-    words, folder = one_training(workspace, "sft", num_steps=150, checkpoint_every_steps=5)
+    words, folder = one_training(
+        prepared, workspace, "sft", num_steps=150, checkpoint_every_steps=5
+    )
     words[0] = f"{folder}/completions/arithmetic.jsonl"
     stopped(workspace, f"{folder}/state/step-*", words, lambda process: process.terminate())
     assert states_of_calls(workspace) == ["interrupted"]
@@ -111,28 +93,13 @@ def test_sigterm_lets_running_jobs_end_and_begins_no_other(tmp_path: Path) -> No
     assert not (workspace / words[0]).exists()
 
 
-def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(tmp_path: Path) -> None:
-    workspace = tmp_path / "workspace"
-    make_workspace(workspace, {"study": {"name": "stopped", "methods": ["base"]}})
-    words = ["--cores", "2", "--configfile", "studies/debug.yaml", "study.yaml"]
-    assert run_snakemake(workspace, *words).returncode == 0
-    results = workspace / "artifacts" / "results" / "stopped"
-    for name in ("report.html", "logs/report.log", "SHA256SUMS"):
-        (results / name).unlink()
-    log = str((results / "logs" / "report.log").relative_to(workspace))
-    stopped(workspace, log, words, lambda process: process.terminate())
-    assert states_of_calls(workspace) == ["succeeded", "succeeded"]
-    assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
-
-
 def test_finished_jobs_that_snakemake_rejects_come_back_with_the_same_command(
-    tmp_path: Path,
+    prepared: Path, tmp_path: Path
 ) -> None:
     workspace = tmp_path / "workspace"
-    words, folder = one_training(workspace, "sft", num_steps=4, checkpoint_every_steps=2)
+    words, folder = one_training(prepared, workspace, "sft", num_steps=4, checkpoint_every_steps=2)
     run = workspace / folder
     train, test = (Path(f"artifacts/arithmetic_debug/{split}.jsonl") for split in ("train", "test"))
-    assert run_snakemake(workspace, str(train), *words[1:]).returncode == 0
     later = time.time() + 3600
     for data in (train, test):
         os.utime(workspace / data, (later, later))  # as if the clock was set back
@@ -165,7 +132,7 @@ def test_finished_jobs_that_snakemake_rejects_come_back_with_the_same_command(
     assert f"resuming after {num} of {num} problems" in log_of("generate_debug")
     assert stats["seconds_generating"] > 0 and not list((run / "completions").glob("*.partial"))
     assert {name: (run / name).read_bytes() for name in NAMES} == kept
-    assert states_of_calls(workspace)[1:] == ["failed", "failed", "succeeded"]
+    assert states_of_calls(workspace) == ["failed", "failed", "succeeded"]
 
 
 REWARD = f"""
@@ -181,11 +148,13 @@ def fails_once(completion, gold):
 """
 
 
-def test_with_retries_a_job_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_with_retries_a_job_that_fails_goes_on_from_its_last_checkpoint(
+    prepared: Path, tmp_path: Path
+) -> None:
     """Snakemake removes what the job has declared before it tries again."""
     workspace = tmp_path / "workspace"
     words, folder = one_training(
-        workspace, "grpo", **{"from": "base"}, num_steps=4, checkpoint_every_steps=1,
+        prepared, workspace, "grpo", **{"from": "base"}, num_steps=4, checkpoint_every_steps=1,
         reward={"custom": "my_reward:fails_once"},
     )  # fmt: skip
     (workspace / "my_reward.py").write_text(REWARD, encoding="utf-8")

@@ -29,6 +29,8 @@ from killing import (
     num_finished,
     outputs,
     processes_in,
+    states_of_calls,
+    stopped,
     trained_weights,
     watch,
 )
@@ -401,6 +403,21 @@ def test_the_invocation_has_a_manifest(finished: Path) -> None:
     assert read_json(folder / "sys" / "host.json")["logical_cpus"] >= 1
     lock = (folder / "locks" / "requirements.lock.txt").read_text(encoding="utf-8")
     assert "torch==" in lock and "snakemake==" in lock
+
+
+def test_sigterm_within_the_last_job_leaves_a_study_that_is_whole(
+    finished: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished, workspace, symlinks=True)
+    results = workspace / "artifacts" / "results" / "small"
+    for name in ("report.html", "logs/report.log", "SHA256SUMS"):
+        (results / name).unlink()
+    log = str((results / "logs" / "report.log").relative_to(workspace))
+    before = states_of_calls(workspace)
+    stopped(workspace, log, words_of(), lambda process: process.terminate())
+    assert states_of_calls(workspace) == [*before, "succeeded"]
+    assert "report.html" in (results / "SHA256SUMS").read_text(encoding="utf-8")
 
 
 def test_verify_finds_one_flipped_byte_in_every_file_of_rounds_and_pairs_too(
