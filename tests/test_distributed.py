@@ -74,6 +74,7 @@ LONG: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 RUNS = ONE_STEP | ON_TWO_RANKS_ALONE | LONG
 STOP_AFTER = {"long sft": 7, "long grpo": 3}
+BROUGHT_BACK = "sft, finished on one"
 UNREPRODUCIBLE = {"peak_memory_mb", "tokens_per_second"}
 
 
@@ -85,6 +86,8 @@ class Runs:
     two: Path
     four: Path
     output_of_two: str
+    summary_on_one: dict[str, Any]
+    """Of `two / BROUGHT_BACK`, which one rank finished and two brought back."""
 
 
 def jobs_arguments(inputs: Callable[[str], list[str]], name: str, folder: Path) -> list[str]:
@@ -166,7 +169,12 @@ def runs(
         shutil.copytree(
             folder / "stopped" / name / "state", two / f"{name}, begun on one" / "state"
         )
+    on_one("sft", two / BROUGHT_BACK)
+    summary = read_json(two / BROUGHT_BACK / "train" / "summary.json")
+    (two / BROUGHT_BACK / "train" / "summary.json").unlink()
+    shutil.rmtree(two / BROUGHT_BACK / "model")
     jobs = [job(name, two / name) for name in RUNS]
+    jobs.append(job("sft", two / BROUGHT_BACK))
     for name, stop in STOP_AFTER.items():
         jobs += [
             job(name, two / f"{name}, resumed", stop),
@@ -178,7 +186,7 @@ def runs(
     for name in STOP_AFTER:
         on_one(name, one / f"{name}, begun on two")
     run_on(4, folder, [job(name, four / name) for name in ONE_STEP])
-    yield Runs(one, two, four, output)
+    yield Runs(one, two, four, output, summary)
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -322,6 +330,14 @@ def test_rank_0_alone_reports_progress(runs: Runs) -> None:
     assert "[rank 1] INFO" not in runs.output_of_two
 
 
+@pytest.mark.slow
+def test_two_ranks_bring_back_what_one_has_finished(runs: Runs) -> None:
+    run = runs.two / BROUGHT_BACK
+    assert runs.output_of_two.count("are brought back") == 1
+    assert read_json(run / "train" / "summary.json") == runs.summary_on_one
+    assert weights_of(run).keys() == weights_of(runs.one / "sft").keys()
+
+
 # ----------------------------------------------------------------------------------------- failures
 
 
@@ -385,15 +401,6 @@ def test_a_killed_rank_ends_the_job_which_names_it_and_can_go_on(
     load_script("train_sft").main(arguments)
     summary = read_json(run / "train" / "summary.json")
     assert summary["num_updates"] == steps_done + 1 >= 7
-
-    # And two bring back what one has finished.
-    shutil.rmtree(run / "model")
-    (run / "train" / "summary.json").unlink()
-    job = torchrun(2, ROOT / "scripts" / "train_sft.py", *arguments)
-    output = job.communicate(timeout=300)[1]
-    assert job.returncode == 0 and output.count("are brought back") == 1, output
-    assert read_json(run / "train" / "summary.json") == summary
-    assert (run / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import polars as pl
 import pytest
 import yaml
 from hub_server import HubServer
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from script_modules import load_script
 
 from gsm8k_core.data import content_digest
 from gsm8k_core.files import read_json
@@ -59,12 +62,35 @@ def run(folder: Path, hub: HubServer, *words: str, succeeds: bool = True) -> str
     return result.stderr
 
 
-def prepare_model(folder: Path, hub: HubServer, revision: str) -> str:
-    settings = {"source": "hub", "hub_id": MODEL, "revision": revision}
-    return run(
-        folder, hub, str(ROOT / "scripts" / "prepare_model.py"), "--model-name", "tiny",
-        "--settings", json.dumps(settings), "--output-dir", "artifacts/models/tiny",
-    )  # fmt: skip
+def of_model(revision: str) -> list[str]:
+    """Arguments of prepare_model."""
+    settings = json.dumps({"source": "hub", "hub_id": MODEL, "revision": revision})
+    folder = "artifacts/models/tiny"
+    return ["--model-name", "tiny", "--settings", settings, "--output-dir", folder]
+
+
+@pytest.fixture
+def prepare_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[[HubServer, str], str]]:
+    """`prepare_model(hub, revision)`: the script in this process; what it logged."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(hub: HubServer, revision: str) -> str:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        close_session()  # the client reads the proxies when it is made
+        caplog.clear()
+        load_script("prepare_model").main(of_model(revision))
+        return caplog.text
+
+    yield prepare
+    close_session()
 
 
 def manifest_of(folder: Path) -> dict[str, object]:
@@ -75,21 +101,24 @@ def manifest_of(folder: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_a_branch_is_recorded_with_its_commit_and_said_to_move_with_the_hub_and_without(
-    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+    prepare_model: Callable[[HubServer, str], str],
+    hub: HubServer,
+    files: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
     commit = hub.push("models", MODEL, files)
-    said = prepare_model(tmp_path, hub, "main")
+    said = prepare_model(hub, "main")
     manifest = manifest_of(tmp_path)
     assert (manifest["revision"], manifest["commit"]) == ("main", commit)
     assert re.search(rf"WARNING .*{MODEL} at main: this name can move.* commit {commit} now", said)
     # Without the hub, its cache still knows the commit.
     with HubServer() as closed:
         pass
-    assert "can move" in prepare_model(tmp_path, closed, "main")
+    assert "can move" in prepare_model(closed, "main")
     assert manifest_of(tmp_path)["commit"] == commit
     # The same settings, later: other weights, and the record says so.
     moved = hub.push("models", MODEL, {**files, "special.txt": b"new"})
-    prepare_model(tmp_path, hub, "main")
+    prepare_model(hub, "main")
     assert manifest_of(tmp_path)["commit"] == moved != commit
 
 
@@ -100,7 +129,8 @@ def test_a_commit_is_recorded_and_nothing_is_said_of_it(
     others = {"original/a.safetensors": b"a", "consolidated.00.safetensors": b"the same again"}
     commit = hub.push("models", MODEL, {**files, **others})
     hub.push("models", MODEL, {**files, "special.txt": b"new"})
-    said = prepare_model(tmp_path, hub, commit)
+    script = str(ROOT / "scripts" / "prepare_model.py")
+    said = run(tmp_path, hub, script, *of_model(commit))
     assert not [asked for asked in hub.requests for name in others if name in str(asked)]
     assert manifest_of(tmp_path)["commit"] == commit
     assert "WARNING" not in said and "special.txt" not in str(manifest_of(tmp_path)["files"])
@@ -108,10 +138,13 @@ def test_a_commit_is_recorded_and_nothing_is_said_of_it(
 
 @pytest.mark.slow
 def test_prepared_weights_are_used_again_and_not_fetched_anew_when_the_branch_has_moved(
-    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+    prepare_model: Callable[[HubServer, str], str],
+    hub: HubServer,
+    files: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
     commit = hub.push("models", MODEL, files)
-    prepare_model(tmp_path, hub, "main")
+    prepare_model(hub, "main")
     hub.push("models", MODEL, {**files, "special.txt": b"new"})
     num_requests = len(hub.requests)
     model = {"source": "hub", "hub_id": MODEL, "revision": "main", "prompt": "plain", "gpus": 0}
