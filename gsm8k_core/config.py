@@ -349,7 +349,7 @@ class ModelSettings(WeightsSettings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. bfloat16 needs hardware that has it; master weights stay float32."""
     compile_layers: bool = False
-    """Compile the layers for training (torch.compile): more tokens per second, after 5 to 30 s of
+    """Compile the layers for training (torch.compile): more tokens per second, after 5 to 70 s of
     compiling in each job, beside vLLM more. Not for several GPUs; needs a C compiler, on a CPU one
     of C++."""
     engine: EngineName = "auto"
