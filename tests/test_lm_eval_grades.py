@@ -343,4 +343,4 @@ def test_no_shape_of_text_costs_more_than_its_length(text: str) -> None:
     for marker in TASKS:
         for mode in MODES:
             lm_eval_correct(text, "18", mode, marker)
-    assert time.process_time() - started < 5.0  # squared, it would be more
+    assert time.process_time() - started < 1.0

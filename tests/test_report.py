@@ -1131,7 +1131,7 @@ def test_a_megabyte_is_searched_at_once(text: str) -> None:
     started = time.perf_counter()
     for grading, marker in (("strict", "####"), ("strict", "boxed"), ("flexible", "####")):
         locate_answer(text, "7", grading, marker)
-    assert time.perf_counter() - started < 120.0  # squared, it would be hours
+    assert time.perf_counter() - started < 20.0  # squared, it would be hours
 
 
 def test_marks_are_counted_as_javascript_counts(page: Page) -> None:

@@ -175,15 +175,15 @@ def test_a_fault_is_repeated_until_there_is_an_answer(
         assert ledger[1]["tokens"] == ledger[0]["tokens"] > 600
     (delay,) = delays
     assert (delay >= 1.0) == (fault in ("429_after_1", "503_date"))
-    assert delay <= server.times[1] - server.times[0] < delay + 30.0
+    assert delay <= server.times[1] - server.times[0] < delay + 10.0
 
 
 def test_a_body_that_stalls_ends_at_the_wall_deadline(tmp_path: Path) -> None:
     with ChatServer(once("stall")) as server:
-        settings = settings_for(server.url, api={"request_seconds": 0.5})
+        settings = settings_for(server.url, api={"request_seconds": 2.0})
         collect(tmp_path, settings, additions(1))
-    assert read_jsonl(tmp_path / "ledger.jsonl")[2]["reason"] == "no whole answer within 0.5 s"
-    assert server.times[1] - server.times[0] < 60.0  # the server would have waited for an hour
+    assert read_jsonl(tmp_path / "ledger.jsonl")[2]["reason"] == "no whole answer within 2 s"
+    assert 1.0 < server.times[1] - server.times[0] < 15.0
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 1
 
 
@@ -204,7 +204,7 @@ def test_keep_alives_without_an_end_stop_at_the_wall_deadline(tmp_path: Path) ->
     with ChatServer(once("endless_keep_alive")) as server:
         settings = settings_for(server.url, api={"request_seconds": 0.5})
         collect(tmp_path, settings, additions(1))
-    assert server.times[1] - server.times[0] < 60.0
+    assert server.times[1] - server.times[0] < 15.0
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 1
 
 
@@ -763,9 +763,10 @@ def test_two_scripts_on_one_folder_do_not_corrupt_each_other(tmp_path: Path) -> 
     with HeldServer(answer, until=told.is_set) as server:
         settings = settings_for(server.url, api={"concurrency": 4, "request_seconds": 600.0})
         first = start(tmp_path, settings)
+        deadline = time.monotonic() + 300
         try:
             while not server.requests:
-                assert first.poll() is None
+                assert first.poll() is None and time.monotonic() < deadline
                 time.sleep(0.02)
             code, said = run(tmp_path, settings)
         finally:

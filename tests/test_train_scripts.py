@@ -561,7 +561,8 @@ def test_dynamic_sampling_refills_groups_without_spread(
     assert any(row["fraction_equal_reward_groups"] > 0 for row in plain)
     for row in dynamic:
         assert row["fraction_equal_reward_groups"] == 0
-    assert max(row["num_prompts_sampled"] for row in dynamic) > 8  # and it says what that cost
+    num_sampled = [row["num_prompts_sampled"] for row in dynamic]
+    assert min(num_sampled) >= 8 < max(num_sampled)  # and it says what that cost
 
 
 @pytest.mark.parametrize(
